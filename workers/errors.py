@@ -1,0 +1,94 @@
+"""Every error that quantmill raises on purpose.
+
+    QuantmillError
+    ├── UserError (ValueError)        a person can mend it; never retried
+    │   ├── ZooError                  the zoo file or the command line
+    │   ├── ModelNotFound             no such repository, revision or folder
+    │   ├── CheckpointError           files that are not a readable checkpoint
+    │   ├── UnsupportedModel          no causal LM head, remote code, pickle weights
+    │   ├── UnsupportedRecipe         a recipe that this model or runtime can't take
+    │   ├── CalibrationError          unreadable text, too few samples
+    │   ├── PreflightError            what this machine lacks, all at once
+    │   └── HubRefused                token, permission, a repository changed by somebody else
+    ├── NumericalError (ArithmeticError)   NaN or Inf in weights, activations or results
+    ├── DiskFull (OSError)            retried only once space is made: stops the job
+    ├── OutOfMemory (MemoryError)     host or device; retried smaller
+    └── TransientError                worth trying again as it is
+        ├── HubUnavailable            429, 5xx, resets, stalls
+        └── WorkerDied                the process or its node went away
+
+A message names the thing, the value that was got, what was expected, and the remedy.
+"""
+
+from __future__ import annotations
+
+
+class QuantmillError(Exception):
+    """Root of all errors raised on purpose."""
+
+
+class UserError(QuantmillError, ValueError):
+    """Something that a person has to mend."""
+
+
+class ZooError(UserError):
+    """The zoo file or the command line is wrong; nothing was started."""
+
+
+class ModelNotFound(UserError):
+    """No such repository, revision or folder."""
+
+
+class CheckpointError(UserError):
+    """Files that are not a readable checkpoint."""
+
+
+class UnsupportedModel(UserError):
+    """A model that quantmill refuses to load or can't stream."""
+
+
+class UnsupportedRecipe(UserError):
+    """A recipe that this model, or any runtime, can't take."""
+
+
+class CalibrationError(UserError):
+    """Calibration or verification text that can't be used."""
+
+
+class PreflightError(UserError):
+    """What this machine lacks for the job; the message lists every problem."""
+
+
+class HubRefused(UserError):
+    """The Hub said no for good: token, permission, or a repository changed by somebody else."""
+
+
+class NumericalError(QuantmillError, ArithmeticError):
+    """NaN or Inf where numbers were expected."""
+
+
+class DiskFull(QuantmillError, OSError):
+    """No space left for what the stage writes."""
+
+
+class OutOfMemory(QuantmillError, MemoryError):
+    """Host or device memory ran out."""
+
+
+class TransientError(QuantmillError):
+    """Worth trying again as it is."""
+
+
+class HubUnavailable(TransientError):
+    """The Hub did not answer, or asked to wait.
+
+    ``retry_after`` is the wait in seconds that it asked for, if it did.
+    """
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class WorkerDied(TransientError):
+    """The worker process, or its node, went away before it answered."""
