@@ -1,0 +1,157 @@
+"""The zoo file: models x recipes, calibration, gates and publishing, validated once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Self
+
+import yaml
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+
+from pipeline import shipped
+from pipeline.problems import explain
+from workers.errors import ZooError
+from workers.job import SLUG, Calibration, Dataset, Frozen, Recipe, Thresholds, Verification
+
+
+class ModelEntry(Frozen):
+    """A model of the zoo: a Hub repository, or a folder relative to the zoo file."""
+
+    id: str = Field(min_length=1, description="org/name on the Hub, or a folder (relative to this file).")
+    revision: str = Field("main", description="Branch, tag or commit; a folder is pinned by its content.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+    allow_pickle: bool = Field(False, description="Read pickle weights, with weights_only=True, for want of others.")
+
+
+class Verify(Frozen):
+    """How artifacts are compared with their reference."""
+
+    dataset: Dataset
+    tokens: int = Field(16384, ge=256, description="Held-out tokens to compare on.")
+    sequence_length: int = Field(512, ge=8)
+    gates: str | dict[str, Thresholds] = Field(
+        "default", description="A set from configs/gates.yaml, or thresholds by family of recipes (w4, nf4, ...)."
+    )
+
+    @property
+    def verification(self) -> Verification:
+        """What a worker needs of it."""
+        return Verification(dataset=self.dataset, tokens=self.tokens, sequence_length=self.sequence_length)
+
+    def thresholds(self, recipe: Recipe) -> Thresholds:
+        """The gates for a recipe, by the family of its scheme.
+
+        Raises:
+            ZooError: if the set has none for that family.
+        """
+        families = {**shipped.gates()["default"], **self.gates} if isinstance(self.gates, dict) else None
+        families = families or shipped.gates()[str(self.gates)]
+        family = recipe.scheme.family
+        if family not in families:
+            raise ZooError(
+                f"verify.gates: no thresholds for the family {family!r} of recipe {recipe.name!r}; the set has "
+                f"{', '.join(sorted(families))}. Give verify.gates a mapping with {family!r}."
+            )
+        return families[family]
+
+    @field_validator("gates")
+    @classmethod
+    def _known_set(cls, value: str | dict[str, Thresholds]) -> str | dict[str, Thresholds]:
+        if isinstance(value, str) and value not in shipped.gates():
+            raise ValueError(f"unknown set of gates; configs/gates.yaml has {', '.join(shipped.gates())}")
+        return value
+
+
+class Publish(Frozen):
+    """Where accepted artifacts go."""
+
+    endpoint: str | None = Field(
+        None, description="URL of a Hub, or 'loopback' for the embedded one; left out: HF_ENDPOINT, else the Hub."
+    )
+    namespace: str = Field(min_length=1, description="User or organisation that owns the repositories.")
+    name: str = Field("{model}-{recipe}", description="Repository name; {model} and {recipe} are filled in.")
+    private: bool = True
+
+    @field_validator("name")
+    @classmethod
+    def _tells_artifacts_apart(cls, value: str) -> str:
+        for part in ("{model}", "{recipe}"):
+            if part not in value:
+                raise ValueError(f"must contain {part}, or two artifacts would share a repository")
+        return value
+
+    def repo_id(self, model_name: str, recipe: str) -> str:
+        """``namespace/name`` of an artifact's repository."""
+        return f"{self.namespace}/{self.name.format(model=model_name, recipe=recipe)}"
+
+
+NamedOrDefined = Annotated[
+    Annotated[str, Tag("name")] | Annotated[Recipe, Tag("definition")],
+    Discriminator(lambda value: "name" if isinstance(value, str) else "definition"),
+]
+
+
+class Zoo(Frozen):
+    """A zoo: every model under every recipe."""
+
+    name: str = Field(pattern=SLUG.pattern, max_length=64)
+    models: tuple[ModelEntry, ...] = Field(min_length=1)
+    recipes: tuple[NamedOrDefined, ...] = Field(min_length=1)
+    calibration: Calibration | None = None
+    verify: Verify
+    publish: Publish | None = None
+
+    @property
+    def resolved_recipes(self) -> tuple[Recipe, ...]:
+        """The recipes, shipped ones looked up by name."""
+        return tuple(shipped.recipe(item) if isinstance(item, str) else item for item in self.recipes)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        recipes = [item if isinstance(item, str) else item.name for item in self.recipes]
+        for what, names in (("recipe", recipes), ("model", [model.id for model in self.models])):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"{what} {twice[0]!r} is listed twice; list it once")
+        if self.calibration and self.calibration.dataset == self.verify.dataset:
+            raise ValueError("verify.dataset is the calibration data; verify on text that was not calibrated on")
+        return self
+
+
+def load(path: Path) -> Zoo:
+    """Read a zoo file; recipe names and gates are looked up, so that a mistake shows here.
+
+    Raises:
+        ZooError: naming the key, the value and the remedy, for all findings at once.
+    """
+    try:
+        raw = yaml.load(path.read_text(), _UniqueKeys)
+    except FileNotFoundError:
+        raise ZooError(f"zoo file: no such file, got {str(path)!r}; `quantmill init` writes a first one") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ZooError(f"{path}: not a readable YAML file: {error}") from error
+    if not isinstance(raw, dict):
+        raise ZooError(f"{path}: expected a mapping with name, models, recipes, verify; got {type(raw).__name__}")
+    try:
+        zoo = Zoo.model_validate(raw)
+    except ValidationError as error:
+        raise ZooError(explain(error, str(path), Zoo)) from error
+    for recipe in zoo.resolved_recipes:
+        zoo.verify.thresholds(recipe)
+        if recipe.calibrated and zoo.calibration is None:
+            raise ZooError(
+                f"{path}: recipe {recipe.name!r} needs calibration data, but the zoo has no 'calibration'; "
+                "add one (dataset, samples, sequence_length), or take a data-free recipe"
+            )
+    return zoo
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key given twice is an error, not a silent overwrite."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
