@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -295,6 +296,11 @@ class Job(Frozen):
     def order(self, recipe: str) -> Order:
         """The order for the recipe of that name."""
         return next(order for order in self.orders if order.recipe.name == recipe)
+
+
+def artifact_folder(workspace: Path | str, order: Order) -> Path:
+    """Where an artifact lies once it is whole; its name tells people the recipe, and machines the identity."""
+    return Path(workspace) / "artifacts" / f"{order.recipe.name}-{order.fingerprint[:16]}"
 
 
 class Stage(StrEnum):

@@ -1,0 +1,107 @@
+"""What an artifact and its making will need, from safetensors headers and config.json alone.
+
+An estimate of bytes on disk and of peak host memory; the measured peaks stand in results.json beside it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.sources import Source, TensorHeader
+from workers.job import Calibration, FourBitFloatScheme, IntScheme, Recipe, Verification
+
+LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+# Their linear layers are Conv1D, stored (in, out).
+CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+# A process with torch, transformers and their CPU kernels loaded; measured 0.6 GB, with room for allocators.
+RUNTIME_BYTES = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on disk, of the source and of the artifact, and peak host bytes of making and verifying it."""
+
+    source_bytes: int
+    artifact_bytes: int
+    host_bytes: int
+
+
+def estimate(source: Source, recipe: Recipe, calibration: Calibration | None, verification: Verification) -> Estimate:
+    """Sizes for one model under one recipe; zeros for a pickled checkpoint, whose headers can't be read."""
+    artifact = sum(_stored_bytes(tensor, source, recipe) for tensor in source.tensors)
+    return Estimate(
+        sum(t.bytes for t in source.tensors), artifact, _host_bytes(source, recipe, calibration, verification)
+    )
+
+
+def group_size_problem(source: Source, recipe: Recipe) -> str | None:
+    """What is wrong with an integer recipe's group size for the model's layer widths, and what would do; or None."""
+    scheme = recipe.scheme
+    if not isinstance(scheme, IntScheme) or not scheme.group_size or not source.tensors:
+        return None
+    widths = sorted({in_features(t, source.config) for t in source.tensors if quantizable(t, recipe)})
+    odd = [width for width in widths if width % scheme.group_size]
+    if not odd or (len(odd) < len(widths) and scheme.indivisible != "refuse"):
+        return None
+    usual = [size for size in (256, 128, 64, 32, 16) if size < max(widths) and not any(w % size for w in widths)]
+    remedy = [f"scheme.group_size: {usual[0]}"] if usual else []
+    remedy.append("scheme.group_size: null (one scale for each output channel)")
+    if len(odd) < len(widths):
+        remedy.append("scheme.indivisible: channel or keep, for those layers alone")
+    return (
+        f"recipe {recipe.name!r}: group size {scheme.group_size} doesn't divide the layer widths of "
+        f"{source.pin.id!r}, got {odd} (of {widths}); set " + ", or ".join(remedy)
+    )
+
+
+def quantizable(tensor: TensorHeader, recipe: Recipe) -> bool:
+    """Whether the recipe turns this tensor into codes: a matrix inside a decoder layer that isn't ignored."""
+    module, _, leaf = tensor.name.rpartition(".")
+    return (
+        leaf == "weight"
+        and len(tensor.shape) == 2
+        and LAYER.search(tensor.name) is not None
+        and not module.endswith(("norm", "gate", "router"))
+        and not recipe.ignores(module)
+    )
+
+
+def in_features(tensor: TensorHeader, config: dict[str, Any]) -> int:
+    """The width along which a weight's groups run."""
+    return tensor.shape[0] if config.get("model_type") in CONV1D_MODEL_TYPES else tensor.shape[1]
+
+
+def _stored_bytes(tensor: TensorHeader, source: Source, recipe: Recipe) -> int:
+    if not quantizable(tensor, recipe):
+        return tensor.bytes
+    scheme = recipe.scheme
+    if isinstance(scheme, FourBitFloatScheme):
+        return round(tensor.numel * scheme.bits_per_weight / 8) + 1500  # quant map and quant state of each weight
+    width = in_features(tensor, source.config)
+    scales = 4 * (tensor.numel // width)
+    return round(tensor.numel * scheme.bits_per_weight / 8) + scales
+
+
+def _host_bytes(source: Source, recipe: Recipe, calibration: Calibration | None, verification: Verification) -> int:
+    """Everything outside the layers and one layer in float32, its Hessians, and all hidden states at rest."""
+    layers: dict[str, int] = defaultdict(int)
+    outside = 0
+    hessians: dict[str, int] = defaultdict(int)
+    for tensor in source.tensors:
+        match = LAYER.search(tensor.name)
+        if match is None:
+            outside += 4 * tensor.numel
+            continue
+        layers[match.group(1)] += 4 * tensor.numel
+        if recipe.calibrated and quantizable(tensor, recipe):
+            hessians[match.group(1)] += 4 * in_features(tensor, source.config) ** 2
+    hidden = int(source.config.get("hidden_size") or source.config.get("n_embd") or 0)
+    tokens = verification.tokens
+    if recipe.calibrated and calibration is not None:
+        tokens += calibration.samples * calibration.sequence_length
+    logits = 4 * int(source.config.get("vocab_size") or 0) * verification.sequence_length
+    largest = 3 * max(layers.values(), default=0) + max(hessians.values(), default=0)
+    return RUNTIME_BYTES + outside + largest + 2 * 4 * hidden * tokens + 4 * logits
