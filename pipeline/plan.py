@@ -37,7 +37,7 @@ class PlannedArtifact:
     source: sources.Source
     order: Order
     estimate: sizing.Estimate
-    standing: Manifest | None
+    standing: Manifest | None = None
     commit: str | None = None
 
     @property
@@ -85,8 +85,8 @@ def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None)
         check_destination(endpoint, zoo.publish)
     standing = _standing(orders, workspace, endpoint)
     artifacts = tuple(
-        PlannedArtifact(source, order, sizing.estimate(source, recipe, calibration, verification), manifest)
-        for (source, recipe), order, manifest in zip(cells, orders, standing, strict=True)
+        PlannedArtifact(source, order, sizing.estimate(source, recipe, calibration, verification), *(there or ()))
+        for (source, recipe), order, there in zip(cells, orders, standing, strict=True)
     )
     destination = Destination(endpoint=endpoint, private=zoo.publish.private) if endpoint and zoo.publish else None
     jobs = _jobs(artifacts, calibration, verification, destination, workspace)
@@ -179,23 +179,29 @@ def check_destination(endpoint: str, publish: Publish | None) -> None:
         raise HubRefused(f"publish: the token of {who.get('name')!r} may only read; set HF_TOKEN to one that may write")
 
 
-def _standing(orders: list[Order], workspace: Path, endpoint: str | None) -> list[Manifest | None]:
-    """For each order, the manifest that makes it superfluous: at the destination, or here if nothing is published."""
+Standing = tuple[Manifest, str | None]
+
+
+def _standing(orders: list[Order], workspace: Path, endpoint: str | None) -> list[Standing | None]:
+    """For each order, what makes it superfluous: at the destination, or here if nothing is published."""
     if endpoint is None:
         return [_local(order, workspace) for order in orders]
     api = hub.connect(endpoint)
     with ThreadPoolExecutor(THREADS) as pool:
         found = pool.map(lambda order: hub.read_manifest(api, order.repo_id or ""), orders)
-        return [m if m and m.fingerprint == o.fingerprint else None for o, m in zip(orders, found, strict=True)]
+        return [
+            there if there and there[0].fingerprint == order.fingerprint else None
+            for order, there in zip(orders, found, strict=True)
+        ]
 
 
-def _local(order: Order, workspace: Path) -> Manifest | None:
+def _local(order: Order, workspace: Path) -> Standing | None:
     try:
         text = (artifact_folder(workspace, order) / MANIFEST).read_text()
         manifest = Manifest.model_validate_json(text)
     except (OSError, ValueError):
         return None
-    return manifest if manifest.verdict.accepted else None
+    return (manifest, None) if manifest.verdict.accepted else None
 
 
 def _jobs(

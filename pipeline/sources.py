@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.zoo import ModelEntry
 from workers import hub
+from workers.content import file_sha256, folder_sha256
 from workers.errors import CalibrationError, CheckpointError, ModelNotFound, UnsupportedModel
 from workers.job import Dataset, ModelPin, canonical_json
 
@@ -115,14 +116,6 @@ def _resolve_folder(entry: ModelEntry, folder: Path) -> Source:
     return Source(pin, config, tensors)
 
 
-def folder_sha256(folder: Path) -> str:
-    """Identity of a folder: over names and contents of all files that aren't hidden."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    visible = (path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
-    names = {str(path.relative_to(folder)): hub.file_sha256(path) for path in visible}
-    return hashlib.sha256(canonical_json(names).encode()).hexdigest()
-
-
 def _read_config(entry: ModelEntry, path: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(path.read_text())
@@ -185,7 +178,7 @@ def _resolve_repository(entry: ModelEntry, api: HfApi) -> Source:
         trust_remote_code=entry.trust_remote_code,
         allow_pickle=entry.allow_pickle,
     )
-    return Source(pin, json.loads(raw or b"{}"), tensors)
+    return Source(pin, json.loads(raw[0] if raw else b"{}"), tensors)
 
 
 def _remote_tensors(entry: ModelEntry, api: HfApi, commit: str, files: list[str]) -> tuple[TensorHeader, ...]:
@@ -218,7 +211,7 @@ def pin_dataset(dataset: Dataset, zoo_folder: Path, where: str) -> tuple[Dataset
         return pinned.model_copy(update={"path": str(folder)}), folder_sha256(folder)
     if not files:
         raise CalibrationError(f"{where}: the builder {dataset.path!r} needs data_files; list at least one file")
-    content = {"builder": dataset.path, "split": dataset.split, "files": [hub.file_sha256(path) for path in files]}
+    content = {"builder": dataset.path, "split": dataset.split, "files": [file_sha256(path) for path in files]}
     return pinned, hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 

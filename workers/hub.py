@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from workers.content import file_sha256
 from workers.errors import CheckpointError, DiskFull, HubRefused, HubUnavailable, ModelNotFound, QuantmillError
 from workers.job import MANIFEST, Manifest
 
@@ -108,19 +109,19 @@ def _brief(error: Exception) -> str:
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def fetch(api: HfApi, repo_id: str, revision: str, allow_pickle: bool) -> Path:
-    """Download a model at a commit into the client's cache and return its folder.
+def fetch(api: HfApi, repo_id: str, revision: str, allow_pickle: bool, offline: bool = False) -> Path:
+    """A model's folder in the client's cache, downloaded at that commit; ``offline`` expects it to be there.
 
     Raises:
         ModelNotFound, HubRefused, HubUnavailable, DiskFull: as ``hub_errors`` says.
     """
     skip = [pattern for pattern in NOT_FETCHED if not (allow_pickle and pattern == "*.bin")]
     with hub_errors(f"fetch {repo_id}@{revision[:12]}"):
-        return Path(api.snapshot_download(repo_id, revision=revision, ignore_patterns=skip))
+        return Path(api.snapshot_download(repo_id, revision=revision, ignore_patterns=skip, local_files_only=offline))
 
 
-def read_file(api: HfApi, repo_id: str, path: str, revision: str = "main") -> bytes | None:
-    """The content of a small file now, never a cached copy; None if the repository or the file isn't there."""
+def read_file(api: HfApi, repo_id: str, path: str, revision: str = "main") -> tuple[bytes, str] | None:
+    """A small file's content now, never a cached copy, and the commit it's from; None if it isn't there."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
     from huggingface_hub.utils._headers import build_hf_headers
@@ -133,16 +134,16 @@ def read_file(api: HfApi, repo_id: str, path: str, revision: str = "main") -> by
             hf_raise_for_status(response)
         except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
             return None
-        return bytes(response.content)
+        return bytes(response.content), str(response.headers.get("X-Repo-Commit", ""))
 
 
-def read_manifest(api: HfApi, repo_id: str) -> Manifest | None:
-    """The manifest on ``main``; None if there is none, or one of another schema."""
-    content = read_file(api, repo_id, MANIFEST)
-    if content is None:
+def read_manifest(api: HfApi, repo_id: str) -> tuple[Manifest, str] | None:
+    """The manifest on ``main`` and its commit; None if there is none, or one of another schema."""
+    found = read_file(api, repo_id, MANIFEST)
+    if found is None:
         return None
     try:
-        return Manifest.model_validate_json(content)
+        return Manifest.model_validate_json(found[0]), found[1]
     except ValidationError:
         return None
 
@@ -199,12 +200,6 @@ def check_bytes(folder: Path) -> Manifest:
         if file_sha256(folder / name) != entry.sha256:
             raise CheckpointError(f"artifact {folder}: {name} changed since it was verified; verify it again")
     return manifest
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's content, in hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _local_tree(folder: Path, manifest: Manifest) -> dict[str, tuple[str, str]]:

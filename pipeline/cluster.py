@@ -1,0 +1,152 @@
+"""Ray, behind one small class: nodes and what they have, stages as tasks, results as they come."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pipeline.steps import Step
+from workers.environment import Facts
+from workers.errors import OutOfMemory, WorkerDied, ZooError
+from workers.job import Failure, Job, Stage, StageResult
+
+NETWORK_STAGES = frozenset({Stage.FETCH, Stage.PUBLISH})
+
+
+@dataclass(frozen=True)
+class Node:
+    """A Ray node that is alive."""
+
+    id: str
+    address: str
+    cpus: int
+    gpus: int
+
+    @property
+    def cpus_per_stage(self) -> int:
+        """Half of the node's, at most 8: a property of the node alone, for threads can change the last bit."""
+        return max(1, min(8, self.cpus // 2))
+
+    @property
+    def slots(self) -> int:
+        """How many computing stages fit on the node at a time."""
+        return self.gpus or max(1, self.cpus // self.cpus_per_stage)
+
+
+class Cluster:
+    """A Ray cluster: the embedded local one, or one that runs at ``address``."""
+
+    def __init__(self, address: str | None, workspace: Path) -> None:
+        _set_up_environment(embedded=address is None)
+        import ray
+
+        self._ray = ray
+        self._workspace = workspace
+        self._flying: dict[Any, Step] = {}
+        try:
+            ray.init(
+                address=address or "local",
+                include_dashboard=False if address is None else None,
+                logging_level="ERROR",
+                log_to_driver=False,
+                configure_logging=False,
+            )
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ZooError(f"--address: no Ray cluster there, got {address!r} ({error}); start one") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ray.shutdown()
+
+    def nodes(self) -> list[Node]:
+        """The nodes that are alive now."""
+        return [
+            Node(node["NodeID"], node["NodeManagerAddress"], int(have.get("CPU", 0)), int(have.get("GPU", 0)))
+            for node in self._ray.nodes()
+            if node["Alive"] and (have := node["Resources"])
+        ]
+
+    def probe(self, nodes: Sequence[Node]) -> dict[str, Facts]:
+        """What each node has, by node id."""
+        task = self._ray.remote(_probe)
+        calls = [
+            task.options(num_cpus=0, num_gpus=0, max_retries=0, max_calls=1, **_pinned(node.id)).remote(
+                str(self._workspace), node.gpus > 0
+            )
+            for node in nodes
+        ]
+        answers = self._ray.get(calls)
+        return {node.id: Facts.model_validate_json(a) for node, a in zip(nodes, answers, strict=True)}
+
+    def start(self, step: Step, job: Job, node: Node) -> None:
+        """Start a stage on a node; its process ends with it, and Ray never repeats it."""
+        computing = step.stage not in NETWORK_STAGES
+        # A GPU is visible to a task only if it asks for one, so the network stages can't hold it.
+        call = self._ray.remote(_run).options(
+            name=f"{step.stage} {Path(job.model.id).name}" + (f" {step.recipe}" if step.recipe else ""),
+            num_cpus=node.cpus_per_stage if computing else 0,
+            num_gpus=1 if computing and node.gpus else 0,
+            max_retries=0,
+            max_calls=1,
+            **_pinned(node.id),
+        )
+        self._flying[call.remote(job.model_dump_json(), step.stage.value, step.recipe)] = step
+
+    def wait(self, seconds: float) -> list[tuple[Step, StageResult]]:
+        """The steps that ended, waiting for the first at most so long."""
+        if not self._flying:
+            return []
+        done, _ = self._ray.wait(list(self._flying), num_returns=1, timeout=seconds)
+        return [(step := self._flying.pop(call), self._collect(call, step)) for call in done]
+
+    def _collect(self, call: Any, step: Step) -> StageResult:
+        exceptions = self._ray.exceptions
+        try:
+            return StageResult.model_validate_json(self._ray.get(call))
+        except exceptions.OutOfMemoryError as error:
+            message = f"{step.stage}: the node ran out of host memory; use a larger one, or lower calibration.samples"
+            failure = Failure(kind=OutOfMemory.__name__, message=message, traceback=str(error))
+        except exceptions.RayTaskError as error:
+            failure = Failure(kind=type(error.cause).__name__, message=str(error.cause), traceback=str(error))
+        except exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[0]
+            failure = Failure(kind=WorkerDied.__name__, message=f"{step.stage}: the worker died ({reason})")
+        return StageResult(stage=step.stage, recipe=step.recipe, failure=failure)
+
+
+def _set_up_environment(embedded: bool) -> None:
+    """What Ray reads from the environment when it's imported or started."""
+    os.environ["RAY_task_oom_retries"] = "0"  # noqa: SIM112 - Ray's own spelling
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if embedded and "RAY_AUTH_MODE" not in os.environ:
+        # Left alone, a local start writes ~/.ray/auth_token, after which other clusters of this user demand it.
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(16)
+
+
+def _pinned(node_id: str) -> dict[str, Any]:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False)}
+
+
+def _probe(workspace: str, with_devices: bool) -> str:
+    from workers.environment import probe
+
+    return probe(Path(workspace), with_devices).model_dump_json()
+
+
+def _run(job: str, stage: str, recipe: str | None) -> str:
+    from workers.run import run_stage
+
+    return run_stage(Job.model_validate_json(job), Stage(stage), recipe).model_dump_json()

@@ -1,0 +1,145 @@
+"""The driver: which jobs run, where and when. One failing job never stops the others."""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from pipeline.cluster import NETWORK_STAGES, Cluster, Node
+from pipeline.plan import Plan
+from pipeline.retry import wait_before_retry
+from pipeline.steps import JobRun, Step
+from workers.environment import Facts, job_problems
+from workers.errors import PreflightError
+from workers.job import Failure, Job, Stage, StageResult
+
+# Transfers at a time, over all jobs: fetch and publish share one line to the Hub.
+TRANSFERS = 4
+POLL_SECONDS = 0.5
+
+
+class Watcher(Protocol):
+    """Who wants to know how a run goes: the progress display, the ledger."""
+
+    def started(self, job: Job, step: Step, attempt: int) -> None:
+        """A step was handed to a node."""
+
+    def ended(self, job: Job, step: Step, attempt: int, result: StageResult, retry_in: float | None) -> None:
+        """A step came back; ``retry_in`` is the wait in seconds if it is tried again."""
+
+
+class Driver:
+    """Runs a plan's jobs on a cluster."""
+
+    def __init__(self, cluster: Cluster, plan: Plan, watchers: Sequence[Watcher]) -> None:
+        self.jobs = [JobRun(index, job) for index, job in enumerate(plan.jobs)]
+        self._needs = [_needs(plan, job) for job in plan.jobs]
+        self._cluster = cluster
+        self._watchers = watchers
+        self._nodes: dict[str, Node] = {}
+        self._waiting: list[tuple[float, int, Step]] = []
+        self._order = 0
+        self._attempts: Counter[Step] = Counter()
+        self._transfers = 0
+
+    def run(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Run until nothing is left to do."""
+        self._place(self.jobs)
+        unfinished = 0
+        for job in self.jobs:
+            if job.node:
+                self._enqueue(job.first(), clock())
+        while self._waiting or unfinished:
+            unfinished += self._start_due(clock())
+            for step, result in self._cluster.wait(POLL_SECONDS):
+                unfinished -= 1
+                self._transfers -= step.stage in NETWORK_STAGES
+                self._end(step, result, clock())
+            if not unfinished and self._waiting:
+                time.sleep(max(0.0, min(self._waiting[0][0] - clock(), POLL_SECONDS)))
+
+    def _enqueue(self, step: Step, due: float) -> None:
+        self._order += 1
+        heapq.heappush(self._waiting, (due, self._order, step))
+
+    def _start_due(self, now: float) -> int:
+        """Start all that is due; transfers beyond the limit keep their place in the queue."""
+        held: list[tuple[float, int, Step]] = []
+        started = 0
+        while self._waiting and self._waiting[0][0] <= now:
+            entry = heapq.heappop(self._waiting)
+            step = entry[2]
+            if step.stage in NETWORK_STAGES and self._transfers >= TRANSFERS:
+                held.append(entry)
+                continue
+            self._start(step)
+            started += 1
+        for entry in held:
+            heapq.heappush(self._waiting, entry)
+        return started
+
+    def _start(self, step: Step) -> None:
+        run = self.jobs[step.job]
+        self._transfers += step.stage in NETWORK_STAGES
+        self._attempts[step] += 1
+        self._cluster.start(step, run.job, self._nodes[run.node])
+        for watcher in self._watchers:
+            watcher.started(run.job, step, self._attempts[step])
+
+    def _end(self, step: Step, result: StageResult, now: float) -> None:
+        run, attempts = self.jobs[step.job], self._attempts[step]
+        wait = wait_before_retry(result.failure, attempts) if result.failure else None
+        for watcher in self._watchers:
+            watcher.ended(run.job, step, attempts, result, wait)
+        following = run.follow(step, result, attempts) if wait is None else self._again(run, step)
+        for later in following:
+            self._enqueue(later, now + (wait or 0.0))
+
+    def _again(self, run: JobRun, step: Step) -> list[Step]:
+        """The step itself; from the start on another node if its own is gone, for its files are gone with it."""
+        self._nodes = {node.id: node for node in self._cluster.nodes()}
+        if run.node in self._nodes:
+            return [step]
+        self._place([run])
+        return [run.first()] if run.node else []
+
+    def _place(self, runs: Sequence[JobRun]) -> None:
+        """Give each job the least loaded node that lacks nothing for it, or the list of what all of them lack."""
+        nodes = [node for node in self._cluster.nodes() if node.cpus]
+        self._nodes = {node.id: node for node in nodes}
+        facts = self._cluster.probe(nodes)
+        load = Counter(job.node for job in self.jobs if job.node)
+        for run in runs:
+            problems = {node.id: self._problems(run, facts[node.id]) for node in nodes}
+            fit = [node for node in nodes if not problems[node.id]]
+            if not fit:
+                self._refuse(run, problems)
+                continue
+            best = min(fit, key=lambda node: (load[node.id] / node.slots, not node.gpus))
+            run.node = best.id
+            load[best.id] += 1
+
+    def _problems(self, run: JobRun, facts: Facts) -> list[str]:
+        host_bytes, disk_bytes = self._needs[run.index]
+        return job_problems(facts, run.job, host_bytes, disk_bytes)
+
+    def _refuse(self, run: JobRun, problems: dict[str, list[str]]) -> None:
+        lines = dict.fromkeys(line for found in problems.values() for line in found)
+        message = f"preflight: {len(lines)} problem(s) for {run.job.model.id!r}:\n  " + "\n  ".join(lines)
+        failure = Failure(kind=PreflightError.__name__, message=message)
+        result = StageResult(stage=Stage.FETCH, failure=failure)
+        for watcher in self._watchers:
+            watcher.ended(run.job, run.first(), 1, result, None)
+        run.node = ""
+        run.follow(run.first(), result, 1)
+
+
+def _needs(plan: Plan, job: Job) -> tuple[int, int]:
+    """Host and disk bytes of a job: the dearest of its recipes, and the sum of what it writes."""
+    cells = [cell for cell in plan.artifacts if cell.source.pin == job.model and not cell.skipped]
+    host = max(cell.estimate.host_bytes for cell in cells)
+    source = cells[0].estimate.source_bytes if job.model.folder is None else 0
+    return host, source + sum(cell.estimate.artifact_bytes for cell in cells)

@@ -1,0 +1,93 @@
+"""What follows what: the stages of jobs as pure decisions over results. No Ray, no clock, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from workers.job import ArtifactMade, Failure, Job, Manifest, Stage, StageResult
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of one job, for one recipe where the stage is an artifact's own."""
+
+    job: int
+    stage: Stage
+    recipe: str | None = None
+
+
+@dataclass
+class ArtifactRun:
+    """What is known of one artifact so far."""
+
+    made: ArtifactMade | None = None
+    manifest: Manifest | None = None
+    commit: str | None = None
+    failure: Failure | None = None
+    seconds: dict[Stage, float] = field(default_factory=dict)
+    host_bytes: int = 0
+    device_bytes: int = 0
+    attempts: int = 1
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more is going to happen to it."""
+        return self.failure is not None or self.commit is not None or self._refused
+
+    @property
+    def _refused(self) -> bool:
+        return self.manifest is not None and not self.manifest.verdict.accepted
+
+
+class JobRun:
+    """The state of one job: which steps are to be done next, and what came of those done."""
+
+    def __init__(self, index: int, job: Job) -> None:
+        self.index = index
+        self.job = job
+        self.node = ""
+        self.reference_bytes = 0
+        self.seconds: dict[Stage, float] = {}
+        self.artifacts = {order.recipe.name: ArtifactRun() for order in job.orders}
+
+    def first(self) -> Step:
+        """The step that a job begins with."""
+        return Step(self.index, Stage.FETCH)
+
+    def follow(self, step: Step, result: StageResult, attempts: int) -> list[Step]:
+        """Take a step's final result in, and return the steps that it makes possible."""
+        self.seconds[step.stage] = self.seconds.get(step.stage, 0.0) + result.seconds
+        self.reference_bytes = result.reference_bytes or self.reference_bytes
+        for _, artifact in self._touched(step):
+            artifact.attempts = max(artifact.attempts, attempts)
+            artifact.host_bytes = max(artifact.host_bytes, result.memory.host)
+            artifact.device_bytes = max(artifact.device_bytes, result.memory.device)
+            artifact.seconds[step.stage] = result.seconds
+            artifact.failure = result.failure
+        return [] if result.failure else list(self._next(step, result))
+
+    def _touched(self, step: Step) -> list[tuple[str, ArtifactRun]]:
+        return [(name, run) for name, run in self.artifacts.items() if step.recipe in (None, name)]
+
+    def _next(self, step: Step, result: StageResult) -> Iterator[Step]:
+        match step.stage:
+            case Stage.FETCH:
+                yield Step(self.index, Stage.QUANTIZE)
+            case Stage.QUANTIZE:
+                yield from self._verify_what_was_made(result)
+            case Stage.VERIFY:
+                artifact = self.artifacts[step.recipe or ""]
+                artifact.manifest = result.manifest
+                if result.manifest and result.manifest.verdict.accepted and self.job.destination:
+                    yield Step(self.index, Stage.PUBLISH, step.recipe)
+            case Stage.PUBLISH:
+                self.artifacts[step.recipe or ""].commit = result.commit
+
+    def _verify_what_was_made(self, result: StageResult) -> Iterator[Step]:
+        for made in result.artifacts:
+            artifact = self.artifacts[made.recipe]
+            artifact.made, artifact.failure = made, made.error
+            artifact.seconds[Stage.QUANTIZE] = made.seconds
+            if made.error is None:
+                yield Step(self.index, Stage.VERIFY, made.recipe)

@@ -1,0 +1,131 @@
+"""The preflight: what a machine has, and what a job lacks there. Facts apart from judgement; no torch at import."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from pathlib import Path
+
+from workers.job import BitsAndBytesRecipe, Frozen, Job, Recipe
+
+# What each engine needs to be installed: distribution -> the command that mends its absence.
+BASE_PACKAGES = ("torch", "transformers", "safetensors", "datasets", "huggingface_hub", "greenlet", "accelerate")
+RUNTIME_PACKAGES: dict[str, tuple[str, ...]] = {
+    "compressed-tensors": ("compressed-tensors",),
+    "gptq": ("gptqmodel", "optimum"),
+    "bitsandbytes": ("bitsandbytes",),
+}
+EXTRA_OF = {"gptqmodel": "quantmill[gptq]", "optimum": "quantmill[gptq]"}
+
+
+class Device(Frozen):
+    """A CUDA device, with its memory in bytes."""
+
+    name: str
+    capability: tuple[int, int]
+    memory: int
+
+
+class Facts(Frozen):
+    """What a machine has, as found by ``probe``; bytes."""
+
+    node: str
+    python: str
+    packages: dict[str, str]
+    devices: tuple[Device, ...] = ()
+    host_memory: int
+    host_memory_free: int
+    disk_free: int
+    cpus: int
+
+
+def probe(workspace: Path, with_devices: bool = True) -> Facts:
+    """Look at this machine. ``with_devices`` imports torch, which takes seconds."""
+    names = {*BASE_PACKAGES, *(name for names in RUNTIME_PACKAGES.values() for name in names)}
+    total, free = _host_memory()
+    return Facts(
+        node=platform.node(),
+        python=platform.python_version(),
+        packages={name: version for name in sorted(names) if (version := _version(name))},
+        devices=_devices() if with_devices else (),
+        host_memory=total,
+        host_memory_free=free,
+        disk_free=shutil.disk_usage(_existing(workspace)).free,
+        cpus=len(os.sched_getaffinity(0)),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of all that shapes an artifact, for its manifest."""
+    names = {*BASE_PACKAGES, *(name for names in RUNTIME_PACKAGES.values() for name in names), "quantmill"}
+    found = {name: version for name in sorted(names) if (version := _version(name))}
+    return {"python": platform.python_version(), "platform": platform.machine(), **found}
+
+
+def problems(facts: Facts, recipe: Recipe) -> list[str]:
+    """All that the machine lacks for a recipe, each with the command that mends it. Pure."""
+    needed = [*BASE_PACKAGES, *RUNTIME_PACKAGES[recipe.format]]
+    missing = [name for name in needed if name not in facts.packages]
+    found = [
+        f"package {name} is not installed, expected for recipe {recipe.name!r}; run "
+        f"`pip install '{EXTRA_OF.get(name, name)}'`"
+        for name in missing
+    ]
+    if isinstance(recipe, BitsAndBytesRecipe) and facts.devices and facts.devices[0].capability < (6, 0):
+        got = ".".join(map(str, facts.devices[0].capability))
+        found.append(
+            f"compute capability {got} of {facts.devices[0].name}: bitsandbytes expects 6.0 or more; use the CPU"
+        )
+    return found
+
+
+def job_problems(facts: Facts, job: Job, host_bytes: int, disk_bytes: int) -> list[str]:
+    """All that the machine lacks for a job, whose estimates are given in bytes. Pure."""
+    found = [problem for order in job.orders for problem in problems(facts, order.recipe)]
+    if host_bytes > facts.host_memory:
+        found.append(
+            f"host memory: {_gb(facts.host_memory)} on {facts.node}, expected at least {_gb(host_bytes)} "
+            f"for {job.model.id!r}; lower calibration.samples, or use a larger machine"
+        )
+    if disk_bytes > facts.disk_free:
+        found.append(
+            f"disk: {_gb(facts.disk_free)} free at {job.workspace} on {facts.node}, expected at least "
+            f"{_gb(disk_bytes)} for {job.model.id!r}; free some, or choose another --out"
+        )
+    return list(dict.fromkeys(found))
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _host_memory() -> tuple[int, int]:
+    """Total and available bytes; a container's limit counts where it is lower."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    table = {key: int(value.split()[0]) * 1024 for key, _, value in (line.partition(":") for line in lines)}
+    total, free = table["MemTotal"], table["MemAvailable"]
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return (total, free) if text == "max" else (min(total, int(text)), min(free, int(text)))
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _devices() -> tuple[Device, ...]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return tuple(Device(name=p.name, capability=(p.major, p.minor), memory=p.total_memory) for p in properties)

@@ -1,0 +1,113 @@
+"""Run one stage of a job in this process, and always come back with a result. The one door into the workers.
+
+Imports no torch until a stage needs it: fetch and publish never do.
+"""
+
+from __future__ import annotations
+
+import errno
+import platform
+import resource
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from workers import hub
+from workers.content import folder_sha256
+from workers.errors import CheckpointError, DiskFull, HubUnavailable, OutOfMemory, QuantmillError
+from workers.job import Failure, Job, PeakMemory, Stage, StageResult, artifact_folder
+
+
+def run_stage(job: Job, stage: Stage, recipe: str | None = None) -> StageResult:
+    """Run a stage; ``recipe`` names the artifact for verify and publish. Errors come back as ``failure``."""
+    start = time.monotonic()
+    try:
+        result = _STAGES[stage](job, recipe)
+    except Exception as error:
+        result = StageResult(stage=stage, recipe=recipe, failure=describe(error))
+    return result.model_copy(
+        update={"node": platform.node(), "seconds": time.monotonic() - start, "memory": peak_memory()}
+    )
+
+
+def describe(error: BaseException) -> Failure:
+    """An error as it travels to the driver: its class in ``workers.errors``, or its own where it isn't ours."""
+    known = classify(error)
+    return Failure(
+        kind=type(known).__name__,
+        message=str(known) or type(known).__name__,
+        retry_after=known.retry_after if isinstance(known, HubUnavailable) else None,
+        traceback="".join(traceback.format_exception(error))[-8000:],
+    )
+
+
+def classify(error: BaseException) -> BaseException:
+    """The same error, or the one of ours that says what it means: no memory, no disk."""
+    if isinstance(error, QuantmillError):
+        return error
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return OutOfMemory(f"out of memory ({error}); use a larger machine, or lower calibration.samples")
+    # safetensors reports a full disk as an error of its own, with the system's text in it.
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left on device" in str(error):
+        return DiskFull(f"no space left on the device ({error}); free some, or choose another --out")
+    return error
+
+
+def peak_memory() -> PeakMemory:
+    """Peak bytes of this process so far, on the host and on its CUDA device."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    torch = sys.modules.get("torch")
+    device = torch.cuda.max_memory_allocated() if torch is not None and torch.cuda.is_initialized() else 0
+    return PeakMemory(host=host, device=device)
+
+
+def _fetch(job: Job, recipe: str | None) -> StageResult:
+    model = job.model
+    if model.folder is None:
+        hub.fetch(hub.connect(model.endpoint), model.id, model.revision, model.allow_pickle)
+    elif folder_sha256(Path(model.folder)) != model.revision:
+        raise CheckpointError(f"models: {model.id!r} changed since it was planned; run the zoo again")
+    return StageResult(stage=Stage.FETCH)
+
+
+def _quantize(job: Job, recipe: str | None) -> StageResult:
+    from workers.quantize import quantize
+
+    artifacts, reference_bytes = quantize(job, model_folder(job))
+    return StageResult(stage=Stage.QUANTIZE, artifacts=artifacts, reference_bytes=reference_bytes)
+
+
+def _verify(job: Job, recipe: str | None) -> StageResult:
+    from workers.verify.stage import verify
+
+    assert recipe is not None
+    manifest = verify(job, job.order(recipe), model_folder(job))
+    return StageResult(stage=Stage.VERIFY, recipe=recipe, manifest=manifest)
+
+
+def _publish(job: Job, recipe: str | None) -> StageResult:
+    assert recipe is not None
+    order, destination = job.order(recipe), job.destination
+    assert destination is not None
+    assert order.repo_id is not None
+    commit = hub.publish(
+        hub.connect(destination.endpoint),
+        order.repo_id,
+        artifact_folder(job.workspace, order),
+        private=destination.private,
+        message=f"{recipe} of {Path(job.model.id).name}@{job.model.revision[:12]}",
+    )
+    return StageResult(stage=Stage.PUBLISH, recipe=recipe, commit=commit)
+
+
+def model_folder(job: Job) -> Path:
+    """The folder of a job's model once it's fetched."""
+    model = job.model
+    if model.folder is not None:
+        return Path(model.folder)
+    return hub.fetch(hub.connect(model.endpoint), model.id, model.revision, model.allow_pickle, offline=True)
+
+
+_STAGES = {Stage.FETCH: _fetch, Stage.QUANTIZE: _quantize, Stage.VERIFY: _verify, Stage.PUBLISH: _publish}
