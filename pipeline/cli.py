@@ -1,0 +1,230 @@
+"""The command line. Imports what a command needs when it runs: ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from pipeline.plan import Plan
+    from pipeline.session import Finished
+    from pipeline.zoo import Zoo
+
+WRONG, FAILED, INTERRUPTED = 2, 1, 130
+
+ZOO = click.argument("zoo", type=click.Path(path_type=Path))
+OUT = click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs"), show_default=True)
+
+
+class _Group(click.Group):
+    """Turns the package's own errors into a message and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        from workers.errors import QuantmillError
+
+        try:
+            return super().invoke(ctx)
+        except QuantmillError as error:
+            click.echo(f"quantmill: {type(error).__name__}: {error}", err=True)
+            ctx.exit(WRONG)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="quantmill")
+def main() -> None:
+    """From a zoo file (models x recipes) to verified, published quantized checkpoints."""
+
+
+@main.command()
+@ZOO
+@OUT
+@click.option("--address", help="A running Ray cluster; left out: one on this machine, for this run.")
+@click.option("--dry-run", is_flag=True, help="Stop after the plan.")
+def run(zoo: Path, out: Path, address: str | None, dry_run: bool) -> None:
+    """Make, verify and publish what the zoo file ZOO asks for and doesn't stand there yet."""
+    from pipeline import session
+    from pipeline import zoo as zoos
+
+    loaded = zoos.load(zoo)
+    with session.destination(loaded, out, address) as endpoint:
+        plan = session.make_plan(loaded, zoo, out, endpoint)
+        _print_plan(plan, loaded, endpoint)
+        if dry_run:
+            return
+        finished = _run(plan, out, address)
+    _print_results(finished)
+    if finished.interrupted:
+        sys.exit(INTERRUPTED)
+    sys.exit(0 if finished.results.status == "ok" else FAILED)
+
+
+@main.command()
+@ZOO
+@OUT
+def plan(zoo: Path, out: Path) -> None:
+    """Show what would be made, what is skipped and why, with sizes and memory."""
+    from pipeline import session
+    from pipeline import zoo as zoos
+
+    loaded = zoos.load(zoo)
+    with session.destination(loaded, out) as endpoint:
+        _print_plan(session.make_plan(loaded, zoo, out, endpoint), loaded, endpoint)
+
+
+@main.command()
+@click.argument("run_id", metavar="[RUN]", required=False)
+@OUT
+def status(run_id: str | None, out: Path) -> None:
+    """Show the runs of the ledger, or the stages that RUN tried."""
+    from pipeline.ledger import Ledger
+    from workers.errors import ZooError
+
+    if not (out / "ledger.sqlite").is_file():
+        raise ZooError(f"--out: no ledger in {str(out)!r}; run a zoo first, or name the --out of its run")
+    with Ledger(out) as ledger:
+        rows = ledger.attempts(run_id) if run_id else ledger.runs()
+    if run_id and not rows:
+        raise ZooError(f"status: the ledger knows no stages of run {run_id!r}; `quantmill status` lists the runs")
+    columns = ("model", "recipe", "stage", "attempt", "node", "seconds", "outcome", "error") if run_id else ()
+    _print_rows([dict(row) for row in rows], columns or ("run_id", "zoo", "started_at", "finished_at", "status"))
+
+
+@main.command()
+@click.argument("run_id", metavar="[RUN]", required=False)
+@OUT
+def report(run_id: str | None, out: Path) -> None:
+    """Render report.html of RUN again, of the newest run if none is named."""
+    from pipeline import session
+
+    click.echo(session.write_report(session.find_run(out.resolve(), run_id)))
+
+
+@main.command()
+@click.argument("recipes", nargs=-1)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), help="Where runs would write.")
+def doctor(recipes: tuple[str, ...], out: Path) -> None:
+    """Check this machine against RECIPES, all that are shipped if none is named."""
+    import subprocess
+
+    from pipeline import shipped
+    from workers.environment import Facts, problems
+
+    # A process of its own, for looking at the devices takes torch.
+    code = f"import pathlib, workers.environment as e; print(e.probe(pathlib.Path({str(out)!r})).model_dump_json())"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    facts = Facts.model_validate_json(answer.stdout.splitlines()[-1])
+    devices = ", ".join(f"{d.name} ({d.memory / 1e9:.0f} GB)" for d in facts.devices) or "none: the CPU is used"
+    click.echo(
+        f"{facts.node}: Python {facts.python}, {facts.cpus} cores, {facts.host_memory / 1e9:.1f} GB, GPU: {devices}"
+    )
+    found = {name: problems(facts, shipped.recipe(name)) for name in recipes or shipped.recipe_names()}
+    _print_rows([{"recipe": n, "state": "; ".join(p) or "ready"} for n, p in found.items()], ("recipe", "state"))
+    sys.exit(FAILED if any(found.values()) else 0)
+
+
+@main.command()
+@click.option("--root", type=click.Path(path_type=Path, file_okay=False), required=True, help="Where the files lie.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
+def hub(root: Path, port: int) -> None:
+    """Serve the loopback Hub, alone, until Ctrl+C."""
+    from pipeline.loopback import serve
+
+    serve(root, port)
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON Schema of a zoo file, for editors."""
+    from pipeline.zoo import Zoo
+
+    click.echo(json.dumps(Zoo.model_json_schema(), indent=1))
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path), default=Path("zoo.yaml"))
+def init(path: Path) -> None:
+    """Write a first zoo file to PATH; an existing one is left alone."""
+    from pipeline import shipped
+    from workers.errors import ZooError
+
+    if path.exists():
+        raise ZooError(f"init: {str(path)!r} exists already; name another file")
+    path.write_text((shipped.configs() / "first.yaml").read_text())
+    click.echo(f"wrote {path}; edit it, then: quantmill plan {path}")
+
+
+def _run(plan: Plan, out: Path, address: str | None) -> Finished:
+    from rich.console import Console
+
+    from pipeline import session
+    from pipeline.progress import LiveProgress, PlainProgress
+
+    console = Console()
+    with LiveProgress(console, plan) if console.is_terminal else PlainProgress(console) as progress:
+        return session.run(plan, out, address, [progress])
+
+
+def _print_plan(plan: Plan, zoo: Zoo, endpoint: str | None) -> None:
+    to_make = sum(len(job.orders) for job in plan.jobs)
+    where = f"published at {endpoint}" if endpoint else "not published: the zoo has no 'publish'"
+    click.echo(f"zoo {zoo.name}: {len(plan.artifacts)} artifacts, {to_make} to make; {where}")
+    rows = [
+        {
+            "model": cell.source.name,
+            "commit": cell.source.pin.revision[:12],
+            "recipe": cell.order.recipe.name,
+            "fingerprint": cell.order.fingerprint[:12],
+            "plan": cell.reason,
+            "source": f"{cell.estimate.source_bytes / 1e6:.1f} MB",
+            "artifact": f"{cell.estimate.artifact_bytes / 1e6:.1f} MB",
+            "host memory": f"{cell.estimate.host_bytes / 1e9:.1f} GB",
+        }
+        for cell in plan.artifacts
+    ]
+    _print_rows(rows, tuple(rows[0]))
+
+
+def _print_results(finished: Finished) -> None:
+    rows = []
+    for entry in finished.results.artifacts:
+        metrics = entry.metrics
+        rows.append(
+            {
+                "model": Path(entry.model).name,
+                "recipe": entry.recipe,
+                "status": entry.status,
+                "KL": f"{metrics.kl_mean:.4f}" if metrics else "",
+                "top-1": f"{metrics.top1_agreement:.3f}" if metrics else "",
+                "perplexity": f"{metrics.perplexity:.3f}" if metrics else "",
+                "size": f"{entry.bytes / 1e6:.1f} MB" if entry.bytes else "",
+                "where, or why": entry.reason or entry.repo_id or entry.path or "",
+            }
+        )
+    _print_rows(rows, tuple(rows[0]))
+    if finished.interrupted:
+        click.echo("interrupted; run the same command again to go on")
+    click.echo(finished.results_path)
+    click.echo(finished.report_path)
+
+
+def _print_rows(rows: Sequence[Mapping[str, object]], columns: tuple[str, ...]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text("" if row[column] is None else str(row[column])) for column in columns))
+    console = Console()
+    console.print(table, width=None if console.is_terminal else 160)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""A run from end to end: the Hub it publishes to, the plan, the driver, and what it leaves behind."""
+
+from __future__ import annotations
+
+import secrets
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+
+from pipeline import plan as planning
+from pipeline import results as contract
+from pipeline.ledger import Attempt, Ledger, now
+from pipeline.plan import Plan
+from pipeline.scheduler import Driver, Watcher
+from pipeline.steps import Step
+from pipeline.zoo import Zoo
+from workers import hub
+from workers.errors import ZooError
+from workers.job import Job, StageResult
+
+LOOPBACK = "loopback"
+RESULTS = "results.json"
+REPORT = "report.html"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run left behind."""
+
+    results: contract.Results
+    results_path: Path
+    report_path: Path
+    interrupted: bool
+
+
+@contextmanager
+def destination(zoo: Zoo, out: Path, address: str | None = None) -> Iterator[str | None]:
+    """The address to publish at while the context lasts: None for nowhere, the embedded Hub's for ``loopback``.
+
+    Raises:
+        ZooError: the embedded Hub asked for on a cluster, whose other nodes can't reach it.
+    """
+    if zoo.publish is None:
+        yield None
+    elif zoo.publish.endpoint != LOOPBACK:
+        yield (zoo.publish.endpoint or hub.default_endpoint()).rstrip("/")
+    elif address:
+        raise ZooError(
+            f"publish.endpoint: the loopback Hub can't be reached from the cluster, got --address {address!r}; "
+            "leave --address out, or name a Hub by its URL"
+        )
+    else:
+        from pipeline.loopback import LoopbackHub
+
+        with LoopbackHub(out / "hub") as embedded:
+            yield embedded.endpoint
+
+
+def new_run_id(zoo: str) -> str:
+    """Sorts by time, and tells two runs of one second apart."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{zoo}-{secrets.token_hex(2)}"
+
+
+class LedgerWatcher:
+    """Enters every stage that ended."""
+
+    def __init__(self, ledger: Ledger, run_id: str) -> None:
+        self._ledger = ledger
+        self._run_id = run_id
+
+    def started(self, job: Job, step: Step, attempt: int) -> None:
+        """Nothing: only results count."""
+
+    def ended(self, job: Job, step: Step, attempt: int, result: StageResult, retry_in: float | None) -> None:
+        """Enter it."""
+        print_of = job.order(step.recipe).fingerprint if step.recipe else None
+        entry = Attempt(job.model.id, job.model.revision, step.recipe, print_of, attempt)
+        self._ledger.record(self._run_id, entry, result)
+
+
+def run(plan: Plan, out: Path, address: str | None, watchers: Sequence[Watcher]) -> Finished:
+    """Make what the plan says is missing, and write ``results.json`` and ``report.html``, whatever happens.
+
+    Ray isn't even started for a plan without jobs.
+    """
+    started_at, run_id = now(), new_run_id(plan.zoo)
+    with ExitStack() as stack:
+        ledger = stack.enter_context(Ledger(out))
+        ledger.start(run_id, plan.zoo, started_at)
+        jobs, interrupted = [], False
+        if plan.jobs:
+            from pipeline.cluster import Cluster
+
+            stack.enter_context(_terminable())
+            try:
+                with Cluster(address, out.resolve()) as cluster:
+                    driver = Driver(cluster, plan, [LedgerWatcher(ledger, run_id), *watchers])
+                    jobs = driver.jobs
+                    driver.run()
+            except KeyboardInterrupt:
+                interrupted = True
+        made = contract.build(run_id, plan.zoo, started_at, now(), plan.artifacts, jobs)
+        ledger.finish(run_id, made.finished_at, "interrupted" if interrupted else made.status)
+    folder = out.resolve() / run_id
+    folder.mkdir(parents=True)
+    contract.write_atomically(folder / RESULTS, made.model_dump_json(indent=1) + "\n")
+    write_report(folder)
+    return Finished(made, folder / RESULTS, folder / REPORT, interrupted)
+
+
+def write_report(folder: Path) -> Path:
+    """Render ``report.html`` of a run from its ``results.json``."""
+    from pipeline.report import render
+
+    path = folder / REPORT
+    results = contract.Results.model_validate_json((folder / RESULTS).read_text())
+    contract.write_atomically(path, render(results))
+    return path
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl+C does: in order."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def find_run(out: Path, run_id: str | None) -> Path:
+    """The folder of a run, the newest if none is named.
+
+    Raises:
+        ZooError: there is none.
+    """
+    runs = sorted(path.parent for path in out.glob(f"*/{RESULTS}"))
+    if run_id is not None:
+        runs = [path for path in runs if path.name == run_id]
+    if not runs:
+        wanted = f"run {run_id!r}" if run_id else "any run"
+        raise ZooError(f"--out: no results of {wanted} in {out}; `quantmill status` lists the runs")
+    return runs[-1]
+
+
+def make_plan(zoo: Zoo, zoo_path: Path, out: Path, endpoint: str | None) -> Plan:
+    """Plan a zoo that was read from ``zoo_path``."""
+    return planning.make_plan(zoo, zoo_path.resolve().parent, out.resolve(), endpoint)
