@@ -222,8 +222,8 @@ def _print_rows(rows: Sequence[Mapping[str, object]], columns: tuple[str, ...]) 
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(Text("" if row[column] is None else str(row[column])) for column in columns))
-    console = Console()
-    console.print(table, width=None if console.is_terminal else 160)
+    # Without a terminal there's no width to keep to: logs and pipes get whole lines.
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,56 @@
+# Everything runs in .venv of this folder; `make setup` makes it, and the other targets make it if it's missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.quantmill-setup
+OUT ?= runs
+
+.PHONY: help setup quickstart test test-gpu check lint types contracts bench constraints clean
+
+help:
+	@echo "make quickstart   two small models x three recipes: quantized, verified, published to a loopback Hub"
+	@echo "make test         the tests"
+	@echo "make check        lint, types, import contracts, tests (what CI runs)"
+	@echo "make setup        the environment alone (the others make it if it's missing)"
+	@echo "make bench        measure; results go into tests/bench/RESULTS.md by hand"
+
+setup: $(STAMP)
+
+# pip with a constraints file, and torch first: another order lets a resolver take a CUDA build of several GB.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "setting up $(VENV)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[gptq,dev]'
+	@touch $@
+
+quickstart: $(STAMP)
+	$(BIN)/quantmill run configs/quickstart.yaml --out $(OUT)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
+
+check: lint types contracts test
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+contracts: $(STAMP)
+	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	$(BIN)/python tests/bench/bench_solver.py
+
+constraints:
+	( head -1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' ) > constraints.new
+	mv constraints.new constraints.txt
+
+clean:
+	rm -rf $(OUT) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist

@@ -1,0 +1,131 @@
+"""The model card of an artifact: what was done, what was measured, how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from workers.job import BitsAndBytesRecipe, Job, Order, Recipe, Verdict
+
+INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags")
+INSTALL = {
+    "compressed-tensors": "pip install transformers compressed-tensors",
+    "gptq": "pip install transformers optimum gptqmodel",
+    "bitsandbytes": "pip install transformers bitsandbytes accelerate",
+}
+
+
+def render_card(
+    job: Job, order: Order, source: Path, verdict: Verdict, environment: Mapping[str, str], fallbacks: tuple[str, ...]
+) -> str:
+    """``README.md`` of an artifact; metadata that the card in the ``source`` folder has is inherited."""
+    metadata = card_metadata(job, order, read_metadata(source / "README.md"), verdict)
+    front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+    return f"---\n{front}---\n\n{_body(job, order, verdict, environment, fallbacks)}"
+
+
+def read_metadata(card: Path) -> dict[str, Any]:
+    """The YAML block at the head of a card; empty if there is none."""
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    if not text.startswith("---\n") or "\n---" not in text[3:]:
+        return {}
+    loaded = yaml.safe_load(text[4 : text.index("\n---", 3)])
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def card_metadata(job: Job, order: Order, source: Mapping[str, Any], verdict: Verdict) -> dict[str, Any]:
+    """The card's YAML metadata, in the Hub's names."""
+    inherited = {key: source[key] for key in INHERITED if key in source}
+    tags = [*inherited.pop("tags", []), "quantmill", order.recipe.format, order.recipe.method]
+    base = {} if job.model.folder else {"base_model": job.model.id, "base_model_relation": "quantized"}
+    metadata = {
+        **base,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        **inherited,
+        "tags": list(dict.fromkeys(tags)),
+    }
+    if verdict.metrics is not None:
+        metadata["model-index"] = [_model_index(job, order, verdict)]
+    return metadata
+
+
+def _model_index(job: Job, order: Order, verdict: Verdict) -> dict[str, Any]:
+    metrics = verdict.metrics
+    assert metrics is not None
+    values = {
+        "perplexity": metrics.perplexity,
+        "kl_divergence_to_reference": metrics.kl_mean,
+        "top1_agreement_with_reference": metrics.top1_agreement,
+    }
+    return {
+        "name": f"{Path(job.model.id).name}-{order.recipe.name}",
+        "results": [
+            {
+                "task": {"type": "text-generation"},
+                "dataset": {"name": "held-out text", "type": job.verification.dataset.name or "text"},
+                "metrics": [{"type": kind, "value": round(value, 6)} for kind, value in values.items()],
+            }
+        ],
+    }
+
+
+def describe_scheme(recipe: Recipe) -> str:
+    """The scheme in a person's words."""
+    if isinstance(recipe, BitsAndBytesRecipe):
+        return recipe.description or recipe.scheme.type
+    scheme = recipe.scheme
+    groups = f"one scale for each {scheme.group_size} inputs" if scheme.group_size else "one scale for each output"
+    return f"{scheme.bits}-bit integers, {'symmetric' if scheme.symmetric else 'asymmetric'}, {groups}"
+
+
+def _body(job: Job, order: Order, verdict: Verdict, environment: Mapping[str, str], fallbacks: tuple[str, ...]) -> str:
+    name = Path(job.model.id).name
+    recipe = order.recipe
+    repo = order.repo_id or f"{name}-{recipe.name}"
+    parts = [
+        f"# {name}, {recipe.name}\n",
+        f"{name} at `{job.model.revision[:12]}`, quantized by quantmill: {describe_scheme(recipe)} "
+        f"(method {recipe.method}, format {recipe.format}).\n",
+        "## Measured\n",
+        _measured(verdict),
+        "## Load it\n",
+        f"```\n{INSTALL[recipe.format]}\n```\n",
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{repo}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n```\n',
+    ]
+    if recipe.format in ("compressed-tensors", "gptq"):
+        parts.append(f"vLLM reads the same files: `vllm serve {repo}`\n")
+    if fallbacks:
+        parts += ["## Deviations from the recipe\n", "".join(f"- {line}\n" for line in fallbacks)]
+    parts += [
+        "## Make it again\n",
+        f"Fingerprint `{order.fingerprint}`; `quantmill.json` holds the recipe, the calibration settings, "
+        "the sha256 of every file and the versions below.\n",
+        "".join(f"- {package} {version}\n" for package, version in environment.items()),
+    ]
+    return "\n".join(parts)
+
+
+def _measured(verdict: Verdict) -> str:
+    metrics, runtime = verdict.metrics, verdict.runtime
+    if metrics is None:
+        return "Nothing: the artifact failed before it could be measured.\n"
+    lines = [
+        f"Against the half-precision original, on {metrics.eval_tokens} held-out tokens:\n",
+        "| | this checkpoint | original |",
+        "|---|---|---|",
+        f"| perplexity | {metrics.perplexity:.4f} | {metrics.reference_perplexity:.4f} |",
+        f"| KL divergence, mean (p99), nats | {metrics.kl_mean:.5f} ({metrics.kl_p99:.4f}) | 0 |",
+        f"| top-1 agreement (95 % bound) | {metrics.top1_agreement:.4f} ({metrics.top1_agreement_lower:.4f}) | 1 |",
+    ]
+    if runtime is not None:
+        lines.append(
+            f"\nLoaded by {runtime.name} {runtime.version}: logits within {runtime.max_abs_logit_difference:.2g} "
+            "of the measured ones."
+        )
+    return "\n".join(lines) + "\n"
