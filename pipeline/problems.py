@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-_TAGS = {"gptq", "rtn", "bitsandbytes", "int", "nf4", "fp4", "llm-int8", "name", "definition"}
+_TAGS = {"gptq", "rtn", "bitsandbytes", "int", "nf4", "fp4", "llm-int8", "recipe-name", "recipe-definition"}
 
 
 def explain(error: ValidationError, where: str, root: type[BaseModel] | None = None) -> str:

@@ -86,8 +86,8 @@ class Publish(Frozen):
 
 
 NamedOrDefined = Annotated[
-    Annotated[str, Tag("name")] | Annotated[Recipe, Tag("definition")],
-    Discriminator(lambda value: "name" if isinstance(value, str) else "definition"),
+    Annotated[str, Tag("recipe-name")] | Annotated[Recipe, Tag("recipe-definition")],
+    Discriminator(lambda value: "recipe-name" if isinstance(value, str) else "recipe-definition"),
 ]
 
 

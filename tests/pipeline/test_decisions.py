@@ -1,0 +1,128 @@
+"""What follows what, and what is tried again: pure decisions, no Ray."""
+
+import pytest
+
+from pipeline import retry
+from pipeline.shipped import recipe
+from pipeline.steps import JobRun, Step
+from workers import errors
+from workers.job import (
+    ArtifactMade,
+    Calibration,
+    Dataset,
+    Destination,
+    Failure,
+    Job,
+    Manifest,
+    ModelPin,
+    Order,
+    PeakMemory,
+    Stage,
+    StageResult,
+    Thresholds,
+    Verdict,
+    Verification,
+)
+
+TEXT = Dataset(path="text", data_files=("/a.txt",))
+BOUNDS = Thresholds(kl_mean=1, top1_agreement=0.5, perplexity_ratio=2, runtime_logit_difference=1)
+
+
+def job(*recipes: str, publish: bool = True) -> Job:
+    return Job(
+        model=ModelPin(id="org/model", revision="r" * 40),
+        orders=tuple(
+            Order(recipe=recipe(name), fingerprint=name * 8, thresholds=BOUNDS, repo_id=f"acme/model-{name}")
+            for name in recipes
+        ),
+        calibration=Calibration(dataset=TEXT),
+        verification=Verification(dataset=TEXT),
+        destination=Destination(endpoint="http://127.0.0.1:1") if publish else None,
+        workspace="/nowhere",
+    )
+
+
+def manifest(of: Job, name: str, accepted: bool) -> Manifest:
+    return Manifest(
+        fingerprint=of.order(name).fingerprint,
+        model="org/model",
+        revision="r",
+        recipe=of.order(name).recipe,
+        calibration=None,
+        files={},
+        verdict=Verdict(accepted=accepted, reasons=() if accepted else ("KL",)),
+        environment={},
+        fallbacks=(),
+        bytes=1,
+        reference_bytes=2,
+        created_at="now",
+    )
+
+
+def made(*names: str, **failed: Failure) -> StageResult:
+    artifacts = [ArtifactMade(recipe=name, path="/x", bytes=1, seconds=1.0) for name in names]
+    artifacts += [
+        ArtifactMade(recipe=n.replace("_", "-"), path="", bytes=0, seconds=0, error=f) for n, f in failed.items()
+    ]
+    return StageResult(stage=Stage.QUANTIZE, seconds=3.0, artifacts=tuple(artifacts), memory=PeakMemory(host=9))
+
+
+def test_a_job_goes_from_fetch_to_publish() -> None:
+    run = JobRun(0, job("bnb-nf4", "bnb-int8"))
+    assert run.first() == Step(0, Stage.FETCH)
+    assert run.follow(run.first(), StageResult(stage=Stage.FETCH), 1) == [Step(0, Stage.QUANTIZE)]
+    verify = run.follow(Step(0, Stage.QUANTIZE), made("bnb-nf4", "bnb-int8"), 1)
+    assert verify == [Step(0, Stage.VERIFY, "bnb-nf4"), Step(0, Stage.VERIFY, "bnb-int8")]
+    accepted = StageResult(stage=Stage.VERIFY, recipe="bnb-nf4", manifest=manifest(run.job, "bnb-nf4", True))
+    assert run.follow(verify[0], accepted, 1) == [Step(0, Stage.PUBLISH, "bnb-nf4")]
+    rejected = StageResult(stage=Stage.VERIFY, recipe="bnb-int8", manifest=manifest(run.job, "bnb-int8", False))
+    assert run.follow(verify[1], rejected, 1) == []
+    published = StageResult(stage=Stage.PUBLISH, recipe="bnb-nf4", commit="c")
+    assert run.follow(Step(0, Stage.PUBLISH, "bnb-nf4"), published, 2) == []
+    assert run.artifacts["bnb-nf4"].commit == "c"
+    assert run.artifacts["bnb-nf4"].attempts == 2
+    assert run.artifacts["bnb-int8"].commit is None
+    assert run.seconds[Stage.QUANTIZE] == 3.0
+
+
+def test_without_a_destination_nothing_is_published() -> None:
+    run = JobRun(0, job("bnb-nf4", publish=False))
+    result = StageResult(stage=Stage.VERIFY, recipe="bnb-nf4", manifest=manifest(run.job, "bnb-nf4", True))
+    assert run.follow(Step(0, Stage.VERIFY, "bnb-nf4"), result, 1) == []
+
+
+def test_one_failed_recipe_leaves_the_others_alone() -> None:
+    run = JobRun(0, job("bnb-nf4", "gptq-w4-g128"))
+    failure = Failure(kind="UnsupportedRecipe", message="no")
+    assert run.follow(Step(0, Stage.QUANTIZE), made("bnb-nf4", gptq_w4_g128=failure), 1) == [
+        Step(0, Stage.VERIFY, "bnb-nf4")
+    ]
+    assert run.artifacts["gptq-w4-g128"].failure == failure
+    assert run.artifacts["bnb-nf4"].failure is None
+
+
+def test_a_failed_stage_of_a_job_fails_all_of_its_artifacts() -> None:
+    run = JobRun(0, job("bnb-nf4", "bnb-int8"))
+    failure = Failure(kind="ModelNotFound", message="gone")
+    assert run.follow(run.first(), StageResult(stage=Stage.FETCH, failure=failure), 1) == []
+    assert [artifact.failure for artifact in run.artifacts.values()] == [failure, failure]
+
+
+@pytest.mark.parametrize("name", [name for name, kind in vars(errors).items() if isinstance(kind, type)])
+def test_only_what_can_pass_is_tried_again(name: str) -> None:
+    transient = issubclass(getattr(errors, name), errors.TransientError)
+    waits = []
+    while (wait := retry.wait_before_retry(Failure(kind=name, message=""), len(waits) + 1)) is not None:
+        waits.append(wait)
+        assert len(waits) < 100
+    assert bool(waits) == (transient and name != "TransientError")
+    assert waits == sorted(waits)
+
+
+def test_a_hub_that_asks_to_wait_is_obeyed_within_reason() -> None:
+    def wait(seconds: float) -> float | None:
+        return retry.wait_before_retry(Failure(kind="HubUnavailable", message="", retry_after=seconds), 1)
+
+    assert wait(17.0) == 17.0
+    assert wait(0.0) == 1.0
+    assert wait(1e9) == retry.LONGEST_WAIT_SECONDS
