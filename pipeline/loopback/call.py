@@ -1,0 +1,187 @@
+"""One HTTP request as the handlers see it, and the answers that huggingface_hub turns into its exceptions."""
+
+from __future__ import annotations
+
+import hmac
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import parse_qs, quote, unquote
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from pipeline.loopback.errors import (
+    AlreadyExists,
+    EntryNotFound,
+    HeadMoved,
+    HubError,
+    InvalidRequest,
+    NotFound,
+    RepoNotFound,
+    RevisionNotFound,
+    Unauthorized,
+)
+from pipeline.loopback.store import Repo, Store
+
+# The page size of the real Hub's tree listing.
+PAGE_ENTRIES = 1000
+
+# Status and X-Error-Code; the code is what chooses the client's exception class.
+_ANSWERS: dict[type[HubError], tuple[int, str | None]] = {
+    InvalidRequest: (400, None),
+    Unauthorized: (401, None),
+    NotFound: (404, None),
+    RepoNotFound: (404, "RepoNotFound"),
+    RevisionNotFound: (404, "RevisionNotFound"),
+    EntryNotFound: (404, "EntryNotFound"),
+    AlreadyExists: (409, None),
+    HeadMoved: (412, None),
+}
+
+_Kind = TypeVar("_Kind")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request with its whole body; `trusted` says whether it may write and see private repositories."""
+
+    request: Request
+    body: bytes
+    trusted: bool
+
+    @property
+    def base(self) -> str:
+        """The Hub's address as this client reached it, without a slash at the end."""
+        return str(self.request.base_url).rstrip("/")
+
+    @property
+    def repo_id(self) -> str:
+        return f"{self.param('ns')}/{self.param('name')}"
+
+    def param(self, name: str) -> str:
+        """A part of the path, decoded; '' if the route has none of that name."""
+        return unquote(self.request.path_params.get(name, ""))
+
+    def query(self, name: str) -> str:
+        """A query parameter, '' if it is absent."""
+        return self.request.query_params.get(name, "")
+
+    def flag(self, name: str) -> bool:
+        """A query parameter that is true or false (or absent)."""
+        return self.query(name).lower() in ("1", "true")
+
+    def json(self) -> dict[str, Any]:
+        """The body, which must be a JSON object."""
+        return json_object(self.body)
+
+    def form(self, name: str) -> list[str]:
+        """The values of a field of a form-encoded body."""
+        return parse_qs(self.body.decode(), keep_blank_values=True).get(name, [])
+
+
+def json_object(data: bytes) -> dict[str, Any]:
+    """Parse a JSON object; InvalidRequest for anything else."""
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise InvalidRequest(f"expected a JSON object, got {data[:80]!r}: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"expected a JSON object, got {data[:80]!r}")
+    return value
+
+
+def take(body: Mapping[str, Any], name: str, kind: type[_Kind], default: _Kind | None = None) -> _Kind:
+    """A field of a JSON object, of the given type; without a default it has to be there and not null."""
+    value = body.get(name)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise InvalidRequest(f"the field {name!r} must be a {kind.__name__}, got {value!r}")
+    return value
+
+
+def trusts(request: Request, token: str | None) -> bool:
+    """Whether the request carries the Hub's token (or the Hub has none); Unauthorized for a wrong token."""
+    if token is None:
+        return True
+    given = request.headers.get("authorization")
+    if given is None:
+        return False
+    if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+        # The client tells a wrong token from a hidden repository by exactly this text.
+        raise Unauthorized("Invalid credentials in Authorization header")
+    return True
+
+
+def visible_repo(store: Store, call: Call) -> Repo:
+    """The repository that the path names, if the caller may see it; RepoNotFound otherwise."""
+    repo = store.repo(call.repo_id)
+    if repo.private and not call.trusted:
+        raise RepoNotFound(f"no repository {repo.id!r} here; create it first")
+    return repo
+
+
+def answer_error(error: HubError, *, trusted: bool) -> Response:
+    """The answer that makes huggingface_hub raise the exception of this error."""
+    status, code = _ANSWERS[type(error)]
+    if isinstance(error, RepoNotFound) and not trusted:
+        # As on the Hub: to a stranger, "private" and "not there" look alike.
+        status = 401
+    # Header values are latin-1 without line breaks.
+    text = " ".join(str(error).split()).encode("ascii", "replace").decode()
+    headers = {"X-Error-Message": text}
+    if code is not None:
+        headers["X-Error-Code"] = code
+    if isinstance(error, EntryNotFound) and error.commit is not None:
+        headers["X-Repo-Commit"] = error.commit
+    body: dict[str, Any] = {"error": str(error)}
+    if isinstance(error, AlreadyExists) and error.slug is not None:
+        body["slug"] = error.slug
+    return JSONResponse(body, status, headers)
+
+
+def page(call: Call, items: Sequence[Any]) -> Response:
+    """One page of a listing, with a Link to the next one (RFC 8288) if there is more."""
+    cursor = call.query("cursor") or "0"
+    if not cursor.isdigit():
+        raise InvalidRequest(f"the cursor must be a number, got {cursor!r}")
+    start = int(cursor)
+    limit = int(call.query("limit")) if call.query("limit").isdigit() else PAGE_ENTRIES
+    stop = start + min(limit, PAGE_ENTRIES)
+    headers = {}
+    if stop < len(items):
+        url = str(call.request.url.include_query_params(cursor=stop))
+        headers["Link"] = f'<{quote(url, safe=":/?&=%")}>; rel="next"'
+    return JSONResponse(list(items[start:stop]), headers=headers)
+
+
+def route(method: str, path: str, work: Callable[[Call], Response], *, token: str | None, write: bool = False) -> Route:
+    """A route whose handler runs in a worker thread, after the body was read and the token checked."""
+
+    async def endpoint(request: Request) -> Response:
+        body = await request.body()
+        trusted = False
+        try:
+            trusted = trusts(request, token)
+            if write:
+                _require_writer(request, trusted)
+            return await run_in_threadpool(work, Call(request, body, trusted))
+        except HubError as error:
+            return answer_error(error, trusted=trusted)
+
+    return Route(path, endpoint, methods=[method])
+
+
+def _require_writer(request: Request, trusted: bool) -> None:
+    if "origin" in request.headers:
+        # Only browsers send it: a web page must not be able to write to a Hub on the reader's machine.
+        raise InvalidRequest("a web page may not write to this Hub: got an Origin header")
+    if trusted:
+        return
+    if "name" in request.path_params:
+        raise RepoNotFound("Invalid username or password.")
+    raise Unauthorized("Invalid username or password.")

@@ -1,0 +1,109 @@
+"""The loopback Hub for a person with a browser: a list of repositories, and one page for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from urllib.parse import quote
+
+from starlette.responses import HTMLResponse
+
+from pipeline.loopback.store import Commit, Repo
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24;
+  background: #fff }
+h1 { font-size: 1.4rem } h2 { font-size: 1.05rem; margin-top: 2rem }
+a { color: #0b57d0; text-decoration: none } a:hover { text-decoration: underline }
+table { border-collapse: collapse; width: 100% }
+td, th { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #dfe3e8; vertical-align: top }
+th { font-weight: 600; color: #57606a } .n { text-align: right; white-space: nowrap }
+code, pre { font: 13px/1.5 ui-monospace, monospace } .dim { color: #57606a }
+pre { background: #f4f6f8; padding: 1rem; border-radius: 6px; overflow-x: auto; white-space: pre-wrap }
+@media (prefers-color-scheme: dark) {
+  body { background: #14171a; color: #e3e6ea } a { color: #8ab4f8 } pre { background: #1f2429 }
+  td, th { border-color: #31373d } th, .dim { color: #9aa4ae }
+}
+"""
+
+
+def index(repos: Sequence[tuple[Repo, Commit]]) -> HTMLResponse:
+    """The repositories, each with the head of its main branch, newest first."""
+    rows = [
+        (_link(f"/{repo.id}", repo.id), _visibility(repo), escape(head.title), _size(head), _when(head.date))
+        for repo, head in sorted(repos, key=lambda pair: pair[1].date, reverse=True)
+    ]
+    body = _table(("repository", "", "last commit", "size", "when (UTC)"), rows) if rows else "<p>No models yet.</p>"
+    return _page("Loopback Hub", f"<h1>Loopback Hub</h1>{body}")
+
+
+def repo(
+    repo: Repo,
+    commit: Commit,
+    *,
+    history: Sequence[Commit],
+    branches: Mapping[str, str],
+    tags: Mapping[str, str],
+    readme: str | None,
+) -> HTMLResponse:
+    """A repository at a commit: its files, its revisions, and its card as plain text."""
+    files = [
+        (_link(f"/{repo.id}/resolve/{commit.oid}/{path}", path), _number(f.size), "LFS" if f.lfs else "")
+        for path, f in sorted(commit.tree.items())
+    ]
+    refs = [
+        (_link(f"/{repo.id}/tree/{quote(name, safe='')}", name, quoted=True), kind, _oid(repo, oid))
+        for kind, names in (("branch", branches), ("tag", tags))
+        for name, oid in names.items()
+    ]
+    commits = [(_oid(repo, c.oid), escape(c.title), _when(c.date)) for c in history]
+    card = f"<h2>README.md</h2><pre>{escape(readme)}</pre>" if readme is not None else ""
+    body = (
+        f'<p><a href="/">all models</a></p><h1>{escape(repo.id)} <span class="dim">{_visibility(repo)}</span></h1>'
+        f"<p>at <code>{commit.oid}</code>, {_size(commit)} bytes</p>"
+        f"<h2>Files</h2>{_table(('file', 'bytes', ''), files)}"
+        f"<h2>Branches and tags</h2>{_table(('name', '', 'commit'), refs)}"
+        f"<h2>Commits</h2>{_table(('commit', 'title', 'when (UTC)'), commits)}{card}"
+    )
+    return _page(repo.id, body)
+
+
+def _page(title: str, body: str) -> HTMLResponse:
+    text = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style><body>{body}</body></html>"
+    )
+    # Nothing but its own style: what a card or a commit says can't load or run anything here.
+    return HTMLResponse(text, headers={"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"})
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    numeric = {n for n, head in enumerate(heads) if head in ("size", "bytes")}
+    marks = [' class="n"' if n in numeric else "" for n in range(len(heads))]
+    head = "".join(f"<th{mark}>{text}</th>" for mark, text in zip(marks, heads, strict=True))
+    lines = ("".join(f"<td{mark}>{cell}</td>" for mark, cell in zip(marks, row, strict=True)) for row in rows)
+    return f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
+def _link(path: str, text: str, *, quoted: bool = False) -> str:
+    return f'<a href="{escape(path if quoted else quote(path))}">{escape(text)}</a>'
+
+
+def _oid(repo: Repo, oid: str) -> str:
+    return f'<a href="/{quote(repo.id)}/commit/{oid}"><code>{oid[:12]}</code></a>'
+
+
+def _visibility(repo: Repo) -> str:
+    return "private" if repo.private else ""
+
+
+def _size(commit: Commit) -> str:
+    return _number(sum(file.size for file in commit.tree.values()))
+
+
+def _number(value: int) -> str:
+    return f"{value:,}"
+
+
+def _when(date: str) -> str:
+    return date[:16].replace("T", " ")

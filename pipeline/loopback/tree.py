@@ -1,0 +1,150 @@
+"""The files of one commit as a flat, immutable mapping from path to file, and the pure functions over it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from pipeline.loopback.errors import EntryNotFound, InvalidRequest
+
+# Files above this size are LFS whatever their name, as on the Hub.
+MAX_REGULAR_BYTES = 10 * 2**20
+
+LFS_SUFFIXES = (
+    ".safetensors", ".bin", ".gguf", ".pt", ".pth", ".onnx", ".h5", ".msgpack", ".npy", ".npz", ".parquet",
+    ".arrow", ".model", ".tflite", ".pickle", ".pkl", ".ckpt", ".zip", ".gz", ".xz", ".zst", ".tar", ".wasm",
+)  # fmt: skip
+
+GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """One file: where its bytes are (sha256), its git blob id (of the pointer, if LFS) and its size in bytes."""
+
+    sha256: str
+    oid: str
+    size: int
+    lfs: bool
+
+    @property
+    def pointer_size(self) -> int:
+        """Size of the LFS pointer text, in bytes."""
+        return len(lfs_pointer(self.sha256, self.size))
+
+
+Tree = Mapping[str, File]
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """Add or replace a file."""
+
+    path: str
+    file: File
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """Remove a file, or a folder with all that is in it."""
+
+    path: str
+    folder: bool
+
+
+Operation = Put | Delete
+
+
+def git_blob_oid(data: bytes) -> str:
+    """The id that git gives to these bytes: 40 hex digits (git-hash-object)."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def lfs_pointer(sha256: str, size: int) -> bytes:
+    """The text that git holds in an LFS file's place (git-lfs docs/spec.md)."""
+    return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
+
+
+def regular_file(data: bytes) -> File:
+    """The entry of a file whose bytes are in git itself."""
+    return File(hashlib.sha256(data).hexdigest(), git_blob_oid(data), len(data), lfs=False)
+
+
+def lfs_file(sha256: str, size: int) -> File:
+    """The entry of a file whose bytes are in large file storage."""
+    return File(sha256, git_blob_oid(lfs_pointer(sha256, size)), size, lfs=True)
+
+
+def is_lfs(path: str, size: int, sample: bytes) -> bool:
+    """Whether a file should be uploaded through LFS, by its name, size in bytes and first bytes."""
+    return path.lower().endswith(LFS_SUFFIXES) or size > MAX_REGULAR_BYTES or b"\0" in sample
+
+
+def apply(tree: Tree, operations: Iterable[Operation]) -> dict[str, File]:
+    """The tree after the operations, one after the other.
+
+    Raises EntryNotFound for a deletion of what isn't there, InvalidRequest for a path that git can't hold.
+    """
+    result = dict(tree)
+    for operation in operations:
+        if isinstance(operation, Put):
+            check_path(operation.path)
+            result[operation.path] = operation.file
+        elif operation.folder:
+            for path in _below(result, operation.path):
+                del result[path]
+        elif result.pop(operation.path, None) is None:
+            # The wording is the Hub's own: huggingface_hub looks for it to add a hint.
+            raise EntryNotFound(f"A file with this name doesn't exist: {operation.path!r}")
+    for path in result:
+        clash = next((parent for parent in _parents(path) if parent in result), None)
+        if clash is not None:
+            raise InvalidRequest(f"{clash!r} can't be a file and the folder of {path!r} at once")
+    return result
+
+
+def check_path(path: str) -> None:
+    """Refuse a path that is absolute, climbs, is empty somewhere, or holds control characters."""
+    parts = path.split("/")
+    if any(part in ("", ".", "..", ".git") for part in parts) or any(ord(c) < 32 or ord(c) == 127 for c in path):
+        raise InvalidRequest(
+            f"a file can't have the path {path!r}: expected a relative path without empty, '.', '..' or '.git' parts"
+        )
+
+
+def listing(tree: Tree, folder: str, *, recursive: bool) -> list[tuple[str, File | None]]:
+    """What is in a folder ('' is the root), sorted by path; a folder's File is None.
+
+    Raises EntryNotFound if there is no such folder.
+    """
+    found: dict[str, File | None] = {}
+    prefix = f"{folder}/" if folder else ""
+    for path in _below(tree, folder) if folder else tree:
+        found.update((parent, None) for parent in _parents(path) if parent.startswith(prefix))
+        found[path] = tree[path]
+    return sorted((p, f) for p, f in found.items() if recursive or "/" not in p.removeprefix(prefix))
+
+
+def folder_oid(tree: Tree, folder: str) -> str:
+    """An id of a folder that changes exactly when something in it does: 40 hex digits, not git's own."""
+    lines = (f"{path}\0{tree[path].oid}\n" for path in sorted(_below(tree, folder)))
+    return hashlib.sha1("".join(lines).encode(), usedforsecurity=False).hexdigest()
+
+
+def is_folder(tree: Tree, path: str) -> bool:
+    """Whether some file lies below this path."""
+    return any(name.startswith(f"{path}/") for name in tree)
+
+
+def _below(tree: Tree, folder: str) -> list[str]:
+    prefix = folder.rstrip("/") + "/"
+    paths = [path for path in tree if path.startswith(prefix)]
+    if not paths:
+        raise EntryNotFound(f"A folder with this name doesn't exist: {folder!r}")
+    return paths
+
+
+def _parents(path: str) -> Iterator[str]:
+    parts = path.split("/")
+    return ("/".join(parts[:n]) for n in range(1, len(parts)))
