@@ -77,12 +77,9 @@ class Cluster:
 
     def probe(self, nodes: Sequence[Node]) -> dict[str, Facts]:
         """What each node has, by node id."""
-        task = self._ray.remote(_probe)
+        task = self._ray.remote(max_calls=1, max_retries=0)(_probe)
         calls = [
-            task.options(num_cpus=0, num_gpus=0, max_retries=0, max_calls=1, **_pinned(node.id)).remote(
-                str(self._workspace), node.gpus > 0
-            )
-            for node in nodes
+            task.options(num_cpus=0, **_pinned(node.id)).remote(str(self._workspace), node.gpus > 0) for node in nodes
         ]
         answers = self._ray.get(calls)
         return {node.id: Facts.model_validate_json(a) for node, a in zip(nodes, answers, strict=True)}
@@ -91,12 +88,10 @@ class Cluster:
         """Start a stage on a node; its process ends with it, and Ray never repeats it."""
         computing = step.stage not in NETWORK_STAGES
         # A GPU is visible to a task only if it asks for one, so the network stages can't hold it.
-        call = self._ray.remote(_run).options(
+        call = self._ray.remote(max_calls=1, max_retries=0)(_run).options(
             name=f"{step.stage} {Path(job.model.id).name}" + (f" {step.recipe}" if step.recipe else ""),
             num_cpus=node.cpus_per_stage if computing else 0,
             num_gpus=1 if computing and node.gpus else 0,
-            max_retries=0,
-            max_calls=1,
             **_pinned(node.id),
         )
         self._flying[call.remote(job.model_dump_json(), step.stage.value, step.recipe)] = step
