@@ -1,0 +1,118 @@
+"""Statistics of the layers' inputs, against plain hooks and hand-made routing."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.workers.families import save_random
+from workers.checkpoint import Source
+from workers.errors import NumericalError
+from workers.forward import stream
+from workers.loading import StreamedModel
+from workers.statistics import InputStatistics, Observer
+
+
+def batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(3, 96, (2, 16), generator=generator) for _ in range(3)]
+
+
+def observed(folder: Path, observed_count: int = 2) -> dict[str, InputStatistics]:
+    """Statistics by checkpoint key; only the first two batches count."""
+    observer, found = Observer(), {}
+    with Source(folder) as source:
+        streamed = StreamedModel(folder, source, dtype=torch.float32)
+
+        def keep(layer: int) -> None:
+            for weight in streamed.weights:
+                statistics = observer.of(weight.input)
+                if weight.layer == layer and statistics is not None:
+                    found[weight.key] = statistics
+
+        stream(streamed, batches(), observer=observer, observed=observed_count, after_layer=keep)
+    return found
+
+
+def captured(plain: Any, names: list[str], count: int = 2) -> dict[str, torch.Tensor]:
+    """What plain hooks see at the named modules: [N, I]."""
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    for name in names:
+        plain.get_submodule(name).register_forward_pre_hook(
+            lambda module, inputs, name=name: seen[name].append(inputs[0].reshape(-1, inputs[0].shape[-1]))
+        )
+    with torch.inference_mode():
+        for batch in batches()[:count]:
+            plain(input_ids=batch, use_cache=False)
+    return {name: torch.cat(inputs) for name, inputs in seen.items()}
+
+
+def assert_sums_of(statistics: InputStatistics, x_NI: torch.Tensor) -> None:
+    assert statistics.count == len(x_NI)
+    torch.testing.assert_close(statistics.gram_II, x_NI.T @ x_NI, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(statistics.abs_sum_I, x_NI.abs().sum(0), rtol=1e-5, atol=1e-5)
+    assert torch.equal(statistics.abs_max_I, x_NI.abs().amax(0))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mamba"])
+def test_sums_are_those_of_the_inputs(family: str, tmp_path: Path) -> None:
+    plain = save_random(family, tmp_path)
+    found = observed(tmp_path)
+    prefix = "" if next(iter(found)) in plain.state_dict() else f"{plain.base_model_prefix}."
+    names = [prefix + key.rpartition(".")[0] for key in found]
+    for (key, statistics), x_NI in zip(found.items(), captured(plain, names).values(), strict=True):
+        assert_sums_of(statistics, x_NI), key
+
+
+def test_projections_of_one_input_share_their_statistics(tmp_path: Path) -> None:
+    save_random("llama", tmp_path)
+    found = observed(tmp_path)
+    one = {key.removeprefix("model.layers.1."): value for key, value in found.items() if ".layers.1." in key}
+    q, k, v = (one[f"self_attn.{name}_proj.weight"] for name in "qkv")
+    assert q is k is v
+    assert one["mlp.gate_proj.weight"] is one["mlp.up_proj.weight"]
+    assert len({id(value) for value in one.values()}) == 4
+
+
+def test_each_expert_counts_the_tokens_routed_to_it(tmp_path: Path) -> None:
+    plain = save_random("qwen3_moe", tmp_path)
+    found = observed(tmp_path)
+    layer = plain.model.layers[1].mlp
+    inputs = captured(plain, ["model.layers.1.mlp"])["model.layers.1.mlp"]
+    with torch.inference_mode():
+        chosen = layer.gate(inputs)[2]
+        for expert in range(4):
+            x_NI = inputs[(chosen == expert).any(-1)]
+            prefix = f"model.layers.1.mlp.experts.{expert}."
+            if not len(x_NI):
+                assert prefix + "gate_proj.weight" not in found
+                continue
+            assert found[prefix + "gate_proj.weight"] is found[prefix + "up_proj.weight"]
+            assert_sums_of(found[prefix + "gate_proj.weight"], x_NI)
+            gate, up = (x_NI @ layer.experts.gate_up_proj[expert].T).chunk(2, -1)
+            down = found[prefix + "down_proj.weight"]
+            torch.testing.assert_close(
+                down.abs_sum_I, (layer.experts.act_fn(gate) * up).abs().sum(0), rtol=1e-5, atol=1e-5
+            )
+
+
+def test_unobserved_batches_leave_no_trace(tmp_path: Path) -> None:
+    save_random("llama", tmp_path)
+    one, two = observed(tmp_path, 1), observed(tmp_path, 2)
+    assert {value.count for value in one.values()} == {32}
+    assert {value.count for value in two.values()} == {64}
+
+
+def test_broken_weights_are_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_random("llama", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][3] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    observer = Observer()
+    with Source(tmp_path) as source:
+        streamed = StreamedModel(tmp_path, source, dtype=torch.float32)
+        with pytest.raises(NumericalError, match=r"layers\.1\.self_attn\.q_proj"):
+            stream(streamed, batches(), observer=observer, observed=3, after_layer=observer.check)

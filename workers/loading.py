@@ -1,0 +1,283 @@
+"""The one module that touches transformers' internals: a model on the meta device, filled and emptied layer by layer.
+
+transformers' own tables say which checkpoint key belongs to which parameter, and its own loader converts (renames,
+fused experts). Both are internal to transformers 5.23; tests/workers/test_loading.py fails loudly when they move.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workers.checkpoint import Header, TensorSource
+from workers.errors import CheckpointError, UnsupportedModel
+
+
+@dataclass(frozen=True)
+class QuantizableWeight:
+    """A matrix of a decoder layer that recipes turn into codes, by its name in the checkpoint.
+
+    ``input`` names what it's multiplied with: the parameter, and the expert where one parameter holds many. Weights
+    of different checkpoint keys that are fused in memory have the same input.
+    """
+
+    key: str
+    layer: int
+    input: tuple[str, int | None]
+    shape_OI: tuple[int, int]
+    transposed: bool
+
+    @property
+    def module(self) -> str:
+        """The module's name in the checkpoint: the key without its last part."""
+        return self.key.rpartition(".")[0]
+
+
+class StreamedModel:
+    """A causal language model whose decoder layers are in memory one at a time.
+
+    All weights lie on the meta device until ``load_outside`` and ``load_layer`` read them from ``source``.
+
+    Raises:
+        UnsupportedModel: a class that transformers doesn't know as a causal LM, or without a list of layers.
+        CheckpointError: the checkpoint lacks a tensor that the model needs.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        source: TensorSource,
+        *,
+        dtype: torch.dtype,
+        device: str = "cpu",
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.source = source
+        self.dtype = dtype
+        self.device = device
+        self.model = build_on_meta(folder, dtype, trust_remote_code)
+        self.layers_name, self.layers = find_layers(self.model)
+        owners = owners_of_keys(self.model, source.headers)
+        self._keys_of_layer = self._by_layer(owners)
+        placed = {key for keys in self._keys_of_layer.values() for key in keys}
+        self._outside = [key for key in source.headers if key not in placed]
+        self.weights = list(self._quantizable(owners))
+        self.outside_loaded = False
+
+    @property
+    def base(self) -> nn.Module:
+        """The decoder without its head: what is streamed."""
+        module: nn.Module = getattr(self.model, self.model.base_model_prefix)
+        return module
+
+    def keys_of_layer(self, index: int) -> list[str]:
+        """The checkpoint's keys of one layer, in the checkpoint's order."""
+        return self._keys_of_layer[index]
+
+    @property
+    def outside_keys(self) -> list[str]:
+        """The checkpoint's keys that belong to no layer: embeddings, norms, the head."""
+        return self._outside
+
+    def load_outside(self) -> None:
+        """Load all that belongs to no layer, tie what is tied, and make the buffers that no checkpoint holds."""
+        self._fill(self._outside)
+        self.model.tie_weights()
+        _make_buffers(self.model, self.device)
+        inside = tuple(f"{self.layers_name}.{index}." for index in range(len(self.layers)))
+        self._check(name for name in _on_meta(self.model) if not name.startswith(inside))
+        self.outside_loaded = True
+
+    def load_layer(self, index: int) -> None:
+        """Load one layer's weights."""
+        self._fill(self._keys_of_layer[index])
+        prefix = f"{self.layers_name}.{index}."
+        self._check(prefix + name for name in _on_meta(self.layers[index]))
+
+    def free_layer(self, index: int) -> None:
+        """Put one layer's weights back on the meta device; what is made, not loaded, stays."""
+        stored = set(self.layers[index].state_dict())
+        for name, tensor in [*self.layers[index].named_parameters(), *self.layers[index].named_buffers()]:
+            if name in stored:
+                _replace(self.layers[index], name, tensor)
+
+    def _fill(self, keys: Iterable[str]) -> None:
+        tensors = {key: self.source.read(key) for key in keys}
+        load_tensors(self.model, tensors, self.dtype, self.device)
+
+    def _check(self, missing: Iterable[str]) -> None:
+        names = sorted(missing)
+        if names:
+            raise CheckpointError(
+                f"checkpoint: no tensors for {names[:5]} of {type(self.model).__name__}; fetch the model again, "
+                "or name a checkpoint that fits its config.json"
+            )
+
+    def _by_layer(self, owners: Mapping[str, str]) -> dict[int, list[str]]:
+        pattern = re.compile(re.escape(self.layers_name) + r"\.(\d+)\.")
+        found: dict[int, list[str]] = {index: [] for index in range(len(self.layers))}
+        for key, parameter in owners.items():
+            match = pattern.match(parameter)
+            if match:
+                found[int(match.group(1))].append(key)
+        return found
+
+    def _quantizable(self, owners: Mapping[str, str]) -> Iterator[QuantizableWeight]:
+        """Linear layers, found by what they are: Linear, Conv1D, and matrices that are fused into 3-D parameters."""
+        from transformers.pytorch_utils import Conv1D
+
+        modules = dict(self.model.named_modules())
+        keys_per_owner = Counter(owners.values())
+        seen: Counter[tuple[str, str]] = Counter()
+        for layer, keys in self._keys_of_layer.items():
+            for key in sorted(keys, key=_natural):
+                parameter, shape = owners[key], self.source.headers[key].shape
+                module_name, _, leaf = parameter.rpartition(".")
+                module = modules[module_name]
+                if len(shape) != 2:
+                    continue
+                if isinstance(module, nn.Linear) and leaf == "weight" and keys_per_owner[parameter] == 1:
+                    yield QuantizableWeight(key, layer, (parameter, None), (shape[0], shape[1]), False)
+                elif isinstance(module, Conv1D) and leaf == "weight":
+                    yield QuantizableWeight(key, layer, (parameter, None), (shape[1], shape[0]), True)
+                elif module.get_parameter(leaf).dim() == 3:
+                    # The loader stacks a parameter's tensors in natural order of their keys, kind by kind.
+                    kind = (parameter, re.sub(r"\d+", "*", key))
+                    yield QuantizableWeight(key, layer, (parameter, seen[kind]), (shape[0], shape[1]), False)
+                    seen[kind] += 1
+
+
+def build_on_meta(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+    """The model of a checkpoint's config, on the meta device, in ``eval`` mode.
+
+    Raises:
+        UnsupportedModel: transformers has no causal LM for it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config.use_cache = False
+        # A checkpoint that is quantized is decoded before it gets here.
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, ImportError, OSError) as error:
+        raise UnsupportedModel(f"model {folder.name!r}: transformers builds no causal LM of it ({error})") from error
+    if hasattr(model, "set_experts_implementation"):
+        # The one that multiplies expert by expert: what each of them sees can be told apart.
+        model.set_experts_implementation("eager")
+    return model.eval()
+
+
+def find_layers(model: nn.Module) -> tuple[str, list[nn.Module]]:
+    """The decoder's layers, with the name of their list: the outermost ModuleList that holds the most parameters.
+
+    Raises:
+        UnsupportedModel: there is no such list.
+    """
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outermost = [
+        (name, module) for name, module in lists if not any(name.startswith(other + ".") for other, _ in lists)
+    ]
+    if not outermost:
+        raise UnsupportedModel(f"model {type(model).__name__}: found no list of decoder layers to stream")
+    name, found = max(outermost, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return name, list(found)
+
+
+def owners_of_keys(model: Any, headers: Mapping[str, Header]) -> dict[str, str]:
+    """For each checkpoint key that the model uses, the parameter or buffer that it goes into."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+    owners = {}
+    for key in sorted(headers, key=_natural):
+        name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if name not in state and key in state:
+            name, _ = rename_source_key(key, [], [], model.base_model_prefix, state)
+        if name in state:
+            owners[key] = name
+    return {key: owners[key] for key in headers if key in owners}
+
+
+def load_tensors(model: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: str) -> None:
+    """Put checkpoint tensors into the model through transformers' own loader.
+
+    Raises:
+        CheckpointError: a tensor has another shape than the model's parameter, or can't be converted.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    # A mapping remembers what it has matched: each call takes a fresh one.
+    config = LoadStateDictConfig(
+        dtype=dtype, device_map={"": device}, weight_mapping=get_model_conversion_mapping(model)
+    )
+    with _without_progress_bar():
+        info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config)
+    if info.mismatched_keys or info.conversion_errors or info.error_msgs:
+        found = [*map(str, info.mismatched_keys), *info.conversion_errors.values(), *info.error_msgs]
+        raise CheckpointError(f"checkpoint: tensors don't fit the model's config.json, got {found[:3]}")
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _make_buffers(model: Any, device: str) -> None:
+    """Buffers that no checkpoint holds (rotary frequencies, masks), as the model's own initialization makes them."""
+    stored = set(model.state_dict())
+    for prefix, module in model.named_modules():
+        made = [
+            name
+            for name, buffer in module.named_buffers(recurse=False)
+            if buffer.is_meta and (f"{prefix}.{name}" if prefix else name) not in stored
+        ]
+        if made:
+            for name in made:
+                buffer = module.get_buffer(name)
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+            model._init_weights(module)
+
+
+def _on_meta(module: nn.Module) -> list[str]:
+    """Names of the stored tensors of a module that are still on the meta device."""
+    return [name for name, tensor in module.state_dict().items() if tensor.is_meta]
+
+
+def _replace(root: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = root.get_submodule(path)
+    if isinstance(tensor, nn.Parameter):
+        owner._parameters[leaf] = nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False)
+    else:
+        owner._buffers[leaf] = torch.empty_like(tensor, device="meta")
+
+
+def _natural(key: str) -> list[tuple[int, int | str]]:
+    """Sort key in which layer 10 comes after layer 9, as transformers' loader sorts."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in key.split(".")]

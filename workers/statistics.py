@@ -1,0 +1,155 @@
+"""What calibrated methods need to know of each linear layer's input, gathered while a layer runs.
+
+N tokens, I input features. One set of statistics for each distinct input: q, k and v share one, gate and up share one,
+found by the input being the same tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from workers.errors import NumericalError
+from workers.loading import StreamedModel
+
+InputName = tuple[str, int | None]
+
+
+@dataclass
+class InputStatistics:
+    """Sums over all calibration tokens that a linear layer saw; float32 on the device of the model."""
+
+    count: int
+    gram_II: Tensor
+    abs_sum_I: Tensor
+    abs_max_I: Tensor
+
+    @classmethod
+    def empty(cls, width: int, device: torch.device | str) -> InputStatistics:
+        """Statistics of no tokens."""
+        zeros = torch.zeros(width, device=device)
+        return cls(0, torch.zeros(width, width, device=device), zeros.clone(), zeros)
+
+    def add(self, inputs: Tensor) -> None:
+        """Take tokens in: float [..., I].
+
+        Raises:
+            NumericalError: NaN or Inf among them.
+        """
+        x_NI = inputs.reshape(-1, inputs.shape[-1]).float()
+        magnitude = x_NI.abs()
+        self.count += len(x_NI)
+        self.gram_II.addmm_(x_NI.T, x_NI)
+        self.abs_sum_I += magnitude.sum(0)
+        torch.maximum(self.abs_max_I, magnitude.amax(0) if len(x_NI) else self.abs_max_I, out=self.abs_max_I)
+
+
+class Observer:
+    """Gathers the statistics of one layer at a time; ``of`` tells them after the layer has run."""
+
+    def __init__(self) -> None:
+        self.looking = False
+        self._groups: dict[InputName, InputStatistics] = {}
+        self._leaders: list[InputName] = []
+        self._current: dict[int, tuple[Tensor, InputName]] = {}
+
+    def of(self, name: InputName) -> InputStatistics | None:
+        """Statistics of a weight's input; None if nothing ever came in."""
+        return self._groups.get(name)
+
+    def check(self, layer: int) -> None:
+        """Refuse statistics that hold NaN or Inf.
+
+        Raises:
+            NumericalError: naming the layer and the weight.
+        """
+        for name in self._leaders:
+            if not bool(torch.isfinite(self._groups[name].gram_II.diagonal()).all()):
+                raise NumericalError(
+                    f"activations: NaN or Inf in the input of {name[0]} (layer {layer}); the model overflows in this "
+                    "dtype, or its weights are broken"
+                )
+
+    @contextmanager
+    def watch(self, streamed: StreamedModel, layer: int) -> Iterator[None]:
+        """Gather while the context lasts, from the layer's linear modules and fused experts."""
+        self._groups, self._leaders, self._current = {}, [], {}
+        inputs = dict.fromkeys(weight.input for weight in streamed.weights if weight.layer == layer)
+        with ExitStack() as stack:
+            stack.callback(self._current.clear)
+            fused: dict[str, list[str]] = {}
+            for parameter, expert in inputs:
+                module, _, leaf = parameter.rpartition(".")
+                if expert is None:
+                    hook = self._hook((parameter, None))
+                    handle = streamed.model.get_submodule(module).register_forward_pre_hook(hook)
+                    stack.callback(handle.remove)
+                elif leaf not in fused.setdefault(module, []):
+                    fused[module].append(leaf)
+            for module, leaves in fused.items():
+                stack.enter_context(self._experts(streamed.model.get_submodule(module), module, leaves))
+            yield
+
+    def _hook(self, name: InputName) -> Any:
+        def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if self.looking and inputs:
+                self._see(name, inputs[0])
+
+        return before
+
+    def _see(self, name: InputName, inputs: Tensor) -> None:
+        """Count an input once, whichever of those that share it comes first."""
+        held = self._current.get(id(inputs))
+        if held is not None and held[0] is inputs and held[1] != name:
+            self._groups[name] = self._groups[held[1]]
+            return
+        if name not in self._groups:
+            self._groups[name] = InputStatistics.empty(inputs.shape[-1], inputs.device)
+            self._leaders.append(name)
+        self._groups[name].add(inputs)
+        # Holding the tensor keeps its id from being given to another.
+        self._current = {id(inputs): (inputs, name)}
+
+    @contextmanager
+    def _experts(self, module: nn.Module, name: str, leaves: list[str]) -> Iterator[None]:
+        """See the products with slices of 3-D parameters while the module's forward runs."""
+        plain = module.forward
+        parameters = {leaf: module.get_parameter(leaf) for leaf in leaves}
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if not self.looking:
+                return plain(*args, **kwargs)
+            with _Products(self, name, parameters):
+                return plain(*args, **kwargs)
+
+        module.forward = watched
+        try:
+            yield
+        finally:
+            del module.forward
+
+
+class _Products(TorchFunctionMode):
+    """Shows an observer every ``linear`` whose weight is a slice of one of the parameters."""
+
+    def __init__(self, observer: Observer, module: str, parameters: dict[str, nn.Parameter]) -> None:
+        super().__init__()
+        self._observer = observer
+        self._module = module
+        self._starts = {p.untyped_storage().data_ptr(): (leaf, p) for leaf, p in parameters.items()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear and len(args) >= 2:
+            inputs, weight = args[0], args[1]
+            found = self._starts.get(weight.untyped_storage().data_ptr())
+            if found is not None:
+                leaf, parameter = found
+                expert = weight.storage_offset() // parameter.stride(0)
+                self._observer._see((f"{self._module}.{leaf}", expert), inputs)
+        return func(*args, **(kwargs or {}))
