@@ -1,0 +1,71 @@
+"""Codes into int32 words and back: one dense bit stream, least significant bit first, as both formats have it.
+
+compressed-tensors packs along the input features; gptq packs ``qweight`` along the inputs and ``qzeros`` along the
+outputs. For 2, 4 and 8 bits a word holds whole codes; other widths cross from one word into the next (gptq's layout of
+32 3-bit codes in 3 words is the same stream).
+
+O output features, I input features, W words.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+WORD = 32
+
+
+def pack(values: Tensor, bits: int) -> Tensor:
+    """Pack codes in [0, 2^bits - 1], integer [..., N], along the last dimension: int32 [..., ceil(N * bits / 32)]."""
+    *rest, count = values.shape
+    blocks = -(-count // WORD)
+    padded = torch.nn.functional.pad(values.to(torch.int64), (0, blocks * WORD - count)).view(*rest, blocks, WORD)
+    words = torch.zeros(*rest, blocks, bits, dtype=torch.int64, device=values.device)
+    for element in range(WORD):
+        word, offset = divmod(element * bits, WORD)
+        value = padded[..., element]
+        words[..., word] |= (value << offset) & 0xFFFFFFFF
+        if offset + bits > WORD:
+            words[..., word + 1] |= value >> (WORD - offset)
+    signed = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    return signed.flatten(-2)[..., : -(-count * bits // WORD)].contiguous()
+
+
+def unpack(words: Tensor, bits: int, count: int) -> Tensor:
+    """Inverse of ``pack``: int32 [..., W] to int32 codes [..., count] in [0, 2^bits - 1]."""
+    *rest, given = words.shape
+    blocks = -(-count // WORD)
+    padded = torch.nn.functional.pad(words, (0, blocks * bits - given)).to(torch.int64) & 0xFFFFFFFF
+    padded = padded.view(*rest, blocks, bits)
+    values = torch.empty(*rest, blocks, WORD, dtype=torch.int32, device=words.device)
+    mask = (1 << bits) - 1
+    for element in range(WORD):
+        word, offset = divmod(element * bits, WORD)
+        value = padded[..., word] >> offset
+        if offset + bits > WORD:
+            value = value | (padded[..., word + 1] << (WORD - offset))
+        values[..., element] = (value & mask).to(torch.int32)
+    return values.flatten(-2)[..., :count].contiguous()
+
+
+def pack_to_int32(codes_OI: Tensor, bits: int) -> Tensor:
+    """Pack signed codes as compressed-tensors 0.20 does (``pack_to_int32``): int32 [O, ceil(I * bits / 32)]."""
+    return pack(codes_OI.to(torch.int32) + (1 << (bits - 1)), bits)
+
+
+def unpack_from_int32(words_OW: Tensor, bits: int, shape_OI: tuple[int, int]) -> Tensor:
+    """Inverse of ``pack_to_int32``: int8 codes in [-2^(bits-1), 2^(bits-1) - 1]."""
+    return (unpack(words_OW, bits, shape_OI[1]) - (1 << (bits - 1))).to(torch.int8)
+
+
+def pack_gptq(values: Tensor, bits: int, dim: int) -> Tensor:
+    """Pack a matrix of codes in [0, 2^bits - 1] along ``dim`` as gptq does; 32 divides that dimension."""
+    assert values.shape[dim] % WORD == 0, "the format's words hold 32 codes in a number of bits each"
+    mask = (1 << bits) - 1
+    return pack((values.to(torch.int64) & mask).movedim(dim, -1), bits).movedim(-1, dim).contiguous()
+
+
+def unpack_gptq(words: Tensor, bits: int, dim: int) -> Tensor:
+    """Inverse of ``pack_gptq``: int32 codes."""
+    count = words.shape[dim] * WORD // bits
+    return unpack(words.movedim(dim, -1), bits, count).movedim(-1, dim).contiguous()

@@ -1,0 +1,141 @@
+"""Integer grids: scales, zero points, codes and back, in compressed-tensors' conventions.
+
+O output features, I input features, G groups, g group size (G * g = I). Leading batch dimensions are allowed.
+Codes are signed: [-2^(bits-1), 2^(bits-1) - 1]; weight = (code - zero) * scale, zero is None for a symmetric grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Shrinkages of the min-max range that the MSE search tries: a coarse grid, then halving steps around the best.
+COARSE = (1.07, 1.0, 0.92, 0.84, 0.76, 0.68, 0.58, 0.48)
+FINE_STEPS = (0.04, 0.02, 0.01)
+ROWS_AT_A_TIME = 64  # keeps the search's temporaries in the cache
+
+
+def code_range(bits: int) -> tuple[int, int]:
+    """Lowest and highest code."""
+    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+
+
+def minmax_params(
+    w_OI: Tensor, bits: int, group_size: int | None, *, symmetric: bool, scale_dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor | None]:
+    """Scale [..., O, G] in ``scale_dtype`` and zero point (int8, None if symmetric) that cover each group's range.
+
+    ``group_size`` None: one group for each row. A group of zeros gets a scale that keeps it exactly zero.
+    """
+    groups = _grouped(w_OI.float(), group_size)
+    return _params(groups.amin(-1), groups.amax(-1), bits, symmetric, scale_dtype)
+
+
+def mse_params(
+    w_OI: Tensor,
+    bits: int,
+    group_size: int | None,
+    *,
+    symmetric: bool,
+    scale_dtype: torch.dtype = torch.float32,
+    importance_I: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """As ``minmax_params``, over the shrunken range that rounds each group with the least squared error.
+
+    ``importance_I`` (float [..., I], nonnegative) weighs the columns' errors; None: all the same.
+    """
+    *batch, rows, _ = w_OI.shape
+    flat = w_OI.reshape(-1, w_OI.shape[-1])
+    weights = None
+    if importance_I is not None:
+        weights = importance_I.float().unsqueeze(-2).expand(w_OI.shape).reshape(flat.shape)
+    scales, zeros = [], []
+    for start in range(0, len(flat), ROWS_AT_A_TIME):
+        piece = slice(start, start + ROWS_AT_A_TIME)
+        weight = None if weights is None else _grouped(weights[piece], group_size)
+        scale, zero = _search(_grouped(flat[piece].float(), group_size), weight, bits, symmetric, scale_dtype)
+        scales.append(scale)
+        zeros.append(zero)
+    scale_OG = torch.cat(scales).view(*batch, rows, -1)
+    return scale_OG, None if symmetric else torch.cat([z for z in zeros if z is not None]).view(scale_OG.shape)
+
+
+def quantize(w_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, bits: int) -> Tensor:
+    """The nearest codes, int8 [..., O, I]."""
+    low, high = code_range(bits)
+    groups = w_OI.float().unflatten(-1, (scale_OG.shape[-1], -1)) / scale_OG.float().unsqueeze(-1)
+    if zero_OG is not None:
+        groups = groups + zero_OG.unsqueeze(-1)
+    return groups.round_().clamp_(low, high).to(torch.int8).flatten(-2)
+
+
+def dequantize(codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor | None) -> Tensor:
+    """The weights that codes stand for, float32 [..., O, I]."""
+    groups = codes_OI.float().unflatten(-1, (scale_OG.shape[-1], -1))
+    if zero_OG is not None:
+        groups = groups - zero_OG.unsqueeze(-1)
+    return (groups * scale_OG.float().unsqueeze(-1)).flatten(-2)
+
+
+def _grouped(w_OI: Tensor, group_size: int | None) -> Tensor:
+    width = w_OI.shape[-1]
+    size = group_size or width
+    assert width % size == 0, f"{size} doesn't divide {width}: the caller refuses that"
+    return w_OI.unflatten(-1, (width // size, size))
+
+
+def _params(
+    low: Tensor, high: Tensor, bits: int, symmetric: bool, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    code_low, code_high = code_range(bits)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    span = 2 * torch.maximum(-low, high) if symmetric else high - low
+    scale = (span / (code_high - code_low)).to(scale_dtype)
+    # What rounds to zero in the stored dtype, or is zero, would divide by zero.
+    scale = torch.where(scale == 0, torch.finfo(scale_dtype).eps, scale).to(scale_dtype)
+    if symmetric:
+        return scale, None
+    zero = (code_low - low / scale.float()).round().clamp(code_low, code_high)
+    return scale, zero.to(torch.int8)
+
+
+def _search(
+    groups_OGg: Tensor, weights_OGg: Tensor | None, bits: int, symmetric: bool, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    low, high = groups_OGg.amin(-1), groups_OGg.amax(-1)
+
+    def error_of(factor: Tensor | float) -> Tensor:
+        scale, zero = _params(low * factor, high * factor, bits, symmetric, scale_dtype)
+        return _error(groups_OGg, weights_OGg, scale, zero, bits)
+
+    best = torch.full_like(low, COARSE[0])
+    least = error_of(best)
+    for candidate in COARSE[1:]:
+        best, least = _keep_better(best, least, torch.full_like(low, candidate), error_of(candidate))
+    for step in FINE_STEPS:
+        around: Sequence[Tensor] = (best - step, best + step)
+        for trial in around:
+            best, least = _keep_better(best, least, trial, error_of(trial))
+    return _params(low * best, high * best, bits, symmetric, scale_dtype)
+
+
+def _keep_better(best: Tensor, least: Tensor, trial: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    better = error < least
+    return torch.where(better, trial, best), torch.where(better, error, least)
+
+
+def _error(
+    groups_OGg: Tensor, weights_OGg: Tensor | None, scale_OG: Tensor, zero_OG: Tensor | None, bits: int
+) -> Tensor:
+    code_low, code_high = code_range(bits)
+    scale = scale_OG.float().unsqueeze(-1)
+    codes = groups_OGg / scale
+    if zero_OG is None:
+        codes.round_().clamp_(code_low, code_high)
+    else:
+        zero = zero_OG.float().unsqueeze(-1)
+        codes.add_(zero).round_().clamp_(code_low, code_high).sub_(zero)
+    noise = codes.mul_(scale).sub_(groups_OGg).square_()
+    return noise.sum(-1) if weights_OGg is None else noise.mul_(weights_OGg).sum(-1)
