@@ -88,7 +88,7 @@ def _columns(w_BOI: Tensor, index_BI: Tensor) -> Tensor:
 
 
 def _factor(h_BII: Tensor, damping: float) -> tuple[Tensor, int, float]:
-    """R, the number of dead columns, and the damping that was needed. ``h_BII`` is a copy of its own, and is changed."""
+    """R, the number of dead columns, and the damping that was needed; ``h_BII`` is a copy, and is changed."""
     diagonal_BI = h_BII.diagonal(dim1=1, dim2=2)
     dead_BI = diagonal_BI == 0
     mean_B1 = diagonal_BI.mean(1, keepdim=True)
@@ -102,7 +102,7 @@ def _factor(h_BII: Tensor, damping: float) -> tuple[Tensor, int, float]:
         added = used
         # R is the lower factor of H with rows and columns in reverse, reversed again.
         lower, info = torch.linalg.cholesky_ex(h_BII.flip(1, 2))
-        if not bool(info.any()):
+        if not bool(info.any()) and bool(torch.isfinite(lower).all()):
             return lower.flip(1, 2), int(dead_BI.sum()), used
         if used >= LARGEST_DAMPING or not bool(torch.isfinite(h_BII).all()):
             raise NotPositiveDefinite(f"H is not positive definite, with damping {used:g} of its mean diagonal")
@@ -117,10 +117,12 @@ def _round_columns(
     diagonal_BI1 = factor_BII.diagonal(dim1=1, dim2=2)[:, :, None]
     # mixing[j, k] = R_kj / R_jj: row j says what of the earlier errors goes into column j.
     mixing_BII = factor_BII.transpose(1, 2) / diagonal_BI1
-    inverse_BIO = scale_BIO.reciprocal()
     target_BIO = wt_BIO.clone()
     error_BIO = torch.empty_like(wt_BIO)
     codes_BIO = torch.empty_like(wt_BIO)
+    # One view for each column, made at once: slicing in the loop would cost as much as its arithmetic.
+    targets, errors, codes, weights, scales = map(_each_column, (target_BIO, error_BIO, codes_BIO, wt_BIO, scale_BIO))
+    zeros = None if zero_BIO is None else _each_column(zero_BIO)
     for start in range(0, width, OUTER):
         stop = min(start + OUTER, width)
         if start:
@@ -130,18 +132,19 @@ def _round_columns(
             if first > start:
                 target_BIO[:, first:last].baddbmm_(mixing_BII[:, first:last, start:first], error_BIO[:, start:first])
             for j in range(first, last):
-                target = target_BIO[:, j : j + 1]
                 if j > first:
-                    target.baddbmm_(mixing_BII[:, j : j + 1, first:j], error_BIO[:, first:j])
-                code = torch.mul(target, inverse_BIO[:, j : j + 1], out=codes_BIO[:, j : j + 1])
-                if zero_BIO is not None:
-                    zero = zero_BIO[:, j : j + 1]
-                    code.add_(zero).round_().clamp_(low, high)
-                    value = (code - zero).mul_(scale_BIO[:, j : j + 1])
-                else:
+                    targets[j].baddbmm_(mixing_BII[:, j : j + 1, first:j], error_BIO[:, first:j])
+                code = torch.div(targets[j], scales[j], out=codes[j])
+                if zeros is None:
                     code.round_().clamp_(low, high)
-                    value = code * scale_BIO[:, j : j + 1]
-                torch.sub(wt_BIO[:, j : j + 1], value, out=error_BIO[:, j : j + 1])
+                    torch.addcmul(weights[j], code, scales[j], value=-1, out=errors[j])
+                else:
+                    code.add_(zeros[j]).round_().clamp_(low, high)
+                    torch.addcmul(weights[j], code - zeros[j], scales[j], value=-1, out=errors[j])
     # What column j of E R came out as: the target missed, times R_jj.
     missed_BIO = target_BIO.sub_(wt_BIO).add_(error_BIO).mul_(diagonal_BI1)
     return codes_BIO, missed_BIO.square_().sum(1)
+
+
+def _each_column(tensor_BIO: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(tensor_BIO, 1, dim=1)

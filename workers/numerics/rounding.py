@@ -65,7 +65,7 @@ def mse_params(
 def quantize(w_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, bits: int) -> Tensor:
     """The nearest codes, int8 [..., O, I]."""
     low, high = code_range(bits)
-    groups = w_OI.float().unflatten(-1, (scale_OG.shape[-1], -1)) / scale_OG.float().unsqueeze(-1)
+    groups = _grouped(w_OI.float(), w_OI.shape[-1] // scale_OG.shape[-1]) / scale_OG.float().unsqueeze(-1)
     if zero_OG is not None:
         groups = groups + zero_OG.unsqueeze(-1)
     return groups.round_().clamp_(low, high).to(torch.int8).flatten(-2)
@@ -73,7 +73,7 @@ def quantize(w_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, bits: int) 
 
 def dequantize(codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor | None) -> Tensor:
     """The weights that codes stand for, float32 [..., O, I]."""
-    groups = codes_OI.float().unflatten(-1, (scale_OG.shape[-1], -1))
+    groups = _grouped(codes_OI.float(), codes_OI.shape[-1] // scale_OG.shape[-1])
     if zero_OG is not None:
         groups = groups - zero_OG.unsqueeze(-1)
     return (groups * scale_OG.float().unsqueeze(-1)).flatten(-2)
@@ -83,7 +83,7 @@ def _grouped(w_OI: Tensor, group_size: int | None) -> Tensor:
     width = w_OI.shape[-1]
     size = group_size or width
     assert width % size == 0, f"{size} doesn't divide {width}: the caller refuses that"
-    return w_OI.unflatten(-1, (width // size, size))
+    return w_OI.reshape(*w_OI.shape[:-1], width // size, size)
 
 
 def _params(
