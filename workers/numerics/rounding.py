@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 # Shrinkages of the min-max range that the MSE search tries: a coarse grid, then halving steps around the best.
-COARSE = (1.07, 1.0, 0.92, 0.84, 0.76, 0.68, 0.58, 0.48)
-FINE_STEPS = (0.04, 0.02, 0.01)
+COARSE = (1.0, 0.9, 0.8, 0.7, 0.56)
+FINE_STEPS = (0.05, 0.025)
 ROWS_AT_A_TIME = 64  # keeps the search's temporaries in the cache
 
 
