@@ -19,6 +19,8 @@ from typing import Any
 PR_SET_PDEATHSIG = 1
 NEW_TOKENS = 16
 DEADLINE_SECONDS = 1800.0
+# Nothing is fetched; and gptqmodel's kernels compile for longer than the check takes.
+QUIET = {"HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"}
 KEY_LISTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
@@ -45,11 +47,10 @@ def ask(artifact: Path, tokens: Any, scratch: Path, trust_remote_code: bool) -> 
     (scratch / "request.json").write_text(json.dumps(request))
     command = [sys.executable, "-m", "workers.verify.runtime", str(scratch / "request.json")]
     try:
-        # Nothing is fetched, and the artifact's folder is not the place to be in.
         done = subprocess.run(
             command,
             cwd=scratch,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2", "PYTHONPATH": _import_path()},
+            env={**os.environ, **QUIET, "PYTHONPATH": _import_path()},
             capture_output=True,
             text=True,
             timeout=DEADLINE_SECONDS,
@@ -98,7 +99,7 @@ def _main(request_path: Path) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, loading = AutoModelForCausalLM.from_pretrained(
         request["artifact"],
-        dtype="auto" if device == "cuda" else torch.float32,
+        dtype=_dtype(request["artifact"], device),
         device_map=device,
         output_loading_info=True,
         trust_remote_code=trust,
@@ -119,6 +120,15 @@ def _main(request_path: Path) -> None:
         "generated": tokenizer.decode(made[0, prompt.shape[1] :]),
     }
     (scratch / "answer.json").write_text(json.dumps(answer))
+
+
+def _dtype(artifact: str, device: str) -> Any:
+    """The checkpoint's own; float32 on a CPU for exactness, but not for bitsandbytes: it computes in its own."""
+    import torch
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(artifact).to_dict().get("quantization_config", {})
+    return "auto" if device == "cuda" or config.get("quant_method") == "bitsandbytes" else torch.float32
 
 
 def _loading_problems(loading: dict[str, Any]) -> list[str]:

@@ -1,0 +1,54 @@
+"""Fidelity: what the artifact predicts against what its reference predicts, on text that wasn't calibrated on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from workers.job import Metrics
+from workers.numerics import divergence
+
+
+def compare(pairs: Iterable[tuple[Tensor, Tensor]], tokens_NT: Tensor) -> Metrics:
+    """Metrics over sequences: for each its (reference, artifact) logits [T, V], and its tokens.
+
+    Tokens of one sequence aren't independent, so the bounds take the sequences as the samples.
+    """
+    kl, agree, log_ratio, reference_nll = [], [], [], []
+    for (reference_TV, ours_TV), tokens_T in zip(pairs, tokens_NT, strict=True):
+        kl.append(divergence.kl_divergence(reference_TV, ours_TV))
+        agree.append(divergence.top1_agreement(reference_TV, ours_TV))
+        targets = tokens_T[1:].to(reference_TV.device)
+        theirs = divergence.negative_log_likelihood(reference_TV[:-1], targets)
+        reference_nll.append(theirs)
+        log_ratio.append(divergence.negative_log_likelihood(ours_TV[:-1], targets) - theirs)
+    all_kl, all_agree = torch.cat(kl), torch.cat(agree)
+    mean_nll = torch.cat(reference_nll).mean().item()
+    mean_ratio = torch.cat(log_ratio).mean().item()
+    hits, count = int(all_agree.sum()), all_agree.numel()
+    return Metrics(
+        perplexity=_finite(math.exp(min(mean_nll + mean_ratio, 700.0))),
+        reference_perplexity=math.exp(min(mean_nll, 700.0)),
+        kl_mean=all_kl.mean().item(),
+        kl_mean_upper=divergence.upper_bound_of_mean(torch.stack([values.mean() for values in kl])),
+        kl_p99=all_kl.quantile(0.99).item() if count < 1 << 24 else all_kl.kthvalue(math.ceil(0.99 * count))[0].item(),
+        top1_agreement=hits / count,
+        top1_agreement_lower=divergence.wilson_lower_bound(hits, count),
+        perplexity_ratio_upper=math.exp(
+            min(divergence.upper_bound_of_mean(torch.stack([values.mean() for values in log_ratio])), 700.0)
+        ),
+        eval_tokens=count,
+    )
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else float("inf")
+
+
+def rows(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The sequences of batches, one by one."""
+    for batch in batches:
+        yield from batch
