@@ -68,7 +68,7 @@ def sequences(dataset: Dataset, tokenizer: Any, length: int, at_most: int, where
     """int64 [n <= at_most, length]: the rows as one stream of tokens, cut into pieces; the last, short one is left."""
     tokens: list[int] = []
     for text in _texts(dataset, where):
-        tokens += tokenizer(text, add_special_tokens=False)["input_ids"]
+        tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if len(tokens) >= at_most * length:
             break
     count = min(len(tokens) // length, at_most)

@@ -13,9 +13,9 @@ from workers import reference
 from workers.calibration import calibration_tokens, held_out_tokens, load_tokenizer
 from workers.checkpoint import Source
 from workers.forward import stream
-from workers.job import ArtifactMade, Job, Order, artifact_folder
+from workers.job import ArtifactMade, BitsAndBytesRecipe, Job, Order, Recipe, artifact_folder
 from workers.loading import StreamedModel
-from workers.makers import Maker, make_maker, record_path
+from workers.makers import Maker, record_path
 from workers.run import describe
 from workers.statistics import Observer
 
@@ -58,6 +58,17 @@ def _made_before(job: Job, order: Order) -> ArtifactMade | None:
     return ArtifactMade.model_validate_json(record.read_text())
 
 
+def _maker_class(recipe: Recipe) -> type[Maker]:
+    """The maker for a recipe; a library is only imported where a recipe needs it."""
+    if isinstance(recipe, BitsAndBytesRecipe):
+        from workers.bnb_maker import BitsAndBytesMaker
+
+        return BitsAndBytesMaker
+    from workers.int_maker import IntMaker
+
+    return IntMaker
+
+
 class _Pass:
     """One pass over one model."""
 
@@ -77,7 +88,7 @@ class _Pass:
         """Make the artifacts of the orders; results by the recipe's name."""
         for order in orders:
             with self._failing(order, None):
-                self._makers.append(make_maker(self._job, order, self._streamed, self._source))
+                self._makers.append(_maker_class(order.recipe)(self._job, order, self._streamed, self._source))
         try:
             self._go_through_layers()
             for maker in list(self._makers):

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from workers.checkpoint import Header, Source
 from workers.errors import CheckpointError, UnsupportedRecipe
-from workers.formats import bitsandbytes, compressed_tensors, gptq
+from workers.formats import compressed_tensors, gptq
 from workers.loading import build_on_meta, owners_of_keys
 
 METHODS = ("bitsandbytes", "compressed-tensors", "gptq")
@@ -144,6 +144,8 @@ def _gptq(config: Mapping[str, Any]) -> Codec:
 
 
 def _bitsandbytes(source: Source, trust_remote_code: bool) -> Codec:
+    from workers.formats import bitsandbytes  # importing the library takes seconds
+
     # What is stored doesn't tell a Conv1D, which has to be turned back: the model does.
     model = build_on_meta(source.folder, torch.float32, trust_remote_code)
     conv1d = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}

@@ -35,7 +35,7 @@ from workers.job import (
 )
 from workers.loading import StreamedModel
 from workers.makers import record_path
-from workers.methods import bitsandbytes, integers
+from workers.methods import integers
 from workers.quantize import checkpoint_dtype, compute_device
 from workers.verify import fidelity, gates, integrity, runtime
 
@@ -79,6 +79,8 @@ def _judged_again(verdict: Verdict, order: Order) -> Verdict:
 def intended_modules(recipe: Recipe, streamed: StreamedModel) -> frozenset[str]:
     """The checkpoint's names of the modules that a recipe quantizes in this model."""
     if isinstance(recipe, BitsAndBytesRecipe):
+        from workers.methods import bitsandbytes
+
         converted = bitsandbytes.plan(streamed.model, recipe).converted
         return frozenset(w.module for w in streamed.weights if w.input[0].removesuffix(".weight") in converted)
     schemes = integers.schemes_of(recipe, streamed.weights)
