@@ -244,7 +244,7 @@ class Thresholds(Frozen):
     top1_agreement: float = Field(gt=0, le=1, description="At least (Wilson lower bound).")
     perplexity_ratio: float = Field(gt=1, description="At most, quantized over reference.")
     runtime_logit_difference: float = Field(
-        gt=0, description="At most, max |runtime - ours| over the standard deviation of our logits."
+        gt=0, description="At most: root mean square of runtime - ours, in standard deviations of our logits."
     )
 
 

@@ -54,7 +54,7 @@ def runtime_gate(runtime: Runtime, thresholds: Thresholds) -> list[str]:
     if runtime.relative_logit_difference <= thresholds.runtime_logit_difference:
         return []
     return [
-        f"runtime {runtime.name}: logits differ from our decoding by {runtime.max_abs_logit_difference:.3g} "
-        f"({runtime.relative_logit_difference:.3g} standard deviations), "
+        f"runtime {runtime.name}: logits differ from our decoding by {runtime.relative_logit_difference:.3g} standard "
+        f"deviations (root mean square; {runtime.max_abs_logit_difference:.3g} at most), "
         f"expected at most {thresholds.runtime_logit_difference:g}"
     ]

@@ -147,12 +147,13 @@ class _Verification:
             return None, answer.problems
         if not bool(torch.isfinite(answer.logits).all()):
             return None, (*answer.problems, f"runtime {answer.name}: NaN or Inf in its logits")
-        difference = (answer.logits - ours).abs().max().item()
+        difference = answer.logits - ours
         found = Runtime(
             name=answer.name,
             version=answer.version,
-            max_abs_logit_difference=difference,
-            relative_logit_difference=difference / max(ours.std().item(), 1e-9),
+            max_abs_logit_difference=difference.abs().max().item(),
+            # Not the largest: half-precision noise sends a token to another expert now and then.
+            relative_logit_difference=difference.square().mean().sqrt().item() / max(ours.std().item(), 1e-9),
             generated=answer.generated,
         )
         return found, answer.problems
