@@ -132,7 +132,7 @@ def _job(job: JobRun) -> JobEntry:
         model=job.job.model.id,
         revision=job.job.model.revision,
         recipes=tuple(job.artifacts),
-        node=job.node,
+        node=job.host,
         seconds=_seconds(job.seconds),
     )
 

@@ -47,6 +47,7 @@ class JobRun:
         self.index = index
         self.job = job
         self.node = ""
+        self.host = ""
         self.reference_bytes = 0
         self.seconds: dict[Stage, float] = {}
         self.artifacts = {order.recipe.name: ArtifactRun() for order in job.orders}
@@ -59,6 +60,7 @@ class JobRun:
         """Take a step's final result in, and return the steps that it makes possible."""
         self.seconds[step.stage] = self.seconds.get(step.stage, 0.0) + result.seconds
         self.reference_bytes = result.reference_bytes or self.reference_bytes
+        self.host = result.node or self.host
         for _, artifact in self._touched(step):
             artifact.attempts = max(artifact.attempts, attempts)
             artifact.host_bytes = max(artifact.host_bytes, result.memory.host)
