@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.sources import Source, TensorHeader
-from workers.job import Calibration, FourBitFloatScheme, IntScheme, Recipe, Verification
+from workers.job import BitsAndBytesRecipe, Calibration, FourBitFloatScheme, IntScheme, Recipe, Verification
 
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 # Their linear layers are Conv1D, stored (in, out).
@@ -60,6 +60,8 @@ def group_size_problem(source: Source, recipe: Recipe) -> str | None:
 def quantizable(tensor: TensorHeader, recipe: Recipe) -> bool:
     """Whether the recipe turns this tensor into codes: a matrix inside a decoder layer that isn't ignored."""
     module, _, leaf = tensor.name.rpartition(".")
+    if isinstance(recipe, BitsAndBytesRecipe) and ".experts." in module:
+        return False  # fused in memory, and left alone by the library
     return (
         leaf == "weight"
         and len(tensor.shape) == 2

@@ -128,7 +128,7 @@ def read_file(api: HfApi, repo_id: str, path: str, revision: str = "main") -> tu
     from huggingface_hub.utils._http import get_session, hf_raise_for_status
 
     url = hf_hub_url(repo_id, path, revision=revision, endpoint=api.endpoint)
-    with hub_errors(f"read {path} of {repo_id}"):
+    with hub_errors(f"read {path} of {repo_id} on {api.endpoint}"):
         try:
             response = get_session().get(url, headers=build_hf_headers(token=api.token), follow_redirects=True)
             hf_raise_for_status(response)

@@ -1,0 +1,197 @@
+"""Planning: pin, expand, fingerprint, skip, estimate; and what a plan is refused for."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import plan, sizing, sources, zoo
+from pipeline.loopback import LoopbackHub
+from workers.errors import HubRefused, HubUnavailable, UserError
+
+ROOT = Path(__file__).parents[2]
+LLAMA = ROOT / "tests/zoo/models/llama-tiny"
+TEXT = ROOT / "tests/zoo/text"
+
+
+def write(
+    tmp_path: Path, recipes: str = "gptq-w4-g128, bnb-nf4", model: str = f"id: {LLAMA}", extra: str = ""
+) -> zoo.Zoo:
+    path = tmp_path / "zoo.yaml"
+    path.write_text(
+        f"""
+name: small
+models: [{{{model}}}]
+recipes: [{recipes}]
+calibration: {{dataset: {{path: text, data_files: [{TEXT}/calibration.txt]}}}}
+verify: {{dataset: {{path: text, data_files: [{TEXT}/heldout.txt]}}}}
+{extra}"""
+    )
+    return zoo.load(path)
+
+
+def make(tmp_path: Path, made: zoo.Zoo, endpoint: str | None = None) -> plan.Plan:
+    return plan.make_plan(made, tmp_path, tmp_path / "runs", endpoint)
+
+
+def copy_llama(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(LLAMA, tmp_path / "model"))
+
+
+def test_one_job_for_a_model_with_all_of_its_recipes(tmp_path: Path) -> None:
+    made = make(tmp_path, write(tmp_path))
+    assert [order.recipe.name for order in made.jobs[0].orders] == ["gptq-w4-g128", "bnb-nf4"]
+    assert len(made.jobs) == 1
+    assert made.jobs[0].destination is None
+    assert made.artifacts[0].source.pin.revision == sources.folder_sha256(LLAMA)
+
+
+def test_identity_is_content(tmp_path: Path) -> None:
+    folder = copy_llama(tmp_path)
+    first = make(tmp_path, write(tmp_path, model="id: model")).artifacts
+    renamed = write(tmp_path, "gptq-w4-g128, {name: mine, method: bitsandbytes, scheme: {type: nf4}}", "id: model")
+    assert make(tmp_path, renamed).artifacts[1].order.fingerprint == first[1].order.fingerprint
+    other_seed = write(tmp_path, model="id: model")
+    assert other_seed.calibration is not None
+    calibration = other_seed.calibration.model_copy(update={"seed": 1})
+    second = make(tmp_path, other_seed.model_copy(update={"calibration": calibration})).artifacts
+    assert second[0].order.fingerprint != first[0].order.fingerprint
+    assert second[1].order.fingerprint == first[1].order.fingerprint, "a data-free recipe doesn't depend on the text"
+    (folder / "tokenizer_config.json").write_text("{}")
+    third = make(tmp_path, write(tmp_path, model="id: model")).artifacts
+    assert third[1].order.fingerprint != first[1].order.fingerprint
+
+
+def test_estimates_are_near_what_is_written(tmp_path: Path) -> None:
+    recipes = "bnb-nf4, bnb-fp4, bnb-int8, gptq-w4-g128, gptq-w8-g128"
+    cells = make(tmp_path, write(tmp_path, recipes)).artifacts
+    sizes = {cell.order.recipe.name: cell.estimate.artifact_bytes for cell in cells}
+    assert cells[0].estimate.source_bytes == pytest.approx((LLAMA / "model.safetensors").stat().st_size, rel=0.01)
+    # The measured sizes stand in tests/bench/RESULTS.md; the end-to-end test compares them for one run.
+    assert (
+        sizes["bnb-nf4"] < sizes["bnb-fp4"] < sizes["bnb-int8"] < sizes["gptq-w8-g128"] < cells[0].estimate.source_bytes
+    )
+    assert all(cell.estimate.host_bytes > sizing.RUNTIME_BYTES for cell in cells)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("id: ./nowhere", ["no such folder, got './nowhere'", "org/name"]),
+        ("id: empty", ["'empty' has no config.json"]),
+        ("id: pickled", ["pickle weights only", "pytorch_model.bin", "allow_pickle: true"]),
+        ("id: encoder", ["no causal LM head", "BertForMaskedLM"]),
+        ("id: coded", ["code of its own", "trust_remote_code: true"]),
+        ("id: quantized", ["quantized already", "'awq'"]),
+        ("id: truncated", ["truncated"]),
+    ],
+)
+def test_models_that_are_refused(tmp_path: Path, model: str, said: list[str]) -> None:
+    name = model.removeprefix("id: ")
+    folder = tmp_path / name
+    if name != "./nowhere":
+        folder.mkdir()
+    config = json.loads((LLAMA / "config.json").read_text())
+    changes: dict[str, dict[str, object]] = {
+        "pickled": {},
+        "encoder": {"architectures": ["BertForMaskedLM"]},
+        "coded": {"auto_map": {"AutoModelForCausalLM": "x.Y"}},
+        "quantized": {"quantization_config": {"quant_method": "awq"}},
+        "truncated": {},
+    }
+    if name in changes:
+        (folder / "config.json").write_text(json.dumps({**config, **changes[name]}))
+        weights = (LLAMA / "model.safetensors").read_bytes()
+        (folder / ("pytorch_model.bin" if name == "pickled" else "model.safetensors")).write_bytes(
+            weights[:-100] if name == "truncated" else weights
+        )
+    with pytest.raises(UserError) as caught:
+        make(tmp_path, write(tmp_path, model=model))
+    for words in said:
+        assert words in str(caught.value)
+
+
+def test_text_that_is_not_there_and_all_other_findings_come_at_once(tmp_path: Path) -> None:
+    made = write(tmp_path, "{name: odd, method: rtn, scheme: {bits: 4, group_size: 96}, format: compressed-tensors}")
+    verify = made.verify.model_copy(
+        update={"dataset": made.verify.dataset.model_copy(update={"data_files": ("gone.txt",)})}
+    )
+    with pytest.raises(UserError) as caught:
+        make(tmp_path, made.model_copy(update={"verify": verify}))
+    assert "verify.dataset: no such file, got 'gone.txt'" in str(caught.value)
+    assert "group size 96 doesn't divide the layer widths" in str(caught.value)
+    assert "scheme.group_size: 256" in str(caught.value)
+
+
+def test_the_calibration_text_under_another_name_is_still_the_calibration_text(tmp_path: Path) -> None:
+    made = write(tmp_path)
+    shutil.copy(TEXT / "calibration.txt", tmp_path / "other.txt")
+    dataset = made.verify.dataset.model_copy(update={"data_files": ("other.txt",)})
+    made = made.model_copy(update={"verify": made.verify.model_copy(update={"dataset": dataset})})
+    with pytest.raises(UserError, match="very text that was calibrated on"):
+        make(tmp_path, made)
+
+
+def test_two_models_of_one_name_would_share_a_repository(tmp_path: Path) -> None:
+    for parent in ("a", "b"):
+        shutil.copytree(LLAMA, tmp_path / parent / "model")
+    made = write(tmp_path, model="id: a/model}, {id: b/model", extra="publish: {namespace: acme}")
+    with pytest.raises(UserError, match="'acme/model-gptq-w4-g128'"):
+        make(tmp_path, made)
+
+
+def test_a_hub_that_is_not_there(tmp_path: Path) -> None:
+    made = write(tmp_path, extra="publish: {namespace: acme}")
+    with pytest.raises(HubUnavailable, match=r"127\.0\.0\.1:9"):
+        make(tmp_path, made, "http://127.0.0.1:9")
+
+
+def test_a_model_of_the_hub_is_pinned_to_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LoopbackHub(tmp_path / "hub") as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        from workers.hub import connect
+
+        api = connect(hub.endpoint)
+        api.create_repo("acme/llama")
+        commit = api.upload_folder(repo_id="acme/llama", folder_path=LLAMA).oid
+        # huggingface_hub reads HF_ENDPOINT when it's imported: another process, as a user's would be.
+        code = (
+            "from pathlib import Path; from pipeline import plan, zoo\n"
+            f"made = plan.make_plan(zoo.load(Path({str(tmp_path / 'zoo.yaml')!r})), Path('.'), Path('runs'), None)\n"
+            "print(made.artifacts[0].source.pin.revision, len(made.artifacts[0].source.tensors))"
+        )
+        write(tmp_path, model="id: acme/llama")
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert done.stdout.split() == [commit, str(len(sources.read_header(LLAMA / "model.safetensors")))], done.stderr
+        write(tmp_path, model="id: acme/llama, revision: nope")
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert "acme/llama@nope" in done.stderr
+        assert "no such revision" in done.stderr
+
+
+def test_a_token_that_is_missing_or_wrong_is_found_before_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    with pytest.raises(HubRefused, match="HF_TOKEN"):
+        plan.check_destination("https://huggingface.co", None)
+    with LoopbackHub(tmp_path / "hub", token="right") as hub:
+        monkeypatch.setenv("HF_TOKEN", "wrong")
+        with pytest.raises(HubRefused, match="HF_TOKEN"):
+            plan.check_destination(hub.endpoint, None)
+        monkeypatch.setenv("HF_TOKEN", "right")
+        plan.check_destination(hub.endpoint, None)
+
+
+def test_fingerprints_refuse_what_is_not_plain() -> None:
+    from workers.job import canonical_json
+
+    assert canonical_json({"b": 1, "a": [True, None]}) == '{"a":[true,null],"b":1}'
+    with pytest.raises(TypeError):
+        canonical_json({"a": object()})
+    with pytest.raises(ValueError, match=r"[Oo]ut of range"):
+        canonical_json(float("nan"))
