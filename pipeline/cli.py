@@ -138,6 +138,29 @@ def hub(root: Path, port: int) -> None:
 
 
 @main.command()
+@click.argument("artifact", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--to", "repo_id", required=True, metavar="NAMESPACE/NAME", help="The repository to publish to.")
+@click.option("--endpoint", help="URL of the Hub; left out: HF_ENDPOINT, else the public Hub.")
+@click.option("--private/--public", default=True, show_default=True)
+def publish(artifact: Path, repo_id: str, endpoint: str | None, private: bool) -> None:
+    """Publish the verified artifact in the folder ARTIFACT: one commit, one tag."""
+    from pipeline.plan import check_destination
+    from workers import hub
+    from workers.errors import UserError
+
+    manifest = hub.check_bytes(artifact)
+    if not manifest.verdict.accepted:
+        raise UserError(
+            f"publish: {artifact} was rejected ({'; '.join(manifest.verdict.reasons)}); it is not published"
+        )
+    endpoint = (endpoint or hub.default_endpoint()).rstrip("/")
+    check_destination(endpoint)
+    message = f"{manifest.recipe.name} of {Path(manifest.model).name}@{manifest.revision[:12]}"
+    commit = hub.publish(hub.connect(endpoint), repo_id, artifact, private=private, message=message)
+    click.echo(f"{endpoint}/{repo_id} at {commit}, tag {hub.tag_name(manifest.fingerprint)}")
+
+
+@main.command()
 def schema() -> None:
     """Print the JSON Schema of a zoo file, for editors."""
     from pipeline.zoo import Zoo
@@ -198,7 +221,7 @@ def _print_results(finished: Finished) -> None:
                 "model": Path(entry.model).name,
                 "recipe": entry.recipe,
                 "status": entry.status,
-                "KL": f"{metrics.kl_mean:.4f}" if metrics else "",
+                "KL": f"{metrics.kl_mean:.3g}" if metrics else "",
                 "top-1": f"{metrics.top1_agreement:.3f}" if metrics else "",
                 "perplexity": f"{metrics.perplexity:.3f}" if metrics else "",
                 "size": f"{entry.bytes / 1e6:.1f} MB" if entry.bytes else "",

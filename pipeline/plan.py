@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline import sizing, sources
-from pipeline.zoo import Publish, Zoo
+from pipeline.zoo import Zoo
 from workers import hub
 from workers.errors import HubRefused, ModelNotFound, UserError, ZooError
 from workers.job import (
@@ -82,7 +82,7 @@ def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None)
     orders = [_order(zoo, source, recipe, calibration, data_sha256) for source, recipe in cells]
     _check_repositories(orders)
     if endpoint:
-        check_destination(endpoint, zoo.publish)
+        check_destination(endpoint)
     standing = _standing(orders, workspace, endpoint)
     artifacts = tuple(
         PlannedArtifact(source, order, sizing.estimate(source, recipe, calibration, verification), *(there or ()))
@@ -151,7 +151,7 @@ def _check_repositories(orders: Iterable[Order]) -> None:
             seen.add(order.repo_id)
 
 
-def check_destination(endpoint: str, publish: Publish | None) -> None:
+def check_destination(endpoint: str) -> None:
     """Whether the Hub answers, and the token may write to the namespace.
 
     Raises:

@@ -114,7 +114,7 @@ def outcome(result: StageResult, retry_in: float | None) -> str:
             verdict = result.manifest.verdict
             metrics = result.manifest.verdict.metrics
             said = "accepted" if verdict.accepted else f"rejected: {'; '.join(verdict.reasons)}"
-            return f"{said}, KL {metrics.kl_mean:.4f}, top-1 {metrics.top1_agreement:.3f} ({took})"
+            return f"{said}, KL {metrics.kl_mean:.3g}, top-1 {metrics.top1_agreement:.3f} ({took})"
         case Stage.VERIFY if result.manifest:
             return f"rejected: {'; '.join(result.manifest.verdict.reasons)} ({took})"
         case Stage.PUBLISH:

@@ -29,7 +29,9 @@ def render(results: Results) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters.update(megabytes=_megabytes, number=_number, seconds=_seconds, percent=_percent)
+    environment.filters.update(
+        megabytes=_megabytes, gigabytes=_gigabytes, number=_number, figures=_figures, seconds=_seconds, percent=_percent
+    )
     counts = {status: sum(a.status == status for a in results.artifacts) for status in _ORDER}
     return environment.get_template("report.html.j2").render(
         results=results, sections=_sections(results.artifacts), counts={k: v for k, v in counts.items() if v}
@@ -51,6 +53,15 @@ def _sections(artifacts: Sequence[ArtifactEntry]) -> list[ModelSection]:
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.2f} MB" if count else "–"
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count else "–"
+
+
+def _figures(value: float) -> str:
+    """Three significant figures: KL goes over many orders of magnitude."""
+    return f"{value:.2e}" if 0 < value < 1e-3 else f"{value:.3g}"
 
 
 def _number(value: float, digits: int = 4) -> str:

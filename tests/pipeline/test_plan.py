@@ -178,13 +178,13 @@ def test_a_token_that_is_missing_or_wrong_is_found_before_the_start(
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
     with pytest.raises(HubRefused, match="HF_TOKEN"):
-        plan.check_destination("https://huggingface.co", None)
+        plan.check_destination("https://huggingface.co")
     with LoopbackHub(tmp_path / "hub", token="right") as hub:
         monkeypatch.setenv("HF_TOKEN", "wrong")
         with pytest.raises(HubRefused, match="HF_TOKEN"):
-            plan.check_destination(hub.endpoint, None)
+            plan.check_destination(hub.endpoint)
         monkeypatch.setenv("HF_TOKEN", "right")
-        plan.check_destination(hub.endpoint, None)
+        plan.check_destination(hub.endpoint)
 
 
 def test_fingerprints_refuse_what_is_not_plain() -> None:
