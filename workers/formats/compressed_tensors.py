@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from workers.checkpoint import Header
-from workers.errors import UnsupportedRecipe
+from workers.errors import CheckpointError, UnsupportedRecipe
 from workers.job import IntScheme
 from workers.numerics.packing import pack_to_int32, unpack_from_int32
 
@@ -64,11 +64,29 @@ def header(stored: Mapping[str, Header], read: Callable[[str], Tensor]) -> Heade
 
 
 def decode(stored: Mapping[str, Tensor], bits: int) -> Tensor:
-    """Decode the tensors of one module to its weight (O, I), in the dtype of the scales, as the library does."""
+    """Decode the tensors of one module to its weight (O, I), in the dtype of the scales, as the library does.
+
+    Raises:
+        CheckpointError: more or fewer words than ``bits`` asks for.
+    """
     scale_OG = stored["weight_scale"]
     rows, columns = (int(size) for size in stored["weight_shape"])
+    check_words(stored["weight_packed"].shape[1], columns, bits)
     codes_OI = unpack_from_int32(stored["weight_packed"], bits, (rows, columns)).to(scale_OG.dtype)
     return (codes_OI.view(rows, scale_OG.shape[1], -1) * scale_OG[:, :, None]).view(rows, columns)
+
+
+def check_words(words: int, codes: int, bits: int) -> None:
+    """Refuse a width that doesn't fit what is stored.
+
+    Raises:
+        CheckpointError: naming both.
+    """
+    expected = -(-codes * bits // 32)
+    if words != expected:
+        raise CheckpointError(
+            f"{codes} codes stored in {words} words, expected {expected} for the {bits} bits that config.json declares"
+        )
 
 
 def quantization_config(

@@ -70,13 +70,17 @@ class Decoded:
         """The tensor, on the CPU, contiguous; a quantized weight in its format's float dtype.
 
         Raises:
-            CheckpointError: there is none of that name.
+            CheckpointError: there is none of that name, or what is stored isn't what config.json declares.
         """
         names = self._stored.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if names is None:
             return self._source.read(name)
         module = name.removesuffix(".weight")
-        return self._codec.decode(module, {suffix: self._source.read(key) for suffix, key in names.items()})
+        stored = {suffix: self._source.read(key) for suffix, key in names.items()}
+        try:
+            return self._codec.decode(module, stored)
+        except CheckpointError as error:
+            raise CheckpointError(f"{module}: {error}") from error
 
     def __enter__(self) -> Self:
         return self

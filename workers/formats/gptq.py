@@ -16,7 +16,7 @@ from torch import Tensor
 
 from workers.checkpoint import Header
 from workers.errors import NumericalError, UnsupportedRecipe
-from workers.formats.compressed_tensors import EXPERT, IntWeight, some
+from workers.formats.compressed_tensors import EXPERT, IntWeight, check_words, some
 from workers.job import IntScheme
 from workers.numerics.packing import pack_gptq, unpack_gptq
 
@@ -56,8 +56,13 @@ def encode(weight: IntWeight) -> dict[str, Tensor]:
 
 
 def decode(stored: Mapping[str, Tensor], bits: int) -> Tensor:
-    """Decode the tensors of one module to its weight (O, I), float16 as in gptqmodel's reference kernel."""
+    """Decode the tensors of one module to its weight (O, I), float16 as in gptqmodel's reference kernel.
+
+    Raises:
+        CheckpointError: more or fewer words than ``bits`` asks for.
+    """
     group_I = stored["g_idx"].long()
+    check_words(stored["qweight"].shape[0], len(group_I), bits)
     codes_IO = unpack_gptq(stored["qweight"], bits, 0)
     zero_GO = unpack_gptq(stored["qzeros"], bits, 1) + 1
     weight_IO = (codes_IO - zero_GO[group_I]).to(torch.float16) * stored["scales"][group_I]

@@ -1,0 +1,49 @@
+"""Jobs on the small models, as the driver hands them to a worker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from pipeline import shipped
+from pipeline.sources import folder_sha256
+from workers.job import Calibration, Dataset, Job, ModelPin, Order, Recipe, Thresholds, Verification, fingerprint
+
+ZOO = Path(__file__).parents[1] / "zoo"
+LOOSE = Thresholds(kl_mean=5, top1_agreement=0.1, perplexity_ratio=20, runtime_logit_difference=0.1)
+
+
+def text(name: str) -> Dataset:
+    return Dataset(path="text", data_files=(str(ZOO / "text" / f"{name}.txt"),))
+
+
+def recipe(**definition: Any) -> Recipe:
+    """A recipe in place: int, compressed-tensors unless told otherwise."""
+    adapter: TypeAdapter[Recipe] = TypeAdapter(Recipe)
+    return adapter.validate_python({"format": "compressed-tensors", **definition})
+
+
+def job(
+    model: Path,
+    workspace: Path,
+    *recipes: str | Recipe,
+    thresholds: Thresholds = LOOSE,
+    samples: int = 8,
+    allow_pickle: bool = False,
+) -> Job:
+    chosen = [shipped.recipe(item) if isinstance(item, str) else item for item in recipes]
+    pin = ModelPin(id=model.name, revision=folder_sha256(model), folder=str(model), allow_pickle=allow_pickle)
+    calibration = Calibration(dataset=text("calibration"), samples=samples, sequence_length=128)
+    return Job(
+        model=pin,
+        orders=tuple(
+            Order(recipe=item, fingerprint=fingerprint(pin, item, calibration, "text"), thresholds=thresholds)
+            for item in chosen
+        ),
+        calibration=calibration,
+        verification=Verification(dataset=text("heldout"), tokens=512, sequence_length=128),
+        destination=None,
+        workspace=str(workspace),
+    )

@@ -1,0 +1,266 @@
+"""Quantize and verify on the small models, without Ray: one pass for all recipes, and nothing broken gets through."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.workers.jobs import LOOSE, ZOO, job, recipe
+from workers.content import file_sha256
+from workers.job import Job, Manifest, Stage, StageResult, Thresholds, artifact_folder
+from workers.run import run_stage
+
+LLAMA = ZOO / "models" / "llama-tiny"
+MOE = ZOO / "models" / "qwen3-moe-tiny"
+GPT2 = ZOO / "models" / "gpt2-tiny"
+
+
+def quantize(of: Job) -> StageResult:
+    return run_stage(of, Stage.QUANTIZE)
+
+
+def verify(of: Job, name: str) -> Manifest:
+    result = run_stage(of, Stage.VERIFY, name)
+    assert result.manifest is not None, result.failure
+    return result.manifest
+
+
+def weights_sha256(of: Job, name: str) -> str:
+    return file_sha256(artifact_folder(of.workspace, of.order(name)) / "model.safetensors")
+
+
+def test_a_recipe_makes_the_same_bytes_alone_and_in_company(tmp_path: Path) -> None:
+    rtn3 = recipe(name="rtn-w3", method="rtn", scheme={"bits": 3, "group_size": 64}, format="gptq")
+    company = job(LLAMA, tmp_path / "a", "bnb-nf4", "gptq-w4-g128", "bnb-int8", rtn3, "gptq-w8-g128")
+    made = quantize(company)
+    assert made.failure is None, made.failure
+    assert [artifact.error for artifact in made.artifacts] == [None] * 5
+    alone = job(LLAMA, tmp_path / "b", "gptq-w4-g128")
+    quantize(alone)
+    assert weights_sha256(alone, "gptq-w4-g128") == weights_sha256(company, "gptq-w4-g128")
+    assert not list((tmp_path / "a" / "artifacts").glob(".*")), "something half-written is left"
+
+
+def test_what_was_made_is_not_made_again(tmp_path: Path) -> None:
+    one = job(LLAMA, tmp_path, "bnb-nf4")
+    first = quantize(one)
+    before = artifact_folder(one.workspace, one.orders[0]).stat().st_mtime_ns
+    both = job(LLAMA, tmp_path, "bnb-nf4", "rtn-w4-g128")
+    second = quantize(both)
+    assert second.artifacts[0] == first.artifacts[0]
+    assert artifact_folder(one.workspace, one.orders[0]).stat().st_mtime_ns == before
+    assert second.artifacts[1].error is None
+
+
+def test_a_recipe_that_the_model_cannot_take_fails_alone(tmp_path: Path) -> None:
+    made = quantize(job(GPT2, tmp_path, "gptq-w4-g128", "bnb-nf4")).artifacts
+    assert made[0].error is not None
+    assert made[0].error.kind == "UnsupportedRecipe"
+    assert "Conv1D" in made[0].error.message
+    assert "bitsandbytes" in made[0].error.message
+    assert made[1].error is None
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [(LLAMA, "gptq-w8-g128"), (LLAMA, "bnb-fp4"), (MOE, "gptq-w4-g128"), (GPT2, "bnb-int8"), (GPT2, "bnb-nf4")],
+    ids=lambda value: value.name if isinstance(value, Path) else value,
+)
+def test_shipped_recipes_are_accepted(model: Path, name: str, tmp_path: Path) -> None:
+    of = job(model, tmp_path, name)
+    assert quantize(of).artifacts[0].error is None
+    manifest = verify(of, name)
+    assert manifest.verdict.accepted, manifest.verdict.reasons
+    assert manifest.verdict.runtime is not None
+    assert manifest.verdict.runtime.name == "transformers"
+    assert len(manifest.verdict.worst_layers) == 3
+    assert manifest.bytes < manifest.reference_bytes
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (3, False), (4, True), (4, False), (8, False)])
+def test_the_gptq_format_in_all_widths(bits: int, symmetric: bool, tmp_path: Path) -> None:
+    scheme = {"bits": bits, "group_size": 64, "symmetric": symmetric}
+    of = job(LLAMA, tmp_path, recipe(name="mine", method="gptq", scheme=scheme, format="gptq"))
+    made = quantize(of).artifacts[0]
+    assert made.error is None, made.error
+    manifest = verify(of, "mine")
+    assert manifest.verdict.accepted, manifest.verdict.reasons
+
+
+def test_widths_that_no_group_divides_are_a_choice(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig.from_pretrained(LLAMA)
+    config.intermediate_size, config.num_hidden_layers = 172, 2
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "odd")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(LLAMA / name, tmp_path / "odd" / name)
+
+    def mine(choice: str) -> Job:
+        scheme = {"bits": 4, "group_size": 128, "indivisible": choice}
+        return job(tmp_path / "odd", tmp_path, recipe(name=choice, method="rtn", scheme=scheme))
+
+    refused = quantize(mine("refuse")).artifacts[0]
+    assert refused.error is not None
+    assert "doesn't divide the width 172" in refused.error.message
+    for choice, said in (("channel", "one scale for each output"), ("keep", "left in half precision")):
+        of = mine(choice)
+        made = quantize(of).artifacts[0]
+        assert made.error is None, made.error
+        assert [note for note in made.fallbacks if said in note and "down_proj" in note]
+        manifest = verify(of, choice)
+        assert manifest.verdict.accepted, manifest.verdict.reasons
+        assert manifest.fallbacks == made.fallbacks
+
+
+def test_an_artifact_below_its_gates_is_rejected_kept_and_judged_again(tmp_path: Path) -> None:
+    rough = recipe(name="rough", method="rtn", scheme={"bits": 2, "group_size": 128}, format="gptq")
+    strict = Thresholds(kl_mean=1e-6, top1_agreement=0.99999, perplexity_ratio=1.000001, runtime_logit_difference=0.1)
+    of = job(LLAMA, tmp_path, rough, thresholds=strict)
+    quantize(of)
+    rejected = verify(of, "rough")
+    assert not rejected.verdict.accepted
+    said = " ".join(rejected.verdict.reasons)
+    assert all(
+        words in said for words in ("KL divergence", "top-1 agreement", "perplexity ratio", "expected at most 1e-06")
+    )
+    assert artifact_folder(of.workspace, of.orders[0]).is_dir()
+    lenient = of.model_copy(update={"orders": (of.orders[0].model_copy(update={"thresholds": LOOSE}),)})
+    accepted = verify(lenient, "rough")
+    assert accepted.verdict.accepted
+    assert accepted.verdict.metrics == rejected.verdict.metrics
+
+
+def change_tensor(suffix: str, change: Callable[[torch.Tensor], object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        name = next(name for name in sorted(tensors) if name.endswith(suffix))
+        change(tensors[name])
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
+
+
+def change_config(key: str, value: object) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"]["config_groups"]["group_0"]["weights"][key] = value
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return apply
+
+
+def drop_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.2.mlp.up_proj.weight_scale"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def unquantize(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    module = "model.layers.1.mlp.up_proj"
+    for name in [name for name in tensors if name.startswith(module)]:
+        del tensors[name]
+    tensors[f"{module}.weight"] = load_file(LLAMA / "model.safetensors")[f"{module}.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def truncate(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-1000])
+
+
+FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "NaN in a scale": (
+        change_tensor("weight_scale", lambda t: t[3].fill_(float("nan"))),
+        "NaN or Inf in model.layers.0",
+    ),
+    "codes of another weight": (change_tensor("weight_packed", lambda t: t.copy_(t.flip(0))), "KL divergence"),
+    "a changed embedding": (change_tensor("embed_tokens.weight", lambda t: t[7].mul_(2)), "embed_tokens.weight isn't"),
+    "a missing scale": (drop_tensor, "up_proj"),
+    "a layer left in half precision": (
+        unquantize,
+        "not quantized though the recipe says so: model.layers.1.mlp.up_proj",
+    ),
+    "a truncated shard": (truncate, "truncated"),
+    "a config that promises other bits": (change_config("num_bits", 8), "8 bits that config.json declares"),
+    "another tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json"),
+    "no chat template": (lambda folder: (folder / "chat_template.jinja").unlink(), "chat_template.jinja"),
+}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    of = job(LLAMA, tmp_path_factory.mktemp("good"), "rtn-w4-g128", thresholds=Thresholds(
+        kl_mean=0.2, top1_agreement=0.8, perplexity_ratio=1.2, runtime_logit_difference=0.05,
+    ))  # fmt: skip
+    assert quantize(of).artifacts[0].error is None
+    return of
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_rejected_by_name(fault: str, good: Job, tmp_path: Path) -> None:
+    shutil.copytree(good.workspace, tmp_path, dirs_exist_ok=True)
+    of = good.model_copy(update={"workspace": str(tmp_path)})
+    plant, said = FAULTS[fault]
+    plant(artifact_folder(tmp_path, of.orders[0]))
+    manifest = verify(of, "rtn-w4-g128")
+    assert not manifest.verdict.accepted
+    assert said in " | ".join(manifest.verdict.reasons)
+
+
+def test_an_artifact_that_changed_after_its_verdict_is_verified_anew(good: Job, tmp_path: Path) -> None:
+    shutil.copytree(good.workspace, tmp_path, dirs_exist_ok=True)
+    of = good.model_copy(update={"workspace": str(tmp_path)})
+    assert verify(of, "rtn-w4-g128").verdict.accepted
+    FAULTS["codes of another weight"][0](artifact_folder(tmp_path, of.orders[0]))
+    assert not verify(of, "rtn-w4-g128").verdict.accepted
+
+
+def test_broken_weights_are_named(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(LLAMA, tmp_path / "model"))
+    change_tensor("layers.1.mlp.up_proj.weight", lambda tensor: tensor[2, 3].fill_(float("inf")))(folder)
+    made = quantize(job(folder, tmp_path, "rtn-w4-g128", "bnb-nf4"))
+    errors = [artifact.error for artifact in made.artifacts]
+    assert [error.kind for error in errors if error] == ["NumericalError", "NumericalError"]
+    assert all("layers.1.mlp.up_proj.weight" in error.message for error in errors if error)
+    calibrated = quantize(job(folder, tmp_path, "gptq-w4-g128"))
+    assert calibrated.failure is not None
+    assert calibrated.failure.kind == "NumericalError"
+
+
+def test_more_samples_than_the_text_holds(tmp_path: Path) -> None:
+    failure = quantize(job(LLAMA, tmp_path, "gptq-w4-g128", samples=100_000)).failure
+    assert failure is not None
+    assert failure.kind == "CalibrationError"
+    assert "got 100000, but the data set holds" in failure.message
+    assert "set samples to at most" in failure.message
+
+
+def test_pickles_are_read_where_the_zoo_allows_them(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(LLAMA, tmp_path / "model"))
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    refused = quantize(job(folder, tmp_path / "a", "rtn-w4-g128")).failure
+    assert refused is not None
+    assert "allow_pickle: true" in refused.message
+    allowed = job(folder, tmp_path / "b", "rtn-w4-g128", allow_pickle=True)
+    assert quantize(allowed).artifacts[0].error is None
+    plain = job(LLAMA, tmp_path / "c", "rtn-w4-g128")
+    quantize(plain)
+    assert weights_sha256(allowed, "rtn-w4-g128") == weights_sha256(plain, "rtn-w4-g128")
+
+
+def test_a_model_that_changed_since_the_plan_is_refused(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(LLAMA, tmp_path / "model"))
+    of = job(folder, tmp_path, "rtn-w4-g128")
+    assert run_stage(of, Stage.FETCH).failure is None
+    (folder / "generation_config.json").write_text("{}")
+    failure = run_stage(of, Stage.FETCH).failure
+    assert failure is not None
+    assert "changed since it was planned" in failure.message
