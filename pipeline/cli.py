@@ -225,10 +225,13 @@ def _print_results(finished: Finished) -> None:
                 "top-1": f"{metrics.top1_agreement:.3f}" if metrics else "",
                 "perplexity": f"{metrics.perplexity:.3f}" if metrics else "",
                 "size": f"{entry.bytes / 1e6:.1f} MB" if entry.bytes else "",
-                "where, or why": entry.reason or entry.repo_id or entry.path or "",
+                "published as": entry.repo_id if entry.commit else "",
             }
         )
     _print_rows(rows, tuple(rows[0]))
+    for entry in finished.results.artifacts:
+        if entry.status in ("rejected", "failed"):
+            click.echo(f"{entry.status}: {Path(entry.model).name} {entry.recipe}: {entry.reason}")
     if finished.interrupted:
         click.echo("interrupted; run the same command again to go on")
     click.echo(finished.results_path)
@@ -242,7 +245,7 @@ def _print_rows(rows: Sequence[Mapping[str, object]], columns: tuple[str, ...]) 
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column in ("model", "recipe", "status", "plan"))
     for row in rows:
         table.add_row(*(Text("" if row[column] is None else str(row[column])) for column in columns))
     # Without a terminal there's no width to keep to: logs and pipes get whole lines.

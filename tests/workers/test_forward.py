@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.workers.families import FAMILIES, save_random
 from workers.checkpoint import Source
 from workers.errors import CheckpointError
 from workers.forward import Head, stream
 from workers.loading import StreamedModel
+
+ZOO = Path(__file__).parents[1] / "zoo" / "models"
 
 
 def tokens(count: int = 3, length: int = 24) -> list[torch.Tensor]:
@@ -37,6 +40,19 @@ def test_logits_are_bit_identical_with_one_layer_in_memory(family: str, tmp_path
     layers = len(in_memory)
     assert in_memory == [[column == row for column in range(layers)] for row in range(layers)]
     assert expected[0].std() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["llama-tiny", "qwen3-moe-tiny", "gpt2-tiny"])
+def test_logits_of_the_zoo_are_bit_identical(name: str) -> None:
+    folder = ZOO / name
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    plain.set_experts_implementation("eager")
+    batches = [torch.randint(3, 2048, (2, 64), generator=torch.Generator().manual_seed(3))]
+    with torch.inference_mode():
+        expected = plain(input_ids=batches[0], use_cache=False).logits
+    with Source(folder) as source:
+        streamed = StreamedModel(folder, source, dtype=torch.float32)
+        assert torch.equal(Head(streamed).logits(stream(streamed, batches)[0]), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
