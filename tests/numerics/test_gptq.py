@@ -60,16 +60,6 @@ def test_codes_are_those_of_the_paper(bits: int, symmetric: bool, ordered: bool,
     assert found.damping == 0.01
 
 
-def test_the_reported_loss_is_the_damped_loss_of_each_row() -> None:
-    w, h = problem(5)
-    scale, _ = rounding.mse_params(w, 4, 32, symmetric=True)
-    found = gptq.solve(w[None], h[None], scale[None], None, bits=4, activation_order=True, damping=0.01)
-    damped = h + 0.01 * h.diagonal().mean() * torch.eye(96)
-    error = (w - rounding.dequantize(found.codes_BOI[0], scale, None)).double()
-    want = ((error @ damped.double()) * error).sum(1)
-    torch.testing.assert_close(found.loss_BO[0].double(), want, rtol=1e-3, atol=1e-3)
-
-
 def test_with_an_identity_hessian_it_rounds_to_nearest() -> None:
     w, _ = problem(6)
     scale, zero = rounding.minmax_params(w, 4, 32, symmetric=False)
@@ -137,7 +127,7 @@ def test_a_failed_factorization_is_damped_more_and_says_so() -> None:
     scale, _ = rounding.minmax_params(w, 4, 32, symmetric=True)
     found = gptq.solve(w[None], h[None], scale[None], None, bits=4, activation_order=True, damping=0.001)
     assert found.damping > 0.001
-    assert bool(torch.isfinite(found.loss_BO).all())
+    assert loss(w, h, found.codes_BOI[0], scale, None) >= 0
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

@@ -7,14 +7,31 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
+
+ELEMENTS_AT_A_TIME = 1 << 24  # float64 temporaries of a piece: 128 MiB each, whatever the vocabulary
 
 
 def kl_divergence(reference_NV: Tensor, logits_NV: Tensor) -> Tensor:
-    """KL(reference || other) in nats for each token, float64 [N], exact over the whole vocabulary."""
+    """KL(reference || other) in nats for each token, float64 [N], exact over the whole vocabulary.
+
+    What the reference holds impossible (a logit of -inf) adds nothing; what only the other does makes it infinite.
+    """
+    rows = _rows_at_a_time(reference_NV)
+    pieces = zip(reference_NV.split(rows), logits_NV.split(rows), strict=True)
+    return torch.cat([_kl_divergence(reference, logits) for reference, logits in pieces])
+
+
+def _kl_divergence(reference_NV: Tensor, logits_NV: Tensor) -> Tensor:
     p_NV = reference_NV.double().log_softmax(-1)
     q_NV = logits_NV.double().log_softmax(-1)
-    return (p_NV.exp() * (p_NV - q_NV)).sum(-1)
+    # -inf minus -inf would be NaN, where the limit of p log p is 0.
+    return (p_NV.exp() * (p_NV - q_NV).masked_fill_(p_NV == -math.inf, 0)).sum(-1)
+
+
+def _rows_at_a_time(logits_NV: Tensor) -> int:
+    return max(1, ELEMENTS_AT_A_TIME // logits_NV.shape[-1])
 
 
 def top1_agreement(reference_NV: Tensor, logits_NV: Tensor) -> Tensor:
@@ -24,7 +41,9 @@ def top1_agreement(reference_NV: Tensor, logits_NV: Tensor) -> Tensor:
 
 def negative_log_likelihood(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     """-log p(target) in nats for each token, float64 [N]."""
-    return -logits_NV.double().log_softmax(-1).gather(-1, targets_N[:, None]).squeeze(-1)
+    rows = _rows_at_a_time(logits_NV)
+    pieces = zip(logits_NV.split(rows), targets_N.split(rows), strict=True)
+    return torch.cat([-p.double().log_softmax(-1).gather(-1, t[:, None]).squeeze(-1) for p, t in pieces])
 
 
 def wilson_lower_bound(successes: int, trials: int, z: float = 1.96) -> float:
@@ -45,6 +64,10 @@ def upper_bound_of_mean(values: Tensor, z: float = 1.96) -> float:
 
 def sqnr_db(reference: Tensor, other: Tensor) -> float:
     """Signal to quantization noise in dB: 10 log10(sum x^2 / sum (x - y)^2); infinite if they are equal."""
-    noise = (reference.double() - other.double()).square().sum().item()
-    signal = reference.double().square().sum().item()
+    noise = signal = 0.0
+    pieces = (tensor.flatten().split(ELEMENTS_AT_A_TIME) for tensor in (reference, other))
+    for x, y in zip(*pieces, strict=True):
+        exact = x.double()
+        signal += exact.square().sum().item()
+        noise += (exact - y).square_().sum().item()
     return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)

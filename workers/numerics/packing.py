@@ -19,14 +19,20 @@ def pack(values: Tensor, bits: int) -> Tensor:
     """Pack codes in [0, 2^bits - 1], integer [..., N], along the last dimension: int32 [..., ceil(N * bits / 32)]."""
     *rest, count = values.shape
     blocks = -(-count // WORD)
-    padded = torch.nn.functional.pad(values.to(torch.int64), (0, blocks * WORD - count)).view(*rest, blocks, WORD)
+    pieces = torch.nn.functional.pad(values.to(torch.int32), (0, blocks * WORD - count))
+    width = bits
+    # Neighbours joined while two fit a word: half the elements each time, instead of 32 strided passes.
+    while 2 * width <= WORD:
+        pieces = pieces[..., 0::2] | (pieces[..., 1::2] << width)
+        width *= 2
+    pieces = (pieces.to(torch.int64) & 0xFFFFFFFF).view(*rest, blocks, -1)
     words = torch.zeros(*rest, blocks, bits, dtype=torch.int64, device=values.device)
-    for element in range(WORD):
-        word, offset = divmod(element * bits, WORD)
-        value = padded[..., element]
-        words[..., word] |= (value << offset) & 0xFFFFFFFF
-        if offset + bits > WORD:
-            words[..., word + 1] |= value >> (WORD - offset)
+    for index in range(pieces.shape[-1]):
+        word, offset = divmod(index * width, WORD)
+        piece = pieces[..., index]
+        words[..., word] |= (piece << offset) & 0xFFFFFFFF
+        if offset + width > WORD:
+            words[..., word + 1] |= piece >> (WORD - offset)
     signed = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
     return signed.flatten(-2)[..., : -(-count * bits // WORD)].contiguous()
 
@@ -37,15 +43,18 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     blocks = -(-count // WORD)
     padded = torch.nn.functional.pad(words, (0, blocks * bits - given)).to(torch.int64) & 0xFFFFFFFF
     padded = padded.view(*rest, blocks, bits)
-    values = torch.empty(*rest, blocks, WORD, dtype=torch.int32, device=words.device)
-    mask = (1 << bits) - 1
-    for element in range(WORD):
-        word, offset = divmod(element * bits, WORD)
-        value = padded[..., word] >> offset
-        if offset + bits > WORD:
-            value = value | (padded[..., word + 1] << (WORD - offset))
-        values[..., element] = (value & mask).to(torch.int32)
-    return values.flatten(-2)[..., :count].contiguous()
+    joined = 1 << (WORD // bits).bit_length() - 1
+    width = bits * joined
+    pieces = []
+    for index in range(WORD // joined):
+        word, offset = divmod(index * width, WORD)
+        piece = padded[..., word] >> offset
+        if offset + width > WORD:
+            piece = piece | (padded[..., word + 1] << (WORD - offset))
+        pieces.append(piece.to(torch.int32))
+    places = torch.arange(0, width, bits, dtype=torch.int32, device=words.device)
+    values = (torch.stack(pieces, -1).unsqueeze(-1) >> places).bitwise_and_((1 << bits) - 1)
+    return values.flatten(-3)[..., :count].contiguous()
 
 
 def pack_to_int32(codes_OI: Tensor, bits: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 # Shrinkages of the min-max range that the MSE search tries: a coarse grid, then halving steps around the best.
 COARSE = (1.0, 0.9, 0.8, 0.7, 0.56)
 FINE_STEPS = (0.05, 0.025)
-ROWS_AT_A_TIME = 64  # keeps the search's temporaries in the cache
+ROWS_AT_A_TIME = 256  # keeps the search's temporaries in the cache
 
 
 def code_range(bits: int) -> tuple[int, int]:
@@ -105,10 +105,11 @@ def _search(
     groups_OGg: Tensor, weights_OGg: Tensor | None, bits: int, symmetric: bool, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     low, high = groups_OGg.amin(-1), groups_OGg.amax(-1)
+    scratch = torch.empty_like(groups_OGg)
 
     def error_of(factor: Tensor | float) -> Tensor:
         scale, zero = _params(low * factor, high * factor, bits, symmetric, scale_dtype)
-        return _error(groups_OGg, weights_OGg, scale, zero, bits)
+        return _error(groups_OGg, weights_OGg, scale, zero, bits, scratch)
 
     best = torch.full_like(low, COARSE[0])
     least = error_of(best)
@@ -127,15 +128,22 @@ def _keep_better(best: Tensor, least: Tensor, trial: Tensor, error: Tensor) -> t
 
 
 def _error(
-    groups_OGg: Tensor, weights_OGg: Tensor | None, scale_OG: Tensor, zero_OG: Tensor | None, bits: int
+    groups_OGg: Tensor,
+    weights_OGg: Tensor | None,
+    scale_OG: Tensor,
+    zero_OG: Tensor | None,
+    bits: int,
+    scratch_OGg: Tensor,
 ) -> Tensor:
     code_low, code_high = code_range(bits)
     scale = scale_OG.float().unsqueeze(-1)
-    codes = groups_OGg / scale
+    codes = torch.div(groups_OGg, scale, out=scratch_OGg)
     if zero_OG is None:
         codes.round_().clamp_(code_low, code_high)
     else:
         zero = zero_OG.float().unsqueeze(-1)
         codes.add_(zero).round_().clamp_(code_low, code_high).sub_(zero)
-    noise = codes.mul_(scale).sub_(groups_OGg).square_()
-    return noise.sum(-1) if weights_OGg is None else noise.mul_(weights_OGg).sum(-1)
+    noise = codes.mul_(scale).sub_(groups_OGg)
+    if weights_OGg is None:
+        return torch.linalg.vector_norm(noise, dim=-1).square_()
+    return noise.square_().mul_(weights_OGg).sum(-1)
