@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +13,7 @@ from typing import Any, Self
 
 from pipeline.steps import Step
 from workers.environment import Facts
-from workers.errors import OutOfMemory, WorkerDied, ZooError
+from workers.errors import OutOfMemory, QuantmillError, WorkerDied, ZooError
 from workers.job import Failure, Job, Stage, StageResult
 
 NETWORK_STAGES = frozenset({Stage.FETCH, Stage.PUBLISH})
@@ -23,7 +24,6 @@ class Node:
     """A Ray node that is alive."""
 
     id: str
-    address: str
     cpus: int
     gpus: int
 
@@ -57,6 +57,8 @@ class Cluster:
                 configure_logging=False,
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
+            if address is None:
+                raise QuantmillError(f"Ray doesn't start on this machine ({error}); see `quantmill doctor`") from error
             raise ZooError(f"--address: no Ray cluster there, got {address!r} ({error}); start one") from error
 
     def __enter__(self) -> Self:
@@ -70,24 +72,26 @@ class Cluster:
     def nodes(self) -> list[Node]:
         """The nodes that are alive now."""
         return [
-            Node(node["NodeID"], node["NodeManagerAddress"], int(have.get("CPU", 0)), int(have.get("GPU", 0)))
+            Node(node["NodeID"], int(have.get("CPU", 0)), int(have.get("GPU", 0)))
             for node in self._ray.nodes()
             if node["Alive"] and (have := node["Resources"])
         ]
 
     def probe(self, nodes: Sequence[Node]) -> dict[str, Facts]:
-        """What each node has, by node id."""
+        """What each node has, by node id; a node that doesn't answer is left out."""
         task = self._ray.remote(max_calls=1, max_retries=0)(_probe)
         calls = [
             task.options(num_cpus=0, **_pinned(node.id)).remote(str(self._workspace), node.gpus > 0) for node in nodes
         ]
-        answers = self._ray.get(calls)
-        return {node.id: Facts.model_validate_json(a) for node, a in zip(nodes, answers, strict=True)}
+        facts = {}
+        for node, call in zip(nodes, calls, strict=True):
+            with suppress(self._ray.exceptions.RayError):
+                facts[node.id] = Facts.model_validate_json(self._ray.get(call))
+        return facts
 
     def start(self, step: Step, job: Job, node: Node) -> None:
         """Start a stage on a node; its process ends with it, and Ray never repeats it."""
         computing = step.stage not in NETWORK_STAGES
-        # A GPU is visible to a task only if it asks for one, so the network stages can't hold it.
         call = self._ray.remote(max_calls=1, max_retries=0)(_run).options(
             name=f"{step.stage} {Path(job.model.id).name}" + (f" {step.recipe}" if step.recipe else ""),
             num_cpus=node.cpus_per_stage if computing else 0,
@@ -115,13 +119,14 @@ class Cluster:
         except exceptions.RayError as error:
             reason = str(error).strip().splitlines()[0]
             failure = Failure(kind=WorkerDied.__name__, message=f"{step.stage}: the worker died ({reason})")
+        except ValueError as error:
+            failure = Failure(kind=type(error).__name__, message=f"{step.stage}: unreadable answer ({error})")
         return StageResult(stage=step.stage, recipe=step.recipe, failure=failure)
 
 
 def _set_up_environment(embedded: bool) -> None:
     """What Ray reads from the environment when it's imported or started."""
     os.environ["RAY_task_oom_retries"] = "0"  # noqa: SIM112 - Ray's own spelling
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if embedded and "RAY_AUTH_MODE" not in os.environ:
         # Left alone, a local start writes ~/.ray/auth_token, after which other clusters of this user demand it.

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pipeline import sizing, sources
+from pipeline.retry import wait_before_retry
 from pipeline.zoo import Zoo
 from workers import hub
-from workers.errors import HubRefused, ModelNotFound, UserError, ZooError
+from workers.errors import HubRefused, HubUnavailable, ModelNotFound, UserError, ZooError
 from workers.job import (
     MANIFEST,
     Calibration,
     Destination,
+    Failure,
     Job,
     Manifest,
     Order,
@@ -25,7 +28,9 @@ from workers.job import (
     fingerprint,
 )
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
 U = TypeVar("U")
 THREADS = 16  # requests at a time while planning
 
@@ -74,6 +79,7 @@ def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None)
     pinned, problems = _resolve_all(zoo, zoo_folder)
     calibration, data_sha256, verification, data_problems = _pin_data(zoo, zoo_folder)
     problems += data_problems
+    problems += [problem for source in pinned for problem in _too_long(source, calibration, verification)]
     found = (sizing.group_size_problem(source, recipe) for source in pinned for recipe in zoo.resolved_recipes)
     problems += [problem for problem in found if problem]
     if problems:
@@ -81,9 +87,10 @@ def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None)
     cells = [(source, recipe) for source in pinned for recipe in zoo.resolved_recipes]
     orders = [_order(zoo, source, recipe, calibration, data_sha256) for source, recipe in cells]
     _check_repositories(orders)
+    _check_twins(cells, orders)
     if endpoint:
         check_destination(endpoint)
-    standing = _standing(orders, workspace, endpoint)
+    standing = _standing(orders, workspace, endpoint, verification)
     artifacts = tuple(
         PlannedArtifact(source, order, sizing.estimate(source, recipe, calibration, verification), *(there or ()))
         for (source, recipe), order, there in zip(cells, orders, standing, strict=True)
@@ -114,7 +121,7 @@ def _pin_data(zoo: Zoo, zoo_folder: Path) -> tuple[Calibration | None, str | Non
     if isinstance(held_out, UserError):
         problems.append(str(held_out))
     else:
-        verification = verification.model_copy(update={"dataset": held_out[0]})
+        verification = verification.model_copy(update={"dataset": held_out[0], "data": held_out[1]})
         if held_out[1] == data_sha256 and data_sha256 is not None:
             problems.append("verify.dataset: holds the very text that was calibrated on; name held-out text")
     return calibration, data_sha256, verification, problems
@@ -123,9 +130,31 @@ def _pin_data(zoo: Zoo, zoo_folder: Path) -> tuple[Calibration | None, str | Non
 def _try(action: Callable[[], U]) -> U | UserError:
     """The result, or the finding; what isn't the user's to mend (an unreachable Hub) goes on upwards."""
     try:
-        return action()
+        return patiently(action)
     except UserError as problem:
         return problem
+
+
+def patiently(action: Callable[[], U], attempts: int = 3) -> U:
+    """The result of a request that is repeated while the Hub doesn't answer, or asks to wait."""
+    for attempt in range(1, attempts):
+        try:
+            return action()
+        except HubUnavailable as error:
+            failure = Failure(kind=type(error).__name__, message=str(error), retry_after=error.retry_after)
+            time.sleep(wait_before_retry(failure, attempt) or 0.0)
+    return action()
+
+
+def _too_long(source: sources.Source, calibration: Calibration | None, verification: Verification) -> list[str]:
+    """Sequences longer than the model has positions for."""
+    longest = source.config.get("max_position_embeddings") or source.config.get("n_positions")
+    asked = {"verify": verification.sequence_length, "calibration": calibration.sequence_length if calibration else 0}
+    return [
+        f"{where}.sequence_length: got {length}, but {source.pin.id!r} has {longest} positions; set at most {longest}"
+        for where, length in asked.items()
+        if isinstance(longest, int) and length > longest
+    ]
 
 
 def _order(
@@ -139,9 +168,31 @@ def _order(
     )
 
 
+def _check_twins(cells: list[tuple[sources.Source, Recipe]], orders: list[Order]) -> None:
+    """Two models of the same content would be the same artifact, made twice at the same place."""
+    owners: dict[str, tuple[str, str]] = {}
+    for (source, recipe), order in zip(cells, orders, strict=True):
+        first = owners.setdefault(order.fingerprint, (source.pin.id, recipe.name))
+        if first != (source.pin.id, recipe.name):
+            raise ZooError(
+                f"{source.pin.id!r} under {recipe.name!r} is the same artifact as {first[0]!r} under {first[1]!r}; "
+                "list it once"
+            )
+
+
 def _check_repositories(orders: Iterable[Order]) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
     seen: set[str] = set()
     for order in orders:
+        try:
+            validate_repo_id(order.repo_id or "none")
+        except HFValidationError as error:
+            raise ZooError(
+                f"publish: {order.repo_id!r} is no valid name of a repository ({error}); change publish.namespace or "
+                "publish.name"
+            ) from error
         if order.repo_id in seen:
             raise ZooError(
                 f"publish.name: two artifacts would share the repository {order.repo_id!r} (two models of one name); "
@@ -152,7 +203,7 @@ def _check_repositories(orders: Iterable[Order]) -> None:
 
 
 def check_destination(endpoint: str) -> None:
-    """Whether the Hub answers, and the token may write to the namespace.
+    """Whether there is a token, where the Hub wants one, that may write.
 
     Raises:
         HubRefused: no token, or one without write access.
@@ -182,26 +233,36 @@ def check_destination(endpoint: str) -> None:
 Standing = tuple[Manifest, str | None]
 
 
-def _standing(orders: list[Order], workspace: Path, endpoint: str | None) -> list[Standing | None]:
+def _standing(
+    orders: list[Order], workspace: Path, endpoint: str | None, verification: Verification
+) -> list[Standing | None]:
     """For each order, what makes it superfluous: at the destination, or here if nothing is published."""
     if endpoint is None:
-        return [_local(order, workspace) for order in orders]
+        return [_local(order, workspace, verification) for order in orders]
     api = hub.connect(endpoint)
     with ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(lambda order: hub.read_manifest(api, order.repo_id or ""), orders)
-        return [
-            there if there and there[0].fingerprint == order.fingerprint else None
-            for order, there in zip(orders, found, strict=True)
-        ]
+        return list(pool.map(lambda order: patiently(lambda: _published(api, order)), orders))
 
 
-def _local(order: Order, workspace: Path) -> Standing | None:
+def _published(api: HfApi, order: Order) -> Standing | None:
+    """The artifact as it stands on ``main``, if it's whole: manifest, and the tag that comes after the commit."""
+    repo_id = order.repo_id or ""
+    there = hub.read_manifest(api, repo_id)
+    if there is None or there[0].fingerprint != order.fingerprint:
+        return None
+    tagged = hub.read_manifest(api, repo_id, hub.tag_name(order.fingerprint))
+    return there if tagged and tagged[0].fingerprint == order.fingerprint else None
+
+
+def _local(order: Order, workspace: Path, verification: Verification) -> Standing | None:
+    """The artifact in the workspace, if it passed today's gates on today's text."""
     try:
         text = (artifact_folder(workspace, order) / MANIFEST).read_text()
         manifest = Manifest.model_validate_json(text)
     except (OSError, ValueError):
         return None
-    return (manifest, None) if manifest.verdict.accepted else None
+    judged_alike = manifest.thresholds == order.thresholds and manifest.verification.same_as(verification)
+    return (manifest, None) if manifest.verdict.accepted and judged_alike else None
 
 
 def _jobs(

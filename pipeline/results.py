@@ -173,7 +173,7 @@ def _status(cell: PlannedArtifact, job: JobRun | None, run: ArtifactRun) -> tupl
     if cell.skipped:
         return "skipped", cell.reason
     if run.failure is not None:
-        return "failed", run.failure.message.splitlines()[0]
+        return "failed", " ".join(run.failure.message.split())
     if run.manifest is not None and not run.manifest.verdict.accepted:
         return "rejected", "; ".join(run.manifest.verdict.reasons)
     if run.commit is not None:

@@ -13,7 +13,7 @@ from pipeline.plan import Plan
 from pipeline.retry import wait_before_retry
 from pipeline.steps import JobRun, Step
 from workers.environment import Facts, job_problems
-from workers.errors import PreflightError
+from workers.errors import PreflightError, WorkerDied
 from workers.job import Failure, Job, Stage, StageResult
 
 # Transfers at a time, over all jobs: fetch and publish share one line to the Hub.
@@ -42,7 +42,7 @@ class Driver:
         self._nodes: dict[str, Node] = {}
         self._waiting: list[tuple[float, int, Step]] = []
         self._order = 0
-        self._attempts: Counter[Step] = Counter()
+        self._attempts: Counter[tuple[int, Stage, str | None]] = Counter()
         self._transfers = 0
 
     def run(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -72,25 +72,34 @@ class Driver:
         while self._waiting and self._waiting[0][0] <= now:
             entry = heapq.heappop(self._waiting)
             step = entry[2]
+            if step.generation != self.jobs[step.job].generation:
+                continue
             if step.stage in NETWORK_STAGES and self._transfers >= TRANSFERS:
                 held.append(entry)
                 continue
-            self._start(step)
-            started += 1
+            started += self._start(step, now)
         for entry in held:
             heapq.heappush(self._waiting, entry)
         return started
 
-    def _start(self, step: Step) -> None:
+    def _start(self, step: Step, now: float) -> bool:
         run = self.jobs[step.job]
+        self._attempts[_key(step)] += 1
+        node = self._nodes.get(run.node)
+        if node is None:
+            failure = Failure(kind=WorkerDied.__name__, message=f"{step.stage}: the node of this job is gone")
+            self._end(step, StageResult(stage=step.stage, recipe=step.recipe, failure=failure), now)
+            return False
         self._transfers += step.stage in NETWORK_STAGES
-        self._attempts[step] += 1
-        self._cluster.start(step, run.job, self._nodes[run.node])
+        self._cluster.start(step, run.job, node)
         for watcher in self._watchers:
-            watcher.started(run.job, step, self._attempts[step])
+            watcher.started(run.job, step, self._attempts[_key(step)])
+        return True
 
     def _end(self, step: Step, result: StageResult, now: float) -> None:
-        run, attempts = self.jobs[step.job], self._attempts[step]
+        run, attempts = self.jobs[step.job], self._attempts[_key(step)]
+        if step.generation != run.generation:
+            return
         wait = wait_before_retry(result.failure, attempts) if result.failure else None
         for watcher in self._watchers:
             watcher.ended(run.job, step, attempts, result, wait)
@@ -103,8 +112,9 @@ class Driver:
         self._nodes = {node.id: node for node in self._cluster.nodes()}
         if run.node in self._nodes:
             return [step]
+        run.node = ""
         self._place([run])
-        return [run.first()] if run.node else []
+        return [run.restart()] if run.node else []
 
     def _place(self, runs: Sequence[JobRun]) -> None:
         """Give each job the least loaded node that lacks nothing for it, or the list of what all of them lack."""
@@ -113,8 +123,8 @@ class Driver:
         facts = self._cluster.probe(nodes)
         load = Counter(job.node for job in self.jobs if job.node)
         for run in runs:
-            problems = {node.id: self._problems(run, facts[node.id]) for node in nodes}
-            fit = [node for node in nodes if not problems[node.id]]
+            problems = {node.id: self._problems(run, facts[node.id]) for node in nodes if node.id in facts}
+            fit = [node for node in nodes if node.id in problems and not problems[node.id]]
             if not fit:
                 self._refuse(run, problems)
                 continue
@@ -127,8 +137,9 @@ class Driver:
         return job_problems(facts, run.job, host_bytes, disk_bytes)
 
     def _refuse(self, run: JobRun, problems: dict[str, list[str]]) -> None:
-        lines = dict.fromkeys(line for found in problems.values() for line in found)
-        message = f"preflight: {len(lines)} problem(s) for {run.job.model.id!r}:\n  " + "\n  ".join(lines)
+        lines = list(dict.fromkeys(line for found in problems.values() for line in found))
+        lines = lines or ["no node of the cluster answers; start one"]
+        message = f"preflight: {len(lines)} problem(s) for {run.job.model.id!r}: " + "; ".join(lines)
         failure = Failure(kind=PreflightError.__name__, message=message)
         result = StageResult(stage=Stage.FETCH, failure=failure)
         for watcher in self._watchers:
@@ -137,9 +148,14 @@ class Driver:
         run.follow(run.first(), result, 1)
 
 
+def _key(step: Step) -> tuple[int, Stage, str | None]:
+    """Attempts count on, also when a job has moved to another node."""
+    return step.job, step.stage, step.recipe
+
+
 def _needs(plan: Plan, job: Job) -> tuple[int, int]:
-    """Host and disk bytes of a job: the dearest of its recipes, and the sum of what it writes."""
+    """Host and disk bytes of a job: its dearest recipe and the shards of all in the making; all that it writes."""
     cells = [cell for cell in plan.artifacts if cell.source.pin == job.model and not cell.skipped]
-    host = max(cell.estimate.host_bytes for cell in cells)
+    host = max(cell.estimate.host_bytes for cell in cells) + sum(cell.estimate.pending_bytes for cell in cells[1:])
     source = cells[0].estimate.source_bytes if job.model.folder is None else 0
     return host, source + sum(cell.estimate.artifact_bytes for cell in cells)

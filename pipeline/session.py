@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import secrets
+import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -83,12 +85,16 @@ class LedgerWatcher:
 
 
 def run(plan: Plan, out: Path, address: str | None, watchers: Sequence[Watcher]) -> Finished:
-    """Make what the plan says is missing, and write ``results.json`` and ``report.html``, whatever happens.
+    """Make what the plan says is missing, and write ``results.json`` and ``report.html``, also when interrupted.
 
     Ray isn't even started for a plan without jobs.
+
+    Raises:
+        ZooError: another run is at work in ``out``.
     """
     started_at, run_id = now(), new_run_id(plan.zoo)
     with ExitStack() as stack:
+        stack.enter_context(_alone_in(out))
         ledger = stack.enter_context(Ledger(out))
         ledger.start(run_id, plan.zoo, started_at)
         jobs, interrupted = [], False
@@ -120,6 +126,23 @@ def write_report(folder: Path) -> Path:
     results = contract.Results.model_validate_json((folder / RESULTS).read_text())
     contract.write_atomically(path, render(results))
     return path
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Hold the output folder, and clear away what a killed run left half-written."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ZooError(f"--out: another run is at work in {str(out)!r}; wait for it, or name another") from None
+        for leftover in [*out.glob("artifacts/.*.partial"), *out.glob("references/.*.partial"), *out.glob("scratch/*")]:
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+        yield
 
 
 @contextmanager

@@ -18,23 +18,32 @@ LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 # A process with torch, transformers and their CPU kernels loaded; measured 0.6 GB, with room for allocators.
 RUNTIME_BYTES = 1_000_000_000
+# What a shard holds before it is written (workers.checkpoint.MAX_SHARD_BYTES, which this side can't import).
+SHARD_BYTES = 2_000_000_000
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on disk, of the source and of the artifact, and peak host bytes of making and verifying it."""
+    """Bytes on disk, of the source and of the artifact, and peak host bytes of making and verifying it.
+
+    ``pending_bytes`` is the part of the latter that waits for its shard to be written.
+    """
 
     source_bytes: int
     artifact_bytes: int
     host_bytes: int
+    pending_bytes: int
 
 
 def estimate(source: Source, recipe: Recipe, calibration: Calibration | None, verification: Verification) -> Estimate:
     """Sizes for one model under one recipe; zeros for a pickled checkpoint, whose headers can't be read."""
     artifact = sum(_stored_bytes(tensor, source, recipe) for tensor in source.tensors)
-    return Estimate(
-        sum(t.bytes for t in source.tensors), artifact, _host_bytes(source, recipe, calibration, verification)
-    )
+    pending = min(artifact, SHARD_BYTES)
+    making = pending + _peak_bytes(source, recipe, calibration, verification)
+    # The runtime check loads the whole model as its users do, in float32 on a CPU, beside the verifying process.
+    loaded = RUNTIME_BYTES + sum(4 * tensor.numel for tensor in source.tensors)
+    verifying = loaded + _peak_bytes(source, recipe, None, verification)
+    return Estimate(sum(t.bytes for t in source.tensors), artifact, max(making, verifying), pending)
 
 
 def group_size_problem(source: Source, recipe: Recipe) -> str | None:
@@ -66,7 +75,6 @@ def quantizable(tensor: TensorHeader, recipe: Recipe) -> bool:
         leaf == "weight"
         and len(tensor.shape) == 2
         and LAYER.search(tensor.name) is not None
-        and not module.endswith(("norm", "gate", "router"))
         and not recipe.ignores(module)
     )
 
@@ -87,8 +95,8 @@ def _stored_bytes(tensor: TensorHeader, source: Source, recipe: Recipe) -> int:
     return round(tensor.numel * scheme.bits_per_weight / 8) + scales
 
 
-def _host_bytes(source: Source, recipe: Recipe, calibration: Calibration | None, verification: Verification) -> int:
-    """Everything outside the layers and one layer in float32, its Hessians, and all hidden states at rest."""
+def _peak_bytes(source: Source, recipe: Recipe, calibration: Calibration | None, verification: Verification) -> int:
+    """Peak of one streaming process: all outside the layers and one layer in float32, its Hessians, hidden states."""
     layers: dict[str, int] = defaultdict(int)
     outside = 0
     hessians: dict[str, int] = defaultdict(int)

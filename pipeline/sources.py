@@ -117,12 +117,18 @@ def _resolve_folder(entry: ModelEntry, folder: Path) -> Source:
 
 
 def _read_config(entry: ModelEntry, path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"models: {entry.id!r} has no config.json; name a transformers checkpoint")
+    return _parsed(entry, path.read_bytes())
+
+
+def _parsed(entry: ModelEntry, text: bytes) -> dict[str, Any]:
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"models: {entry.id!r} has no config.json; name a transformers checkpoint") from None
-    except (ValueError, OSError) as error:
+        config = json.loads(text)
+    except ValueError as error:
         raise CheckpointError(f"models: {entry.id!r}: config.json is not readable JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"models: {entry.id!r}: config.json: expected a mapping, got {type(config).__name__}")
     return config
 
 
@@ -178,7 +184,7 @@ def _resolve_repository(entry: ModelEntry, api: HfApi) -> Source:
         trust_remote_code=entry.trust_remote_code,
         allow_pickle=entry.allow_pickle,
     )
-    return Source(pin, json.loads(raw[0] if raw else b"{}"), tensors)
+    return Source(pin, _parsed(entry, raw[0] if raw else b""), tensors)
 
 
 def _remote_tensors(entry: ModelEntry, api: HfApi, commit: str, files: list[str]) -> tuple[TensorHeader, ...]:
@@ -208,11 +214,16 @@ def pin_dataset(dataset: Dataset, zoo_folder: Path, where: str) -> tuple[Dataset
     pinned = dataset.model_copy(update={"data_files": tuple(str(path) for path in files)})
     if dataset.path not in BUILDERS:
         folder = (zoo_folder / dataset.path).resolve()
-        return pinned.model_copy(update={"path": str(folder)}), folder_sha256(folder)
+        parts = [folder_sha256(folder), dataset.name, dataset.split, list(dataset.data_files)]
+        return pinned.model_copy(update={"path": str(folder)}), _sha256(parts)
     if not files:
         raise CalibrationError(f"{where}: the builder {dataset.path!r} needs data_files; list at least one file")
     content = {"builder": dataset.path, "split": dataset.split, "files": [file_sha256(path) for path in files]}
-    return pinned, hashlib.sha256(canonical_json(content).encode()).hexdigest()
+    return pinned, _sha256(content)
+
+
+def _sha256(content: object) -> str:
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
 def _data_file(path: Path, name: str, where: str) -> Path:
@@ -234,4 +245,4 @@ def _pin_remote_dataset(dataset: Dataset, where: str) -> tuple[Dataset, str]:
     with hub.hub_errors(f"{where}: data set {dataset.path} on {api.endpoint}"):
         commit = str(api.dataset_info(dataset.path, revision=dataset.revision).sha)
     pinned = dataset.model_copy(update={"revision": commit})
-    return pinned, hashlib.sha256(canonical_json(pinned.model_dump(mode="json")).encode()).hexdigest()
+    return pinned, _sha256(pinned.model_dump(mode="json"))

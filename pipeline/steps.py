@@ -15,6 +15,7 @@ class Step:
     job: int
     stage: Stage
     recipe: str | None = None
+    generation: int = 0
 
 
 @dataclass
@@ -30,15 +31,6 @@ class ArtifactRun:
     device_bytes: int = 0
     attempts: int = 1
 
-    @property
-    def finished(self) -> bool:
-        """Whether nothing more is going to happen to it."""
-        return self.failure is not None or self.commit is not None or self._refused
-
-    @property
-    def _refused(self) -> bool:
-        return self.manifest is not None and not self.manifest.verdict.accepted
-
 
 class JobRun:
     """The state of one job: which steps are to be done next, and what came of those done."""
@@ -47,6 +39,7 @@ class JobRun:
         self.index = index
         self.job = job
         self.node = ""
+        self.generation = 0
         self.host = ""
         self.reference_bytes = 0
         self.seconds: dict[Stage, float] = {}
@@ -54,7 +47,15 @@ class JobRun:
 
     def first(self) -> Step:
         """The step that a job begins with."""
-        return Step(self.index, Stage.FETCH)
+        return self._step(Stage.FETCH)
+
+    def restart(self) -> Step:
+        """The first step again, on another node; steps that were given out before don't count any more."""
+        self.generation += 1
+        return self.first()
+
+    def _step(self, stage: Stage, recipe: str | None = None) -> Step:
+        return Step(self.index, stage, recipe, self.generation)
 
     def follow(self, step: Step, result: StageResult, attempts: int) -> list[Step]:
         """Take a step's final result in, and return the steps that it makes possible."""
@@ -75,14 +76,14 @@ class JobRun:
     def _next(self, step: Step, result: StageResult) -> Iterator[Step]:
         match step.stage:
             case Stage.FETCH:
-                yield Step(self.index, Stage.QUANTIZE)
+                yield self._step(Stage.QUANTIZE)
             case Stage.QUANTIZE:
                 yield from self._verify_what_was_made(result)
             case Stage.VERIFY:
                 artifact = self.artifacts[step.recipe or ""]
                 artifact.manifest = result.manifest
                 if result.manifest and result.manifest.verdict.accepted and self.job.destination:
-                    yield Step(self.index, Stage.PUBLISH, step.recipe)
+                    yield self._step(Stage.PUBLISH, step.recipe)
             case Stage.PUBLISH:
                 self.artifacts[step.recipe or ""].commit = result.commit
 
@@ -92,4 +93,4 @@ class JobRun:
             artifact.made, artifact.failure = made, made.error
             artifact.seconds[Stage.QUANTIZE] = made.seconds
             if made.error is None:
-                yield Step(self.index, Stage.VERIFY, made.recipe)
+                yield self._step(Stage.VERIFY, made.recipe)

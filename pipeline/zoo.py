@@ -33,6 +33,15 @@ class Verify(Frozen):
         "default", description="A set from configs/gates.yaml, or thresholds by family of recipes (w4, nf4, ...)."
     )
 
+    @model_validator(mode="after")
+    def _enough_for_a_bound(self) -> Self:
+        if self.tokens <= self.sequence_length:
+            raise ValueError(
+                f"tokens: got {self.tokens}, one sequence of {self.sequence_length}; "
+                "confidence bounds take at least two: raise tokens, or lower sequence_length"
+            )
+        return self
+
     @property
     def verification(self) -> Verification:
         """What a worker needs of it."""
@@ -68,7 +77,9 @@ class Publish(Frozen):
     endpoint: str | None = Field(
         None, description="URL of a Hub, or 'loopback' for the embedded one; left out: HF_ENDPOINT, else the Hub."
     )
-    namespace: str = Field(min_length=1, description="User or organisation that owns the repositories.")
+    namespace: str = Field(
+        pattern=r"^[\w.-]+$", max_length=96, description="User or organisation that owns the repositories."
+    )
     name: str = Field("{model}-{recipe}", description="Repository name; {model} and {recipe} are filled in.")
     private: bool = True
 
@@ -78,6 +89,10 @@ class Publish(Frozen):
         for part in ("{model}", "{recipe}"):
             if part not in value:
                 raise ValueError(f"must contain {part}, or two artifacts would share a repository")
+        try:
+            value.format(model="m", recipe="r")
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"only {{model}} and {{recipe}} are filled in ({error!r}); remove the rest") from error
         return value
 
     def repo_id(self, model_name: str, recipe: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from workers.checkpoint import Source
+from workers.errors import UnsupportedRecipe
 from workers.job import BitsAndBytesRecipe, Job, Order
 from workers.loading import StreamedModel
 from workers.makers import Maker
@@ -22,6 +23,10 @@ class BitsAndBytesMaker(Maker):
         self._recipe = recipe
         self._plan = bitsandbytes.plan(streamed.model, recipe)
         self._modules = {weight.key: weight.input[0].removesuffix(".weight") for weight in streamed.weights}
+        if not self._plan.converted:
+            raise UnsupportedRecipe(
+                f"recipe {recipe.name!r}: nothing is left to quantize, got ignore {list(recipe.ignore)}; shorten it"
+            )
         kept = [name for name in self._plan.kept if streamed.layers_name in name]
         if kept:
             said = f"left in half precision, for bitsandbytes converts linear modules alone: {_summary(kept)}"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from workers.errors import CalibrationError, UnsupportedModel
+from workers.hub import hub_errors
 from workers.job import Calibration, Dataset, ModelPin, Verification
 
 # Sequences are drawn from the first POOL times as many: spread over the text, without tokenizing a whole corpus.
@@ -100,5 +101,16 @@ def _load(dataset: Dataset, where: str) -> Any:
             split=dataset.split,
             revision=dataset.revision,
         )
-    except (DatasetsError, OSError, ValueError, UnicodeDecodeError) as error:
+    except (DatasetsError, FileNotFoundError, ValueError) as error:
         raise CalibrationError(f"{where}: datasets can't read it, got {dataset.path!r} ({error})") from error
+
+
+def fetch_dataset(dataset: Dataset, where: str) -> None:
+    """Bring a data set into the client's cache, where later stages find it.
+
+    Raises:
+        CalibrationError: unreadable.
+        HubUnavailable, DiskFull: as ``hub.hub_errors`` says.
+    """
+    with hub_errors(f"{where}: {dataset.path}"):
+        _load(dataset, where)

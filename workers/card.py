@@ -32,14 +32,18 @@ def read_metadata(card: Path) -> dict[str, Any]:
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     if not text.startswith("---\n") or "\n---" not in text[3:]:
         return {}
-    loaded = yaml.safe_load(text[4 : text.index("\n---", 3)])
+    try:
+        loaded = yaml.safe_load(text[4 : text.index("\n---", 3)])
+    except yaml.YAMLError:
+        return {}  # the source's card is its author's affair
     return loaded if isinstance(loaded, dict) else {}
 
 
 def card_metadata(job: Job, order: Order, source: Mapping[str, Any], verdict: Verdict) -> dict[str, Any]:
     """The card's YAML metadata, in the Hub's names."""
     inherited = {key: source[key] for key in INHERITED if key in source}
-    tags = [*inherited.pop("tags", []), "quantmill", order.recipe.format, order.recipe.method]
+    theirs = inherited.pop("tags", None)
+    tags = [*(theirs if isinstance(theirs, list) else []), "quantmill", order.recipe.format, order.recipe.method]
     base = {} if job.model.folder else {"base_model": job.model.id, "base_model_relation": "quantized"}
     metadata = {
         **base,

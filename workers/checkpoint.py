@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -20,14 +21,16 @@ from torch import Tensor
 from workers.errors import CheckpointError, UnsupportedModel
 
 INDEX = "model.safetensors.index.json"
-MAX_SHARD_BYTES = 5_000_000_000
+MAX_SHARD_BYTES = 2_000_000_000
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".index.json")
-# Written anew for the artifact.
+# Written anew for the artifact, at its top.
 REPLACED = frozenset({"config.json", "README.md", "quantmill.json", ".gitattributes"})
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 
 
@@ -66,9 +69,11 @@ class Source:
         self.headers: dict[str, Header] = {}
         shards = _shards(folder)
         if shards:
-            for shard in shards:
-                self._open(shard)
-            _check_index(folder, self.headers)
+            with self._stack:
+                for shard in shards:
+                    self._open(shard)
+                _check_index(folder, self.headers)
+                self._stack = self._stack.pop_all()
         else:
             self._pickled = _load_pickles(folder, allow_pickle)
             self.headers = {name: Header(tuple(t.shape), t.dtype) for name, t in self._pickled.items()}
@@ -107,22 +112,26 @@ class Source:
                 if name in self.headers:
                     raise CheckpointError(f"checkpoint {self.folder}: {name!r} stands in two shards; fetch it again")
                 piece = reader.get_slice(name)
-                self.headers[name] = Header(tuple(piece.get_shape()), DTYPES[piece.get_dtype()])
+                self.headers[name] = Header(tuple(piece.get_shape()), _dtype(shard, name, piece.get_dtype()))
                 self._readers[name] = reader
-        except (SafetensorError, KeyError, OSError) as error:
+        except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"checkpoint {shard}: truncated or no safetensors ({error}); fetch it again"
             ) from error
+
+
+def _dtype(shard: Path, name: str, found: str) -> torch.dtype:
+    if found not in DTYPES:
+        known = ", ".join(DTYPES)
+        raise CheckpointError(f"checkpoint {shard}: dtype of {name!r}: got {found!r}, expected one of {known}")
+    return DTYPES[found]
 
 
 def _shards(folder: Path) -> list[Path]:
     """The shards that the index names, in its order; else the one file; else whatever safetensors there are."""
     index = folder / INDEX
     if index.is_file():
-        try:
-            names = dict.fromkeys(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"checkpoint {index}: no readable index ({error}); fetch it again") from error
+        names = dict.fromkeys(_weight_map(index).values())
         missing = sorted(name for name in names if not (folder / name).is_file())
         if missing:
             raise CheckpointError(f"checkpoint {folder}: the index names {missing}, which isn't there; fetch it again")
@@ -131,17 +140,28 @@ def _shards(folder: Path) -> list[Path]:
     return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        placed = json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {index}: no readable index ({error}); fetch it again") from error
+    if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
+        raise CheckpointError(f"checkpoint {index}: weight_map must map keys to files; fetch it again")
+    return placed
+
+
 def _check_index(folder: Path, headers: Mapping[str, Header]) -> None:
     index = folder / INDEX
     if index.is_file():
-        named = set(json.loads(index.read_text())["weight_map"])
+        named = set(_weight_map(index))
         if named != set(headers):
             odd = sorted(named ^ set(headers))[:5]
             raise CheckpointError(f"checkpoint {folder}: index and shards disagree about {odd}; fetch it again")
 
 
 def _pickles(folder: Path) -> list[Path]:
-    return sorted(folder.glob("pytorch_model*.bin")) or sorted(folder.glob("*.bin"))
+    usual = sorted(folder.glob("pytorch_model*.bin"))
+    return usual or sorted(path for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
 
 
 def _load_pickles(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
@@ -155,8 +175,21 @@ def _load_pickles(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
         )
     tensors: dict[str, Tensor] = {}
     for path in files:
-        tensors |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        tensors |= _load_pickle(path)
     return tensors
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"checkpoint {path}: broken, not only weights, or of torch before 1.6 ({said}); convert it to safetensors"
+        ) from error
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise CheckpointError(f"checkpoint {path}: expected tensors by name; save the model's state_dict alone")
+    return loaded
 
 
 class ShardWriter:
@@ -228,11 +261,15 @@ class ShardWriter:
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it's there whole, or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.rename(path)
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.rename(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def companion_files(source: Path) -> list[Path]:
@@ -242,7 +279,7 @@ def companion_files(source: Path) -> list[Path]:
     return [
         path
         for path in relative
-        if path.name not in REPLACED
+        if str(path) not in REPLACED
         and not path.name.endswith(WEIGHT_SUFFIXES)
         and not any(part.startswith((".", "__")) for part in path.parts)
     ]

@@ -36,7 +36,6 @@ class Facts(Frozen):
     packages: dict[str, str]
     devices: tuple[Device, ...] = ()
     host_memory: int
-    host_memory_free: int
     disk_free: int
     cpus: int
 
@@ -44,14 +43,12 @@ class Facts(Frozen):
 def probe(workspace: Path, with_devices: bool = True) -> Facts:
     """Look at this machine. ``with_devices`` imports torch, which takes seconds."""
     names = {*BASE_PACKAGES, *(name for names in RUNTIME_PACKAGES.values() for name in names)}
-    total, free = _host_memory()
     return Facts(
         node=platform.node(),
         python=platform.python_version(),
         packages={name: version for name in sorted(names) if (version := _version(name))},
         devices=_devices() if with_devices else (),
-        host_memory=total,
-        host_memory_free=free,
+        host_memory=_host_memory(),
         disk_free=shutil.disk_usage(_existing(workspace)).free,
         cpus=len(os.sched_getaffinity(0)),
     )
@@ -108,14 +105,12 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _host_memory() -> tuple[int, int]:
-    """Total and available bytes; a container's limit counts where it is lower."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    table = {key: int(value.split()[0]) * 1024 for key, _, value in (line.partition(":") for line in lines)}
-    total, free = table["MemTotal"], table["MemAvailable"]
+def _host_memory() -> int:
+    """Bytes in all; a container's limit counts where it is lower."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else "max"
-    return (total, free) if text == "max" else (min(total, int(text)), min(free, int(text)))
+    return total if text == "max" else min(total, int(text))
 
 
 def _existing(folder: Path) -> Path:
@@ -123,7 +118,10 @@ def _existing(folder: Path) -> Path:
 
 
 def _devices() -> tuple[Device, ...]:
-    import torch
+    try:
+        import torch
+    except ImportError:
+        return ()  # named among the missing packages
 
     if not torch.cuda.is_available():
         return ()

@@ -11,8 +11,8 @@
     │   ├── PreflightError            what this machine lacks, all at once
     │   └── HubRefused                token, permission, a repository changed by somebody else
     ├── NumericalError (ArithmeticError)   NaN or Inf in weights, activations or results
-    ├── DiskFull (OSError)            retried only once space is made: stops the job
-    ├── OutOfMemory (MemoryError)     host or device; retried smaller
+    ├── DiskFull (OSError)            stops the job; space has to be made
+    ├── OutOfMemory (MemoryError)     host or device; the same again would fail again
     └── TransientError                worth trying again as it is
         ├── HubUnavailable            429, 5xx, resets, stalls
         └── WorkerDied                the process or its node went away

@@ -14,6 +14,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from workers.errors import UnsupportedModel
 from workers.loading import StreamedModel
 from workers.statistics import Observer
 
@@ -33,6 +34,10 @@ def stream(
     ``batches``: int64 [B, T] each. The first ``observed`` of them are shown to ``observer``. ``after_layer(index)`` is
     called when all have passed a layer whose weights are still loaded. Returns float [B, T, hidden] on the CPU, one for
     each batch that isn't observed; observed ones are only for the statistics.
+
+    Raises:
+        UnsupportedModel: the model's forward doesn't run its layers one after the other, each once.
+        CheckpointError: a tensor that a layer needs is missing.
     """
     if not streamed.outside_loaded:
         streamed.load_outside()
@@ -55,37 +60,61 @@ def _in_lock_step(
     for lane in lanes:
         lane.go_on()
     for index in range(len(streamed.layers)):
-        streamed.load_layer(index)
-        with ExitStack() as watching:
-            if observer is not None:
-                watching.enter_context(observer.watch(streamed, index))
-            for number, lane in enumerate(lanes):
+        with _loaded(streamed, index):
+            with ExitStack() as watching:
                 if observer is not None:
-                    observer.looking = number < observed
-                lane.go_on()
-        if after_layer is not None:
-            after_layer(index)
-        streamed.free_layer(index)
+                    watching.enter_context(observer.watch(streamed, index))
+                for number, lane in enumerate(lanes):
+                    if observer is not None:
+                        observer.looking = number < observed
+                    lane.require_before(index)
+                    lane.go_on()
+            if after_layer is not None:
+                after_layer(index)
     return [lane.output() for lane in lanes[observed:]]
+
+
+@contextmanager
+def _loaded(streamed: StreamedModel, index: int) -> Iterator[None]:
+    try:
+        streamed.load_layer(index)
+        yield
+    finally:
+        streamed.free_layer(index)
 
 
 class _Lane:
     """One micro-batch on its way through the model's own forward."""
 
     def __init__(self, streamed: StreamedModel, batch: Tensor) -> None:
-        self._base = streamed.base
+        self._streamed = streamed
         self._batch = batch.to(streamed.device)
         self._greenlet = greenlet(self._run)
         self._output: Tensor | None = None
+        self._next: nn.Module | None = None
 
     def go_on(self) -> None:
         """Run until the next layer's door, or to the end."""
-        self._greenlet.switch()
+        self._next = self._greenlet.switch()
+
+    def require_before(self, index: int) -> None:
+        """Refuse a forward that rests at the door of another layer, or has ended."""
+        layers = self._streamed.layers
+        if self._next is not layers[index]:
+            found = "ends" if self._next is None else f"comes to layer {layers.index(self._next)}"
+            raise self._unsupported(f"its forward {found} where layer {index} of {len(layers)} should come next")
 
     def output(self) -> Tensor:
         """The decoder's output, once the lane is through."""
-        assert self._output is not None, "the forward rested before a layer that was never run"
+        if self._output is None:
+            raise self._unsupported("its forward comes to a layer again after the last")
         return self._output.to("cpu")
+
+    def _unsupported(self, found: str) -> UnsupportedModel:
+        return UnsupportedModel(
+            f"model {type(self._streamed.model).__name__}: {found} ({self._streamed.layers_name}); quantmill streams "
+            "models whose forward runs each layer once, in order: leave it out of the zoo"
+        )
 
     def end(self) -> None:
         """Unwind a lane that stopped half way."""
@@ -93,7 +122,7 @@ class _Lane:
             self._greenlet.throw()
 
     def _run(self) -> None:
-        output = self._base(input_ids=self._batch, use_cache=False)
+        output = self._streamed.base(input_ids=self._batch, use_cache=False)
         self._output = output[0]
 
 
@@ -104,7 +133,7 @@ def _resting_before(layers: Sequence[nn.Module]) -> Iterator[None]:
     def rest(module: nn.Module, inputs: Any) -> None:
         parent = getcurrent().parent
         assert parent is not None, "a layer ran outside of its lane"
-        parent.switch()
+        parent.switch(module)
 
     handles = [layer.register_forward_pre_hook(rest) for layer in layers]
     try:

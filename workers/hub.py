@@ -12,13 +12,22 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from workers.content import file_sha256
-from workers.errors import CheckpointError, DiskFull, HubRefused, HubUnavailable, ModelNotFound, QuantmillError
+from workers.errors import (
+    CheckpointError,
+    DiskFull,
+    HubRefused,
+    HubUnavailable,
+    ModelNotFound,
+    QuantmillError,
+    ZooError,
+)
 from workers.job import MANIFEST, Manifest
 
 if TYPE_CHECKING:
@@ -27,7 +36,8 @@ if TYPE_CHECKING:
 OFFICIAL = "https://huggingface.co"
 CALL_DEADLINE_SECONDS = 60.0
 # What a checkpoint in another framework or format would add to the download.
-NOT_FETCHED = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.msgpack", "*.h5", "*.ot", "*.tflite", "onnx/*")
+PICKLES = ("*.bin", "*.pt", "*.pth")
+NOT_FETCHED = (*PICKLES, "*.gguf", "*.onnx", "*.msgpack", "*.h5", "*.ot", "*.tflite", "onnx/*")
 # Written by the Hub itself into every new repository.
 HUB_OWN_FILES = frozenset({".gitattributes"})
 
@@ -44,10 +54,18 @@ def connect(endpoint: str | None = None) -> HfApi:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if endpoint != OFFICIAL:
         os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
-    from huggingface_hub import HfApi, set_client_factory
+    from huggingface_hub import HfApi
+
+    _set_deadlines()
+    return HfApi(endpoint=endpoint, library_name="quantmill")
+
+
+@cache
+def _set_deadlines() -> None:
+    """Once in a process: setting the factory closes the client under the requests of other threads."""
+    from huggingface_hub import set_client_factory
 
     set_client_factory(_client_with_deadline)
-    return HfApi(endpoint=endpoint, library_name="quantmill")
 
 
 def _client_with_deadline() -> Any:
@@ -63,7 +81,12 @@ def _client_with_deadline() -> Any:
 def hub_errors(thing: str) -> Iterator[None]:
     """Turn whatever a Hub call raises into this package's tree; ``thing`` names what was being done to what."""
     import httpx2
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        NotASafetensorsRepoError,
+    )
 
     try:
         yield
@@ -71,6 +94,10 @@ def hub_errors(thing: str) -> Iterator[None]:
         raise
     except HfHubHTTPError as error:
         raise _from_status(error, thing) from error
+    except HFValidationError as error:
+        raise ZooError(f"{thing}: no valid name of a repository ({_brief(error)}); choose another") from error
+    except NotASafetensorsRepoError as error:
+        raise CheckpointError(f"{thing}: its safetensors have no usual names ({_brief(error)})") from error
     except (httpx2.HTTPError, ConnectionError, TimeoutError, json.JSONDecodeError, LocalEntryNotFoundError) as error:
         raise HubUnavailable(f"{thing}: no usable answer from the Hub ({_brief(error)})") from error
     except OSError as error:
@@ -115,7 +142,7 @@ def fetch(api: HfApi, repo_id: str, revision: str, allow_pickle: bool, offline: 
     Raises:
         ModelNotFound, HubRefused, HubUnavailable, DiskFull: as ``hub_errors`` says.
     """
-    skip = [pattern for pattern in NOT_FETCHED if not (allow_pickle and pattern == "*.bin")]
+    skip = [pattern for pattern in NOT_FETCHED if not (allow_pickle and pattern in PICKLES)]
     with hub_errors(f"fetch {repo_id}@{revision[:12]}"):
         return Path(api.snapshot_download(repo_id, revision=revision, ignore_patterns=skip, local_files_only=offline))
 
@@ -137,9 +164,9 @@ def read_file(api: HfApi, repo_id: str, path: str, revision: str = "main") -> tu
         return bytes(response.content), str(response.headers.get("X-Repo-Commit", ""))
 
 
-def read_manifest(api: HfApi, repo_id: str) -> tuple[Manifest, str] | None:
-    """The manifest on ``main`` and its commit; None if there is none, or one of another schema."""
-    found = read_file(api, repo_id, MANIFEST)
+def read_manifest(api: HfApi, repo_id: str, revision: str = "main") -> tuple[Manifest, str] | None:
+    """The manifest at a revision and its commit; None if there is none, or one of another schema."""
+    found = read_file(api, repo_id, MANIFEST, revision)
     if found is None:
         return None
     try:
@@ -158,11 +185,13 @@ def publish(api: HfApi, repo_id: str, folder: Path, *, private: bool, message: s
 
     Raises:
         CheckpointError: a file isn't what was verified.
-        HubRefused: the repository holds something that quantmill didn't put there, or the token may not write.
+        HubRefused: a rejected artifact, a repository that holds somebody else's files, a token that may not write.
         HubUnavailable: worth trying again.
     """
     manifest = check_bytes(folder)
     thing = f"publish {repo_id}"
+    if not manifest.verdict.accepted:
+        raise HubRefused(f"{thing}: {folder} was rejected ({'; '.join(manifest.verdict.reasons)}); it stays here")
     with hub_errors(thing):
         api.create_repo(repo_id, private=private, exist_ok=True)
     head, remote = _remote_tree(api, repo_id)
@@ -190,15 +219,15 @@ def check_bytes(folder: Path) -> Manifest:
         manifest = Manifest.model_validate_json((folder / MANIFEST).read_text())
     except (OSError, ValidationError) as error:
         raise CheckpointError(
-            f"artifact {folder}: no readable {MANIFEST} ({_brief(error)}); verify it first"
+            f"artifact {folder}: no readable {MANIFEST} ({_brief(error)}); run its zoo again"
         ) from error
     present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
     if present != set(manifest.files):
         odd = sorted(present ^ set(manifest.files))
-        raise CheckpointError(f"artifact {folder}: files differ from the manifest, got {odd}; verify it again")
+        raise CheckpointError(f"artifact {folder}: files differ from the manifest, got {odd}; run its zoo again")
     for name, entry in manifest.files.items():
         if file_sha256(folder / name) != entry.sha256:
-            raise CheckpointError(f"artifact {folder}: {name} changed since it was verified; verify it again")
+            raise CheckpointError(f"artifact {folder}: {name} changed since it was verified; run its zoo again")
     return manifest
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
@@ -43,8 +44,24 @@ class IntMaker(Maker):
         self._format = FORMATS[recipe.format]
         self._schemes = integers.schemes_of(recipe, streamed.weights)
         self.fallbacks = dict.fromkeys(integers.deviations(recipe, streamed.weights, self._schemes))
+        unknown = self._other_matrices()
+        if unknown:
+            self.fallbacks[f"left in half precision, for they are no linear layers that can be streamed: {unknown}"] = (
+                None
+            )
         self._weights = {weight.key: weight for weight in streamed.weights}
         self.quantization_config()  # refuses what the format can't hold
+
+    def _other_matrices(self) -> str:
+        """Large tensors of the layers that aren't linear weights of their own: experts stored as one tensor."""
+        streamed, known = self._streamed, {weight.key for weight in self._streamed.weights}
+        found = []
+        for index in range(len(streamed.layers)):
+            shapes = {key: self._source.headers[key].shape for key in streamed.keys_of_layer(index)}
+            threshold = sum(map(math.prod, shapes.values())) // 100
+            large = (key for key, shape in shapes.items() if len(shape) > 1 and math.prod(shape) > threshold)
+            found += [key for key in large if key not in known and not self._recipe.ignores(key.rpartition(".")[0])]
+        return compressed_tensors.some(found) if found else ""
 
     def quantization_config(self) -> dict[str, Any]:
         """As the format defines it."""

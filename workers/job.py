@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MANIFEST = "quantmill.json"
 SLUG = re.compile(r"^[a-z0-9][a-z0-9._-]*$")
@@ -22,7 +22,8 @@ SLUG = re.compile(r"^[a-z0-9][a-z0-9._-]*$")
 class Frozen(BaseModel):
     """A value: immutable, and closed to unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # JSON has no numbers for what a broken model measures: they travel as "NaN" and "Infinity".
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 # ------------------------------------------------------------------------------------------ schemes
@@ -130,8 +131,19 @@ class RecipeBase(Frozen):
     name: str = Field(pattern=SLUG.pattern, max_length=64)
     description: str = ""
     ignore: tuple[str, ...] = Field(
-        ("lm_head",), description="Modules left as they are: names, shell patterns, or re:REGEX."
+        ("lm_head", "*.router", "*.mlp.gate", "*.block_sparse_moe.gate", "*.shared_expert_gate"),
+        description="Modules left as they are: names, shell patterns, or re:REGEX; the default: head and routers.",
     )
+
+    @field_validator("ignore")
+    @classmethod
+    def _compiles(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in value:
+            try:
+                re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+            except re.error as error:
+                raise ValueError(f"ignore: {pattern!r} is no regular expression ({error}); mend it") from error
+        return value
 
     @property
     def calibrated(self) -> bool:
@@ -252,8 +264,14 @@ class Verification(Frozen):
     """The held-out text, how much of it, and the gates."""
 
     dataset: Dataset
+    data: str = Field("", description="What stands for the text's content: sha256, set by the plan.")
     tokens: int = Field(16384, ge=256)
     sequence_length: int = Field(512, ge=8)
+
+    def same_as(self, other: Verification) -> bool:
+        """Whether both compare on the same tokens."""
+        mine, theirs = ((v.data, v.tokens, v.sequence_length) for v in (self, other))
+        return mine == theirs
 
 
 class Destination(Frozen):
@@ -365,6 +383,8 @@ class Manifest(Frozen):
     revision: str
     recipe: Recipe
     calibration: Calibration | None
+    verification: Verification
+    thresholds: Thresholds
     files: dict[str, FileEntry]
     verdict: Verdict
     environment: dict[str, str]

@@ -7,8 +7,8 @@ fused experts). Both are internal to transformers 5.23; tests/workers/test_loadi
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,14 @@ from torch import Tensor, nn
 
 from workers.checkpoint import Header, TensorSource
 from workers.errors import CheckpointError, UnsupportedModel
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint key goes: a parameter or buffer, and the pattern of the series that the loader fuses it in."""
+
+    owner: str
+    series: str | None
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class StreamedModel:
     """A causal language model whose decoder layers are in memory one at a time.
 
     All weights lie on the meta device until ``load_outside`` and ``load_layer`` read them from ``source``.
+    ``unexpected`` are the checkpoint's keys that the model has no use for.
 
     Raises:
         UnsupportedModel: a class that transformers doesn't know as a causal LM, or without a list of layers.
@@ -65,11 +74,12 @@ class StreamedModel:
         self.device = device
         self.model = build_on_meta(folder, dtype, trust_remote_code)
         self.layers_name, self.layers = find_layers(self.model)
-        owners = owners_of_keys(self.model, source.headers)
-        self._keys_of_layer = self._by_layer(owners)
-        placed = {key for keys in self._keys_of_layer.values() for key in keys}
-        self._outside = [key for key in source.headers if key not in placed]
-        self.weights = list(self._quantizable(owners))
+        places = places_of_keys(self.model, source.headers)
+        self._keys_of_layer = self._by_layer(places)
+        inside = {key for keys in self._keys_of_layer.values() for key in keys}
+        self._outside = [key for key in source.headers if key not in inside]
+        self.unexpected = tuple(key for key in self._outside if key not in places)
+        self.weights = list(self._quantizable(places))
         self.outside_loaded = False
 
     @property
@@ -84,12 +94,14 @@ class StreamedModel:
 
     @property
     def outside_keys(self) -> list[str]:
-        """The checkpoint's keys that belong to no layer: embeddings, norms, the head."""
+        """The checkpoint's keys that belong to no layer: embeddings, norms, the head, and all ``unexpected`` ones."""
         return self._outside
 
     def load_outside(self) -> None:
         """Load all that belongs to no layer, tie what is tied, and make the buffers that no checkpoint holds."""
-        self._fill(self._outside)
+        # What the model has no use for may be as large as a layer (the prediction heads of DeepSeek-V3).
+        unexpected = set(self.unexpected)
+        self._fill(key for key in self._outside if key not in unexpected)
         self.model.tie_weights()
         _make_buffers(self.model, self.device)
         inside = tuple(f"{self.layers_name}.{index}." for index in range(len(self.layers)))
@@ -121,38 +133,36 @@ class StreamedModel:
                 "or name a checkpoint that fits its config.json"
             )
 
-    def _by_layer(self, owners: Mapping[str, str]) -> dict[int, list[str]]:
+    def _by_layer(self, places: Mapping[str, Place]) -> dict[int, list[str]]:
         pattern = re.compile(re.escape(self.layers_name) + r"\.(\d+)\.")
         found: dict[int, list[str]] = {index: [] for index in range(len(self.layers))}
-        for key, parameter in owners.items():
-            match = pattern.match(parameter)
+        for key, place in places.items():
+            match = pattern.match(place.owner)
             if match:
                 found[int(match.group(1))].append(key)
         return found
 
-    def _quantizable(self, owners: Mapping[str, str]) -> Iterator[QuantizableWeight]:
+    def _quantizable(self, places: Mapping[str, Place]) -> Iterator[QuantizableWeight]:
         """Linear layers, found by what they are: Linear, Conv1D, and matrices that are fused into 3-D parameters."""
         from transformers.pytorch_utils import Conv1D
 
         modules = dict(self.model.named_modules())
-        keys_per_owner = Counter(owners.values())
-        seen: Counter[tuple[str, str]] = Counter()
+        keys_per_owner = Counter(place.owner for place in places.values())
         for layer, keys in self._keys_of_layer.items():
+            position = _positions_in_series(keys, places)
             for key in sorted(keys, key=_natural):
-                parameter, shape = owners[key], self.source.headers[key].shape
-                module_name, _, leaf = parameter.rpartition(".")
+                owner, shape = places[key].owner, self.source.headers[key].shape
+                module_name, _, leaf = owner.rpartition(".")
                 module = modules[module_name]
                 if len(shape) != 2:
                     continue
-                if isinstance(module, nn.Linear) and leaf == "weight" and keys_per_owner[parameter] == 1:
-                    yield QuantizableWeight(key, layer, (parameter, None), (shape[0], shape[1]), False)
+                if isinstance(module, nn.Linear) and leaf == "weight" and keys_per_owner[owner] == 1:
+                    yield QuantizableWeight(key, layer, (owner, None), (shape[0], shape[1]), False)
                 elif isinstance(module, Conv1D) and leaf == "weight":
-                    yield QuantizableWeight(key, layer, (parameter, None), (shape[1], shape[0]), True)
-                elif module.get_parameter(leaf).dim() == 3:
-                    # The loader stacks a parameter's tensors in natural order of their keys, kind by kind.
-                    kind = (parameter, re.sub(r"\d+", "*", key))
-                    yield QuantizableWeight(key, layer, (parameter, seen[kind]), (shape[0], shape[1]), False)
-                    seen[kind] += 1
+                    yield QuantizableWeight(key, layer, (owner, None), (shape[1], shape[0]), True)
+                elif key in position and getattr(module, leaf).dim() == 3:
+                    yield QuantizableWeight(key, layer, (owner, position[key]), (shape[0], shape[1]), False)
+            self._check(_absent_experts(self.model, position, places))
 
 
 def build_on_meta(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
@@ -197,6 +207,11 @@ def find_layers(model: nn.Module) -> tuple[str, list[nn.Module]]:
 
 def owners_of_keys(model: Any, headers: Mapping[str, Header]) -> dict[str, str]:
     """For each checkpoint key that the model uses, the parameter or buffer that it goes into."""
+    return {key: place.owner for key, place in places_of_keys(model, headers).items()}
+
+
+def places_of_keys(model: Any, headers: Mapping[str, Header]) -> dict[str, Place]:
+    """For each checkpoint key that the model uses, where transformers' loader puts it."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -204,14 +219,48 @@ def owners_of_keys(model: Any, headers: Mapping[str, Header]) -> dict[str, str]:
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state = model.state_dict()
-    owners = {}
-    for key in sorted(headers, key=_natural):
-        name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+    places = {}
+    for key in headers:
+        name, series = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         if name not in state and key in state:
-            name, _ = rename_source_key(key, [], [], model.base_model_prefix, state)
+            name, series = rename_source_key(key, [], [], model.base_model_prefix, state)
         if name in state:
-            owners[key] = name
-    return {key: owners[key] for key in headers if key in owners}
+            places[key] = Place(name, series)
+    return places
+
+
+def _positions_in_series(keys: Iterable[str], places: Mapping[str, Place]) -> dict[str, int]:
+    """Which slice of a fused parameter each key becomes: the loader stacks a series in natural order of its keys."""
+    taken: Counter[Place] = Counter()
+    positions = {}
+    for key in sorted(keys, key=_natural):
+        place = places[key]
+        if place.series is not None:
+            positions[key] = taken[place]
+            taken[place] += 1
+    return positions
+
+
+def _absent_experts(model: nn.Module, fused: Iterable[str], places: Mapping[str, Place]) -> Iterator[str]:
+    """Keys that are lacking in a series whose parameter holds more slices."""
+    series = defaultdict(list)
+    for key in fused:
+        series[places[key]].append(key.split("."))
+    for place, members in series.items():
+        module, _, leaf = place.owner.rpartition(".")
+        parameter = getattr(model.get_submodule(module), leaf)
+        if parameter.dim() == 3 and 1 < len(members) < len(parameter):
+            yield from _gaps(members, len(parameter))
+
+
+def _gaps(members: Sequence[list[str]], count: int) -> Iterator[str]:
+    """The names that a series counted from 0 to ``count`` lacks; of its members only the number differs."""
+    column = next(index for index, parts in enumerate(zip(*members, strict=True)) if len(set(parts)) > 1)
+    there = {parts[column] for parts in members}
+    first = members[0]
+    for number in map(str, range(count)):
+        if number not in there:
+            yield ".".join([*first[:column], number, *first[column + 1 :]])
 
 
 def load_tensors(model: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: str) -> None:
@@ -226,12 +275,18 @@ def load_tensors(model: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype, 
 
     # A mapping remembers what it has matched: each call takes a fresh one.
     config = LoadStateDictConfig(
-        dtype=dtype, device_map={"": device}, weight_mapping=get_model_conversion_mapping(model)
+        dtype=dtype,
+        device_map={"": device},
+        weight_mapping=get_model_conversion_mapping(model),
+        # What a model keeps in float32 (a router's correction bias) whatever the dtype of the rest.
+        dtype_plan=model._get_dtype_plan(dtype),
     )
     with _without_progress_bar():
         info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config)
     if info.mismatched_keys or info.conversion_errors or info.error_msgs:
-        found = [*map(str, info.mismatched_keys), *info.conversion_errors.values(), *info.error_msgs]
+        # A conversion's error is a whole traceback; its last line says what was wrong.
+        errors = [f"{key}: {text.strip().splitlines()[-1]}" for key, text in info.conversion_errors.items()]
+        found = [*sorted(map(str, info.mismatched_keys)), *errors, *info.error_msgs]
         raise CheckpointError(f"checkpoint: tensors don't fit the model's config.json, got {found[:3]}")
 
 
@@ -278,6 +333,8 @@ def _replace(root: nn.Module, name: str, tensor: Tensor) -> None:
         owner._buffers[leaf] = torch.empty_like(tensor, device="meta")
 
 
-def _natural(key: str) -> list[tuple[int, int | str]]:
-    """Sort key in which layer 10 comes after layer 9, as transformers' loader sorts."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in key.split(".")]
+def _natural(key: str) -> Any:
+    """Sort key in which layer 10 comes after layer 9: the loader's own."""
+    from transformers.core_model_loading import dot_natural_key
+
+    return dot_natural_key(key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -35,7 +36,7 @@ class Maker(ABC):
         self._source = source
         self.place = artifact_folder(job.workspace, order)
         # Another process may be at the same artifact: each writes a folder of its own, and the rename decides.
-        self._partial = self.place.with_name(f".{self.place.name}.{os.getpid()}.partial")
+        self._partial = self.place.with_name(f".{self.place.name}.{platform.node()}-{os.getpid()}.partial")
         self._writer: ShardWriter | None = None
 
     @abstractmethod

@@ -69,6 +69,14 @@ def _fetch(job: Job, recipe: str | None) -> StageResult:
         hub.fetch(hub.connect(model.endpoint), model.id, model.revision, model.allow_pickle)
     elif folder_sha256(Path(model.folder)) != model.revision:
         raise CheckpointError(f"models: {model.id!r} changed since it was planned; run the zoo again")
+    texts = {"verify.dataset": job.verification.dataset}
+    if job.calibration is not None:
+        texts["calibration.dataset"] = job.calibration.dataset
+    for where, text in texts.items():
+        if text.revision is not None:  # pinned to a commit of the Hub by the plan
+            from workers.calibration import fetch_dataset
+
+            fetch_dataset(text, where)
     return StageResult(stage=Stage.FETCH)
 
 

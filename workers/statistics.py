@@ -37,11 +37,7 @@ class InputStatistics:
         return cls(0, torch.zeros(width, width, device=device), zeros.clone(), zeros)
 
     def add(self, inputs: Tensor) -> None:
-        """Take tokens in: float [..., I].
-
-        Raises:
-            NumericalError: NaN or Inf among them.
-        """
+        """Take tokens in: float [..., I]. NaN and Inf stay in the sums, where ``Observer.check`` finds them."""
         x_NI = inputs.reshape(-1, inputs.shape[-1]).float()
         magnitude = x_NI.abs()
         self.count += len(x_NI)
@@ -60,7 +56,7 @@ class Observer:
         self._current: dict[int, tuple[Tensor, InputName]] = {}
 
     def of(self, name: InputName) -> InputStatistics | None:
-        """Statistics of a weight's input; None if nothing ever came in."""
+        """Statistics of a weight's input; None if nothing ever came in (an expert without tokens)."""
         return self._groups.get(name)
 
     def check(self, layer: int) -> None:

@@ -1,29 +1,40 @@
 """GPTQ of one weight against the one matrix product W @ H that bounds it, in one process.
 
-python tests/bench/bench_solver.py [--threads N] [--size N]
+python tests/bench/bench_solver.py [--threads N ...] [--size N] [--repetitions N]
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import platform
+import re
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 
 from workers.numerics import gptq, rounding
 
 
-def best_of(action: Callable[[], object], repetitions: int = 5) -> float:
-    """Least seconds of some repetitions, after one that doesn't count."""
-    action()
-    seconds = []
-    for _ in range(repetitions):
-        begun = time.perf_counter()
-        action()
-        seconds.append(time.perf_counter() - begun)
-    return min(seconds)
+def best_of(actions: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
+    """Least seconds of each, taken in turn so that what else the machine does falls on all of them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in range(repetitions + 1):
+        for name, action in actions.items():
+            begun = time.perf_counter()
+            action()
+            seconds[name].append(time.perf_counter() - begun)
+    return {name: min(taken[1:]) for name, taken in seconds.items()}
+
+
+def processor() -> str:
+    """Its name, where the system tells it."""
+    listing = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", listing.read_text()) if listing.exists() else []
+    return names[0] if names else platform.machine()
 
 
 def textbook(
@@ -50,35 +61,43 @@ def textbook(
     return codes
 
 
+def measure(size: int, repetitions: int) -> None:
+    """Print the seconds of each, and their ratio to W @ H, with as many threads as torch is set to."""
+    torch.manual_seed(0)
+    x = torch.randn(2 * size, size) @ (torch.randn(size, size) / size**0.5)
+    h, w = x.T @ x, torch.randn(size, size)
+    params = {"min-max": rounding.minmax_params, "MSE": rounding.mse_params}
+
+    def ours(scales: str, order: bool) -> gptq.Solution:
+        scale, zero = params[scales](w, 4, 128, symmetric=True, scale_dtype=torch.bfloat16)
+        return gptq.solve(w[None], h[None], scale[None], zero, bits=4, activation_order=order, damping=0.01)
+
+    cases: dict[str, Callable[[], object]] = {"W @ H": lambda: w @ h}
+    for scales in params:
+        for order, suffix in ((False, ""), (True, ", activation order")):
+            cases[f"{scales} scales{suffix}"] = partial(ours, scales, order)
+    scale, _ = rounding.minmax_params(w, 4, 128, symmetric=True)
+    seconds = best_of(cases, repetitions)
+    seconds |= best_of({"textbook loop, min-max scales": lambda: textbook(w, h, scale, -8, 7)}, 1)
+    for name, taken in seconds.items():
+        print(f"  {name:<33} {taken:7.3f} s  {taken / seconds['W @ H']:6.2f} x")
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--size", type=int, default=2048)
+    parser.add_argument("--repetitions", type=int, default=5)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    n = arguments.size
-    x = torch.randn(2 * n, n) @ (torch.randn(n, n) / n**0.5)
-    h, w = x.T @ x, torch.randn(n, n)
-    print(f"{platform.machine()}, {arguments.threads} threads, torch {torch.__version__}, {n} x {n}")
-    bound = best_of(lambda: w @ h)
-    print(f"W @ H                             {bound:7.3f} s")
-
-    def ours(search: Callable[..., tuple[torch.Tensor, torch.Tensor | None]], order: bool) -> gptq.Solution:
-        scale, zero = search(w, 4, 128, symmetric=True, scale_dtype=torch.bfloat16)
-        return gptq.solve(w[None], h[None], scale[None], zero, bits=4, activation_order=order, damping=0.01)
-
-    for name, search, order in (
-        ("min-max scales", rounding.minmax_params, False),
-        ("min-max scales, activation order", rounding.minmax_params, True),
-        ("MSE scales, activation order", rounding.mse_params, True),
-    ):
-        seconds = best_of(lambda search=search, order=order: ours(search, order))  # type: ignore[misc]
-        print(f"{name:<33} {seconds:7.3f} s  {seconds / bound:5.2f} x")
-    scale, _ = rounding.minmax_params(w, 4, 128, symmetric=True)
-    seconds = best_of(lambda: textbook(w, h, scale, -8, 7), 2)
-    print(f"{'textbook loop, min-max scales':<33} {seconds:7.3f} s  {seconds / bound:5.2f} x")
+    busy = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    print(
+        f"{processor()}, {os.cpu_count()} cores{busy}, torch {torch.__version__}, {arguments.size} x {arguments.size}"
+    )
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        print(f"{threads} thread{'s' if threads > 1 else ''}")
+        measure(arguments.size, arguments.repetitions)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,57 @@ def test_codes_are_those_of_the_paper(bits: int, symmetric: bool, ordered: bool,
     assert found.damping == 0.01
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("ordered", [True, False])
+def test_codes_are_those_of_the_paper_across_blocks(batch: int, ordered: bool) -> None:
+    """Wider than any block of the solver and of its factorization, and no multiple of them."""
+    columns = 2 * gptq.OUTER + 32 + 4 * gptq.INNER
+    problems = [problem(seed, rows=12, columns=columns, tokens=2 * columns) for seed in range(batch)]
+    w, h = (torch.stack(tensors) for tensors in zip(*problems, strict=True))
+    scale, zero = rounding.minmax_params(w, 4, 32, symmetric=False)
+    assert zero is not None
+    found = gptq.solve(w, h, scale, zero, bits=4, activation_order=ordered, damping=0.01)
+    for index in range(batch):
+        one = w[index], h[index], scale[index], zero[index]
+        order = one[1].diagonal().argsort(descending=True, stable=True) if ordered else torch.arange(columns)
+        want = textbook(*one, 4, order)
+        codes = found.codes_BOI[index]
+        assert (codes == want).float().mean() > 0.97
+        assert loss(*one[:2], codes, *one[2:]) == pytest.approx(loss(*one[:2], want, *one[2:]), rel=0.01)
+
+
+def test_arguments_stay_as_they_were() -> None:
+    w, h = problem(14)
+    h[5] = h[:, 5] = 0
+    scale, zero = rounding.minmax_params(w, 4, 32, symmetric=False)
+    assert zero is not None
+    given = [w[None], h[None], scale[None], zero[None]]
+    before = [tensor.clone() for tensor in given]
+    gptq.solve(*given, bits=4, activation_order=False, damping=0.01)
+    assert all(torch.equal(tensor, was) for tensor, was in zip(given, before, strict=True))
+
+
+def test_half_precision_weights_are_solved_as_the_same_values_in_float32() -> None:
+    w, h = problem(15)
+    half = w.to(torch.bfloat16)
+    scale, _ = rounding.minmax_params(half, 4, 32, symmetric=True, scale_dtype=torch.bfloat16)
+    codes = [
+        gptq.solve(x[None], h[None], scale[None], None, bits=4, activation_order=True, damping=0.01).codes_BOI
+        for x in (half, half.float())
+    ]
+    assert torch.equal(*codes)
+
+
+def test_rows_of_zeros_stay_zeros() -> None:
+    w, h = problem(16)
+    w[3] = 0
+    for symmetric in (True, False):
+        scale, zero = rounding.mse_params(w, 4, 32, symmetric=symmetric, scale_dtype=torch.float16)
+        zeros = None if zero is None else zero[None]
+        found = gptq.solve(w[None], h[None], scale[None], zeros, bits=4, activation_order=True, damping=0.01)
+        assert not rounding.dequantize(found.codes_BOI[0], scale, zero)[3].any()
+
+
 def test_with_an_identity_hessian_it_rounds_to_nearest() -> None:
     w, _ = problem(6)
     scale, zero = rounding.minmax_params(w, 4, 32, symmetric=False)
@@ -130,10 +181,56 @@ def test_a_failed_factorization_is_damped_more_and_says_so() -> None:
     assert loss(w, h, found.codes_BOI[0], scale, None) >= 0
 
 
+def test_what_one_problem_needs_leaves_its_neighbours_alone() -> None:
+    w, h = problem(17)
+    sick = h - 0.05 * h.diagonal().mean() * torch.eye(96)
+    scale, _ = rounding.minmax_params(w, 4, 32, symmetric=True)
+
+    def solve(*hessians: torch.Tensor) -> gptq.Solution:
+        count = len(hessians)
+        rows, scales = w.expand(count, -1, -1), scale.expand(count, -1, -1)
+        return gptq.solve(rows, torch.stack(hessians), scales, None, bits=4, activation_order=True, damping=0.01)
+
+    well, mixed = solve(h, h, h), solve(h, sick, h)
+    assert well.damping_B == (0.01, 0.01, 0.01)
+    assert mixed.damping_B == (0.01, 0.1, 0.01)
+    assert mixed.damping == 0.1
+    assert torch.equal(mixed.codes_BOI[::2], well.codes_BOI[::2])
+    assert not torch.equal(mixed.codes_BOI[1], well.codes_BOI[1])
+
+
+def test_float64_comes_before_more_damping() -> None:
+    """A single direction, and damping below float32's spacing at 1: there the second pivot is exactly zero."""
+    h = torch.ones(1, 384, 384)
+    w, _ = problem(18, columns=384)
+    scale, _ = rounding.minmax_params(w, 4, 32, symmetric=True)
+    found = gptq.solve(w[None], h, scale[None], None, bits=4, activation_order=False, damping=1e-8)
+    assert found.damping == 1e-8
+    assert loss(w, h[0], found.codes_BOI[0], scale, None) < loss(
+        w, h[0], rounding.quantize(w, scale, None, 4), scale, None
+    )
+
+
+def test_what_no_damping_mends_is_an_error_that_names_the_problem() -> None:
+    w, h = problem(19)
+    hopeless = h - 5 * h.diagonal().mean() * torch.eye(96)
+    scale, _ = rounding.minmax_params(w, 4, 32, symmetric=True)
+    with pytest.raises(gptq.NotPositiveDefinite, match=r"problem 1 .* damping 1 of"):
+        gptq.solve(
+            torch.stack([w, w]),
+            torch.stack([h, hopeless]),
+            torch.stack([scale, scale]),
+            None,
+            bits=4,
+            activation_order=True,
+            damping=0.01,
+        )
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_broken_statistics_are_an_error(poison: float) -> None:
     w, h = problem(13)
     h[3, 3] = poison
     scale, _ = rounding.minmax_params(w, 4, 32, symmetric=True)
-    with pytest.raises(gptq.NotPositiveDefinite):
+    with pytest.raises(gptq.NotPositiveDefinite, match="NaN or Inf"):
         gptq.solve(w[None], h[None], scale[None], None, bits=4, activation_order=True, damping=0.01)

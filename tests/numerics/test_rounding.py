@@ -83,6 +83,33 @@ def test_the_mse_search_never_does_worse_than_min_max(bits: int, symmetric: bool
     assert float(found.sum()) < float(plain.sum())
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_mse_search_comes_near_the_best_of_all_shrinkages(bits: int, symmetric: bool) -> None:
+    """On long rows with heavy tails (Student's t, 5 degrees), where the best range is a fraction of the whole."""
+    normal = torch.randn(6, 32, 2048, generator=torch.Generator().manual_seed(5))
+    w = normal[0] / normal[1:].square().mean(0).sqrt()
+
+    def errors(scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+        codes = rounding.quantize(w, scale, zero, bits)
+        return (rounding.dequantize(codes, scale, zero) - w).square().sum(-1)
+
+    best = torch.full((32,), float("inf"))
+    for percent in range(8, 101):
+        ends = torch.stack([w.amin(1), w.amax(1)], 1) * percent / 100
+        best = torch.minimum(best, errors(*rounding.minmax_params(ends, bits, None, symmetric=symmetric)))
+    found = errors(*rounding.mse_params(w, bits, None, symmetric=symmetric))
+    assert float(found.sum()) < 1.08 * float(best.sum())
+
+
+def test_a_rows_scale_does_not_depend_on_the_other_rows() -> None:
+    w = weights(6, rows=300, columns=256)
+    w[::7, 3] = 200.0
+    together = rounding.mse_params(w, 2, 128, symmetric=True)[0]
+    alone = torch.cat([rounding.mse_params(row[None], 2, 128, symmetric=True)[0] for row in w[:20]])
+    torch.testing.assert_close(together[:20], alone, rtol=0, atol=0)
+
+
 def test_importance_moves_the_error_to_where_it_matters_less() -> None:
     w = weights(3)
     importance = torch.ones(64)

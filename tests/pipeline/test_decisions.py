@@ -49,6 +49,8 @@ def manifest(of: Job, name: str, accepted: bool) -> Manifest:
         revision="r",
         recipe=of.order(name).recipe,
         calibration=None,
+        verification=of.verification,
+        thresholds=BOUNDS,
         files={},
         verdict=Verdict(accepted=accepted, reasons=() if accepted else ("KL",)),
         environment={},

@@ -13,7 +13,7 @@ from pipeline.shipped import recipe
 from workers import hub
 from workers.content import file_sha256
 from workers.errors import CheckpointError, HubRefused, HubUnavailable
-from workers.job import MANIFEST, FileEntry, Manifest, Verdict
+from workers.job import MANIFEST, Dataset, FileEntry, Manifest, Thresholds, Verdict, Verification
 
 REPO = "acme/model-bnb-nf4"
 
@@ -30,6 +30,8 @@ def artifact(folder: Path, text: str = "one", fingerprint: str = "f" * 64) -> Pa
         revision="r",
         recipe=recipe("bnb-nf4"),
         calibration=None,
+        verification=Verification(dataset=Dataset(path="text")),
+        thresholds=Thresholds(kl_mean=1, top1_agreement=0.5, perplexity_ratio=2, runtime_logit_difference=1),
         files={path.name: FileEntry(sha256=file_sha256(path), size=path.stat().st_size) for path in files},
         verdict=Verdict(accepted=True, reasons=()),
         environment={},
@@ -168,9 +170,11 @@ def test_somebody_elses_repository_is_left_alone(api: Any, tmp_path: Path) -> No
 def test_no_call_waits_for_ever(api: Any, faults: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "CALL_DEADLINE_SECONDS", 0.5)
     faults.plan = [("/commit/main", 1, Fault(delay=5.0))]
+    hub._set_deadlines.cache_clear()
     stalled = hub.connect(api.endpoint)
     with pytest.raises(HubUnavailable, match="Timeout"):
         hub.publish(stalled, REPO, artifact(tmp_path / "a"), private=True, message="m")
+    hub._set_deadlines.cache_clear()
 
 
 def test_what_is_not_there_is_none(api: Any) -> None:

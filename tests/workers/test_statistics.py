@@ -1,12 +1,14 @@
 """Statistics of the layers' inputs, against plain hooks and hand-made routing."""
 
+import re
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.workers.families import save_random
+from tests.workers.families import FAMILIES, save_random
 from workers.checkpoint import Source
 from workers.errors import NumericalError
 from workers.forward import stream
@@ -61,8 +63,8 @@ def test_sums_are_those_of_the_inputs(family: str, tmp_path: Path) -> None:
     found = observed(tmp_path)
     prefix = "" if next(iter(found)) in plain.state_dict() else f"{plain.base_model_prefix}."
     names = [prefix + key.rpartition(".")[0] for key in found]
-    for (key, statistics), x_NI in zip(found.items(), captured(plain, names).values(), strict=True):
-        assert_sums_of(statistics, x_NI), key
+    for statistics, x_NI in zip(found.values(), captured(plain, names).values(), strict=True):
+        assert_sums_of(statistics, x_NI)
 
 
 def test_projections_of_one_input_share_their_statistics(tmp_path: Path) -> None:
@@ -75,26 +77,72 @@ def test_projections_of_one_input_share_their_statistics(tmp_path: Path) -> None
     assert len({id(value) for value in one.values()}) == 4
 
 
-def test_each_expert_counts_the_tokens_routed_to_it(tmp_path: Path) -> None:
-    plain = save_random("qwen3_moe", tmp_path)
-    found = observed(tmp_path)
-    layer = plain.model.layers[1].mlp
-    inputs = captured(plain, ["model.layers.1.mlp"])["model.layers.1.mlp"]
+def routed(plain: Any, experts: int) -> dict[tuple[int, int], torch.Tensor]:
+    """The tokens [N, I] that come to each expert of each layer, by what plain hooks see at the experts' door."""
+    seen: dict[tuple[int, int], list[torch.Tensor]] = defaultdict(list)
+    for number, layer in enumerate(plain.model.layers):
+
+        def look(module: Any, inputs: Any, number: int = number) -> None:
+            hidden_NI, chosen_NK = inputs[:2]
+            for expert in range(experts):
+                seen[number, expert].append(hidden_NI[(chosen_NK == expert).any(-1)])
+
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.experts.register_forward_pre_hook(look)
     with torch.inference_mode():
-        chosen = layer.gate(inputs)[2]
-        for expert in range(4):
-            x_NI = inputs[(chosen == expert).any(-1)]
-            prefix = f"model.layers.1.mlp.experts.{expert}."
-            if not len(x_NI):
-                assert prefix + "gate_proj.weight" not in found
-                continue
-            assert found[prefix + "gate_proj.weight"] is found[prefix + "up_proj.weight"]
-            assert_sums_of(found[prefix + "gate_proj.weight"], x_NI)
-            gate, up = (x_NI @ layer.experts.gate_up_proj[expert].T).chunk(2, -1)
-            down = found[prefix + "down_proj.weight"]
-            torch.testing.assert_close(
-                down.abs_sum_I, (layer.experts.act_fn(gate) * up).abs().sum(0), rtol=1e-5, atol=1e-5
-            )
+        for batch in batches()[:2]:
+            plain(input_ids=batch, use_cache=False)
+    return {place: torch.cat(inputs) for place, inputs in seen.items()}
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe", "deepseek_v3"])
+def test_each_expert_counts_the_tokens_routed_to_it(family: str, tmp_path: Path) -> None:
+    plain = save_random(family, tmp_path)
+    found = observed(tmp_path)
+    names = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    looked_at = 0
+    for (number, expert), x_NI in routed(plain, 4).items():
+        one = {
+            match.group(1): statistics
+            for key, statistics in found.items()
+            if (match := re.fullmatch(rf".*layers\.{number}\..*experts\.{expert}\.(\w+)\.weight", key))
+        }
+        if not len(x_NI):
+            assert one == {}
+            continue
+        of_gate, of_up, of_down = (one[name] for name in names)
+        assert of_gate is of_up
+        assert_sums_of(of_gate, x_NI)
+        experts = plain.model.layers[number].mlp.experts
+        with torch.inference_mode():
+            gate, up = (x_NI @ experts.gate_up_proj[expert].T).chunk(2, -1)
+            inner_NI = experts.act_fn(gate) * up
+        assert of_down.count == len(x_NI)
+        torch.testing.assert_close(of_down.gram_II, inner_NI.T @ inner_NI, rtol=1e-5, atol=1e-5)
+        looked_at += 1
+    assert looked_at >= 6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_weight_of_every_family_is_seen(family: str, tmp_path: Path) -> None:
+    save_random(family, tmp_path)
+    found = observed(tmp_path)
+    with Source(tmp_path) as source:
+        weights = StreamedModel(tmp_path, source, dtype=torch.float32).weights
+    unseen = [weight.module for weight in weights if weight.key not in found and weight.input[1] is None]
+    # Mamba multiplies with this one's weight itself, and never calls the module.
+    assert all(module.endswith("mixer.dt_proj") for module in unseen)
+    for weight in weights:
+        if weight.key in found:
+            assert found[weight.key].gram_II.shape == (weight.shape_OI[1],) * 2
+            assert weight.input[1] is not None or found[weight.key].count == 64
+
+
+def test_the_same_tokens_give_the_same_bits(tmp_path: Path) -> None:
+    save_random("qwen3_moe", tmp_path)
+    one, two = observed(tmp_path), observed(tmp_path)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key].gram_II, two[key].gram_II) for key in one)
 
 
 def test_unobserved_batches_leave_no_trace(tmp_path: Path) -> None:

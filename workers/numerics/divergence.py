@@ -19,7 +19,7 @@ def kl_divergence(reference_NV: Tensor, logits_NV: Tensor) -> Tensor:
     What the reference holds impossible (a logit of -inf) adds nothing; what only the other does makes it infinite.
     """
     rows = _rows_at_a_time(reference_NV)
-    pieces = zip(reference_NV.split(rows), logits_NV.split(rows), strict=True)
+    pieces = zip(torch.split(reference_NV, rows), torch.split(logits_NV, rows), strict=True)
     return torch.cat([_kl_divergence(reference, logits) for reference, logits in pieces])
 
 
@@ -42,13 +42,13 @@ def top1_agreement(reference_NV: Tensor, logits_NV: Tensor) -> Tensor:
 def negative_log_likelihood(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     """-log p(target) in nats for each token, float64 [N]."""
     rows = _rows_at_a_time(logits_NV)
-    pieces = zip(logits_NV.split(rows), targets_N.split(rows), strict=True)
+    pieces = zip(torch.split(logits_NV, rows), torch.split(targets_N, rows), strict=True)
     return torch.cat([-p.double().log_softmax(-1).gather(-1, t[:, None]).squeeze(-1) for p, t in pieces])
 
 
 def wilson_lower_bound(successes: int, trials: int, z: float = 1.96) -> float:
     """Lower end of the Wilson score interval for a proportion (Wilson 1927, equation 3); 0 without trials."""
-    if trials == 0:
+    if successes == 0:  # what the formula gives exactly, and rounding doesn't
         return 0.0
     share, square = successes / trials, z * z / trials
     spread = z * math.sqrt(share * (1 - share) / trials + square / (4 * trials))
@@ -65,7 +65,7 @@ def upper_bound_of_mean(values: Tensor, z: float = 1.96) -> float:
 def sqnr_db(reference: Tensor, other: Tensor) -> float:
     """Signal to quantization noise in dB: 10 log10(sum x^2 / sum (x - y)^2); infinite if they are equal."""
     noise = signal = 0.0
-    pieces = (tensor.flatten().split(ELEMENTS_AT_A_TIME) for tensor in (reference, other))
+    pieces = (torch.split(tensor.flatten(), ELEMENTS_AT_A_TIME) for tensor in (reference, other))
     for x, y in zip(*pieces, strict=True):
         exact = x.double()
         signal += exact.square().sum().item()

@@ -19,24 +19,29 @@ from torch import Tensor
 from workers.numerics.rounding import code_range
 
 OUTER, INNER = 256, 8
-LARGEST_DAMPING = 1.0
+SMALLEST_RAISED, LARGEST_DAMPING = 1e-4, 1.0
 
 
 class NotPositiveDefinite(ArithmeticError):
-    """H has no Cholesky factor, however strongly damped: it holds NaN or Inf."""
+    """H has no Cholesky factor, however strongly damped, or holds NaN or Inf."""
 
 
 @dataclass(frozen=True)
 class Solution:
     """What was found.
 
-    ``damping`` is the share of the mean diagonal that H was damped with: larger than asked for where the Cholesky
-    factorization failed. ``dead`` counts columns that no token ever touched; they are rounded to nearest.
+    ``damping_B`` is the share of its mean diagonal that each H was damped with: larger than asked for where the
+    Cholesky factorization failed. ``dead`` counts columns that no token ever touched; they are rounded to nearest.
     """
 
     codes_BOI: Tensor
-    damping: float
+    damping_B: tuple[float, ...]
     dead: int
+
+    @property
+    def damping(self) -> float:
+        """The largest of ``damping_B``."""
+        return max(self.damping_B)
 
 
 def solve(
@@ -52,10 +57,11 @@ def solve(
     """Codes (int8 [B, O, I]) for weights on given grids (``rounding``: scale and zero point of each group).
 
     ``h_BII`` float32: X^T X of the inputs, any positive multiple of it. ``activation_order`` takes the columns in order
-    of falling diag(H); groups stay where they are (static groups), so no index is stored.
+    of falling diag(H); groups stay where they are (static groups), so no index is stored. An H that float32 can't
+    factorize is tried in float64, then with ten times the damping up to its mean diagonal; the others keep theirs.
 
     Raises:
-        NotPositiveDefinite: H holds NaN or Inf.
+        NotPositiveDefinite: H holds NaN or Inf, or no damping helps it.
     """
     order_BI = _order(h_BII, activation_order)
     factor_BII, dead, used = _factor(_permuted(h_BII, order_BI), damping)
@@ -111,39 +117,54 @@ def _columns(tensor_BIO: Tensor) -> tuple[Tensor, ...]:
     return torch.unbind(tensor_BIO, -2)
 
 
-def _factor(h_BII: Tensor, damping: float) -> tuple[Tensor, int, float]:
-    """R, the number of dead columns, and the damping that was needed; ``h_BII`` is a copy, and is changed."""
-    diagonal_BI = h_BII.diagonal(dim1=1, dim2=2)
-    dead_BI = diagonal_BI == 0
-    mean_B1 = diagonal_BI.mean(1, keepdim=True)
-    # A dead column has no products with the others: any diagonal leaves it alone.
-    diagonal_BI += torch.where(dead_BI, mean_B1.clamp(min=1e-30), 0)
-    mean_B1 = mean_B1.clamp(min=1e-30)
-    added = 0.0
+def _factor(h_BII: Tensor, damping: float) -> tuple[Tensor, int, tuple[float, ...]]:
+    """R of each H, the number of dead columns, and the damping that each H needed."""
+    lower_BII, whole_B = cholesky(_damped_in_reverse(h_BII, damping))
+    used = [damping] * len(h_BII)
+    for index in (~whole_B).nonzero().flatten().tolist():
+        lower_BII[index], used[index] = _factor_again(h_BII[index : index + 1].double(), damping, index)
+    dead = int((h_BII.diagonal(dim1=1, dim2=2) == 0).sum())
+    return lower_BII.flip(1, 2), dead, tuple(used)
+
+
+def _factor_again(h_1II: Tensor, damping: float, index: int) -> tuple[Tensor, float]:
+    """What float32 couldn't factorize, alone: its neighbours' results must not depend on it."""
+    if not bool(torch.isfinite(h_1II).all()):
+        raise NotPositiveDefinite(f"H of problem {index} holds NaN or Inf")
     used = damping
     while True:
-        diagonal_BI += (used - added) * mean_B1
-        added = used
-        # R is the lower factor of H with rows and columns in reverse, reversed again.
-        lower_BII = cholesky(h_BII.flip(1, 2))
-        if lower_BII is not None:
-            return lower_BII.flip(1, 2), int(dead_BI.sum()), used
-        if used >= LARGEST_DAMPING or not bool(torch.isfinite(h_BII).all()):
-            raise NotPositiveDefinite(f"H is not positive definite, with damping {used:g} of its mean diagonal")
-        used = min(used * 10, LARGEST_DAMPING)
+        lower_1II, whole_1 = cholesky(_damped_in_reverse(h_1II, used))
+        if bool(whole_1):
+            return lower_1II[0], used
+        if used >= LARGEST_DAMPING:
+            raise NotPositiveDefinite(
+                f"H of problem {index} is not positive definite, with damping {used:g} of its mean diagonal"
+            )
+        used = min(max(used * 10, SMALLEST_RAISED), LARGEST_DAMPING)
 
 
-def cholesky(h_BII: Tensor, block: int = 256) -> Tensor | None:
-    """Lower Cholesky factors, None unless all are positive definite; ``h_BII`` is overwritten.
+def _damped_in_reverse(h_BII: Tensor, damping: float) -> Tensor:
+    """A copy, damped, rows and columns in reverse: R is the lower factor of that, reversed again."""
+    damped_BII = h_BII.flip(1, 2)
+    diagonal_BI = damped_BII.diagonal(dim1=1, dim2=2)
+    mean_B1 = h_BII.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp(min=1e-30)
+    # A dead column has no products with the others: any diagonal leaves it alone.
+    diagonal_BI += torch.where(diagonal_BI == 0, mean_B1, 0)
+    diagonal_BI += damping * mean_B1
+    return damped_BII
+
+
+def cholesky(h_BII: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
+    """Lower Cholesky factors, and whether each H was positive definite (bool [B]); ``h_BII`` is overwritten.
 
     By blocks, so that nearly all of it is matrix products: on a CPU more than twice as fast as LAPACK's own.
     """
     width = h_BII.shape[-1]
+    whole_B = torch.ones(len(h_BII), dtype=torch.bool, device=h_BII.device)
     for start in range(0, width, block):
         stop = min(start + block, width)
         corner, info = torch.linalg.cholesky_ex(h_BII[:, start:stop, start:stop])
-        if bool(info.any()):
-            return None
+        whole_B &= info == 0
         h_BII[:, start:stop, start:stop] = corner
         if stop < width:
             below = torch.linalg.solve_triangular(corner, h_BII[:, stop:, start:stop].mT, upper=False).mT
@@ -152,7 +173,7 @@ def cholesky(h_BII: Tensor, block: int = 256) -> Tensor | None:
                 right = min(left + 2 * block, width)
                 rows, columns = below[:, left - stop :], below[:, left - stop : right - stop]
                 h_BII[:, left:, left:right].baddbmm_(rows, columns.mT, alpha=-1)
-    return h_BII.tril_() if bool(torch.isfinite(h_BII.diagonal(dim1=1, dim2=2)).all()) else None
+    return h_BII.tril_(), whole_B & torch.isfinite(h_BII.diagonal(dim1=1, dim2=2)).all(1)
 
 
 def _round_columns(

@@ -71,7 +71,7 @@ def pack_gptq(values: Tensor, bits: int, dim: int) -> Tensor:
     """Pack a matrix of codes in [0, 2^bits - 1] along ``dim`` as gptq does; 32 divides that dimension."""
     assert values.shape[dim] % WORD == 0, "the format's words hold 32 codes in a number of bits each"
     mask = (1 << bits) - 1
-    return pack((values.to(torch.int64) & mask).movedim(dim, -1), bits).movedim(-1, dim).contiguous()
+    return pack((values.to(torch.int32) & mask).movedim(dim, -1), bits).movedim(-1, dim).contiguous()
 
 
 def unpack_gptq(words: Tensor, bits: int, dim: int) -> Tensor:

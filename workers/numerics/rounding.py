@@ -11,8 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Shrinkages of the min-max range that the MSE search tries: a coarse grid, then halving steps around the best.
+# Shrinkages of the min-max range that the MSE search tries: a coarse grid, then, for groups whose best was its end,
+# ever smaller ones (2 or 3 bits for a long row with outliers: the best lies at 0.1 to 0.4), then halving steps around.
 COARSE = (1.0, 0.9, 0.8, 0.7, 0.56)
+SMALLER = (0.46, 0.37, 0.3, 0.24, 0.19, 0.15, 0.12)
 FINE_STEPS = (0.05, 0.025)
 ROWS_AT_A_TIME = 256  # keeps the search's temporaries in the cache
 
@@ -115,6 +117,13 @@ def _search(
     least = error_of(best)
     for candidate in COARSE[1:]:
         best, least = _keep_better(best, least, torch.full_like(low, candidate), error_of(candidate))
+    for last, candidate in zip((COARSE[-1], *SMALLER), SMALLER, strict=False):
+        falling = best == last
+        if not bool(falling.any()):
+            break
+        # The others stay, so that no group's scale depends on what else is in the piece.
+        trial = torch.where(falling, candidate, best)
+        best, least = _keep_better(best, least, trial, error_of(trial))
     for step in FINE_STEPS:
         around: Sequence[Tensor] = (best - step, best + step)
         for trial in around:
@@ -145,5 +154,6 @@ def _error(
         codes.add_(zero).round_().clamp_(code_low, code_high).sub_(zero)
     noise = codes.mul_(scale).sub_(groups_OGg)
     if weights_OGg is None:
-        return torch.linalg.vector_norm(noise, dim=-1).square_()
+        norm: Tensor = torch.linalg.vector_norm(noise, dim=-1)
+        return norm.square_()
     return noise.square_().mul_(weights_OGg).sum(-1)

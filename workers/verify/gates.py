@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from workers.job import Metrics, Runtime, Thresholds, Verdict
 
+# How a reason begins that thresholds gave.
+MEASURED = ("KL divergence", "top-1 agreement", "perplexity ratio", "runtime logits")
+
 
 def judge(
     integrity: Sequence[str],
@@ -54,7 +57,7 @@ def runtime_gate(runtime: Runtime, thresholds: Thresholds) -> list[str]:
     if runtime.relative_logit_difference <= thresholds.runtime_logit_difference:
         return []
     return [
-        f"runtime {runtime.name}: logits differ from our decoding by {runtime.relative_logit_difference:.3g} standard "
-        f"deviations (root mean square; {runtime.max_abs_logit_difference:.3g} at most), "
+        f"runtime logits of {runtime.name} differ from our decoding by {runtime.relative_logit_difference:.3g} "
+        f"standard deviations (root mean square; {runtime.max_abs_logit_difference:.3g} at most), "
         f"expected at most {thresholds.runtime_logit_difference:g}"
     ]

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from workers.errors import OutOfMemory, WorkerDied
+
 PR_SET_PDEATHSIG = 1
 NEW_TOKENS = 16
 DEADLINE_SECONDS = 1800.0
@@ -38,7 +40,11 @@ class RuntimeAnswer:
 def ask(artifact: Path, tokens: Any, scratch: Path, trust_remote_code: bool) -> RuntimeAnswer:
     """Load ``artifact`` in a fresh process and run ``tokens`` (int64 [N, T]) through it; logits are float32 [N, T, V].
 
-    A crash or a hang of the library is a problem of the artifact, not an exception.
+    A crash of the library is a problem of the artifact, not an exception.
+
+    Raises:
+        OutOfMemory: the process was killed, or says so: the machine's fault, not the artifact's.
+        WorkerDied: no answer within the deadline.
     """
     from safetensors.torch import load_file, save_file
 
@@ -57,10 +63,12 @@ def ask(artifact: Path, tokens: Any, scratch: Path, trust_remote_code: bool) -> 
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return _failed(f"no answer within {DEADLINE_SECONDS:.0f} s")
+        raise WorkerDied(f"runtime check of {artifact}: no answer within {DEADLINE_SECONDS:.0f} s") from None
     answer = scratch / "answer.json"
     if done.returncode != 0 or not answer.is_file():
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        if done.returncode == -signal.SIGKILL or "OutOfMemory" in lines[-1] or "MemoryError" in lines[-1]:
+            raise OutOfMemory(f"runtime check of {artifact}: out of memory ({lines[-1]}); use a larger machine")
         return _failed(f"the process ended with {done.returncode}: {lines[-1]}")
     said = json.loads(answer.read_text())
     logits = load_file(scratch / "logits.safetensors")["logits"]
@@ -125,9 +133,8 @@ def _main(request_path: Path) -> None:
 def _dtype(artifact: str, device: str) -> Any:
     """The checkpoint's own; float32 on a CPU for exactness, but not for bitsandbytes: it computes in its own."""
     import torch
-    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(artifact).to_dict().get("quantization_config", {})
+    config = json.loads((Path(artifact) / "config.json").read_text()).get("quantization_config", {})
     return "auto" if device == "cuda" or config.get("quant_method") == "bitsandbytes" else torch.float32
 
 

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from workers.job import (
     MANIFEST,
     ArtifactMade,
     BitsAndBytesRecipe,
+    Calibration,
     FileEntry,
     Job,
     Manifest,
@@ -31,6 +33,7 @@ from workers.job import (
     Recipe,
     Runtime,
     Verdict,
+    Verification,
     artifact_folder,
 )
 from workers.loading import StreamedModel
@@ -50,30 +53,40 @@ def verify(job: Job, order: Order, source_folder: Path) -> Manifest:
     """
     place = artifact_folder(job.workspace, order)
     made = ArtifactMade.model_validate_json(record_path(place).read_text())
-    standing = _verified_before(place)
+    standing = _verified_before(place, job.verification)
     if standing is not None:
         verdict = _judged_again(standing.verdict, order)
-        if verdict == standing.verdict:
+        if verdict == standing.verdict and order.thresholds == standing.thresholds:
             return standing
     else:
         with Source(source_folder, allow_pickle=job.model.allow_pickle) as source:
             verdict = _Verification(job, order, source, place).verdict()
+    if any(reason.startswith("integrity:") for reason in verdict.reasons):
+        # Kept to be looked at, but what isn't whole is made anew by the next run.
+        record_path(place).unlink()
     return _seal(job, order, place, source_folder, made, verdict)
 
 
-def _verified_before(place: Path) -> Manifest | None:
-    """The manifest of exactly these bytes; None if there is none, or a file changed since."""
+def _verified_before(place: Path, verification: Verification) -> Manifest | None:
+    """The manifest of exactly these bytes, measured on the same text, on which only the gates have to decide."""
     try:
-        return hub.check_bytes(place)
+        manifest = hub.check_bytes(place)
     except CheckpointError:
-        (place / MANIFEST).unlink(missing_ok=True)
-        return None
+        manifest = None
+    if manifest and manifest.verification.same_as(verification) and not _beyond_gates(manifest.verdict):
+        return manifest
+    (place / MANIFEST).unlink(missing_ok=True)
+    return None
+
+
+def _beyond_gates(verdict: Verdict) -> list[str]:
+    """Reasons that no threshold can lift: broken files, a runtime that doesn't load them."""
+    return [reason for reason in verdict.reasons if not reason.startswith(gates.MEASURED)]
 
 
 def _judged_again(verdict: Verdict, order: Order) -> Verdict:
     """The same facts by the gates of now: a zoo may have changed them."""
-    kept = tuple(reason for reason in verdict.reasons if reason.startswith(("integrity:", "runtime transformers:")))
-    return gates.judge(kept, verdict.metrics, verdict.runtime, (), order.thresholds, verdict.worst_layers)
+    return gates.judge((), verdict.metrics, verdict.runtime, (), order.thresholds, verdict.worst_layers)
 
 
 def intended_modules(recipe: Recipe, streamed: StreamedModel) -> frozenset[str]:
@@ -162,6 +175,17 @@ class _Verification:
         return StreamedModel(folder, tensors, dtype=self._dtype, device=self._device, trust_remote_code=self._trust)
 
 
+Described = TypeVar("Described", Calibration, Verification)
+
+
+def _public(described: Described) -> Described:
+    """The same without the paths of this machine: data files by their names."""
+    dataset = described.dataset
+    names = tuple(Path(name).name for name in dataset.data_files)
+    path = Path(dataset.path).name if Path(dataset.path).is_absolute() else dataset.path
+    return described.model_copy(update={"dataset": dataset.model_copy(update={"data_files": names, "path": path})})
+
+
 def _seal(job: Job, order: Order, place: Path, source_folder: Path, made: ArtifactMade, verdict: Verdict) -> Manifest:
     """Write the card, then the manifest over all files: from here on the artifact is these very bytes."""
     (place / MANIFEST).unlink(missing_ok=True)
@@ -170,7 +194,7 @@ def _seal(job: Job, order: Order, place: Path, source_folder: Path, made: Artifa
     files = {
         str(path.relative_to(place)): FileEntry(sha256=file_sha256(path), size=path.stat().st_size)
         for path in sorted(place.rglob("*"))
-        if path.is_file()
+        if path.is_file() and not path.name.startswith(".")
     }
     with Source(source_folder, allow_pickle=job.model.allow_pickle) as source:
         reference_bytes = source.bytes
@@ -179,7 +203,9 @@ def _seal(job: Job, order: Order, place: Path, source_folder: Path, made: Artifa
         model=job.model.id,
         revision=job.model.revision,
         recipe=order.recipe,
-        calibration=job.calibration if order.recipe.calibrated else None,
+        calibration=_public(job.calibration) if job.calibration and order.recipe.calibrated else None,
+        verification=_public(job.verification),
+        thresholds=order.thresholds,
         files=files,
         verdict=verdict,
         environment=environment,
