@@ -131,8 +131,9 @@ class RecipeBase(Frozen):
     name: str = Field(pattern=SLUG.pattern, max_length=64)
     description: str = ""
     ignore: tuple[str, ...] = Field(
-        ("lm_head", "*.router", "*.mlp.gate", "*.block_sparse_moe.gate", "*.shared_expert_gate"),
-        description="Modules left as they are: names, shell patterns, or re:REGEX; the default: head and routers.",
+        ("lm_head", "*.router", "*.mlp.gate", "*.block_sparse_moe.gate", "*.shared_expert_gate", "*.dt_proj"),
+        description="Modules left as they are: names, shell patterns, or re:REGEX. The default: head and routers, and "
+        "Mamba's dt_proj, whose weight isn't used as a linear layer's.",
     )
 
     @field_validator("ignore")

@@ -63,30 +63,30 @@ def solve(
     Raises:
         NotPositiveDefinite: H holds NaN or Inf, or no damping helps it.
     """
-    order_BI = _order(h_BII, activation_order)
+    order_BI = _falling(h_BII) if activation_order else None
     factor_BII, dead, used = _factor(_permuted(h_BII, order_BI), damping)
     wt_BIO = _rows(_transposed(w_BOI.float()), order_BI)
-    group_BI = order_BI // (w_BOI.shape[-1] // scale_BOG.shape[-1])
+    columns_BI = torch.arange(w_BOI.shape[-1]).expand(len(w_BOI), -1) if order_BI is None else order_BI
+    group_BI = columns_BI.to(w_BOI.device) // (w_BOI.shape[-1] // scale_BOG.shape[-1])
     scales = _each(scale_BOG, group_BI)
     zeros = None if zero_BOG is None else _each(zero_BOG, group_BI)
     if len(wt_BIO) == 1:
         codes_BIO = _round_columns(wt_BIO[0], factor_BII[0], scales, zeros, *code_range(bits))[None]
     else:
         codes_BIO = _round_columns(wt_BIO, factor_BII, scales, zeros, *code_range(bits))
-    restored_BIO = _rows(codes_BIO.to(torch.int8), order_BI.argsort(1))
+    restored_BIO = _rows(codes_BIO.to(torch.int8), None if order_BI is None else order_BI.argsort(1))
     return Solution(_transposed(restored_BIO), used, dead)
 
 
-def _order(h_BII: Tensor, activation_order: bool) -> Tensor:
-    diagonal_BI = h_BII.diagonal(dim1=1, dim2=2)
-    if activation_order:
-        return diagonal_BI.argsort(dim=1, descending=True, stable=True)
-    return torch.arange(h_BII.shape[-1], device=h_BII.device).expand_as(diagonal_BI)
+def _falling(h_BII: Tensor) -> Tensor:
+    return h_BII.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
 
 
-def _permuted(h_BII: Tensor, order_BI: Tensor) -> Tensor:
+def _permuted(h_BII: Tensor, order_BI: Tensor | None) -> Tensor:
+    if order_BI is None:
+        return h_BII.float()
     pairs = zip(h_BII.float(), order_BI, strict=True)
-    return torch.stack([h_II.index_select(0, order_I).index_select(1, order_I) for h_II, order_I in pairs])
+    return _stacked([h_II.index_select(0, order_I).index_select(1, order_I) for h_II, order_I in pairs])
 
 
 def _transposed(tensor_BXY: Tensor, tile: int = 64) -> Tensor:
@@ -98,9 +98,16 @@ def _transposed(tensor_BXY: Tensor, tile: int = 64) -> Tensor:
     return made
 
 
-def _rows(tensor_BIO: Tensor, index_BI: Tensor) -> Tensor:
+def _rows(tensor_BIO: Tensor, index_BI: Tensor | None) -> Tensor:
+    if index_BI is None:
+        return tensor_BIO
     pairs = zip(tensor_BIO, index_BI, strict=True)
-    return torch.stack([tensor_IO.index_select(0, index_I) for tensor_IO, index_I in pairs])
+    return _stacked([tensor_IO.index_select(0, index_I) for tensor_IO, index_I in pairs])
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """As ``torch.stack``, which copies even one alone."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
 
 
 def _each(params_BOG: Tensor, group_BI: Tensor) -> Sequence[Tensor]:
