@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 
 from markupsafe import Markup
@@ -17,6 +18,9 @@ COLORS = {
     "failed": "#b3261e",
 }
 
+# Height of the axis, and of a label with its gap, in points.
+AXIS_POINTS, LABEL_POINTS = 190, 12
+
 
 def kl_against_size(artifacts: Sequence[ArtifactEntry]) -> Markup | None:
     """SVG of all artifacts with metrics (KL in nats, logarithmic; size in MB), None if there is none."""
@@ -30,17 +34,6 @@ def kl_against_size(artifacts: Sequence[ArtifactEntry]) -> Markup | None:
     axes = figure.add_subplot()
     for size, kl, artifact in points:
         axes.scatter(size, kl, s=46, color=COLORS[artifact.status], zorder=3)
-    for (size, kl, artifact), below in zip(points, _label_below(points), strict=True):
-        offset = (0, -14) if below else (0, 8)
-        axes.annotate(
-            artifact.recipe,
-            (size, kl),
-            xytext=offset,
-            textcoords="offset points",
-            ha="center",
-            fontsize=9,
-            color="#111827",
-        )
     reference = max(a.reference_bytes for _, _, a in points) / 1e6
     if reference:
         axes.axvline(reference, color="#9aa3af", linestyle="--", linewidth=1)
@@ -50,8 +43,15 @@ def kl_against_size(artifacts: Sequence[ArtifactEntry]) -> Markup | None:
         )  # fmt: skip
     axes.set_xlim(0, max([reference, *(size for size, _, _ in points)]) * 1.12)
     axes.set_yscale("log")
-    low, high = min(kl for _, kl, _ in points), max(kl for _, kl, _ in points)
-    axes.set_ylim(low / 3, high * 3)
+    low, high = min(kl for _, kl, _ in points) / 3, max(kl for _, kl, _ in points) * 3
+    axes.set_ylim(low, high)
+    middle = axes.get_xlim()[1] / 2
+    for (size, kl, artifact), lift in zip(points, _lifts([kl for _, kl, _ in points], low, high), strict=True):
+        side = "left" if size < middle else "right"
+        axes.annotate(
+            artifact.recipe, (size, kl), xytext=(9 if side == "left" else -9, lift), textcoords="offset points",
+            ha=side, va="center", fontsize=9, color="#111827",
+        )  # fmt: skip
     axes.set_xlabel("size on disk, MB")
     axes.set_ylabel("mean KL divergence, nats/token")
     axes.grid(True, which="major", color="#e5e7eb", linewidth=0.8)
@@ -62,10 +62,13 @@ def kl_against_size(artifacts: Sequence[ArtifactEntry]) -> Markup | None:
     return Markup(svg[svg.index("<svg") :])
 
 
-def _label_below(points: Sequence[tuple[float, float, ArtifactEntry]]) -> list[bool]:
-    """Alternate above and below for points that would overlap, from left to right."""
-    order = sorted(range(len(points)), key=lambda index: points[index][0])
-    below = [False] * len(points)
-    for position, index in enumerate(order):
-        below[index] = position % 2 == 1
-    return below
+def _lifts(kls: Sequence[float], low: float, high: float) -> list[float]:
+    """How far each label stands above its point, in points, so that none lies on another."""
+    scale = AXIS_POINTS / math.log10(high / low)
+    lifts = [0.0] * len(kls)
+    floor = -math.inf
+    for index in sorted(range(len(kls)), key=lambda index: kls[index]):
+        height = math.log10(kls[index] / low) * scale
+        lifts[index] = max(0.0, floor - height)
+        floor = height + lifts[index] + LABEL_POINTS
+    return lifts
