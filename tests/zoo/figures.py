@@ -82,7 +82,8 @@ def main() -> None:
         "",
         f"Round to nearest, symmetric, min-max, groups of {GROUP} inputs, all matrices of the decoder layers (experts "
         "too; embeddings, head and router as they are). KL in nats for each of 8,192 held-out tokens, against the same "
-        f"model in float32. Steps: with 256 and with 512 tokens. Made by `python tests/zoo/figures.py` on {platform.machine()}, torch {torch.__version__}.",
+        f"model in float32. Steps: with 256 and with 512 tokens. "
+        f"Made by `python -m tests.zoo.figures` on {platform.machine()}, torch {torch.__version__}.",
         "",
         "| model | parameters | steps | held-out loss | KL w8 | KL w4 | KL w3 | perplexity | w8 | w4 | w3 |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
