@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Literal
 
 from pipeline.plan import PlannedArtifact
@@ -93,16 +91,6 @@ class Results(Frozen):
     status: Literal["ok", "failed"]
     jobs: tuple[JobEntry, ...]
     artifacts: tuple[ArtifactEntry, ...]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it's there whole, or as it was."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
 
 
 def build(

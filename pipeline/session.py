@@ -21,6 +21,7 @@ from pipeline.scheduler import Driver, Watcher
 from pipeline.steps import Step
 from pipeline.zoo import Zoo
 from workers import hub
+from workers.content import write_text
 from workers.errors import ZooError
 from workers.job import Job, StageResult
 
@@ -113,7 +114,7 @@ def run(plan: Plan, out: Path, address: str | None, watchers: Sequence[Watcher])
         ledger.finish(run_id, made.finished_at, "interrupted" if interrupted else made.status)
     folder = out.resolve() / run_id
     folder.mkdir(parents=True)
-    contract.write_atomically(folder / RESULTS, made.model_dump_json(indent=1) + "\n")
+    write_text(folder / RESULTS, made.model_dump_json(indent=1) + "\n")
     write_report(folder)
     return Finished(made, folder / RESULTS, folder / REPORT, interrupted)
 
@@ -124,7 +125,7 @@ def write_report(folder: Path) -> Path:
 
     path = folder / REPORT
     results = contract.Results.model_validate_json((folder / RESULTS).read_text())
-    contract.write_atomically(path, render(results))
+    write_text(path, render(results))
     return path
 
 

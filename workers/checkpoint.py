@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from workers.content import write_text
 from workers.errors import CheckpointError, UnsupportedModel
 
 INDEX = "model.safetensors.index.json"
@@ -256,20 +257,6 @@ class ShardWriter:
             os.fsync(stream.fileno())
         path.chmod(0o644)
         self._pending, self._pending_bytes = {}, 0
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it's there whole, or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.rename(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def companion_files(source: Path) -> list[Path]:

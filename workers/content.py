@@ -1,8 +1,9 @@
-"""Identity of bytes on disk."""
+"""Bytes on disk: their identity, and files that are there whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from workers.job import canonical_json
@@ -20,3 +21,17 @@ def folder_sha256(folder: Path) -> str:
     visible = (path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
     names = {str(path.relative_to(folder)): file_sha256(path) for path in visible}
     return hashlib.sha256(canonical_json(names).encode()).hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it's there whole, or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.rename(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

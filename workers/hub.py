@@ -221,7 +221,8 @@ def check_bytes(folder: Path) -> Manifest:
         raise CheckpointError(
             f"artifact {folder}: no readable {MANIFEST} ({_brief(error)}); run its zoo again"
         ) from error
-    present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    present = {str(path.relative_to(folder)) for path in files} - {MANIFEST}
     if present != set(manifest.files):
         odd = sorted(present ^ set(manifest.files))
         raise CheckpointError(f"artifact {folder}: files differ from the manifest, got {odd}; run its zoo again")

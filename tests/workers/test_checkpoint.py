@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from workers.checkpoint import DTYPES, INDEX, Header, ShardWriter, Source, companion_files, copy_companions, write_text
+from workers.checkpoint import DTYPES, INDEX, Header, ShardWriter, Source, companion_files, copy_companions
+from workers.content import write_text
 from workers.errors import CheckpointError, QuantmillError, UnsupportedModel
 
 SINGLE = "model.safetensors"

@@ -14,8 +14,8 @@ from torch import Tensor
 from workers import hub, reference
 from workers.calibration import held_out_tokens, load_tokenizer
 from workers.card import render_card
-from workers.checkpoint import Source, write_text
-from workers.content import file_sha256
+from workers.checkpoint import Source
+from workers.content import file_sha256, write_text
 from workers.environment import versions
 from workers.errors import CheckpointError, NumericalError, UserError
 from workers.formats.decoded import Decoded, open_decoded
