@@ -185,17 +185,16 @@ def _gptq(
         )
     except gptq.NotPositiveDefinite as error:
         raise NumericalError(f"gptq: {batch[0].weights[0].key}: {error}; calibrate on other text") from error
-    names = ", ".join(problem.weights[0].module for problem in batch)
-    notes: list[tuple[str, ...]] = [() for _ in batch]
-    if solution.damping > options.damping:
-        said = (
-            f"damping raised from {options.damping:g} to {solution.damping:g} for {names}: H was not positive definite"
-        )
-        notes[0] = (said,)
-    for index, problem in enumerate(batch):
+    notes: list[tuple[str, ...]] = []
+    for problem, damping in zip(batch, solution.damping_B, strict=True):
+        name, said = problem.weights[0].module, []
+        if damping > options.damping:
+            said.append(
+                f"damping raised from {options.damping:g} to {damping:g} for {name}: H wasn't positive definite"
+            )
         if problem.statistics is None or problem.statistics.count == 0:
-            said = f"rounded to nearest, for no calibration token came to it: {problem.weights[0].module}"
-            notes[index] = (*notes[index], said)
+            said.append(f"rounded to nearest, for no calibration token came to it: {name}")
+        notes.append(tuple(said))
     return solution.codes_BOI, notes
 
 
