@@ -22,11 +22,11 @@ from workers.job import (
     Job,
     Manifest,
     Order,
-    Recipe,
     Verification,
     artifact_folder,
     fingerprint,
 )
+from workers.recipes import Recipe
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -7,7 +7,8 @@ from typing import Literal
 
 from pipeline.plan import PlannedArtifact
 from pipeline.steps import ArtifactRun, JobRun
-from workers.job import Frozen, Manifest, PeakMemory, Stage, artifact_folder
+from workers.job import Manifest, PeakMemory, Stage, artifact_folder
+from workers.recipes import Frozen
 
 Status = Literal["published", "verified", "skipped", "rejected", "failed"]
 

@@ -12,7 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.problems import explain
 from workers.errors import ZooError
-from workers.job import Recipe, Thresholds
+from workers.job import Thresholds
+from workers.recipes import Recipe
 
 _RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
 

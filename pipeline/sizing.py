@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.sources import Source, TensorHeader
-from workers.job import BitsAndBytesRecipe, Calibration, FourBitFloatScheme, IntScheme, Recipe, Verification
+from workers.job import Calibration, Verification
+from workers.recipes import BitsAndBytesRecipe, FourBitFloatScheme, IntScheme, Recipe
 
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 # Their linear layers are Conv1D, stored (in, out).

@@ -11,7 +11,8 @@ from pydantic import Discriminator, Field, Tag, ValidationError, field_validator
 from pipeline import shipped
 from pipeline.problems import explain
 from workers.errors import ZooError
-from workers.job import SLUG, Calibration, Dataset, Frozen, Recipe, Thresholds, Verification
+from workers.job import Calibration, Dataset, Thresholds, Verification
+from workers.recipes import SLUG, Frozen, Recipe
 
 
 class ModelEntry(Frozen):

@@ -6,10 +6,11 @@ from typing import Any
 
 from workers.checkpoint import Source
 from workers.errors import UnsupportedRecipe
-from workers.job import BitsAndBytesRecipe, Job, Order
+from workers.job import Job, Order
 from workers.loading import StreamedModel
 from workers.makers import Maker
 from workers.methods import bitsandbytes, integers
+from workers.recipes import BitsAndBytesRecipe
 from workers.statistics import Observer
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from workers.job import BitsAndBytesRecipe, Job, Order, Recipe, Verdict
+from workers.job import Job, Order, Verdict
+from workers.recipes import BitsAndBytesRecipe, Recipe
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags")
 INSTALL = {

@@ -8,7 +8,8 @@ import platform
 import shutil
 from pathlib import Path
 
-from workers.job import BitsAndBytesRecipe, Frozen, Job, Recipe
+from workers.job import Job
+from workers.recipes import BitsAndBytesRecipe, Frozen, Recipe
 
 # What each engine needs to be installed: distribution -> the command that mends its absence.
 BASE_PACKAGES = ("torch", "transformers", "safetensors", "datasets", "huggingface_hub", "greenlet", "accelerate")

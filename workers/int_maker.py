@@ -9,12 +9,13 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from workers.checkpoint import Source
+from workers.codes import IntWeight
 from workers.formats import compressed_tensors, gptq
-from workers.formats.compressed_tensors import IntWeight
-from workers.job import GptqRecipe, IntScheme, Job, Order, RtnRecipe
+from workers.job import Job, Order
 from workers.loading import QuantizableWeight, StreamedModel
 from workers.makers import Maker
 from workers.methods import integers
+from workers.recipes import GptqRecipe, IntScheme, RtnRecipe
 from workers.statistics import Observer
 
 

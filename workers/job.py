@@ -5,225 +5,17 @@ Frozen, unknown keys refused, validated once at the edge (STYLE.md 1). No torch,
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
-import re
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field
+
+from workers.recipes import NUMERICS_VERSION, Frozen, Recipe
 
 MANIFEST = "quantmill.json"
-SLUG = re.compile(r"^[a-z0-9][a-z0-9._-]*$")
-
-
-class Frozen(BaseModel):
-    """A value: immutable, and closed to unknown keys."""
-
-    # JSON has no numbers for what a broken model measures: they travel as "NaN" and "Infinity".
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
-
-
-# ------------------------------------------------------------------------------------------ schemes
-
-
-class IntScheme(Frozen):
-    """Weights on an integer grid with one scale for each group of input columns."""
-
-    type: Literal["int"] = "int"
-    bits: int = Field(ge=2, le=8)
-    group_size: int | None = Field(128, ge=1, description="Input columns that share a scale; null: a whole row.")
-    symmetric: bool = True
-    indivisible: Literal["refuse", "channel", "keep"] = Field(
-        "refuse",
-        description="A layer whose width the group size doesn't divide: refuse the recipe, give that layer one "
-        "scale for each output channel, or keep it in half precision. Recorded as a fallback.",
-    )
-
-    @property
-    def family(self) -> str:
-        return f"w{self.bits}"
-
-    @property
-    def bits_per_weight(self) -> float:
-        per_group = 16 + (0 if self.symmetric else self.bits)
-        return self.bits + (per_group / self.group_size if self.group_size else 0)
-
-
-class FourBitFloatScheme(Frozen):
-    """bitsandbytes' 4-bit codebooks: NF4 (arXiv 2305.14314) or FP4, one absmax for each block of 64."""
-
-    type: Literal["nf4", "fp4"]
-    double_quantization: bool = Field(True, description="Store the absmax values themselves in 8 bits.")
-
-    @property
-    def family(self) -> str:
-        return self.type
-
-    @property
-    def bits_per_weight(self) -> float:
-        return 4.127 if self.double_quantization else 4.5
-
-
-class LlmInt8Scheme(Frozen):
-    """LLM.int8() (arXiv 2208.07339): int8 rows, outlier columns of the activations in half precision."""
-
-    type: Literal["llm-int8"] = "llm-int8"
-    outlier_threshold: float = Field(6.0, ge=0)
-
-    @property
-    def family(self) -> str:
-        return "llm-int8"
-
-    @property
-    def bits_per_weight(self) -> float:
-        return 8.0
-
-
-# ------------------------------------------------------------------------------------------ recipes
-
-# What each format can hold, in words that end an error message. The only table of it.
-FORMAT_HOLDS: dict[str, str] = {
-    "compressed-tensors": "symmetric int, 4 or 8 bits, ignored layers by name",
-    "gptq": "int of 2, 3, 4 or 8 bits, symmetric or not, one group size for all layers, dense models",
-    "bitsandbytes": "nf4, fp4 and llm-int8",
-}
-
-
-def format_holds(fmt: str, scheme: IntScheme | FourBitFloatScheme | LlmInt8Scheme) -> bool:
-    """Whether a runtime that users have can read ``scheme`` stored as ``fmt``."""
-    match scheme:
-        case IntScheme(bits=bits, symmetric=symmetric):
-            # transformers 5.23 fails to load asymmetric pack-quantized (weight_zero_point size mismatch).
-            if fmt == "compressed-tensors":
-                return bits in (4, 8) and symmetric
-            return fmt == "gptq" and bits in (2, 3, 4, 8)
-        case _:
-            return fmt == "bitsandbytes"
-
-
-class NoOptions(Frozen):
-    """A method without settings."""
-
-
-class GptqOptions(Frozen):
-    """Settings of GPTQ (arXiv 2210.17323)."""
-
-    scales: Literal["minmax", "mse"] = Field("mse", description="How a group's range is chosen.")
-    activation_order: bool = Field(True, description="Solve columns in order of falling diag(H); groups stay static.")
-    damping: float = Field(0.01, gt=0, lt=1, description="Added to diag(H), as a share of its mean.")
-
-
-class RtnOptions(Frozen):
-    """Settings of rounding to nearest."""
-
-    scales: Literal["minmax", "mse"] = "minmax"
-
-
-Format = Literal["compressed-tensors", "gptq", "bitsandbytes"]
-
-
-class RecipeBase(Frozen):
-    """What every recipe has, whatever its method."""
-
-    name: str = Field(pattern=SLUG.pattern, max_length=64)
-    description: str = ""
-    ignore: tuple[str, ...] = Field(
-        ("lm_head", "*.router", "*.mlp.gate", "*.block_sparse_moe.gate", "*.shared_expert_gate", "*.dt_proj"),
-        description="Modules left as they are: names, shell patterns, or re:REGEX. The default: head and routers, and "
-        "Mamba's dt_proj, whose weight isn't used as a linear layer's.",
-    )
-
-    @field_validator("ignore")
-    @classmethod
-    def _compiles(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in value:
-            try:
-                re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
-            except re.error as error:
-                raise ValueError(f"ignore: {pattern!r} is no regular expression ({error}); mend it") from error
-        return value
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether the recipe needs statistics of a calibration text."""
-        return False
-
-    def ignores(self, module: str) -> bool:
-        """Whether the module named ``module`` stays in half precision."""
-        return any(matches(pattern, module) for pattern in self.ignore)
-
-
-class IntRecipe(RecipeBase):
-    """A recipe whose codes lie on an integer grid."""
-
-    scheme: IntScheme
-    format: Format
-
-    @model_validator(mode="after")
-    def _readable(self) -> Self:
-        _check_readable(self)
-        return self
-
-
-class GptqRecipe(IntRecipe):
-    """GPTQ: second-order error compensation from the calibration Hessian."""
-
-    method: Literal["gptq"]
-    options: GptqOptions = GptqOptions()
-
-    @property
-    def calibrated(self) -> bool:
-        return True
-
-
-class RtnRecipe(IntRecipe):
-    """Round to nearest."""
-
-    method: Literal["rtn"]
-    options: RtnOptions = RtnOptions()
-
-
-class BitsAndBytesRecipe(RecipeBase):
-    """bitsandbytes: the library's own kernels, its own serialized form."""
-
-    method: Literal["bitsandbytes"]
-    scheme: Annotated[FourBitFloatScheme | LlmInt8Scheme, Field(discriminator="type")]
-    format: Format = "bitsandbytes"
-    options: NoOptions = NoOptions()
-
-    @model_validator(mode="after")
-    def _readable(self) -> Self:
-        _check_readable(self)
-        return self
-
-
-Recipe = Annotated[GptqRecipe | RtnRecipe | BitsAndBytesRecipe, Field(discriminator="method")]
-
-# Raised by one whenever a change alters the bytes that a method writes: old artifacts are then made again.
-NUMERICS_VERSION: dict[str, int] = {"gptq": 1, "rtn": 1, "bitsandbytes": 1}
-
-
-def _check_readable(recipe: IntRecipe | BitsAndBytesRecipe) -> None:
-    scheme, fmt = recipe.scheme, recipe.format
-    if format_holds(fmt, scheme):
-        return
-    fits = [name for name in FORMAT_HOLDS if format_holds(name, scheme)]
-    wanted = scheme.model_dump_json(exclude={"indivisible"})
-    remedy = f"choose format: {' or '.join(fits)}" if fits else "no format that a runtime reads holds it"
-    raise ValueError(
-        f"recipe {recipe.name!r}: format {fmt!r} can't hold the scheme {wanted} "
-        f"(it holds {FORMAT_HOLDS[fmt]}); {remedy}"
-    )
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether a module name fits a pattern of a recipe's ignore list."""
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], name) is not None
-    return fnmatch.fnmatchcase(name, pattern)
 
 
 # ----------------------------------------------------------------------------- data, gates, destination
@@ -248,6 +40,12 @@ class Calibration(Frozen):
     samples: int = Field(128, ge=1)
     sequence_length: int = Field(512, ge=8)
     seed: int = 0
+    experts: Literal["routed", "all"] = Field(
+        "routed", description="routed: an expert learns from the tokens sent to it; all: from every token of its layer."
+    )
+    minimum_expert_tokens: int = Field(
+        128, ge=0, description="An expert with fewer tokens learns from those of all experts of its layer together."
+    )
 
 
 class Thresholds(Frozen):

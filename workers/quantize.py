@@ -13,9 +13,10 @@ from workers import reference
 from workers.calibration import calibration_tokens, held_out_tokens, load_tokenizer
 from workers.checkpoint import Source
 from workers.forward import stream
-from workers.job import ArtifactMade, BitsAndBytesRecipe, Job, Order, Recipe, artifact_folder
+from workers.job import ArtifactMade, Job, Order, artifact_folder
 from workers.loading import StreamedModel
 from workers.makers import Maker, record_path
+from workers.recipes import BitsAndBytesRecipe, Recipe
 from workers.run import describe
 from workers.statistics import Observer
 

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline import shipped, zoo
 from workers.errors import ZooError
-from workers.job import GptqRecipe, IntScheme
+from workers.recipes import GptqRecipe, IntScheme
 
 GOOD = """
 name: small

@@ -27,11 +27,11 @@ from transformers import (
 )
 
 from workers.checkpoint import Source
+from workers.codes import IntWeight
 from workers.errors import CheckpointError, NumericalError, UnsupportedRecipe
 from workers.formats import compressed_tensors, gptq
-from workers.formats.compressed_tensors import IntWeight
 from workers.formats.decoded import Decoded, open_decoded
-from workers.job import IntScheme
+from workers.recipes import IntScheme
 
 SMALL = {"vocab_size": 96, "initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
 DENSE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -10,16 +10,16 @@ import importlib.metadata
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from workers.checkpoint import Header
+from workers.codes import IntWeight
 from workers.errors import CheckpointError, UnsupportedRecipe
-from workers.job import IntScheme
 from workers.numerics.packing import pack_to_int32, unpack_from_int32
+from workers.recipes import IntScheme
 
 FORMAT = "pack-quantized"
 ANCHORS = ("weight_packed",)
@@ -28,28 +28,13 @@ SUFFIXES = ("weight_packed", "weight_scale", "weight_shape")
 EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
-@dataclass(frozen=True)
-class IntWeight:
-    """What a solver gives for one weight: ``weight_OI = (codes_OI - zero_OG) * scale_OG``.
-
-    ``codes_OI`` int8 in [-2^(bits-1), 2^(bits-1) - 1]; ``scale_OG`` in the dtype it is stored in; ``zero_OG`` int8 in
-    the range of the codes, None for symmetric.
-    """
-
-    codes_OI: Tensor
-    scale_OG: Tensor
-    zero_OG: Tensor | None
-    bits: int
-    group_size: int | None
-
-
 def encode(weight: IntWeight) -> dict[str, Tensor]:
     """Return the stored tensors by their names within the module.
 
     ``weight_packed`` int32 (O, ceil(I * bits / 32)); ``weight_scale`` (O, G) in the dtype it has; ``weight_shape``
     int64 (2,).
     """
-    assert weight.zero_OG is None, "job.format_holds refuses asymmetric schemes for this format"
+    assert weight.zero_OG is None, "recipes.format_holds refuses asymmetric schemes for this format"
     return {
         "weight_packed": pack_to_int32(weight.codes_OI, weight.bits),
         "weight_scale": weight.scale_OG.contiguous(),

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from workers.checkpoint import Header
+from workers.codes import IntWeight
 from workers.errors import NumericalError, UnsupportedRecipe
-from workers.formats.compressed_tensors import EXPERT, IntWeight, check_words, some
-from workers.job import IntScheme
+from workers.formats.compressed_tensors import EXPERT, check_words, some
 from workers.numerics.packing import pack_gptq, unpack_gptq
+from workers.recipes import IntScheme
 
 ANCHORS = ("qweight",)
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")

@@ -20,7 +20,7 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 
-from workers.job import BitsAndBytesRecipe, FourBitFloatScheme, LlmInt8Scheme
+from workers.recipes import BitsAndBytesRecipe, FourBitFloatScheme, LlmInt8Scheme
 
 BLOCK = 64
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from workers.codes import IntWeight
 from workers.errors import NumericalError, UnsupportedRecipe
-from workers.formats.compressed_tensors import IntWeight
-from workers.job import GptqRecipe, IntScheme, RtnRecipe
 from workers.loading import QuantizableWeight
 from workers.numerics import gptq, rounding
+from workers.recipes import GptqRecipe, IntScheme, RtnRecipe
 from workers.statistics import InputStatistics
 
 # Elements of the weights that are stacked into one problem: bounds the memory of a layer with many experts.

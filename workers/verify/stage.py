@@ -23,14 +23,12 @@ from workers.forward import Head, stream
 from workers.job import (
     MANIFEST,
     ArtifactMade,
-    BitsAndBytesRecipe,
     Calibration,
     FileEntry,
     Job,
     Manifest,
     Metrics,
     Order,
-    Recipe,
     Runtime,
     Verdict,
     Verification,
@@ -40,6 +38,7 @@ from workers.loading import StreamedModel
 from workers.makers import record_path
 from workers.methods import integers
 from workers.quantize import checkpoint_dtype, compute_device
+from workers.recipes import BitsAndBytesRecipe, Recipe
 from workers.verify import fidelity, gates, integrity, runtime
 
 RUNTIME_SEQUENCES, RUNTIME_TOKENS = 2, 128
