@@ -11,18 +11,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from workers.content import write_text
 from workers.errors import CheckpointError, UnsupportedModel
 
 INDEX = "model.safetensors.index.json"
-MAX_SHARD_BYTES = 2_000_000_000
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".index.json")
 # Written anew for the artifact, at its top.
@@ -65,7 +62,7 @@ class Source:
     def __init__(self, folder: Path, *, allow_pickle: bool = False) -> None:
         self.folder = folder
         self._stack = ExitStack()
-        self._readers: dict[str, Any] = {}
+        self._places: dict[str, tuple[int, int, int]] = {}
         self._pickled: dict[str, Tensor] = {}
         self.headers: dict[str, Header] = {}
         shards = _shards(folder)
@@ -97,8 +94,12 @@ class Source:
             raise CheckpointError(f"checkpoint {self.folder}: no tensor {name!r}; it has {len(self.headers)} others")
         if self._pickled:
             return self._pickled[name].contiguous()
-        tensor: Tensor = self._readers[name].get_tensor(name)
-        return tensor
+        # Read, not mapped: mapped pages of all layers would count as this process's memory.
+        file, start, size = self._places[name]
+        data = torch.empty(size, dtype=torch.uint8)
+        _read_into(data.numpy().data, file, start)
+        header = self.headers[name]
+        return data.view(header.dtype).view(header.shape)
 
     @property
     def bytes(self) -> int:
@@ -108,17 +109,32 @@ class Source:
 
     def _open(self, shard: Path) -> None:
         try:
-            reader = self._stack.enter_context(safe_open(shard, framework="pt"))
-            for name in reader.keys():  # noqa: SIM118 - safe_open's own method, not a mapping's
-                if name in self.headers:
-                    raise CheckpointError(f"checkpoint {self.folder}: {name!r} stands in two shards; fetch it again")
-                piece = reader.get_slice(name)
-                self.headers[name] = Header(tuple(piece.get_shape()), _dtype(shard, name, piece.get_dtype()))
-                self._readers[name] = reader
-        except (SafetensorError, OSError) as error:
+            with safe_open(shard, framework="pt") as reader:  # the library's own checks of the file
+                names = list(reader.keys())
+            file = os.open(shard, os.O_RDONLY)
+            self._stack.callback(os.close, file)
+            length = int.from_bytes(os.pread(file, 8, 0), "little")
+            described = json.loads(os.pread(file, length, 8))
+        except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(
                 f"checkpoint {shard}: truncated or no safetensors ({error}); fetch it again"
             ) from error
+        for name in names:
+            if name in self.headers:
+                raise CheckpointError(f"checkpoint {self.folder}: {name!r} stands in two shards; fetch it again")
+            entry = described[name]
+            start, end = entry["data_offsets"]
+            self.headers[name] = Header(tuple(entry["shape"]), _dtype(shard, name, entry["dtype"]))
+            self._places[name] = (file, 8 + length + start, end - start)
+
+
+def _read_into(target: memoryview, file: int, start: int) -> None:
+    """Fill ``target`` from a place in a file; positional, so that threads can read at once."""
+    while target:
+        count = os.preadv(file, [target], start)
+        if count == 0:
+            raise CheckpointError("checkpoint: a file became shorter while it was read; fetch it again")
+        target, start = target[count:], start + count
 
 
 def _dtype(shard: Path, name: str, found: str) -> torch.dtype:
@@ -191,72 +207,6 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise CheckpointError(f"checkpoint {path}: expected tensors by name; save the model's state_dict alone")
     return loaded
-
-
-class ShardWriter:
-    """Writes tensors into shards of bounded size, in the order of adding; names follow the Hub's conventions.
-
-    Shards get their final names when ``close`` knows how many there are. Leaving the context without ``close``
-    removes them.
-    """
-
-    def __init__(self, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-        self._folder = folder
-        self._limit = max_shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._written: list[list[str]] = []
-        self._names: set[str] = set()
-        self.total_bytes = 0
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number in range(len(self._written)):
-            self._temporary(number).unlink(missing_ok=True)
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Add one tensor, of any device; it's copied to the host."""
-        assert name not in self._names, f"{name} was written twice"
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self._limit:
-            self._flush()
-        self._names.add(name)
-        # A view would drag its whole storage along, and keep it alive.
-        self._pending[name] = tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-        self._pending_bytes += size
-        self.total_bytes += size
-
-    def close(self) -> None:
-        """Write what is left, and give the shards their names."""
-        self._flush()
-        count = len(self._written)
-        if count == 1:
-            self._temporary(0).rename(self._folder / "model.safetensors")
-        else:
-            files = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
-            for number, file in enumerate(files):
-                self._temporary(number).rename(self._folder / file)
-            placed = {name: file for names, file in zip(self._written, files, strict=True) for name in names}
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(placed.items()))}
-            write_text(self._folder / INDEX, json.dumps(index, indent=2) + "\n")
-        self._written = []
-
-    def _temporary(self, number: int) -> Path:
-        return self._folder / f".shard-{number:05d}.partial"
-
-    def _flush(self) -> None:
-        path = self._temporary(len(self._written))
-        self._written.append(list(self._pending))
-        save_file(self._pending, path, metadata={"format": "pt"})
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-        path.chmod(0o644)
-        self._pending, self._pending_bytes = {}, 0
 
 
 def companion_files(source: Path) -> list[Path]:

@@ -6,9 +6,11 @@ rotary embeddings and per-layer arguments are right for every architecture witho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -16,71 +18,125 @@ from torch import Tensor, nn
 
 from workers.errors import UnsupportedModel
 from workers.loading import StreamedModel
+from workers.read_ahead import ReadAhead
 from workers.statistics import Observer
 
 LayerVisitor = Callable[[int], None]
 
 
-def stream(
-    streamed: StreamedModel,
-    batches: Sequence[Tensor],
-    *,
-    observer: Observer | None = None,
-    observed: int = 0,
-    after_layer: LayerVisitor | None = None,
-) -> list[Tensor]:
-    """Run token batches through the decoder, and return its output for each: the input of the head.
+@dataclass(frozen=True)
+class LoadedLayer:
+    """A layer whose weights are in memory; ``tensors`` are its checkpoint tensors as they were read."""
 
-    ``batches``: int64 [B, T] each. The first ``observed`` of them are shown to ``observer``. ``after_layer(index)`` is
-    called when all have passed a layer whose weights are still loaded. Returns float [B, T, hidden] on the CPU, one for
-    each batch that isn't observed; observed ones are only for the statistics.
+    index: int
+    tensors: Mapping[str, Tensor]
+
+
+class Streaming:
+    """A model's layers, one after the other in memory, and the lanes that go through them.
 
     Raises:
         UnsupportedModel: the model's forward doesn't run its layers one after the other, each once.
         CheckpointError: a tensor that a layer needs is missing.
     """
-    if not streamed.outside_loaded:
-        streamed.load_outside()
-    with torch.inference_mode(), _resting_before(streamed.layers):
-        lanes = [_Lane(streamed, batch) for batch in batches]
-        try:
-            return _in_lock_step(streamed, lanes, observer, observed, after_layer)
-        finally:
-            for lane in lanes:
-                lane.end()
+
+    def __init__(self, streamed: StreamedModel) -> None:
+        self._streamed = streamed
+        self._stack = ExitStack()
+        self._lanes: list[Lanes] = []
+
+    def __enter__(self) -> Self:
+        if not self._streamed.outside_loaded:
+            self._streamed.load_outside()
+        self._stack.enter_context(torch.inference_mode())
+        for layer in self._streamed.layers:
+            self._stack.callback(layer.register_forward_pre_hook(_rest, with_kwargs=True).remove)
+            self._stack.callback(layer.register_forward_hook(_note_output).remove)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for lanes in self._lanes:
+            lanes.end()
+        self._stack.close()
+
+    def lanes(self, batches: Sequence[Tensor]) -> Lanes:
+        """Token batches (int64 [B, T] each) at the door of the first layer."""
+        self._lanes.append(Lanes(self._streamed, batches))
+        return self._lanes[-1]
+
+    def layers(self, start: int = 0) -> Iterator[LoadedLayer]:
+        """Load the layers from ``start`` on, one after the other; the next is read while the caller is at work."""
+        streamed = self._streamed
+        with ReadAhead(streamed.source, [streamed.keys_of_layer(i) for i in range(len(streamed.layers))]) as ahead:
+            for index in range(start, len(streamed.layers)):
+                tensors = ahead.take(index)
+                try:
+                    streamed.load_layer(index, tensors)
+                    yield LoadedLayer(index, tensors)
+                finally:
+                    streamed.free_layer(index)
 
 
-def _in_lock_step(
-    streamed: StreamedModel,
-    lanes: list[_Lane],
-    observer: Observer | None,
-    observed: int,
-    after_layer: LayerVisitor | None,
-) -> list[Tensor]:
-    for lane in lanes:
-        lane.go_on()
-    for index in range(len(streamed.layers)):
-        with _loaded(streamed, index):
-            with ExitStack() as watching:
-                if observer is not None:
-                    watching.enter_context(observer.watch(streamed, index))
-                for number, lane in enumerate(lanes):
-                    if observer is not None:
-                        observer.looking = number < observed
-                    lane.require_before(index)
-                    lane.go_on()
-            if after_layer is not None:
-                after_layer(index)
-    return [lane.output() for lane in lanes[observed:]]
+class Lanes:
+    """Micro-batches on their way through the decoder, all at the same layer's door."""
 
+    def __init__(self, streamed: StreamedModel, batches: Sequence[Tensor]) -> None:
+        self._streamed = streamed
+        self._lanes = [_Lane(streamed, batch) for batch in batches]
+        self._at = 0
+        for lane in self._lanes:
+            lane.go_on()
 
-@contextmanager
-def _loaded(streamed: StreamedModel, index: int) -> Iterator[None]:
-    try:
-        streamed.load_layer(index)
-        yield
-    finally:
-        streamed.free_layer(index)
+    def advance(self) -> None:
+        """Take all through the layer that they rest before; its weights are in memory."""
+        for lane in self._lanes:
+            lane.require_before(self._at)
+            lane.go_on()
+        self._at += 1
+
+    def rehearse(self) -> None:
+        """Run the layer on what waits at its door, for those who look on; nothing goes on."""
+        for lane in self._lanes:
+            lane.require_before(self._at)
+            lane.rehearse()
+
+    def rehearsal(self, tokens: int) -> Callable[[], Any]:
+        """A function that runs the layer on what the first lane's first sequence brings, and returns its output."""
+        self._lanes[0].require_before(self._at)
+        return self._lanes[0].rehearse
+
+    def outputs(self) -> list[Tensor]:
+        """The decoder's output for each batch, float [B, T, hidden] on the CPU, once all are through."""
+        return [lane.output() for lane in self._lanes]
+
+    def end(self) -> None:
+        """Unwind lanes that stopped half way."""
+        for lane in self._lanes:
+            lane.end()
+
+    # ---------------------------------------------------------------------- going on after a kill
+
+    def left(self) -> list[Any]:
+        """What the last layer returned, for each lane."""
+        return [lane.left for lane in self._lanes]
+
+    def door(self) -> list[Any]:
+        """The arguments of the layer that comes next, for each lane; None at the end."""
+        return [lane.inputs for lane in self._lanes]
+
+    def replay(self, layers: int, left: Sequence[Any]) -> None:
+        """Take all to the door of layer ``layers`` without computing: the last before it returns ``left``.
+
+        The earlier ones return NaN, which must not be seen at the door: the caller looks there.
+        """
+        for lane, output in zip(self._lanes, left, strict=True):
+            nothing = _poisoned(output)
+            for index in range(layers):
+                lane.require_before(index)
+                lane.pretend(output if index == layers - 1 else nothing)
+        self._at = layers
 
 
 class _Lane:
@@ -89,13 +145,35 @@ class _Lane:
     def __init__(self, streamed: StreamedModel, batch: Tensor) -> None:
         self._streamed = streamed
         self._batch = batch.to(streamed.device)
-        self._greenlet = greenlet(self._run)
+        self._greenlet = _LaneGreenlet(self._run)
         self._output: Tensor | None = None
         self._next: nn.Module | None = None
+        self.inputs: Any = None
+
+    @property
+    def left(self) -> Any:
+        """What the last layer returned."""
+        return self._greenlet.left
 
     def go_on(self) -> None:
         """Run until the next layer's door, or to the end."""
-        self._next = self._greenlet.switch()
+        self._next, self.inputs = self._greenlet.switch() or (None, None)
+
+    def rehearse(self) -> Any:
+        """Run the layer on its arguments, and return what it returns; the lane stays where it is."""
+        assert self._next is not None
+        args, kwargs = self.inputs
+        return self._next(*args, **kwargs)
+
+    def pretend(self, output: Any) -> None:
+        """Go on as if the layer had returned ``output``."""
+        layer = self._next
+        assert layer is not None
+        layer.forward = lambda *args, **kwargs: output
+        try:
+            self.go_on()
+        finally:
+            del layer.forward
 
     def require_before(self, index: int) -> None:
         """Refuse a forward that rests at the door of another layer, or has ended."""
@@ -126,21 +204,64 @@ class _Lane:
         self._output = output[0]
 
 
-@contextmanager
-def _resting_before(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Every layer gives way to the scheduler before it runs."""
+class _LaneGreenlet(greenlet):  # type: ignore[misc]  # the library has no types
+    """A greenlet with a place for what the last layer returned in it."""
 
-    def rest(module: nn.Module, inputs: Any) -> None:
-        parent = getcurrent().parent
-        assert parent is not None, "a layer ran outside of its lane"
-        parent.switch(module)
+    left: Any = None
 
-    handles = [layer.register_forward_pre_hook(rest) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+def _rest(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A layer in a lane gives way to the scheduler before it runs; in a rehearsal, outside of the lanes, it runs."""
+    parent = getcurrent().parent
+    if parent is not None:
+        parent.switch((module, (args, kwargs)))
+
+
+def _note_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    lane = getcurrent()
+    if isinstance(lane, _LaneGreenlet):
+        lane.left = output
+
+
+def _poisoned(output: Any) -> Any:
+    """The same structure, its floats NaN."""
+    match output:
+        case Tensor():
+            return torch.full_like(output, torch.nan) if output.is_floating_point() else output
+        case tuple() | list():
+            return type(output)(_poisoned(item) for item in output)
+        case _:
+            return output
+
+
+def stream(
+    streamed: StreamedModel,
+    batches: Sequence[Tensor],
+    *,
+    observer: Observer | None = None,
+    observed: int = 0,
+    after_layer: LayerVisitor | None = None,
+) -> list[Tensor]:
+    """Run token batches through the decoder, and return its output for each: the input of the head.
+
+    ``batches``: int64 [B, T] each. The first ``observed`` of them are shown to ``observer``. ``after_layer(index)`` is
+    called when all have passed a layer whose weights are still loaded. Returns float [B, T, hidden] on the CPU, one for
+    each batch that isn't observed; observed ones are only for the statistics.
+
+    Raises: as ``Streaming``.
+    """
+    with Streaming(streamed) as streaming:
+        shown, others = streaming.lanes(batches[:observed]), streaming.lanes(batches[observed:])
+        for layer in streaming.layers():
+            if observer is not None:
+                with observer.watch(streamed, layer.index):
+                    shown.advance()
+            else:
+                shown.advance()
+            others.advance()
+            if after_layer is not None:
+                after_layer(layer.index)
+        return others.outputs()
 
 
 class Head:

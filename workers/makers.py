@@ -15,10 +15,11 @@ from typing import Any
 
 from torch import Tensor
 
-from workers.checkpoint import ShardWriter, Source, copy_companions
+from workers.checkpoint import Source, copy_companions
 from workers.content import write_text
 from workers.job import ArtifactMade, Job, Order, artifact_folder
 from workers.loading import StreamedModel
+from workers.shards import ShardWriter
 from workers.statistics import Observer
 
 

@@ -6,16 +6,17 @@ found by the input being the same tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from inspect import signature
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from workers.errors import NumericalError
+from workers.errors import NumericalError, UnsupportedRecipe
 from workers.loading import StreamedModel
 
 InputName = tuple[str, int | None]
@@ -36,6 +37,17 @@ class InputStatistics:
         zeros = torch.zeros(width, device=device)
         return cls(0, torch.zeros(width, width, device=device), zeros.clone(), zeros)
 
+    @classmethod
+    def sum(cls, parts: Sequence[InputStatistics]) -> InputStatistics:
+        """Statistics of all tokens of the parts."""
+        total = cls.empty(len(parts[0].abs_sum_I), parts[0].gram_II.device)
+        for part in parts:
+            total.count += part.count
+            total.gram_II += part.gram_II
+            total.abs_sum_I += part.abs_sum_I
+            torch.maximum(total.abs_max_I, part.abs_max_I, out=total.abs_max_I)
+        return total
+
     def add(self, inputs: Tensor) -> None:
         """Take tokens in: float [..., I]. NaN and Inf stay in the sums, where ``Observer.check`` finds them."""
         x_NI = inputs.reshape(-1, inputs.shape[-1]).float()
@@ -47,17 +59,30 @@ class InputStatistics:
 
 
 class Observer:
-    """Gathers the statistics of one layer at a time; ``of`` tells them after the layer has run."""
+    """Gathers the statistics of one layer at a time; ``of`` tells them after the layer has run.
 
-    def __init__(self) -> None:
-        self.looking = False
+    ``experts``: whether an expert learns from the tokens sent to it (``routed``) or from all of its layer (``all``).
+    An expert that fewer than ``minimum_tokens`` came to takes the statistics of its layer's experts together.
+    """
+
+    def __init__(self, experts: Literal["routed", "all"] = "routed", minimum_tokens: int = 0) -> None:
+        self._all_tokens = experts == "all"
+        self._minimum = minimum_tokens
         self._groups: dict[InputName, InputStatistics] = {}
         self._leaders: list[InputName] = []
         self._current: dict[int, tuple[Tensor, InputName]] = {}
+        self._together: dict[str, InputStatistics] = {}
+        self._borrowing: dict[InputName, int] = {}
 
     def of(self, name: InputName) -> InputStatistics | None:
-        """Statistics of a weight's input; None if nothing ever came in (an expert without tokens)."""
+        """Statistics of a weight's input; None if nothing ever came in."""
+        if name in self._borrowing:
+            return self._together.get(name[0])
         return self._groups.get(name)
+
+    def borrowed(self, name: InputName) -> int | None:
+        """How many tokens came to an expert that takes the statistics of all; None if it has enough of its own."""
+        return self._borrowing.get(name)
 
     def check(self, layer: int) -> None:
         """Refuse statistics that hold NaN or Inf.
@@ -72,10 +97,25 @@ class Observer:
                     "dtype, or its weights are broken"
                 )
 
+    def _pool(self, expected: Iterable[InputName]) -> None:
+        """Find the experts that have too few tokens, and add up what all experts of their layer saw."""
+        for name in expected:
+            if name[1] is None:
+                continue
+            own = self._groups.get(name)
+            count = own.count if own is not None else 0
+            if count < max(self._minimum, 1):
+                self._borrowing[name] = count
+        for parameter in dict.fromkeys(name[0] for name in self._borrowing):
+            seen = [self._groups[name] for name in self._leaders if name[0] == parameter]
+            if seen:
+                self._together[parameter] = InputStatistics.sum(seen)
+
     @contextmanager
     def watch(self, streamed: StreamedModel, layer: int) -> Iterator[None]:
         """Gather while the context lasts, from the layer's linear modules and fused experts."""
         self._groups, self._leaders, self._current = {}, [], {}
+        self._together, self._borrowing = {}, {}
         inputs = dict.fromkeys(weight.input for weight in streamed.weights if weight.layer == layer)
         with ExitStack() as stack:
             stack.callback(self._current.clear)
@@ -91,10 +131,11 @@ class Observer:
             for module, leaves in fused.items():
                 stack.enter_context(self._experts(streamed.model.get_submodule(module), module, leaves))
             yield
+            self._pool(inputs)
 
     def _hook(self, name: InputName) -> Any:
         def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if self.looking and inputs:
+            if inputs:
                 self._see(name, inputs[0])
 
         return before
@@ -119,16 +160,39 @@ class Observer:
         parameters = {leaf: module.get_parameter(leaf) for leaf in leaves}
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            if not self.looking:
-                return plain(*args, **kwargs)
+            if not self._all_tokens:
+                with _Products(self, name, parameters):
+                    return plain(*args, **kwargs)
             with _Products(self, name, parameters):
-                return plain(*args, **kwargs)
+                plain(*_to_all_experts(module, name, args, kwargs))
+            return plain(*args, **kwargs)
 
         module.forward = watched
         try:
             yield
         finally:
             del module.forward
+
+
+def _to_all_experts(
+    module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The arguments of a fused experts' forward (hidden states, chosen experts, their weights), every expert chosen.
+
+    Raises:
+        UnsupportedRecipe: a forward with other arguments.
+    """
+    try:
+        bound = signature(type(module).forward).bind(module, *args, **kwargs).arguments
+        hidden, chosen, weights = (bound[key] for key in ("hidden_states", "top_k_index", "top_k_weights"))
+    except (TypeError, KeyError) as error:
+        raise UnsupportedRecipe(
+            f"calibration.experts: 'all' is not possible for {name} ({type(module).__name__}), whose forward takes "
+            "other arguments than transformers' fused experts; set calibration.experts: routed"
+        ) from error
+    count = next(iter(module.parameters())).shape[0]
+    everyone = torch.arange(count, device=chosen.device, dtype=chosen.dtype).expand(*chosen.shape[:-1], count)
+    return hidden, everyone, weights.new_zeros(everyone.shape)
 
 
 class _Products(TorchFunctionMode):

@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from workers.checkpoint import DTYPES, INDEX, Header, ShardWriter, Source, companion_files, copy_companions
+from workers.checkpoint import DTYPES, INDEX, Header, Source, companion_files, copy_companions
 from workers.content import write_text
 from workers.errors import CheckpointError, QuantmillError, UnsupportedModel
+from workers.shards import Journal, ShardWriter
 
 SINGLE = "model.safetensors"
 
@@ -221,9 +222,36 @@ def test_no_final_name_before_the_end_and_nothing_left_without_one(tmp_path: Pat
     with ShardWriter(tmp_path, max_shard_bytes=8) as writer:
         for index in range(4):
             writer.add(f"x{index}", torch.ones(2))
-        assert len(names(tmp_path)) == 3
-        assert all(name.startswith(".") and name.endswith(".partial") for name in names(tmp_path))
+        assert len(names(tmp_path)) == 7
+        assert all(name.startswith(".shard-") for name in names(tmp_path))
     assert names(tmp_path) == set()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=2, max_size=10), st.integers(1, 60), st.data())
+def test_a_killed_writer_goes_on_to_the_same_bytes(lengths: list[int], limit: int, data: st.DataObject) -> None:
+    tensors = {f"w{index}": torch.full((length,), index).byte() for index, length in enumerate(lengths)}
+    keys = list(tensors)
+    saved = data.draw(st.integers(0, len(keys) - 1))
+    killed = data.draw(st.integers(saved, len(keys)))
+    with tempfile.TemporaryDirectory() as name:
+        quiet, torn = Path(name) / "quiet", Path(name) / "torn"
+        with ShardWriter(quiet, limit) as writer:
+            for key in keys:
+                writer.add(key, tensors[key])
+            writer.close()
+        writer, journal = ShardWriter(torn, limit), Journal()
+        for index, key in enumerate(keys[:killed]):
+            writer.add(key, tensors[key])
+            if index + 1 == saved:
+                journal = writer.journal()
+        writer.release()  # what a kill leaves: not closed, nothing cleared up
+        again = ShardWriter(torn, limit, Journal.model_validate_json(journal.model_dump_json()))
+        for key in keys[saved:]:
+            again.add(key, tensors[key])
+        again.close()
+        assert names(torn) == names(quiet)
+        assert all((torn / file).read_bytes() == (quiet / file).read_bytes() for file in names(quiet))
 
 
 def test_a_name_is_written_once(tmp_path: Path) -> None:
