@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.quantmill-setup
 OUT ?= runs
 
-.PHONY: help setup quickstart test test-gpu check lint types contracts bench constraints clean
+.PHONY: help setup quickstart test test-gpu walk check lint types contracts bench constraints clean
 
 help:
 	@echo "make quickstart   two small models x three recipes: quantized, verified, published to a loopback Hub"
 	@echo "make test         the tests"
+	@echo "make walk         every causal language model that transformers knows: streamed, quantized, loaded (nightly)"
 	@echo "make check        lint, types, import contracts, tests (what CI runs)"
 	@echo "make setup        the environment alone (the others make it if it's missing)"
 	@echo "make bench        measure; results go into tests/bench/RESULTS.md by hand"
@@ -29,6 +30,9 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+walk: $(STAMP)
+	$(BIN)/python -m pytest tests/walk -m 'walk or not walk'
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu

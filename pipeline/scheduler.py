@@ -156,6 +156,6 @@ def _key(step: Step) -> tuple[int, Stage, str | None]:
 def _needs(plan: Plan, job: Job) -> tuple[int, int]:
     """Host and disk bytes of a job: its dearest recipe and the shards of all in the making; all that it writes."""
     cells = [cell for cell in plan.artifacts if cell.source.pin == job.model and not cell.skipped]
-    host = max(cell.estimate.host_bytes for cell in cells) + sum(cell.estimate.pending_bytes for cell in cells[1:])
+    host = max(cell.estimate.host_bytes for cell in cells)
     source = cells[0].estimate.source_bytes if job.model.folder is None else 0
     return host, source + sum(cell.estimate.artifact_bytes for cell in cells)

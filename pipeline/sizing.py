@@ -12,44 +12,39 @@ from typing import Any
 
 from pipeline.sources import Source, TensorHeader
 from workers.job import Calibration, Verification
-from workers.recipes import BitsAndBytesRecipe, FourBitFloatScheme, IntScheme, Recipe
+from workers.recipes import BitsAndBytesRecipe, FourBitFloatScheme, IntScheme, MicroscalingScheme, Recipe
 
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 # Their linear layers are Conv1D, stored (in, out).
 CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 # A process with torch, transformers and their CPU kernels loaded; measured 0.6 GB, with room for allocators.
 RUNTIME_BYTES = 1_000_000_000
-# What a shard holds before it is written (workers.checkpoint.MAX_SHARD_BYTES, which this side can't import).
-SHARD_BYTES = 2_000_000_000
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on disk, of the source and of the artifact, and peak host bytes of making and verifying it.
-
-    ``pending_bytes`` is the part of the latter that waits for its shard to be written.
-    """
+    """Bytes on disk, of the source and of the artifact, and peak host bytes of making and verifying it."""
 
     source_bytes: int
     artifact_bytes: int
     host_bytes: int
-    pending_bytes: int
 
 
 def estimate(source: Source, recipe: Recipe, calibration: Calibration | None, verification: Verification) -> Estimate:
     """Sizes for one model under one recipe; zeros for a pickled checkpoint, whose headers can't be read."""
     artifact = sum(_stored_bytes(tensor, source, recipe) for tensor in source.tensors)
-    pending = min(artifact, SHARD_BYTES)
-    making = pending + _peak_bytes(source, recipe, calibration, verification)
+    making = _peak_bytes(source, recipe, calibration, verification)
     # The runtime check loads the whole model as its users do, in float32 on a CPU, beside the verifying process.
     loaded = RUNTIME_BYTES + sum(4 * tensor.numel for tensor in source.tensors)
     verifying = loaded + _peak_bytes(source, recipe, None, verification)
-    return Estimate(sum(t.bytes for t in source.tensors), artifact, max(making, verifying), pending)
+    return Estimate(sum(t.bytes for t in source.tensors), artifact, max(making, verifying))
 
 
 def group_size_problem(source: Source, recipe: Recipe) -> str | None:
     """What is wrong with an integer recipe's group size for the model's layer widths, and what would do; or None."""
     scheme = recipe.scheme
+    if isinstance(scheme, MicroscalingScheme) and source.tensors:
+        return _indivisible(source, recipe, scheme)
     if not isinstance(scheme, IntScheme) or not scheme.group_size or not source.tensors:
         return None
     widths = sorted({in_features(t, source.config) for t in source.tensors if quantizable(t, recipe)})
@@ -64,6 +59,17 @@ def group_size_problem(source: Source, recipe: Recipe) -> str | None:
     return (
         f"recipe {recipe.name!r}: group size {scheme.group_size} doesn't divide the layer widths of "
         f"{source.pin.id!r}, got {odd} (of {widths}); set " + ", or ".join(remedy)
+    )
+
+
+def _indivisible(source: Source, recipe: Recipe, scheme: MicroscalingScheme) -> str | None:
+    size = scheme.group_size
+    names = [t.name for t in source.tensors if quantizable(t, recipe) and in_features(t, source.config) % size]
+    if not names:
+        return None
+    return (
+        f"recipe {recipe.name!r}: {scheme.type} has groups of {size}, which don't divide the width of {names[0]} of "
+        f"{source.pin.id!r}; ignore such layers, or choose another scheme"
     )
 
 
@@ -114,5 +120,7 @@ def _peak_bytes(source: Source, recipe: Recipe, calibration: Calibration | None,
     if recipe.calibrated and calibration is not None:
         tokens += calibration.samples * calibration.sequence_length
     logits = 4 * int(source.config.get("vocab_size") or 0) * verification.sequence_length
-    largest = 3 * max(layers.values(), default=0) + max(hessians.values(), default=0)
+    # A layer as it was read, the one that is read ahead, the model's own copy and a method's; two times the Hessians,
+    # for their factors.
+    largest = 4 * max(layers.values(), default=0) + 2 * max(hessians.values(), default=0)
     return RUNTIME_BYTES + outside + largest + 2 * 4 * hidden * tokens + 4 * logits

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from workers.checkpoint import Source
 from workers.errors import UnsupportedRecipe
 from workers.job import Job, Order
 from workers.loading import StreamedModel
-from workers.makers import Maker
-from workers.methods import bitsandbytes, integers
+from workers.makers import LayerWork, Maker, MakerState
+from workers.methods import bitsandbytes
+from workers.methods.linear import require_finite
 from workers.recipes import BitsAndBytesRecipe
-from workers.statistics import Observer
 
 
 class BitsAndBytesMaker(Maker):
     """bitsandbytes' own kernels over the tensors that the library would convert."""
 
-    def __init__(self, job: Job, order: Order, streamed: StreamedModel, source: Source) -> None:
-        super().__init__(job, order, streamed, source)
+    def __init__(
+        self,
+        job: Job,
+        order: Order,
+        streamed: StreamedModel,
+        source: Source,
+        partial: Path,
+        state: MakerState | None = None,
+    ) -> None:
+        super().__init__(job, order, streamed, source, partial, state)
         recipe = order.recipe
         assert isinstance(recipe, BitsAndBytesRecipe)
         self._recipe = recipe
@@ -38,14 +47,14 @@ class BitsAndBytesMaker(Maker):
         dtypes = [self._source.headers[key].dtype for key in self._modules]
         return bitsandbytes.quantization_config(self._recipe, dtypes[0], self._plan.skipped)
 
-    def layer(self, index: int, observer: Observer | None) -> None:
+    def layer(self, work: LayerWork) -> None:
         """Convert what the library converts, copy the rest."""
-        for key in self._streamed.keys_of_layer(index):
+        for key in self._streamed.keys_of_layer(work.index):
             module = self._modules.get(key)
             if module not in self._plan.converted:
-                self.copy([key])
+                self.copy({key: work.tensors[key]})
                 continue
-            tensor = integers.require_finite(key, self._source.read(key).to(self._streamed.device))
+            tensor = require_finite(key, work.tensors[key].to(self._streamed.device))
             transposed = module in self._plan.transposed
             self.put(
                 key.removesuffix(".weight"), bitsandbytes.quantize(tensor, self._recipe.scheme, transposed=transposed)

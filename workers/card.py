@@ -9,12 +9,15 @@ from typing import Any
 import yaml
 
 from workers.job import Job, Order, Verdict
-from workers.recipes import BitsAndBytesRecipe, Recipe
+from workers.recipes import Float8Scheme, FourBitFloatScheme, IntScheme, LlmInt8Scheme, MicroscalingScheme, Recipe
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags")
 INSTALL = {
     "compressed-tensors": "pip install transformers compressed-tensors",
     "gptq": "pip install transformers optimum gptqmodel",
+    "gptq-v2": "pip install transformers optimum gptqmodel",
+    "awq": "pip install transformers gptqmodel",
+    "fp8": "pip install transformers",
     "bitsandbytes": "pip install transformers bitsandbytes accelerate",
 }
 
@@ -80,11 +83,35 @@ def _model_index(job: Job, order: Order, verdict: Verdict) -> dict[str, Any]:
 
 def describe_scheme(recipe: Recipe) -> str:
     """The scheme in a person's words."""
-    if isinstance(recipe, BitsAndBytesRecipe):
-        return recipe.description or recipe.scheme.type
-    scheme = recipe.scheme
-    groups = f"one scale for each {scheme.group_size} inputs" if scheme.group_size else "one scale for each output"
-    return f"{scheme.bits}-bit integers, {'symmetric' if scheme.symmetric else 'asymmetric'}, {groups}"
+    match recipe.scheme:
+        case IntScheme() as scheme:
+            groups = (
+                f"one scale for each {scheme.group_size} inputs" if scheme.group_size else "one scale for each output"
+            )
+            symmetry = "symmetric" if scheme.symmetric else "asymmetric"
+            others = sorted({override.scheme.bits for override in getattr(recipe, "overrides", ())} - {scheme.bits})
+            some = f" ({' and '.join(map(str, others))} bits for some layers)" if others else ""
+            inputs = ", activations in 8-bit integers" if scheme.activations == "int8" else ""
+            return f"{scheme.bits}-bit integers{some}, {symmetry}, {groups}{inputs}"
+        case Float8Scheme() as scheme:
+            each = {"tensor": "tensor", "channel": "output", "block": "block of 128 x 128"}[scheme.scales]
+            also = {"none": "", "dynamic": ", activations too", "static": ", activations too, by fixed scales"}
+            return f"FP8 (E4M3), one scale for each {each}{also[scheme.activations]}"
+        case MicroscalingScheme() as scheme:
+            return f"{scheme.type.upper()}, one scale for each {scheme.group_size} inputs"
+        case scheme:
+            return recipe.description or scheme.type
+
+
+def read_by_vllm(recipe: Recipe) -> bool:
+    """Whether vLLM's own tables name the recipe's scheme and format; nothing here was run with it."""
+    match recipe.scheme:
+        case IntScheme(activations="none", bits=bits) if recipe.format == "compressed-tensors":
+            return bits in (4, 8)
+        case FourBitFloatScheme() | LlmInt8Scheme():
+            return False
+        case _:
+            return True
 
 
 def _body(job: Job, order: Order, verdict: Verdict, environment: Mapping[str, str], fallbacks: tuple[str, ...]) -> str:
@@ -103,7 +130,7 @@ def _body(job: Job, order: Order, verdict: Verdict, environment: Mapping[str, st
         f'model = AutoModelForCausalLM.from_pretrained("{repo}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n```\n',
     ]
-    if recipe.format in ("compressed-tensors", "gptq"):
+    if read_by_vllm(recipe):
         parts.append(f"vLLM reads the same files: `vllm serve {repo}`\n")
     if fallbacks:
         parts += ["## Deviations from the recipe\n", "".join(f"- {line}\n" for line in fallbacks)]

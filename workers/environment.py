@@ -16,6 +16,9 @@ BASE_PACKAGES = ("torch", "transformers", "safetensors", "datasets", "huggingfac
 RUNTIME_PACKAGES: dict[str, tuple[str, ...]] = {
     "compressed-tensors": ("compressed-tensors",),
     "gptq": ("gptqmodel", "optimum"),
+    "gptq-v2": ("gptqmodel", "optimum"),
+    "awq": ("gptqmodel", "optimum"),
+    "fp8": (),
     "bitsandbytes": ("bitsandbytes",),
 }
 EXTRA_OF = {"gptqmodel": "quantmill[gptq]", "optimum": "quantmill[gptq]"}
@@ -49,7 +52,7 @@ def probe(workspace: Path, with_devices: bool = True) -> Facts:
         python=platform.python_version(),
         packages={name: version for name in sorted(names) if (version := _version(name))},
         devices=_devices() if with_devices else (),
-        host_memory=_host_memory(),
+        host_memory=host_memory(),
         disk_free=shutil.disk_usage(_existing(workspace)).free,
         cpus=len(os.sched_getaffinity(0)),
     )
@@ -106,7 +109,7 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _host_memory() -> int:
+def host_memory() -> int:
     """Bytes in all; a container's limit counts where it is lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")

@@ -7,8 +7,9 @@ rotary embeddings and per-layer arguments are right for every architecture witho
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from types import TracebackType
 from typing import Any, Self
 
@@ -46,10 +47,9 @@ class Streaming:
         self._lanes: list[Lanes] = []
 
     def __enter__(self) -> Self:
-        if not self._streamed.outside_loaded:
-            self._streamed.load_outside()
         self._stack.enter_context(torch.inference_mode())
         for layer in self._streamed.layers:
+            self._stack.enter_context(_pretending(layer))
             self._stack.callback(layer.register_forward_pre_hook(_rest, with_kwargs=True).remove)
             self._stack.callback(layer.register_forward_hook(_note_output).remove)
         return self
@@ -63,15 +63,23 @@ class Streaming:
 
     def lanes(self, batches: Sequence[Tensor]) -> Lanes:
         """Token batches (int64 [B, T] each) at the door of the first layer."""
+        if not self._streamed.outside_loaded:
+            self._streamed.load_outside()
         self._lanes.append(Lanes(self._streamed, batches))
         return self._lanes[-1]
 
     def layers(self, start: int = 0) -> Iterator[LoadedLayer]:
-        """Load the layers from ``start`` on, one after the other; the next is read while the caller is at work."""
+        """Load the layers from ``start`` on, one after the other; the next is read while the caller is at work.
+
+        Without lanes they are only read.
+        """
         streamed = self._streamed
         with ReadAhead(streamed.source, [streamed.keys_of_layer(i) for i in range(len(streamed.layers))]) as ahead:
             for index in range(start, len(streamed.layers)):
                 tensors = ahead.take(index)
+                if not self._lanes:
+                    yield LoadedLayer(index, tensors)
+                    continue
                 try:
                     streamed.load_layer(index, tensors)
                     yield LoadedLayer(index, tensors)
@@ -86,6 +94,7 @@ class Lanes:
         self._streamed = streamed
         self._lanes = [_Lane(streamed, batch) for batch in batches]
         self._at = 0
+        self.device = streamed.device
         for lane in self._lanes:
             lane.go_on()
 
@@ -102,8 +111,8 @@ class Lanes:
             lane.require_before(self._at)
             lane.rehearse()
 
-    def rehearsal(self, tokens: int) -> Callable[[], Any]:
-        """A function that runs the layer on what the first lane's first sequence brings, and returns its output."""
+    def rehearsal(self) -> Callable[[], Any]:
+        """A function that runs the layer on what waits in the first lane, and returns its output."""
         self._lanes[0].require_before(self._at)
         return self._lanes[0].rehearse
 
@@ -167,13 +176,8 @@ class _Lane:
 
     def pretend(self, output: Any) -> None:
         """Go on as if the layer had returned ``output``."""
-        layer = self._next
-        assert layer is not None
-        layer.forward = lambda *args, **kwargs: output
-        try:
-            self.go_on()
-        finally:
-            del layer.forward
+        self._greenlet.pretended = (output,)
+        self.go_on()
 
     def require_before(self, index: int) -> None:
         """Refuse a forward that rests at the door of another layer, or has ended."""
@@ -205,9 +209,10 @@ class _Lane:
 
 
 class _LaneGreenlet(greenlet):  # type: ignore[misc]  # the library has no types
-    """A greenlet with a place for what the last layer returned in it."""
+    """A greenlet with places for what the last layer returned in it, and for what the next is to return instead."""
 
     left: Any = None
+    pretended: tuple[Any] | None = None
 
 
 def _rest(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -215,6 +220,29 @@ def _rest(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     parent = getcurrent().parent
     if parent is not None:
         parent.switch((module, (args, kwargs)))
+
+
+@contextmanager
+def _pretending(layer: nn.Module) -> Iterator[None]:
+    """While the context lasts, the layer returns what its lane is to pretend, if there is such a thing.
+
+    A module takes its ``forward`` before its hooks run, so that it can't be replaced while a lane rests in one.
+    """
+    plain = layer.forward
+
+    @wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        lane = getcurrent()
+        if isinstance(lane, _LaneGreenlet) and lane.pretended is not None:
+            (output,), lane.pretended = lane.pretended, None
+            return output
+        return plain(*args, **kwargs)
+
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
 
 
 def _note_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

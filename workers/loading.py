@@ -75,6 +75,7 @@ class StreamedModel:
         self.model = build_on_meta(folder, dtype, trust_remote_code)
         self.layers_name, self.layers = find_layers(self.model)
         places = places_of_keys(self.model, source.headers)
+        self.owners = {key: place.owner for key, place in places.items()}
         self._keys_of_layer = self._by_layer(places)
         inside = {key for keys in self._keys_of_layer.values() for key in keys}
         self._outside = [key for key in source.headers if key not in inside]
@@ -108,9 +109,12 @@ class StreamedModel:
         self._check(name for name in _on_meta(self.model) if not name.startswith(inside))
         self.outside_loaded = True
 
-    def load_layer(self, index: int) -> None:
-        """Load one layer's weights."""
-        self._fill(self._keys_of_layer[index])
+    def load_layer(self, index: int, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Load one layer's weights: ``tensors`` by their checkpoint keys, or from the source."""
+        if tensors is None:
+            self._fill(self._keys_of_layer[index])
+        else:
+            load_tensors(self.model, tensors, self.dtype, self.device)
         prefix = f"{self.layers_name}.{index}."
         self._check(prefix + name for name in _on_meta(self.layers[index]))
 

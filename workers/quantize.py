@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from workers import reference
+from workers import batching, reference
 from workers.calibration import calibration_tokens, held_out_tokens, load_tokenizer
 from workers.checkpoint import Source
-from workers.forward import stream
+from workers.environment import versions
+from workers.errors import OutOfMemory
+from workers.folding import Fold, find_folds
+from workers.forward import Lanes, LoadedLayer, Streaming
 from workers.job import ArtifactMade, Job, Order, artifact_folder
 from workers.loading import StreamedModel
-from workers.makers import Maker, record_path
+from workers.makers import LayerWork, Maker, MakerState, record_path
+from workers.precision import coarse_products
 from workers.recipes import BitsAndBytesRecipe, Recipe
+from workers.resume import NotResumable, PassFolder, PassState, group_state, held
 from workers.run import describe
 from workers.statistics import Observer
+
+# Tokens of the short sequence that layers are probed with for foldable pairs.
+PROBE_TOKENS = 32
+# Keeping a pass's state takes at most this share of its time: a layer that follows too soon isn't kept.
+KEEPING_SHARE = 0.1
+CALIBRATION, REFERENCE, PROBE = "calibration", "reference", "probe"
 
 
 def compute_device() -> tuple[str, torch.dtype | None]:
@@ -47,7 +60,7 @@ def quantize(job: Job, folder: Path) -> tuple[tuple[ArtifactMade, ...], int]:
     with Source(folder, allow_pickle=job.model.allow_pickle) as source:
         missing = [order for order in job.orders if order.recipe.name not in done]
         if missing:
-            done |= _Pass(job, folder, source).run(missing)
+            done |= _Pass(job, folder, source, missing).run()
         return tuple(done[order.recipe.name] for order in job.orders), source.bytes
 
 
@@ -65,85 +78,202 @@ def _maker_class(recipe: Recipe) -> type[Maker]:
         from workers.bnb_maker import BitsAndBytesMaker
 
         return BitsAndBytesMaker
-    from workers.int_maker import IntMaker
+    from workers.linear_maker import LinearMaker
 
-    return IntMaker
+    return LinearMaker
 
 
 class _Pass:
-    """One pass over one model."""
+    """One pass over one model; taken up where a killed attempt left it."""
 
-    def __init__(self, job: Job, folder: Path, source: Source) -> None:
+    def __init__(self, job: Job, folder: Path, source: Source, orders: list[Order]) -> None:
         device, dtype = compute_device()
         self._job = job
-        self._folder = folder
         self._source = source
+        self._orders = orders
         self._dtype = dtype or checkpoint_dtype(source)
         self._streamed = StreamedModel(
             folder, source, dtype=self._dtype, device=device, trust_remote_code=job.model.trust_remote_code
         )
+        self._tokens = _Tokens(job, folder, orders, self._dtype)
         self._makers: list[Maker] = []
         self._results: dict[str, ArtifactMade] = {}
 
-    def run(self, orders: list[Order]) -> dict[str, ArtifactMade]:
+    def run(self) -> dict[str, ArtifactMade]:
         """Make the artifacts of the orders; results by the recipe's name."""
-        for order in orders:
-            with self._failing(order, None):
-                self._makers.append(_maker_class(order.recipe)(self._job, order, self._streamed, self._source))
+        with held(Path(self._job.workspace) / "passes" / self._tokens.digest) as folder:
+            state = folder.load()
+            full = batching.micro_batch_tokens(self._streamed, self._tokens.longest)
+            size = state.micro_batch_tokens if state else full
+            while True:
+                try:
+                    self._attempt(folder, state, size, full)
+                    break
+                except NotResumable:
+                    state = None
+                except Exception as error:
+                    smaller = batching.halved(size, self._tokens.longest)
+                    if not batching.ran_out(error) or smaller is None:
+                        raise
+                    # Hidden states are kept by micro-batch, so the pass begins anew with the smaller ones.
+                    size, state = smaller, None
+                self._start_over()
+            folder.clear()
+        return self._results
+
+    def _start_over(self) -> None:
+        for maker in self._makers:
+            maker.discard()
+        self._makers, self._results = [], {}
+        if self._streamed.device != "cpu":
+            torch.cuda.empty_cache()
+
+    def _attempt(self, folder: PassFolder, state: PassState | None, size: int, full: int) -> None:
+        if state is None:
+            folder.clear()
+        self._make_makers(folder, state)
+        if size < full:
+            for maker in self._makers:
+                if maker.order.recipe.calibrated:
+                    said = f"calibrated in micro-batches of {size} tokens, for there was no memory for {full}"
+                    maker.fallbacks[said] = None
         try:
-            self._go_through_layers()
+            self._go_through_layers(folder, state, size)
             for maker in list(self._makers):
                 with self._failing(maker.order, maker), maker.timed():
                     self._results[maker.order.recipe.name] = maker.finish()
-        finally:
+                    self._makers.remove(maker)
+        except BaseException:
+            # What was written stays for the next attempt; only the files are let go.
             for maker in self._makers:
-                maker.discard()
-        return self._results
+                maker.release()
+            raise
 
-    def _go_through_layers(self) -> None:
-        calibrated = any(maker.order.recipe.calibrated for maker in self._makers)
-        tokenizer = load_tokenizer(self._folder, self._job.model)
-        held_out = held_out_tokens(self._job.verification, tokenizer)
-        place = reference.place_of(self._job, held_out, self._dtype)
-        if not self._makers or (place.exists and not calibrated):
-            for index in range(len(self._streamed.layers)):
-                self._visit(index, None)
-            return
-        batches: list[Tensor] = []
-        if calibrated:
-            assert self._job.calibration is not None
-            batches = reference.micro_batches(calibration_tokens(self._job.calibration, tokenizer))
-        observed = len(batches)
-        if not place.exists:
-            batches = [*batches, *reference.micro_batches(held_out)]
-        observer = Observer() if observed else None
-        hidden = stream(
-            self._streamed, batches, observer=observer, observed=observed, after_layer=self._visitor(observer)
-        )
-        if hidden:
-            reference.store(place, hidden)
+    def _make_makers(self, folder: PassFolder, state: PassState | None) -> None:
+        for order in self._orders:
+            name, print_ = order.recipe.name, order.fingerprint
+            if state is not None and print_ in state.failed:
+                self._results[name] = state.failed[print_]
+                continue
+            if state is not None and print_ not in state.makers:
+                raise NotResumable(f"{name} is new")
+            made_so_far = state.makers[print_] if state else None
+            with self._failing(order, None):
+                self._makers.append(self._maker(order, folder, made_so_far))
 
-    def _visitor(self, observer: Observer | None) -> Callable[[int], None]:
-        def visit(index: int) -> None:
-            if observer is not None:
-                observer.check(index)
-            self._visit(index, observer)
+    def _maker(self, order: Order, folder: PassFolder, state: MakerState | None) -> Maker:
+        made = _maker_class(order.recipe)
+        try:
+            return made(self._job, order, self._streamed, self._source, folder.partial(order.fingerprint), state)
+        except FileNotFoundError as error:
+            raise NotResumable(str(error)) from error
 
-        return visit
+    def _go_through_layers(self, folder: PassFolder, state: PassState | None, size: int) -> None:
+        with Streaming(self._streamed) as streaming:
+            groups = self._groups(streaming, size)
+            if state is not None and groups:
+                folder.replay(state, groups)
+            keeping = _Keeping()
+            for layer in streaming.layers(state.layers if state else 0):
+                self._visit(layer, groups)
+                if layer.index + 1 < len(self._streamed.layers) and keeping.worth_it():
+                    with keeping.timed():
+                        self._keep(folder, layer.index + 1, size, groups)
+            if REFERENCE in groups:
+                reference.store(self._tokens.place, groups[REFERENCE].outputs())
 
-    def _visit(self, index: int, observer: Observer | None) -> None:
+    def _groups(self, streaming: Streaming, size: int) -> dict[str, Lanes]:
+        """The lanes that go through the model, by name."""
+        found: dict[str, Lanes] = {}
+        tokens, recipes = self._tokens.calibration, [maker.order.recipe for maker in self._makers]
+        if tokens is not None and any(recipe.calibrated for recipe in recipes):
+            found[CALIBRATION] = streaming.lanes(reference.micro_batches(tokens, size))
+            if any(recipe.folds for recipe in recipes):
+                found[PROBE] = streaming.lanes([tokens[:1, :PROBE_TOKENS]])
+            for recipe in recipes:
+                if recipe.own_stream:
+                    found[_own(recipe)] = streaming.lanes(reference.micro_batches(tokens, size))
+        if not self._tokens.place.exists:
+            found[REFERENCE] = streaming.lanes(reference.micro_batches(self._tokens.held_out, size))
+        return found
+
+    def _visit(self, layer: LoadedLayer, groups: dict[str, Lanes]) -> None:
+        """Take one layer through everything: statistics, the reference, every maker."""
+        observer, folds = None, list[Fold]()
+        if CALIBRATION in groups:
+            if PROBE in groups:
+                folds = self._folds(layer, groups[PROBE])
+            observer = self._observer()
+            with observer.watch(self._streamed, layer.index), coarse_products():
+                groups[CALIBRATION].advance()
+            observer.check(layer.index)
+        if REFERENCE in groups:
+            groups[REFERENCE].advance()
+        work = LayerWork(layer.index, layer.tensors, observer, folds)
         for maker in list(self._makers):
+            lanes = groups.get(_own(maker.order.recipe))
             with self._failing(maker.order, maker), maker.timed():
-                maker.layer(index, observer)
+                if lanes is None:
+                    maker.layer(work)
+                else:
+                    self._in_its_own_stream(maker, layer, lanes)
+        for name in [name for name in groups if name.startswith(OWN)]:
+            if name not in {_own(maker.order.recipe) for maker in self._makers}:
+                del groups[name]  # its recipe has failed
+
+    def _observer(self) -> Observer:
+        assert self._job.calibration is not None
+        return Observer(self._job.calibration.experts, self._job.calibration.minimum_expert_tokens)
+
+    def _folds(self, layer: LoadedLayer, probe: Lanes) -> list[Fold]:
+        module = self._streamed.layers[layer.index]
+        prefix = f"{self._streamed.layers_name}.{layer.index}"
+        weights = [weight for weight in self._streamed.weights if weight.layer == layer.index]
+        found = find_folds(module, prefix, probe.rehearsal(), weights)
+        probe.advance()
+        return found
+
+    def _in_its_own_stream(self, maker: Maker, layer: LoadedLayer, lanes: Lanes) -> None:
+        """Statistics from what the recipe's own quantized layers gave, and on through this one, quantized too."""
+        observer = self._observer()
+        with observer.watch(self._streamed, layer.index), coarse_products():
+            lanes.rehearse()
+        observer.check(layer.index)
+        maker.layer(LayerWork(layer.index, layer.tensors, observer))
+        self._streamed.free_layer(layer.index)
+        self._streamed.load_layer(layer.index, {**layer.tensors, **maker.decoded})
+        with coarse_products():
+            lanes.advance()
+        self._streamed.free_layer(layer.index)
+        self._streamed.load_layer(layer.index, layer.tensors)
+
+    def _keep(self, folder: PassFolder, layers: int, size: int, groups: dict[str, Lanes]) -> None:
+        """Keep the state after a layer, if the model's layers allow it."""
+        prints = {order.recipe.name: order.fingerprint for order in self._orders}
+        try:
+            state = PassState(
+                layers=layers,
+                micro_batch_tokens=size,
+                makers={maker.order.fingerprint: maker.state() for maker in self._makers},
+                failed={prints[name]: made for name, made in self._results.items()},
+                groups={name: group_state(lanes, lanes.left()) for name, lanes in groups.items()},
+            )
+        except NotResumable:
+            return
+        folder.save(state, groups)
 
     @contextmanager
     def _failing(self, order: Order, maker: Maker | None) -> Iterator[None]:
         """An artifact's error ends that artifact alone. Memory and disk are everybody's: those errors go on upwards."""
         try:
             yield
-        except (MemoryError, OSError, torch.OutOfMemoryError):
+        except (OSError, NotResumable):
             raise
         except Exception as error:
+            if batching.ran_out(error):
+                raise OutOfMemory(
+                    f"recipe {order.recipe.name!r}: out of memory ({error}); use a larger machine"
+                ) from error
             if maker is not None:
                 self._makers.remove(maker)
                 maker.discard()
@@ -154,3 +284,55 @@ class _Pass:
                 seconds=maker.seconds if maker else 0.0,
                 error=describe(error),
             )
+
+
+OWN = "own:"
+
+
+def _own(recipe: Recipe) -> str:
+    """The name of the lanes of a recipe that calibrates on its own activations."""
+    return f"{OWN}{recipe.name}"
+
+
+class _Tokens:
+    """The tokens of a pass, where its reference lies, and its identity."""
+
+    def __init__(self, job: Job, folder: Path, orders: list[Order], dtype: torch.dtype) -> None:
+        tokenizer = load_tokenizer(folder, job.model)
+        self.held_out = held_out_tokens(job.verification, tokenizer)
+        self.place = reference.place_of(job, self.held_out, dtype)
+        self.calibration: Tensor | None = None
+        if any(order.recipe.calibrated for order in orders):
+            assert job.calibration is not None
+            self.calibration = calibration_tokens(job.calibration, tokenizer)
+        # A pass that another version began is not taken up.
+        digest = hashlib.sha256(f"{self.place.path.name} {self.place.exists} {sorted(versions().items())}".encode())
+        if self.calibration is not None and job.calibration is not None:
+            digest.update(self.calibration.numpy().tobytes())
+            digest.update(f"{job.calibration.experts} {job.calibration.minimum_expert_tokens}".encode())
+        self.digest = digest.hexdigest()[:32]
+
+    @property
+    def longest(self) -> int:
+        """The longest sequence: a micro-batch holds one at least."""
+        lengths = [tokens.shape[1] for tokens in (self.held_out, self.calibration) if tokens is not None]
+        return max(lengths)
+
+
+class _Keeping:
+    """Says when the state of a pass is worth keeping: not if keeping it took more than its share of the time."""
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+        self._spent = 0.0
+
+    def worth_it(self) -> bool:
+        return self._spent <= KEEPING_SHARE * (time.monotonic() - self._begun)
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self._spent += time.monotonic() - begun

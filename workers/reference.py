@@ -57,7 +57,7 @@ def load(place: Place) -> list[Tensor]:
         return [reader.get_tensor(name) for name in sorted(reader.keys())]
 
 
-def micro_batches(tokens_NT: Tensor) -> list[Tensor]:
-    """Sequences in batches of at most ``MICRO_BATCH_TOKENS`` tokens: int64 [B, T] each."""
-    size = max(1, MICRO_BATCH_TOKENS // tokens_NT.shape[1])
+def micro_batches(tokens_NT: Tensor, tokens: int = MICRO_BATCH_TOKENS) -> list[Tensor]:
+    """Sequences in batches of at most ``tokens`` tokens, or of one sequence: int64 [B, T] each."""
+    size = max(1, tokens // tokens_NT.shape[1])
     return list(torch.split(tokens_NT, size))

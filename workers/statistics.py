@@ -48,6 +48,11 @@ class InputStatistics:
             torch.maximum(total.abs_max_I, part.abs_max_I, out=total.abs_max_I)
         return total
 
+    def divided(self, scale_I: Tensor) -> InputStatistics:
+        """Statistics of the same tokens with every input divided by its scale: positive float32 [I]."""
+        gram_II = self.gram_II / scale_I / scale_I[:, None]
+        return InputStatistics(self.count, gram_II, self.abs_sum_I / scale_I, self.abs_max_I / scale_I)
+
     def add(self, inputs: Tensor) -> None:
         """Take tokens in: float [..., I]. NaN and Inf stay in the sums, where ``Observer.check`` finds them."""
         x_NI = inputs.reshape(-1, inputs.shape[-1]).float()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from workers.numerics import gptq, rounding
+from workers.numerics import gptq, refine, rounding
 
 
 def best_of(actions: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
@@ -68,19 +68,24 @@ def measure(size: int, repetitions: int) -> None:
     h, w = x.T @ x, torch.randn(size, size)
     params = {"min-max": rounding.minmax_params, "MSE": rounding.mse_params}
 
-    def ours(scales: str, order: bool) -> gptq.Solution:
-        scale, zero = params[scales](w, 4, 128, symmetric=True, scale_dtype=torch.bfloat16)
-        return gptq.solve(w[None], h[None], scale[None], zero, bits=4, activation_order=order, damping=0.01)
+    def ours(scales: str, order: bool, rounds: int = 0) -> torch.Tensor:
+        scale, _ = params[scales](w, 4, 128, symmetric=True, scale_dtype=torch.bfloat16)
+        factor = gptq.factorize(h[None], activation_order=order, damping=0.01)
+        codes = gptq.solve(w[None], factor, scale[None], None, bits=4)
+        if rounds:
+            codes, _ = refine.refine(w[None], h[None], codes, scale[None], None, bits=4, rounds=rounds, damping=0.01)
+        return codes
 
     cases: dict[str, Callable[[], object]] = {"W @ H": lambda: w @ h}
     for scales in params:
         for order, suffix in ((False, ""), (True, ", activation order")):
             cases[f"{scales} scales{suffix}"] = partial(ours, scales, order)
+    cases["MSE scales, activation order, refined"] = partial(ours, "MSE", True, 3)
     scale, _ = rounding.minmax_params(w, 4, 128, symmetric=True)
     seconds = best_of(cases, repetitions)
     seconds |= best_of({"textbook loop, min-max scales": lambda: textbook(w, h, scale, -8, 7)}, 1)
     for name, taken in seconds.items():
-        print(f"  {name:<33} {taken:7.3f} s  {taken / seconds['W @ H']:6.2f} x")
+        print(f"  {name:<38} {taken:7.3f} s  {taken / seconds['W @ H']:6.2f} x")
 
 
 def main() -> None:

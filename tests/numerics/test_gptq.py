@@ -1,9 +1,38 @@
 """The solver against the paper's algorithm in float64, and the properties that any solution has."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 from workers.numerics import gptq, rounding
+
+
+@dataclass(frozen=True)
+class Found:
+    """Codes, and what the factor says of its making."""
+
+    codes_BOI: torch.Tensor
+    damping_B: tuple[float, ...]
+    dead: int
+
+    @property
+    def damping(self) -> float:
+        return max(self.damping_B)
+
+
+def solved(
+    w: torch.Tensor,
+    h: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    *,
+    bits: int,
+    activation_order: bool,
+    damping: float,
+) -> Found:
+    factor = gptq.factorize(h, activation_order=activation_order, damping=damping)
+    return Found(gptq.solve(w, factor, scale, zero, bits=bits), factor.damping_B, factor.dead)
 
 
 def problem(seed: int, rows: int = 24, columns: int = 96, tokens: int = 400) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,7 +78,7 @@ def test_codes_are_those_of_the_paper(bits: int, symmetric: bool, ordered: bool,
     w, h = problem(bits)
     scale, zero = rounding.minmax_params(w, bits, group, symmetric=symmetric)
     zeros = None if zero is None else zero[None]
-    found = gptq.solve(w[None], h[None], scale[None], zeros, bits=bits, activation_order=ordered, damping=0.01)
+    found = solved(w[None], h[None], scale[None], zeros, bits=bits, activation_order=ordered, damping=0.01)
     order = h.diagonal().argsort(descending=True, stable=True) if ordered else torch.arange(96)
     want = textbook(w, h, scale, zero, bits, order)
     # A tie that falls the other way in float32 changes the rest of its row.
@@ -69,7 +98,7 @@ def test_codes_are_those_of_the_paper_across_blocks(batch: int, ordered: bool) -
     w, h = (torch.stack(tensors) for tensors in zip(*problems, strict=True))
     scale, zero = rounding.minmax_params(w, 4, 32, symmetric=False)
     assert zero is not None
-    found = gptq.solve(w, h, scale, zero, bits=4, activation_order=ordered, damping=0.01)
+    found = solved(w, h, scale, zero, bits=4, activation_order=ordered, damping=0.01)
     for index in range(batch):
         one = w[index], h[index], scale[index], zero[index]
         order = one[1].diagonal().argsort(descending=True, stable=True) if ordered else torch.arange(columns)
@@ -86,7 +115,7 @@ def test_arguments_stay_as_they_were() -> None:
     assert zero is not None
     given = [w[None], h[None], scale[None], zero[None]]
     before = [tensor.clone() for tensor in given]
-    gptq.solve(*given, bits=4, activation_order=False, damping=0.01)
+    solved(*given, bits=4, activation_order=False, damping=0.01)
     assert all(torch.equal(tensor, was) for tensor, was in zip(given, before, strict=True))
 
 
@@ -95,7 +124,7 @@ def test_half_precision_weights_are_solved_as_the_same_values_in_float32() -> No
     half = w.to(torch.bfloat16)
     scale, _ = rounding.minmax_params(half, 4, 32, symmetric=True, scale_dtype=torch.bfloat16)
     codes = [
-        gptq.solve(x[None], h[None], scale[None], None, bits=4, activation_order=True, damping=0.01).codes_BOI
+        solved(x[None], h[None], scale[None], None, bits=4, activation_order=True, damping=0.01).codes_BOI
         for x in (half, half.float())
     ]
     assert torch.equal(*codes)
@@ -107,7 +136,7 @@ def test_rows_of_zeros_stay_zeros() -> None:
     for symmetric in (True, False):
         scale, zero = rounding.mse_params(w, 4, 32, symmetric=symmetric, scale_dtype=torch.float16)
         zeros = None if zero is None else zero[None]
-        found = gptq.solve(w[None], h[None], scale[None], zeros, bits=4, activation_order=True, damping=0.01)
+        found = solved(w[None], h[None], scale[None], zeros, bits=4, activation_order=True, damping=0.01)
         assert not rounding.dequantize(found.codes_BOI[0], scale, zero)[3].any()
 
 
@@ -115,9 +144,7 @@ def test_with_an_identity_hessian_it_rounds_to_nearest() -> None:
     w, _ = problem(6)
     scale, zero = rounding.minmax_params(w, 4, 32, symmetric=False)
     assert zero is not None
-    found = gptq.solve(
-        w[None], torch.eye(96)[None], scale[None], zero[None], bits=4, activation_order=True, damping=0.01
-    )
+    found = solved(w[None], torch.eye(96)[None], scale[None], zero[None], bits=4, activation_order=True, damping=0.01)
     assert torch.equal(found.codes_BOI[0], rounding.quantize(w, scale, zero, 4))
 
 
@@ -125,7 +152,7 @@ def test_with_an_identity_hessian_it_rounds_to_nearest() -> None:
 def test_it_beats_rounding_to_nearest(seed: int) -> None:
     w, h = problem(seed)
     scale, _ = rounding.minmax_params(w, 3, 32, symmetric=True)
-    found = gptq.solve(w[None], h[None], scale[None], None, bits=3, activation_order=True, damping=0.01)
+    found = solved(w[None], h[None], scale[None], None, bits=3, activation_order=True, damping=0.01)
     nearest = loss(w, h, rounding.quantize(w, scale, None, 3), scale, None)
     assert loss(w, h, found.codes_BOI[0], scale, None) < 0.7 * nearest
 
@@ -135,21 +162,19 @@ def test_stacked_rows_and_stacked_problems_change_nothing() -> None:
     w = torch.stack([first[0], second[0]])
     h = torch.stack([first[1], second[1]])
     scale, _ = rounding.minmax_params(w, 4, 32, symmetric=True)
-    both = gptq.solve(w, h, scale, None, bits=4, activation_order=True, damping=0.01).codes_BOI
+    both = solved(w, h, scale, None, bits=4, activation_order=True, damping=0.01).codes_BOI
     for index in range(2):
         one = slice(index, index + 1)
-        alone = gptq.solve(w[one], h[one], scale[one], None, bits=4, activation_order=True, damping=0.01).codes_BOI[0]
+        alone = solved(w[one], h[one], scale[one], None, bits=4, activation_order=True, damping=0.01).codes_BOI[0]
         assert (alone == both[index]).float().mean() > 0.999
-        half = gptq.solve(w[one, :11], h[one], scale[one, :11], None, bits=4, activation_order=True, damping=0.01)
+        half = solved(w[one, :11], h[one], scale[one, :11], None, bits=4, activation_order=True, damping=0.01)
         assert (half.codes_BOI[0] == both[index, :11]).float().mean() > 0.999
 
 
 def test_the_same_problem_gives_the_same_bytes() -> None:
     w, h = problem(9, columns=288)
     scale, _ = rounding.mse_params(w, 4, 32, symmetric=True)
-    runs = [
-        gptq.solve(w[None], h[None], scale[None], None, bits=4, activation_order=True, damping=0.01) for _ in range(3)
-    ]
+    runs = [solved(w[None], h[None], scale[None], None, bits=4, activation_order=True, damping=0.01) for _ in range(3)]
     assert torch.equal(runs[0].codes_BOI, runs[1].codes_BOI)
     assert torch.equal(runs[0].codes_BOI, runs[2].codes_BOI)
 
@@ -159,7 +184,7 @@ def test_dead_columns_are_rounded_to_nearest_and_counted() -> None:
     h[:, 40:44] = 0
     h[40:44] = 0
     scale, _ = rounding.minmax_params(w, 4, 32, symmetric=True)
-    found = gptq.solve(w[None], h[None], scale[None], None, bits=4, activation_order=True, damping=0.01)
+    found = solved(w[None], h[None], scale[None], None, bits=4, activation_order=True, damping=0.01)
     assert found.dead == 4
     assert torch.equal(found.codes_BOI[0][:, 40:44], rounding.quantize(w, scale, None, 4)[:, 40:44])
 
@@ -167,7 +192,7 @@ def test_dead_columns_are_rounded_to_nearest_and_counted() -> None:
 def test_no_tokens_at_all_is_rounding_to_nearest() -> None:
     w, _ = problem(11)
     scale, _ = rounding.minmax_params(w, 4, 32, symmetric=True)
-    found = gptq.solve(w[None], torch.zeros(1, 96, 96), scale[None], None, bits=4, activation_order=True, damping=0.01)
+    found = solved(w[None], torch.zeros(1, 96, 96), scale[None], None, bits=4, activation_order=True, damping=0.01)
     assert found.dead == 96
     assert torch.equal(found.codes_BOI[0], rounding.quantize(w, scale, None, 4))
 
@@ -176,7 +201,7 @@ def test_a_failed_factorization_is_damped_more_and_says_so() -> None:
     w, h = problem(12)
     h -= 0.05 * h.diagonal().mean() * torch.eye(96)
     scale, _ = rounding.minmax_params(w, 4, 32, symmetric=True)
-    found = gptq.solve(w[None], h[None], scale[None], None, bits=4, activation_order=True, damping=0.001)
+    found = solved(w[None], h[None], scale[None], None, bits=4, activation_order=True, damping=0.001)
     assert found.damping > 0.001
     assert loss(w, h, found.codes_BOI[0], scale, None) >= 0
 
@@ -186,10 +211,10 @@ def test_what_one_problem_needs_leaves_its_neighbours_alone() -> None:
     sick = h - 0.05 * h.diagonal().mean() * torch.eye(96)
     scale, _ = rounding.minmax_params(w, 4, 32, symmetric=True)
 
-    def solve(*hessians: torch.Tensor) -> gptq.Solution:
+    def solve(*hessians: torch.Tensor) -> Found:
         count = len(hessians)
         rows, scales = w.expand(count, -1, -1), scale.expand(count, -1, -1)
-        return gptq.solve(rows, torch.stack(hessians), scales, None, bits=4, activation_order=True, damping=0.01)
+        return solved(rows, torch.stack(hessians), scales, None, bits=4, activation_order=True, damping=0.01)
 
     well, mixed = solve(h, h, h), solve(h, sick, h)
     assert well.damping_B == (0.01, 0.01, 0.01)
@@ -204,7 +229,7 @@ def test_float64_comes_before_more_damping() -> None:
     h = torch.ones(1, 384, 384)
     w, _ = problem(18, columns=384)
     scale, _ = rounding.minmax_params(w, 4, 32, symmetric=True)
-    found = gptq.solve(w[None], h, scale[None], None, bits=4, activation_order=False, damping=1e-8)
+    found = solved(w[None], h, scale[None], None, bits=4, activation_order=False, damping=1e-8)
     assert found.damping == 1e-8
     assert loss(w, h[0], found.codes_BOI[0], scale, None) < loss(
         w, h[0], rounding.quantize(w, scale, None, 4), scale, None
@@ -216,7 +241,7 @@ def test_what_no_damping_mends_is_an_error_that_names_the_problem() -> None:
     hopeless = h - 5 * h.diagonal().mean() * torch.eye(96)
     scale, _ = rounding.minmax_params(w, 4, 32, symmetric=True)
     with pytest.raises(gptq.NotPositiveDefinite, match=r"problem 1 .* damping 1 of"):
-        gptq.solve(
+        solved(
             torch.stack([w, w]),
             torch.stack([h, hopeless]),
             torch.stack([scale, scale]),
@@ -233,4 +258,4 @@ def test_broken_statistics_are_an_error(poison: float) -> None:
     h[3, 3] = poison
     scale, _ = rounding.minmax_params(w, 4, 32, symmetric=True)
     with pytest.raises(gptq.NotPositiveDefinite, match="NaN or Inf"):
-        gptq.solve(w[None], h[None], scale[None], None, bits=4, activation_order=True, damping=0.01)
+        solved(w[None], h[None], scale[None], None, bits=4, activation_order=True, damping=0.01)

@@ -73,9 +73,7 @@ def plan_of(count: int, *recipes: str, host_bytes: int = 0) -> Plan:
     for index in range(count):
         pin = ModelPin(id=f"org/model-{index}", revision="r")
         jobs.append(job(*recipes).model_copy(update={"model": pin}))
-        cells += [
-            PlannedArtifact(Source(pin, {}, ()), order, Estimate(0, 0, host_bytes, 0)) for order in jobs[-1].orders
-        ]
+        cells += [PlannedArtifact(Source(pin, {}, ()), order, Estimate(0, 0, host_bytes)) for order in jobs[-1].orders]
     return Plan("test", tuple(cells), tuple(jobs))
 
 

@@ -19,10 +19,10 @@ from transformers.pytorch_utils import Conv1D
 
 from workers.checkpoint import Header, Source
 from workers.errors import CheckpointError, UnsupportedRecipe
-from workers.formats import compressed_tensors, gptq
+from workers.formats import awq, compressed_tensors, fp8, gptq
 from workers.loading import build_on_meta, owners_of_keys
 
-METHODS = ("bitsandbytes", "compressed-tensors", "gptq")
+METHODS = ("awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Codec:
     """How one format is read; the functions get a module's name first.
 
     A module is quantized if one of ``anchors`` stands in the checkpoint under its name; the tensors of its weight are
-    those of ``suffixes``, of which it has all that are ``required``.
+    those of ``suffixes``, of which it has all that are ``required``. ``rounding`` also gets the kind of device.
     """
 
     anchors: tuple[str, ...]
@@ -38,6 +38,7 @@ class Codec:
     required: tuple[str, ...]
     header: Callable[[str, Mapping[str, Header], Callable[[str], Tensor]], Header]
     decode: Callable[[str, Mapping[str, Tensor]], Tensor]
+    rounding: Callable[[str, Mapping[str, Tensor], str], Callable[[Tensor], Tensor] | None] = lambda *_: None
 
 
 class Decoded:
@@ -82,6 +83,12 @@ class Decoded:
         except CheckpointError as error:
             raise CheckpointError(f"{module}: {error}") from error
 
+    def input_rounding(self, module: str, device: str) -> Callable[[Tensor], Tensor] | None:
+        """What transformers does to the input of a quantized module on a kind of device; None: nothing."""
+        stored = self._stored[module]
+        scales = {"input_scale": self._source.read(stored["input_scale"])} if "input_scale" in stored else {}
+        return self._codec.rounding(module, scales, device)
+
     def __enter__(self) -> Self:
         return self
 
@@ -93,7 +100,10 @@ class Decoded:
     def _header(self, module: str) -> Header:
         names = self._stored[module]
         headers = {suffix: self._source.headers[key] for suffix, key in names.items()}
-        return self._codec.header(module, headers, lambda suffix: self._source.read(names[suffix]))
+        try:
+            return self._codec.header(module, headers, lambda suffix: self._source.read(names[suffix]))
+        except CheckpointError as error:
+            raise CheckpointError(f"{module}: {error}") from error
 
 
 def open_decoded(folder: Path, *, trust_remote_code: bool = False) -> Source | Decoded:
@@ -111,8 +121,12 @@ def open_decoded(folder: Path, *, trust_remote_code: bool = False) -> Source | D
         return Source(folder)
     source = Source(folder)
     match config.get("quant_method"):
+        case "awq":
+            return Decoded(source, _awq(config))
         case "compressed-tensors":
             return Decoded(source, _compressed_tensors(config))
+        case "fp8":
+            return Decoded(source, _fp8(config))
         case "gptq":
             return Decoded(source, _gptq(config))
         case "bitsandbytes":
@@ -124,26 +138,48 @@ def open_decoded(folder: Path, *, trust_remote_code: bool = False) -> Source | D
 
 
 def _compressed_tensors(config: Mapping[str, Any]) -> Codec:
-    def decode(module: str, stored: Mapping[str, Tensor]) -> Tensor:
-        return compressed_tensors.decode(stored, compressed_tensors.declared_bits(config, module))
-
+    said = compressed_tensors.Declarations(config).of
     return Codec(
         anchors=compressed_tensors.ANCHORS,
         suffixes=compressed_tensors.SUFFIXES,
-        required=compressed_tensors.SUFFIXES,
-        header=lambda module, headers, read: compressed_tensors.header(headers, read),
-        decode=decode,
+        required=(),  # it depends on the module's group
+        header=lambda module, headers, read: compressed_tensors.header(headers, read, said(module)),
+        decode=lambda module, stored: compressed_tensors.decode(stored, said(module)),
+        rounding=lambda module, stored, _: compressed_tensors.input_rounding(module, said(module), stored),
+    )
+
+
+def _fp8(config: Mapping[str, Any]) -> Codec:
+    fp8.check_declared(config)
+    return Codec(
+        anchors=fp8.ANCHORS,
+        suffixes=fp8.SUFFIXES,
+        required=fp8.SUFFIXES,
+        header=lambda module, headers, read: fp8.header(headers),
+        decode=lambda module, stored: fp8.decode(stored),
+        rounding=lambda module, stored, device: fp8.input_rounding(device),
+    )
+
+
+def _awq(config: Mapping[str, Any]) -> Codec:
+    awq.check_declared(config)
+    return Codec(
+        anchors=awq.ANCHORS,
+        suffixes=awq.SUFFIXES,
+        required=awq.SUFFIXES,
+        header=lambda module, headers, read: awq.header(headers),
+        decode=lambda module, stored: awq.decode(stored),
     )
 
 
 def _gptq(config: Mapping[str, Any]) -> Codec:
-    bits = gptq.declared_bits(config)
+    version, bits = gptq.declared(config)
     return Codec(
         anchors=gptq.ANCHORS,
         suffixes=gptq.SUFFIXES,
         required=gptq.SUFFIXES,
         header=lambda module, headers, read: gptq.header(headers),
-        decode=lambda module, stored: gptq.decode(stored, bits),
+        decode=lambda module, stored: version.decode(stored, bits),
     )
 
 

@@ -1,7 +1,8 @@
-"""The gptq format (AutoGPTQ's first version, ``checkpoint_format: gptq``), as transformers, gptqmodel and vLLM read it.
+"""The gptq format, as transformers, gptqmodel and vLLM read it, in both versions that are about.
 
 Shapes: O output features, I input features, G groups of input columns. Codes are unsigned, and stored inputs first.
-Specification: ``gptqmodel.nn_modules.qlinear`` (7.6); zero points are stored minus one.
+Specification: ``gptqmodel.nn_modules.qlinear`` (7.6). The first version (AutoGPTQ's, ``checkpoint_format: gptq``)
+stores zero points minus one; the second (``gptq_v2``) as they are.
 """
 
 from __future__ import annotations
@@ -9,17 +10,18 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from workers.checkpoint import Header
-from workers.codes import IntWeight
+from workers.codes import CodedWeight, IntWeight
 from workers.errors import NumericalError, UnsupportedRecipe
 from workers.formats.compressed_tensors import EXPERT, check_words, some
 from workers.numerics.packing import pack_gptq, unpack_gptq
-from workers.recipes import IntScheme
+from workers.recipes import IntScheme, LinearScheme
 
 ANCHORS = ("qweight",)
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
@@ -27,103 +29,150 @@ SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 
 
-def encode(weight: IntWeight) -> dict[str, Tensor]:
-    """Return the stored tensors by their names within the module.
+@dataclass(frozen=True)
+class Version:
+    """One version of the format: its name in config.json, and what is taken from a zero point before it is stored."""
 
-    ``qweight`` int32 (I * bits / 32, O); ``qzeros`` int32 (G, O * bits / 32); ``scales`` float16 (G, O); ``g_idx``
-    int32 (I,), in order of the columns.
+    name: str
+    offset: int
 
-    Raises:
-        UnsupportedRecipe: 32 doesn't divide O and I.
-        NumericalError: a scale that float16 can't hold, or a group that has its zero point at the lowest code and also
-            uses the highest.
-    """
-    rows, columns = weight.codes_OI.shape
-    if rows % 32 or columns % 32:
-        raise UnsupportedRecipe(
-            f"gptq: a weight of {rows} x {columns} can't be packed, 32 must divide both; ignore that layer, or choose "
-            "format: compressed-tensors"
-        )
-    scale_GO = weight.scale_OG.t().to(torch.float16).contiguous()
-    if not scale_GO.isfinite().all():
-        raise NumericalError(f"gptq: a scale of {weight.scale_OG.abs().max().item()} is too large for float16")
-    codes_OI, zero_OG = _unsigned(weight)
-    return {
-        "qweight": pack_gptq(codes_OI.t(), weight.bits, 0),
-        "qzeros": pack_gptq(zero_OG.t() - 1, weight.bits, 1),
-        "scales": scale_GO,
-        "g_idx": torch.arange(columns, dtype=torch.int32) // (columns // scale_GO.shape[0]),
-    }
+    def encode(self, weight: CodedWeight, scheme: LinearScheme) -> dict[str, Tensor]:
+        """Return the stored tensors by their names within the module.
+
+        ``qweight`` int32 (I * bits / 32, O); ``qzeros`` int32 (G, O * bits / 32); ``scales`` float16 (G, O); ``g_idx``
+        int32 (I,), in order of the columns.
+
+        Raises:
+            UnsupportedRecipe: 32 doesn't divide O and I.
+            NumericalError: a scale that float16 can't hold, or, in the first version, a group that has its zero point
+                at the lowest code and also uses the highest.
+        """
+        assert isinstance(weight, IntWeight), "the recipe refuses other schemes"
+        rows, columns = weight.codes_OI.shape
+        if rows % 32 or columns % 32:
+            raise UnsupportedRecipe(
+                f"gptq: a weight of {rows} x {columns} can't be packed, 32 must divide both; ignore that layer, or "
+                "choose format: compressed-tensors"
+            )
+        scale_GO = weight.scale_OG.t().to(torch.float16).contiguous()
+        if not scale_GO.isfinite().all():
+            raise NumericalError(f"gptq: a scale of {weight.scale_OG.abs().max().item()} is too large for float16")
+        codes_OI, zero_OG = _unsigned(weight, self.offset)
+        return {
+            "qweight": pack_gptq(codes_OI.t(), weight.bits, 0),
+            "qzeros": pack_gptq(zero_OG.t() - self.offset, weight.bits, 1),
+            "scales": scale_GO,
+            "g_idx": torch.arange(columns, dtype=torch.int32) // (columns // scale_GO.shape[0]),
+        }
+
+    def decode(self, stored: Mapping[str, Tensor], bits: int) -> Tensor:
+        """Decode the tensors of one module to its weight (O, I), float16 as in gptqmodel's reference kernel.
+
+        Raises:
+            CheckpointError: more or fewer words than ``bits`` asks for.
+        """
+        group_I = stored["g_idx"].long()
+        check_words(stored["qweight"].shape[0], len(group_I), bits)
+        codes_IO = unpack_gptq(stored["qweight"], bits, 0)
+        zero_GO = unpack_gptq(stored["qzeros"], bits, 1) + self.offset
+        weight_IO = (codes_IO - zero_GO[group_I]).to(torch.float16) * stored["scales"][group_I]
+        return weight_IO.t().contiguous()
+
+    def quantization_config(
+        self, schemes: Mapping[str, LinearScheme], kept: Iterable[str], conv1d: Iterable[str] = ()
+    ) -> dict[str, Any]:
+        """Return the ``quantization_config`` of config.json.
+
+        All names are modules of the transformers model. ``schemes`` is what each quantized module got, fallbacks
+        included; ``kept`` are the Linear modules left as they are; ``conv1d`` are those of ``schemes`` that are Conv1D.
+
+        Raises:
+            UnsupportedRecipe: Conv1D modules, quantized experts, modules outside of the decoder layers or with schemes
+                of their own, a scheme that gptqmodel computes wrongly.
+        """
+        scheme = _common_scheme(schemes)
+        blocks = one_block("gptq", schemes, conv1d)
+        inside = sorted({name for name in kept if _block(name) == blocks})
+        return {
+            "bits": scheme.bits,
+            "block_name_to_quantize": blocks,
+            "checkpoint_format": self.name,
+            "desc_act": False,
+            "group_size": scheme.group_size or -1,
+            "lm_head": False,
+            "quant_method": "gptq",
+            "sym": scheme.symmetric,
+            **(_exceptions(sorted(schemes), inside) if inside else {}),
+        }
 
 
-def decode(stored: Mapping[str, Tensor], bits: int) -> Tensor:
-    """Decode the tensors of one module to its weight (O, I), float16 as in gptqmodel's reference kernel.
-
-    Raises:
-        CheckpointError: more or fewer words than ``bits`` asks for.
-    """
-    group_I = stored["g_idx"].long()
-    check_words(stored["qweight"].shape[0], len(group_I), bits)
-    codes_IO = unpack_gptq(stored["qweight"], bits, 0)
-    zero_GO = unpack_gptq(stored["qzeros"], bits, 1) + 1
-    weight_IO = (codes_IO - zero_GO[group_I]).to(torch.float16) * stored["scales"][group_I]
-    return weight_IO.t().contiguous()
+V1 = Version("gptq", 1)
+V2 = Version("gptq_v2", 0)
 
 
 def header(stored: Mapping[str, Header]) -> Header:
-    """Return shape and dtype of what :func:`decode` gives."""
+    """Return shape and dtype of what decoding gives."""
     return Header((stored["qweight"].shape[1], stored["g_idx"].shape[0]), torch.float16)
 
 
-def declared_bits(config: Mapping[str, Any]) -> int:
-    """Return the bit width that config.json's ``quantization_config`` declares.
+def declared(config: Mapping[str, Any]) -> tuple[Version, int]:
+    """Return the version and the bit width that config.json's ``quantization_config`` declares.
 
     Raises:
         UnsupportedRecipe: another version of the format.
     """
-    version = config.get("checkpoint_format") or config.get("format") or "gptq"
-    if version != "gptq":
-        raise UnsupportedRecipe(f"gptq: checkpoint_format {version!r} can't be decoded; only 'gptq' is known")
-    return int(config["bits"])
+    said = config.get("checkpoint_format") or config.get("format") or "gptq"
+    known = {version.name: version for version in (V1, V2)}
+    if said not in known:
+        raise UnsupportedRecipe(
+            f"gptq: checkpoint_format {said!r} can't be decoded; known are {', '.join(known)}: quantize again to one"
+        )
+    return known[said], int(config["bits"])
 
 
-def quantization_config(
-    schemes: Mapping[str, IntScheme], kept: Iterable[str], conv1d: Iterable[str] = ()
-) -> dict[str, Any]:
-    """Return the ``quantization_config`` of config.json.
-
-    All names are modules of the transformers model. ``schemes`` is what each quantized module got, fallbacks included;
-    ``kept`` are the Linear modules left as they are; ``conv1d`` are those of ``schemes`` that are Conv1D.
+def one_block(fmt: str, schemes: Mapping[str, LinearScheme], conv1d: Iterable[str]) -> str:
+    """The list of layers in which all quantized modules lie; ``gptq`` and ``awq`` know no others.
 
     Raises:
-        UnsupportedRecipe: Conv1D modules, quantized experts, modules outside of the decoder layers or with schemes of
-            their own, a scheme that gptqmodel computes wrongly.
+        UnsupportedRecipe: modules outside of it, Conv1D modules, or experts.
     """
-    scheme = _common_scheme(schemes)
-    _refuse(sorted(conv1d), "are Conv1D, which transformers doesn't load in this format", "choose method: bitsandbytes")
     _refuse(
+        fmt,
+        sorted(conv1d),
+        "are Conv1D, which transformers doesn't load in this format",
+        "choose method: bitsandbytes",
+    )
+    _refuse(
+        fmt,
         [name for name in schemes if EXPERT.search(name)],
         "are experts, which transformers loads wrongly in this format",
         "ignore them ('*.experts.*'), or choose format: compressed-tensors",
     )
     blocks = Counter(_block(name) for name in schemes).most_common(1)[0][0]
     _refuse(
+        fmt,
         [name for name in schemes if _block(name) != blocks],
         f"are outside of the decoder layers {blocks!r}, where nothing may be quantized in this format",
         "ignore them, or choose format: compressed-tensors",
     )
-    inside = sorted({name for name in kept if _block(name) == blocks})
-    return {
-        "bits": scheme.bits,
-        "block_name_to_quantize": blocks,
-        "checkpoint_format": "gptq",
-        "desc_act": False,
-        "group_size": scheme.group_size or -1,
-        "lm_head": False,
-        "quant_method": "gptq",
-        "sym": scheme.symmetric,
-        **(_exceptions(sorted(schemes), inside) if inside else {}),
-    }
+    return blocks
+
+
+def one_scheme(fmt: str, schemes: Mapping[str, LinearScheme]) -> IntScheme:
+    """The scheme that all modules have.
+
+    Raises:
+        UnsupportedRecipe: some have another.
+    """
+    scheme = Counter(schemes.values()).most_common(1)[0][0]
+    assert isinstance(scheme, IntScheme), "the recipe refuses other schemes"
+    _refuse(
+        fmt,
+        [name for name, own in schemes.items() if own != scheme],
+        f"deviate from the group size {scheme.group_size} of the others, and this format has one for all",
+        "choose indivisible: keep, or format: compressed-tensors",
+    )
+    return scheme
 
 
 def _exceptions(quantized: list[str], kept: list[str]) -> dict[str, Any]:
@@ -134,13 +183,8 @@ def _exceptions(quantized: list[str], kept: list[str]) -> dict[str, Any]:
     }
 
 
-def _common_scheme(schemes: Mapping[str, IntScheme]) -> IntScheme:
-    scheme = Counter(schemes.values()).most_common(1)[0][0]
-    _refuse(
-        [name for name, own in schemes.items() if own != scheme],
-        f"deviate from the group size {scheme.group_size} of the others, and this format has one for all",
-        "choose indivisible: keep, or format: compressed-tensors",
-    )
+def _common_scheme(schemes: Mapping[str, LinearScheme]) -> IntScheme:
+    scheme = one_scheme("gptq", schemes)
     if scheme.group_size not in (None, *GROUP_SIZES):
         raise UnsupportedRecipe(
             f"gptq: group_size {scheme.group_size} is read by no kernel; choose one of {GROUP_SIZES} or null, or "
@@ -159,27 +203,27 @@ def _block(module: str) -> str:
     return re.split(r"\.\d+\.", module, maxsplit=1)[0]
 
 
-def _unsigned(weight: IntWeight) -> tuple[Tensor, Tensor]:
-    """Codes (O, I) in [0, 2^bits - 1] and zero points (O, G) in [1, 2^bits - 1], int32.
+def _unsigned(weight: IntWeight, lowest_zero: int) -> tuple[Tensor, Tensor]:
+    """Codes (O, I) in [0, 2^bits - 1] and zero points (O, G) in [lowest_zero, 2^bits - 1], int32.
 
-    A zero point of 0 would be stored as -1, and readers differ in what they make of that: such groups move up by one
-    code, if the highest is free.
+    A zero point of 0 would be stored as -1 by the first version, and readers differ in what they make of that: such
+    groups move up by one code, if the highest is free.
     """
     middle = 1 << (weight.bits - 1)
     codes_OI = weight.codes_OI.int() + middle
     if weight.zero_OG is None:
         return codes_OI, torch.full_like(weight.scale_OG, middle, dtype=torch.int32)
     zero_OG = weight.zero_OG.int() + middle
-    lift_OG = (zero_OG == 0).int()
+    lift_OG = (zero_OG < lowest_zero).int()
     codes_OI = codes_OI + lift_OG.repeat_interleave(codes_OI.shape[1] // lift_OG.shape[1], dim=1)
     if codes_OI.max() >= 2 * middle:
         raise NumericalError(
             f"gptq: {int(lift_OG.sum())} groups without negative weights need the zero point 0, which can't be stored; "
-            "choose symmetric: true"
+            "choose symmetric: true, or format: gptq-v2"
         )
     return codes_OI, zero_OG + lift_OG
 
 
-def _refuse(modules: list[str], why: str, remedy: str) -> None:
+def _refuse(fmt: str, modules: list[str], why: str, remedy: str) -> None:
     if modules:
-        raise UnsupportedRecipe(f"gptq: {some(modules)} {why}; {remedy}")
+        raise UnsupportedRecipe(f"{fmt}: {some(modules)} {why}; {remedy}")

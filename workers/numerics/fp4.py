@@ -1,20 +1,126 @@
-"""E2M1 with small groups: MXFP4 (OCP Microscaling 1.0) and NVFP4.
+"""E2M1 with small groups: MXFP4 (OCP Microscaling Formats 1.0, sections 5.3.3 and 6.3) and NVFP4.
 
-O output features, I input features, G groups of input columns.
+O output features, I input features, G groups of input columns, g group size (G * g = I).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 # What the codes 0 to 7 stand for; 8 to 15 are the same with the sign.
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+LARGEST = VALUES[-1]
+LARGEST_E4M3 = 448.0
+MXFP4_GROUP, NVFP4_GROUP = 32, 16
+BIAS = 127
+EXPONENT = 0x7F800000  # its bits in a float32
+ROWS_AT_A_TIME = 64  # keeps the search's temporaries in the cache
+# Scales tried, in steps from where the search starts; the first wins ties. More of them found nothing better.
+MXFP4_STEPS = (0, 1)
+NVFP4_STEPS = (0, -2, -1, 1, 2, 3, 4, 5, 6)
+
+
+def mxfp4(w_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [O, I] and exponents uint8 [O, I / 32] with a bias of 127.
+
+    A group has the standard's exponent, floor(log2(largest)) - 2, which may clip what is largest, or the next one,
+    which never does: the one with the least squared error. A group of zeros has the exponent 0.
+    """
+
+    def piece(w_RI: Tensor) -> tuple[Tensor, Tensor]:
+        groups_RGg = w_RI.float().view(len(w_RI), -1, MXFP4_GROUP)
+        _, exponent = torch.frexp(groups_RGg.abs().amax(-1))  # the largest is in [2^(exponent - 1), 2^exponent)
+        start = torch.where(groups_RGg.any(-1), exponent - 3 + BIAS, 0)
+        trials = [(start + step).clamp(0, 254) for step in MXFP4_STEPS]
+        return _best(groups_RGg, trials, lambda bits: torch.exp2(bits.float() - BIAS))
+
+    return _by_rows(w_OI, piece)
+
+
+def nvfp4(w_OI: Tensor, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 [O, I], scales float8_e4m3fn [O, I / 16] and the global scale float32 [1] that divides them.
+
+    ``global_scale``: one that other weights have too (vLLM fuses q, k, v and gate, up, and wants one for all of them);
+    None: this weight's own. A group has, of the E4M3 scales around largest / 6, the one with the least squared error.
+    """
+    divisor = nvfp4_global_scale(w_OI.abs().amax()) if global_scale is None else global_scale.float().reshape(1)
+
+    def piece(w_RI: Tensor) -> tuple[Tensor, Tensor]:
+        groups_RGg = w_RI.float().view(len(w_RI), -1, NVFP4_GROUP)
+        wanted = (groups_RGg.abs().amax(-1) / LARGEST * divisor).clamp(max=LARGEST_E4M3)
+        # The bits of positive E4M3 count upwards from 0, which can't be divided by, to 126; 127 is NaN.
+        start = wanted.to(torch.float8_e4m3fn).view(torch.uint8).int()
+        trials = [(start + step).clamp(1, 126) for step in NVFP4_STEPS]
+        return _best(groups_RGg, trials, lambda bits: _e4m3(bits).float() / divisor)
+
+    codes_OI, bits_OG = _by_rows(w_OI, piece)
+    return codes_OI, bits_OG.view(torch.float8_e4m3fn), divisor
+
+
+def nvfp4_global_scale(abs_max: Tensor) -> Tensor:
+    """448 * 6 / ``abs_max``: takes a tensor's largest magnitude to the largest code and scale. Float32 [1]."""
+    scale = LARGEST_E4M3 * LARGEST / abs_max.float().reshape(1)
+    return torch.where(scale.isfinite(), scale, 1.0)
+
+
+def encode(x: Tensor) -> Tensor:
+    """The nearest codes, uint8, ties to the even one; beyond 6 it is 6. A zero keeps its sign."""
+    m = _nearest_(x.to(torch.float32, copy=True)).abs_()
+    codes = torch.where(m < 2, 2 * m, torch.where(m < 4, m + 2, m / 2 + 4))
+    return codes.to(torch.uint8) | (torch.signbit(x).to(torch.uint8) << 3)
 
 
 def dequantize(codes_OI: Tensor, scale_OG: Tensor, global_scale: Tensor | None) -> Tensor:
     """The weights that codes stand for, float32 [O, I]; as ``codes.Float4Weight`` has them."""
     values = torch.tensor(VALUES + tuple(-value for value in VALUES), device=codes_OI.device)
-    scale = torch.exp2(scale_OG.float() - 127) if global_scale is None else scale_OG.float() / global_scale
-    groups = values[codes_OI.long()].unflatten(-1, (scale.shape[-1], -1))
-    return (groups * scale.unsqueeze(-1)).flatten(-2)
+    scale = torch.exp2(scale_OG.float() - BIAS) if global_scale is None else scale_OG.float() / global_scale
+    groups_OGg = values[codes_OI.long()].view(*scale.shape, -1)
+    return (groups_OGg * scale.unsqueeze(-1)).flatten(-2)
+
+
+def pack(codes_OI: Tensor) -> Tensor:
+    """Two codes a byte, the first in the low half: uint8 [O, I / 2]."""
+    return codes_OI[..., 0::2] | (codes_OI[..., 1::2] << 4)
+
+
+def unpack(pairs: Tensor) -> Tensor:
+    """Inverse of ``pack``: uint8 [O, I]."""
+    return torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2)
+
+
+def _nearest_(x: Tensor) -> Tensor:
+    """Turn float32 ``x`` into the nearest E2M1 numbers.
+
+    Even codes are even multiples of the step between neighbours, so that half to even is a tie to the even code.
+    """
+    step = x.abs().clamp_(1, 4)
+    step.view(torch.int32).bitwise_and_(EXPONENT)
+    step.mul_(0.5)
+    return x.div_(step).round_().mul_(step).clamp_(-LARGEST, LARGEST)
+
+
+def _e4m3(bits: Tensor) -> Tensor:
+    return bits.to(torch.uint8).view(torch.float8_e4m3fn)
+
+
+def _by_rows(w_OI: Tensor, piece: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    found = [piece(w_RI) for w_RI in torch.split(w_OI.contiguous(), ROWS_AT_A_TIME)]
+    return torch.cat([codes for codes, _ in found]), torch.cat([bits for _, bits in found])
+
+
+def _best(groups_OGg: Tensor, trials_OG: list[Tensor], scale_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Of scales given by their bits, each group's with the least squared error: codes [O, I] and bits [O, G], uint8."""
+    best = trials_OG[0]
+    least = torch.full(best.shape, torch.inf, device=best.device)
+    scratch = torch.empty_like(groups_OGg)
+    for trial in trials_OG:
+        scale = scale_of(trial).unsqueeze(-1)
+        torch.div(groups_OGg, scale, out=scratch)
+        error = _nearest_(scratch).mul_(scale).sub_(groups_OGg).square_().sum(-1)
+        better = error < least
+        best, least = torch.where(better, trial, best), torch.where(better, error, least)
+    codes_OI = encode(groups_OGg / scale_of(best).unsqueeze(-1)).flatten(-2)
+    return codes_OI, best.to(torch.uint8)

@@ -27,55 +27,50 @@ class NotPositiveDefinite(ArithmeticError):
 
 
 @dataclass(frozen=True)
-class Solution:
-    """What was found.
+class Factor:
+    """What a solution needs of H alone: for all weights with these inputs.
 
+    ``mixing_BII[j, k]`` is R_kj / R_jj, float32, in the order of the columns ``order_BI`` (int64; None: as they are).
     ``damping_B`` is the share of its mean diagonal that each H was damped with: larger than asked for where the
     Cholesky factorization failed. ``dead`` counts columns that no token ever touched; they are rounded to nearest.
     """
 
-    codes_BOI: Tensor
+    mixing_BII: Tensor
+    order_BI: Tensor | None
     damping_B: tuple[float, ...]
     dead: int
 
-    @property
-    def damping(self) -> float:
-        """The largest of ``damping_B``."""
-        return max(self.damping_B)
 
+def factorize(h_BII: Tensor, *, activation_order: bool, damping: float) -> Factor:
+    """Factorize H, float32: X^T X of the inputs, any positive multiple of it; of zeros if nothing ever came in.
 
-def solve(
-    w_BOI: Tensor,
-    h_BII: Tensor,
-    scale_BOG: Tensor,
-    zero_BOG: Tensor | None,
-    *,
-    bits: int,
-    activation_order: bool,
-    damping: float,
-) -> Solution:
-    """Codes (int8 [B, O, I]) for weights on given grids (``rounding``: scale and zero point of each group).
-
-    ``h_BII`` float32: X^T X of the inputs, any positive multiple of it. ``activation_order`` takes the columns in order
-    of falling diag(H); groups stay where they are (static groups), so no index is stored. An H that float32 can't
-    factorize is tried in float64, then with ten times the damping up to its mean diagonal; the others keep theirs.
+    ``activation_order`` takes the columns in order of falling diag(H); groups stay where they are (static groups), so
+    no index is stored. An H that float32 can't factorize is tried in float64, then with ten times the damping up to
+    its mean diagonal; the others keep theirs.
 
     Raises:
         NotPositiveDefinite: H holds NaN or Inf, or no damping helps it.
     """
     order_BI = _falling(h_BII) if activation_order else None
     factor_BII, dead, used = _factor(_permuted(h_BII, order_BI), damping)
-    wt_BIO = _rows(_transposed(w_BOI.float()), order_BI)
-    columns_BI = torch.arange(w_BOI.shape[-1]).expand(len(w_BOI), -1) if order_BI is None else order_BI
-    group_BI = columns_BI.to(w_BOI.device) // (w_BOI.shape[-1] // scale_BOG.shape[-1])
-    scales = _each(scale_BOG, group_BI)
-    zeros = None if zero_BOG is None else _each(zero_BOG, group_BI)
+    mixing_BII = (factor_BII / factor_BII.diagonal(dim1=-2, dim2=-1)[..., None, :]).mT
+    return Factor(mixing_BII, order_BI, used, dead)
+
+
+def solve(w_BOI: Tensor, factor: Factor, scale_BOG: Tensor, zero_BOG: Tensor | None, *, bits: int) -> Tensor:
+    """Codes, int8 [B, O, I], for weights on given grids (``rounding``: scale and zero point of each group)."""
+    order_BI, width = factor.order_BI, w_BOI.shape[-1]
+    wt_BIO = _rows(transposed(w_BOI.float()), order_BI)
+    columns_BI = torch.arange(width).expand(len(w_BOI), -1) if order_BI is None else order_BI
+    group_BI = columns_BI.to(w_BOI.device) // (width // scale_BOG.shape[-1])
+    scales = each_column(scale_BOG, group_BI)
+    zeros = None if zero_BOG is None else each_column(zero_BOG, group_BI)
     if len(wt_BIO) == 1:
-        codes_BIO = _round_columns(wt_BIO[0], factor_BII[0], scales, zeros, *code_range(bits))[None]
+        codes_BIO = _round_columns(wt_BIO[0], factor.mixing_BII[0], scales, zeros, *code_range(bits))[None]
     else:
-        codes_BIO = _round_columns(wt_BIO, factor_BII, scales, zeros, *code_range(bits))
+        codes_BIO = _round_columns(wt_BIO, factor.mixing_BII, scales, zeros, *code_range(bits))
     restored_BIO = _rows(codes_BIO.to(torch.int8), None if order_BI is None else order_BI.argsort(1))
-    return Solution(_transposed(restored_BIO), used, dead)
+    return transposed(restored_BIO)
 
 
 def _falling(h_BII: Tensor) -> Tensor:
@@ -89,7 +84,7 @@ def _permuted(h_BII: Tensor, order_BI: Tensor | None) -> Tensor:
     return _stacked([h_II.index_select(0, order_I).index_select(1, order_I) for h_II, order_I in pairs])
 
 
-def _transposed(tensor_BXY: Tensor, tile: int = 64) -> Tensor:
+def transposed(tensor_BXY: Tensor, tile: int = 64) -> Tensor:
     """[B, Y, X], contiguous; by tiles that stay in the cache, which takes a third of the time of a plain copy."""
     batch, height, width = tensor_BXY.shape
     made = tensor_BXY.new_empty(batch, width, height)
@@ -110,7 +105,7 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
 
 
-def _each(params_BOG: Tensor, group_BI: Tensor) -> Sequence[Tensor]:
+def each_column(params_BOG: Tensor, group_BI: Tensor) -> Sequence[Tensor]:
     """The parameters of each column, float32 [B, O], or [O] for one problem alone, without a copy for each column."""
     params_BGO = params_BOG.float().transpose(1, 2).contiguous()
     if len(params_BGO) == 1:
@@ -125,8 +120,11 @@ def _columns(tensor_BIO: Tensor) -> tuple[Tensor, ...]:
 
 
 def _factor(h_BII: Tensor, damping: float) -> tuple[Tensor, int, tuple[float, ...]]:
-    """R of each H, the number of dead columns, and the damping that each H needed."""
-    lower_BII, whole_B = cholesky(_damped_in_reverse(h_BII, damping))
+    """R of each H, the number of dead columns, and the damping that each H needed.
+
+    R is the lower factor of H with its rows and columns in reverse, reversed again.
+    """
+    lower_BII, whole_B = cholesky(damped(h_BII.flip(1, 2), damping))
     used = [damping] * len(h_BII)
     for index in (~whole_B).nonzero().flatten().tolist():
         lower_BII[index], used[index] = _factor_again(h_BII[index : index + 1].double(), damping, index)
@@ -140,7 +138,7 @@ def _factor_again(h_1II: Tensor, damping: float, index: int) -> tuple[Tensor, fl
         raise NotPositiveDefinite(f"H of problem {index} holds NaN or Inf")
     used = damping
     while True:
-        lower_1II, whole_1 = cholesky(_damped_in_reverse(h_1II, used))
+        lower_1II, whole_1 = cholesky(damped(h_1II.flip(1, 2), used))
         if bool(whole_1):
             return lower_1II[0], used
         if used >= LARGEST_DAMPING:
@@ -150,15 +148,15 @@ def _factor_again(h_1II: Tensor, damping: float, index: int) -> tuple[Tensor, fl
         used = min(max(used * 10, SMALLEST_RAISED), LARGEST_DAMPING)
 
 
-def _damped_in_reverse(h_BII: Tensor, damping: float) -> Tensor:
-    """A copy, damped, rows and columns in reverse: R is the lower factor of that, reversed again."""
-    damped_BII = h_BII.flip(1, 2)
-    diagonal_BI = damped_BII.diagonal(dim1=1, dim2=2)
+def damped(h_BII: Tensor, damping: float) -> Tensor:
+    """A copy of H, float as given, with ``damping`` times its mean diagonal added to its diagonal; never singular."""
+    made_BII = h_BII.clone()
+    diagonal_BI = made_BII.diagonal(dim1=1, dim2=2)
     mean_B1 = h_BII.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp(min=1e-30)
     # A dead column has no products with the others: any diagonal leaves it alone.
     diagonal_BI += torch.where(diagonal_BI == 0, mean_B1, 0)
     diagonal_BI += damping * mean_B1
-    return damped_BII
+    return made_BII
 
 
 def cholesky(h_BII: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
@@ -184,33 +182,55 @@ def cholesky(h_BII: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
 
 
 def _round_columns(
-    wt_BIO: Tensor, factor_BII: Tensor, scales: Sequence[Tensor], zeros: Sequence[Tensor] | None, low: int, high: int
+    wt_BIO: Tensor, mixing_BII: Tensor, scales: Sequence[Tensor], zeros: Sequence[Tensor] | None, low: int, high: int
 ) -> Tensor:
     """Codes [B, I, O] as floats; scales and zeros are [B, O] for each column.
 
     One problem alone may come without B: its small operations then take two thirds of the time.
     """
+    errors_BIO = torch.zeros_like(wt_BIO)
+    return sweep_columns(wt_BIO, mixing_BII, errors_BIO, scales, zeros, low, high, lower=True)
+
+
+def sweep_columns(
+    wt_BIO: Tensor,
+    mixing_BII: Tensor,
+    error_BIO: Tensor,
+    scales: Sequence[Tensor],
+    zeros: Sequence[Tensor] | None,
+    low: int,
+    high: int,
+    *,
+    lower: bool,
+) -> Tensor:
+    """Round column after column to the code nearest to ``w_j + sum_k mixing[j, k] e_k``; codes [B, I, O] as floats.
+
+    ``error_BIO`` is e, what the codes so far leave of the weights; each column's is replaced as soon as it is rounded.
+    ``mixing_BII`` has a diagonal of zeros; ``lower``: nothing above the diagonal is read. One problem alone may come
+    without B.
+    """
     width = wt_BIO.shape[-2]
-    # mixing[j, k] = R_kj / R_jj: row j says what of the earlier errors goes into column j.
-    mixing_BII = (factor_BII / factor_BII.diagonal(dim1=-2, dim2=-1)[..., None, :]).mT
     target_BIO = wt_BIO.clone()
-    error_BIO = torch.empty_like(wt_BIO)
     codes_BIO = torch.empty_like(wt_BIO)
     targets, errors, codes, weights = map(_columns, (target_BIO, error_BIO, codes_BIO, wt_BIO))
+
+    def add(rows: tuple[int, int], inside: tuple[int, int]) -> None:
+        """Add to the targets of ``rows`` what comes from the columns ``inside``, without those of ``rows`` itself."""
+        first, last = rows
+        parts = ((inside[0], first),) if lower else ((inside[0], first), (last, inside[1]))
+        for start, stop in parts:
+            if start < stop:
+                target = target_BIO[..., first:last, :]
+                _add_product(target, mixing_BII[..., first:last, start:stop], error_BIO[..., start:stop, :])
+
     for start in range(0, width, OUTER):
-        stop = min(start + OUTER, width)
-        block_BKO = target_BIO[..., start:stop, :]
-        if start:
-            _add_product(block_BKO, mixing_BII[..., start:stop, :start], error_BIO[..., :start, :])
-        for first in range(start, stop, INNER):
-            last = min(first + INNER, stop)
-            if first > start:
-                ahead = target_BIO[..., first:last, :]
-                _add_product(ahead, mixing_BII[..., first:last, start:first], error_BIO[..., start:first, :])
-            for j in range(first, last):
-                if j > first:
-                    column = target_BIO[..., j : j + 1, :]
-                    _add_product(column, mixing_BII[..., j : j + 1, first:j], error_BIO[..., first:j, :])
+        block = (start, min(start + OUTER, width))
+        add(block, (0, width))
+        for first in range(*block, INNER):
+            inner = (first, min(first + INNER, block[1]))
+            add(inner, block)
+            for j in range(*inner):
+                add((j, j + 1), inner)
                 code = torch.div(targets[j], scales[j], out=codes[j])
                 if zeros is None:
                     code.round_().clamp_(low, high)

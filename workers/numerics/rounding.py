@@ -32,7 +32,7 @@ def minmax_params(
     ``group_size`` None: one group for each row. A group of zeros gets a scale that keeps it exactly zero.
     """
     groups = _grouped(w_OI.float(), group_size)
-    return _params(groups.amin(-1), groups.amax(-1), bits, symmetric, scale_dtype)
+    return range_params(groups.amin(-1), groups.amax(-1), bits, symmetric=symmetric, scale_dtype=scale_dtype)
 
 
 def mse_params(
@@ -66,19 +66,31 @@ def mse_params(
 
 def quantize(w_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, bits: int) -> Tensor:
     """The nearest codes, int8 [..., O, I]."""
+    groups = _grouped(w_OI.float(), w_OI.shape[-1] // scale_OG.shape[-1])
+    return quantize_groups(groups, scale_OG, zero_OG, bits).flatten(-2)
+
+
+def quantize_groups(groups: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    """The nearest codes, int8 [..., g], of groups float32 [..., g] with scales and zero points [...]."""
     low, high = code_range(bits)
-    groups = _grouped(w_OI.float(), w_OI.shape[-1] // scale_OG.shape[-1]) / scale_OG.float().unsqueeze(-1)
-    if zero_OG is not None:
-        groups = groups + zero_OG.unsqueeze(-1)
-    return groups.round_().clamp_(low, high).to(torch.int8).flatten(-2)
+    steps = groups / scale.float().unsqueeze(-1)
+    if zero is not None:
+        steps = steps + zero.unsqueeze(-1)
+    return steps.round_().clamp_(low, high).to(torch.int8)
 
 
 def dequantize(codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor | None) -> Tensor:
     """The weights that codes stand for, float32 [..., O, I]."""
-    groups = _grouped(codes_OI.float(), codes_OI.shape[-1] // scale_OG.shape[-1])
-    if zero_OG is not None:
-        groups = groups - zero_OG.unsqueeze(-1)
-    return (groups * scale_OG.float().unsqueeze(-1)).flatten(-2)
+    groups = _grouped(codes_OI, codes_OI.shape[-1] // scale_OG.shape[-1])
+    return dequantize_groups(groups, scale_OG, zero_OG).flatten(-2)
+
+
+def dequantize_groups(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """The weights that codes [..., g] of groups stand for, float32."""
+    steps = codes.float()
+    if zero is not None:
+        steps = steps - zero.unsqueeze(-1)
+    return steps * scale.float().unsqueeze(-1)
 
 
 def _grouped(w_OI: Tensor, group_size: int | None) -> Tensor:
@@ -88,9 +100,10 @@ def _grouped(w_OI: Tensor, group_size: int | None) -> Tensor:
     return w_OI.reshape(*w_OI.shape[:-1], width // size, size)
 
 
-def _params(
-    low: Tensor, high: Tensor, bits: int, symmetric: bool, scale_dtype: torch.dtype
+def range_params(
+    low: Tensor, high: Tensor, bits: int, *, symmetric: bool, scale_dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point (int8, None if symmetric) of grids over the ranges from ``low`` to ``high``, float [...]."""
     code_low, code_high = code_range(bits)
     low, high = low.clamp(max=0), high.clamp(min=0)
     span = 2 * torch.maximum(-low, high) if symmetric else high - low
@@ -110,7 +123,7 @@ def _search(
     scratch = torch.empty_like(groups_OGg)
 
     def error_of(factor: Tensor | float) -> Tensor:
-        scale, zero = _params(low * factor, high * factor, bits, symmetric, scale_dtype)
+        scale, zero = range_params(low * factor, high * factor, bits, symmetric=symmetric, scale_dtype=scale_dtype)
         return _error(groups_OGg, weights_OGg, scale, zero, bits, scratch)
 
     best = torch.full_like(low, COARSE[0])
@@ -128,7 +141,7 @@ def _search(
         around: Sequence[Tensor] = (best - step, best + step)
         for trial in around:
             best, least = _keep_better(best, least, trial, error_of(trial))
-    return _params(low * best, high * best, bits, symmetric, scale_dtype)
+    return range_params(low * best, high * best, bits, symmetric=symmetric, scale_dtype=scale_dtype)
 
 
 def _keep_better(best: Tensor, least: Tensor, trial: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:

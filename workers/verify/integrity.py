@@ -11,6 +11,7 @@ import torch
 from workers.checkpoint import Source, companion_files
 from workers.content import file_sha256
 from workers.formats.decoded import Decoded
+from workers.formats.folded import Folded
 from workers.numerics.divergence import sqnr_db
 
 NAMED = 3  # of many, in a message
@@ -29,10 +30,10 @@ class Findings:
         return tuple(sorted(self.sqnr.items(), key=lambda item: item[1])[:3])
 
 
-def inspect(source: Source, artifact: Source | Decoded, folder: Path, intended: frozenset[str]) -> Findings:
-    """Compare an artifact with its source; ``intended`` names the modules that are to be quantized.
+def inspect(source: Folded, artifact: Source | Decoded, folder: Path, intended: frozenset[str]) -> Findings:
+    """Compare an artifact with its source, under the scales that were folded into it.
 
-    Every tensor of both is read once.
+    ``intended`` names the modules that are to be quantized. Every tensor of both is read once.
     """
     quantized = artifact.quantized if isinstance(artifact, Decoded) else frozenset[str]()
     problems = [
@@ -54,7 +55,7 @@ def inspect(source: Source, artifact: Source | Decoded, folder: Path, intended: 
 
 
 def _compare(
-    source: Source, artifact: Source | Decoded, key: str, quantized: bool, problems: list[str]
+    source: Folded, artifact: Source | Decoded, key: str, quantized: bool, problems: list[str]
 ) -> float | None:
     """SQNR of a quantized weight; None for a tensor that has to be the source's own."""
     want, got = source.headers[key].shape, artifact.headers[key].shape

@@ -19,6 +19,7 @@ from workers.content import file_sha256, write_text
 from workers.environment import versions
 from workers.errors import CheckpointError, NumericalError, UserError
 from workers.formats.decoded import Decoded, open_decoded
+from workers.formats.folded import Folded
 from workers.forward import Head, stream
 from workers.job import (
     MANIFEST,
@@ -35,11 +36,12 @@ from workers.job import (
     artifact_folder,
 )
 from workers.loading import StreamedModel
-from workers.makers import record_path
-from workers.methods import integers
+from workers.makers import folds_folder, record_path
+from workers.methods.schemes import schemes_of
 from workers.quantize import checkpoint_dtype, compute_device
 from workers.recipes import BitsAndBytesRecipe, Recipe
 from workers.verify import fidelity, gates, integrity, runtime
+from workers.verify.activations import rounded_inputs
 
 RUNTIME_SEQUENCES, RUNTIME_TOKENS = 2, 128
 
@@ -95,7 +97,7 @@ def intended_modules(recipe: Recipe, streamed: StreamedModel) -> frozenset[str]:
 
         converted = bitsandbytes.plan(streamed.model, recipe).converted
         return frozenset(w.module for w in streamed.weights if w.input[0].removesuffix(".weight") in converted)
-    schemes = integers.schemes_of(recipe, streamed.weights)
+    schemes = schemes_of(recipe, streamed.weights)
     return frozenset(weight.module for weight in streamed.weights if weight.key in schemes)
 
 
@@ -125,8 +127,12 @@ class _Verification:
 
     def _examine(self, artifact: Source | Decoded) -> Verdict:
         intended = intended_modules(self._order.recipe, self._reference)
-        found = integrity.inspect(self._source, artifact, self._place, intended)
-        hidden = stream(ours := self._streamed(self._place, artifact), reference.micro_batches(self._tokens))
+        transposed = frozenset(weight.key for weight in self._reference.weights if weight.transposed)
+        meant = Folded(self._source, folds_folder(self._place), transposed)
+        found = integrity.inspect(meant, artifact, self._place, intended)
+        ours = self._streamed(self._place, artifact)
+        with rounded_inputs(ours, artifact):
+            hidden = stream(ours, reference.micro_batches(self._tokens))
         metrics = self._metrics(Head(ours), hidden)
         answer, problems = self._runtime(Head(ours), hidden)
         return gates.judge(found.problems, metrics, answer, problems, self._order.thresholds, found.worst)

@@ -1,0 +1,120 @@
+"""The awq format (AutoAWQ's GEMM version), as transformers, gptqmodel and vLLM read it.
+
+Shapes: O output features, I input features, G groups of input columns. Codes are unsigned, and stored inputs first,
+eight outputs to a word in the order 0, 2, 4, 6, 1, 3, 5, 7. Specification: ``gptqmodel.quantization.awq`` (7.6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.checkpoint import Header
+from workers.codes import CodedWeight, IntWeight
+from workers.errors import NumericalError, UnsupportedRecipe
+from workers.formats.gptq import one_block, one_scheme
+from workers.numerics.packing import pack, unpack
+from workers.recipes import LinearScheme
+
+ANCHORS = ("qweight",)
+SUFFIXES = ("qweight", "qzeros", "scales")
+# What the kernels of gptqmodel 7.6 take.
+GROUP_SIZES = (16, 32, 64, 128)
+BITS = 4
+IN_WORD = 8
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def encode(weight: CodedWeight, scheme: LinearScheme) -> dict[str, Tensor]:
+    """Return the stored tensors by their names within the module.
+
+    ``qweight`` int32 (I, O / 8); ``qzeros`` int32 (G, O / 8); ``scales`` float16 (G, O).
+
+    Raises:
+        UnsupportedRecipe: 8 doesn't divide O.
+        NumericalError: a scale that float16 can't hold.
+    """
+    assert isinstance(weight, IntWeight), "the recipe refuses other schemes"
+    assert weight.zero_OG is not None, "the recipe refuses symmetric schemes"
+    rows = len(weight.codes_OI)
+    if rows % IN_WORD:
+        raise UnsupportedRecipe(
+            f"awq: a weight of {rows} outputs can't be packed, {IN_WORD} must divide them; ignore that layer, or "
+            "choose format: compressed-tensors"
+        )
+    scale_GO = weight.scale_OG.t().to(torch.float16).contiguous()
+    if not scale_GO.isfinite().all():
+        raise NumericalError(f"awq: a scale of {weight.scale_OG.abs().max().item()} is too large for float16")
+    middle = 1 << (BITS - 1)
+    return {
+        "qweight": _packed(weight.codes_OI.t().int() + middle),
+        "qzeros": _packed(weight.zero_OG.t().int() + middle),
+        "scales": scale_GO,
+    }
+
+
+def decode(stored: Mapping[str, Tensor]) -> Tensor:
+    """Decode the tensors of one module to its weight (O, I), float16 as in gptqmodel's reference kernel."""
+    codes_IO, zero_GO = _unpacked(stored["qweight"]), _unpacked(stored["qzeros"])
+    size = len(codes_IO) // len(zero_GO)
+    steps_GgO = torch.unflatten(codes_IO, 0, (-1, size)) - zero_GO[:, None]
+    weight_IO = (steps_GgO.to(torch.float16) * stored["scales"][:, None]).flatten(0, 1)
+    return weight_IO.t().contiguous()
+
+
+def header(stored: Mapping[str, Header]) -> Header:
+    """Return shape and dtype of what :func:`decode` gives."""
+    width, words = stored["qweight"].shape
+    return Header((words * IN_WORD, width), torch.float16)
+
+
+def check_declared(config: Mapping[str, Any]) -> None:
+    """Refuse a ``quantization_config`` of another version or width.
+
+    Raises:
+        UnsupportedRecipe: naming what it declares.
+    """
+    version, bits = str(config.get("version") or config.get("format") or "gemm").lower(), config.get("bits")
+    if version != "gemm" or bits != BITS:
+        raise UnsupportedRecipe(
+            f"awq: version {version!r} with {bits} bits can't be decoded; only 'gemm' with {BITS} bits is known"
+        )
+
+
+def quantization_config(
+    schemes: Mapping[str, LinearScheme], kept: Iterable[str], conv1d: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Return the ``quantization_config`` of config.json; arguments as ``formats.gptq``'s.
+
+    Raises:
+        UnsupportedRecipe: Conv1D modules, quantized experts, modules outside of the decoder layers or with schemes of
+            their own, a group size that no kernel reads.
+    """
+    scheme = one_scheme("awq", schemes)
+    one_block("awq", schemes, conv1d)
+    if scheme.group_size not in GROUP_SIZES:
+        raise UnsupportedRecipe(
+            f"awq: group_size {scheme.group_size} is read by no kernel; choose one of {GROUP_SIZES}, or format: "
+            "compressed-tensors"
+        )
+    return {
+        "bits": BITS,
+        "group_size": scheme.group_size,
+        "modules_to_not_convert": sorted(set(kept)),
+        "quant_method": "awq",
+        "version": "gemm",
+        "zero_point": True,
+    }
+
+
+def _packed(values_XO: Tensor) -> Tensor:
+    ordered = torch.unflatten(values_XO, 1, (-1, IN_WORD))[..., list(ORDER)].flatten(1)
+    return pack(ordered, BITS)
+
+
+def _unpacked(words_XW: Tensor) -> Tensor:
+    values = torch.unflatten(unpack(words_XW, BITS, words_XW.shape[1] * IN_WORD), 1, (-1, IN_WORD))
+    return values[..., [ORDER.index(place) for place in range(IN_WORD)]].flatten(1)

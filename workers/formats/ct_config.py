@@ -1,0 +1,241 @@
+"""compressed-tensors' part of config.json: the group of each module, written and read.
+
+Specification: ``compressed_tensors.quantization`` (0.20). What is refused is what transformers 5.23 loads wrongly.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from workers.errors import UnsupportedRecipe
+from workers.recipes import Float8Scheme, IntScheme, LinearScheme, MicroscalingScheme
+
+# A weight of one expert; transformers fuses them into one tensor for each layer while it loads.
+EXPERT = re.compile(r"\.experts\.\d+\.")
+MIXED = "mixed-precision"
+PACKED, INT, FLOAT, NAIVE = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"
+MXFP4, NVFP4 = "mxfp4-pack-quantized", "nvfp4-pack-quantized"
+Activations = Literal["none", "int8", "dynamic", "static"]
+
+_BYTE = {"symmetric": (True,), "strategy": ("tensor", "channel", "group")}
+# What is known of each stored form: the values that its config may have.
+_READABLE: dict[str, dict[str, Any]] = {
+    PACKED: {"type": ("int",), "num_bits": range(2, 9), "symmetric": (True,), "strategy": ("channel", "group")},
+    INT: {"type": ("int",), "num_bits": range(2, 9), **_BYTE},
+    FLOAT: {"type": ("float",), "num_bits": (8,), **_BYTE},
+    NAIVE: {"type": ("int", "float"), "num_bits": (8,), **_BYTE},
+    MXFP4: {"type": ("float",), "num_bits": (4,), "symmetric": (True,), "group_size": (32,)},
+    NVFP4: {"type": ("float",), "num_bits": (4,), "symmetric": (True,), "group_size": (16,)},
+}
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What config.json says of one module: ``kind`` is int or float, ``activations`` what its input is rounded to."""
+
+    form: str
+    kind: str
+    bits: int
+    activations: Activations
+
+
+def form_of(scheme: LinearScheme) -> str:
+    """How the library stores weights of a scheme."""
+    match scheme:
+        case IntScheme():
+            return INT if scheme.activations == "int8" else PACKED
+        case Float8Scheme():
+            return NAIVE if scheme.activations == "none" else FLOAT
+        case MicroscalingScheme():
+            return MXFP4 if scheme.type == "mxfp4" else NVFP4
+
+
+def quantization_config(
+    schemes: Mapping[str, LinearScheme], kept: Iterable[str], conv1d: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Return the ``quantization_config`` of config.json.
+
+    ``schemes`` is what each quantized module got, fallbacks included; ``kept`` are the Linear modules left as they are
+    (where a module and its checkpoint key differ in name, both names); ``conv1d`` are those of ``schemes`` that are
+    transformers' Conv1D.
+
+    Raises:
+        UnsupportedRecipe: Conv1D modules; experts that transformers loads wrongly.
+    """
+    kept = sorted(set(kept))
+    _refuse_conv1d(list(conv1d))
+    alike = {scheme: _stored_alike(scheme) for scheme in set(schemes.values())}
+    schemes = {name: alike[scheme] for name, scheme in schemes.items()}
+    experts = [name for name in schemes if EXPERT.search(name)]
+    # transformers 5.23 takes the first group for experts, and with dequantize=True for every other module too.
+    base = Counter(schemes[name] for name in experts or schemes).most_common(1)[0][0]
+    _refuse_unreadable_experts(experts, base)
+    _refuse_uneven_experts([name for name in experts if schemes[name] != base], experts, kept, base)
+    groups = [{"targets": ["Linear"], **_contents(base)}]
+    for scheme in dict.fromkeys(schemes.values()):
+        if scheme != base:
+            names = sorted(name for name, own in schemes.items() if own == scheme)
+            groups.append({"targets": names, **_contents(scheme)})
+    forms = {group["format"] for group in groups}
+    return {
+        "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
+        "format": forms.pop() if len(forms) == 1 else MIXED,
+        "global_compression_ratio": None,
+        "ignore": kept,
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "version": importlib.metadata.version("compressed-tensors"),
+    }
+
+
+class Declarations:
+    """What config.json's ``quantization_config`` says, by module."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        groups = [{"format": config.get("format"), **_without_none(g)} for g in config["config_groups"].values()]
+        targets = [(target, group) for group in groups if group.get("weights") for target in group["targets"]]
+        self._exact = dict(reversed(targets))
+        self._patterns = [(re.compile(target[3:]), group) for target, group in targets if target.startswith("re:")]
+
+    def of(self, module: str) -> Declared:
+        """What is said of one module: by its name, else by a pattern, else by its class, as the library looks for it.
+
+        Raises:
+            UnsupportedRecipe: no group targets it, or the group is of a kind that can't be decoded.
+        """
+        matched = (group for pattern, group in self._patterns if pattern.match(module))
+        group = self._exact.get(module) or next(matched, None) or self._exact.get("Linear")
+        if group is None:
+            raise UnsupportedRecipe(f"{module}: quantized, but no config group targets it, got {list(self._exact)[:5]}")
+        weights, form = group["weights"], group["format"]
+        wanted = _READABLE.get(form)
+        if wanted is None or any(weights.get(name) not in values for name, values in wanted.items()):
+            names = ("type", "num_bits", "symmetric", "strategy", "group_size")
+            got = {"format": form, **{name: weights.get(name) for name in names}}
+            raise UnsupportedRecipe(
+                f"{module}: can't decode {got}; known are "
+                f"symmetric weights as {', '.join(_READABLE)}, fp8 with scales for a tensor or channel"
+            )
+        return Declared(form, weights["type"], int(weights["num_bits"]), _activations(module, group))
+
+
+def _without_none(group: Any) -> dict[str, Any]:
+    """A group's settings; of one that is only a list of targets under a preset's name there are none."""
+    return {name: value for name, value in group.items() if value is not None} if isinstance(group, Mapping) else {}
+
+
+def _activations(module: str, group: Mapping[str, Any]) -> Activations:
+    given = group.get("input_activations")
+    if given is None:
+        return "none"
+    match given["type"], given["num_bits"], given.get("strategy"), bool(given.get("dynamic")):
+        case "int", 8, "token", True:
+            return "int8"
+        case "float", 8, "token", True:
+            return "dynamic"
+        case "float", 8, "tensor", False:
+            return "static"
+    raise UnsupportedRecipe(
+        f"{module}: its input is rounded to {dict(given)}; only 8 bits are known, with a scale for each token, or for "
+        "fp8 one static scale"
+    )
+
+
+def _stored_alike(scheme: LinearScheme) -> LinearScheme:
+    """One of all schemes that are stored in the same way."""
+    return scheme.model_copy(update={"indivisible": "refuse"}) if isinstance(scheme, IntScheme) else scheme
+
+
+def _contents(scheme: LinearScheme) -> dict[str, Any]:
+    """A config group without its targets."""
+    return {
+        "weights": {"symmetric": True, "dynamic": False, "observer": "minmax", **_weights(scheme)},
+        "input_activations": _inputs(scheme),
+        "output_activations": None,
+        "format": form_of(scheme),
+    }
+
+
+def _weights(scheme: LinearScheme) -> dict[str, Any]:
+    match scheme:
+        case IntScheme():
+            strategy = "group" if scheme.group_size else "channel"
+            return {"num_bits": scheme.bits, "type": "int", "strategy": strategy, "group_size": scheme.group_size}
+        case Float8Scheme():
+            return {"num_bits": 8, "type": "float", "strategy": scheme.scales, "group_size": None}
+        case MicroscalingScheme():
+            mxfp4 = scheme.type == "mxfp4"
+            return {
+                "num_bits": 4,
+                "type": "float",
+                "strategy": "group" if mxfp4 else "tensor_group",
+                "group_size": scheme.group_size,
+                "scale_dtype": "torch.uint8" if mxfp4 else "torch.float8_e4m3fn",
+            }
+
+
+def _inputs(scheme: LinearScheme) -> dict[str, Any] | None:
+    if isinstance(scheme, MicroscalingScheme) or scheme.activations == "none":
+        return None
+    static = scheme.activations == "static"
+    return {
+        "num_bits": 8,
+        "type": "int" if scheme.activations == "int8" else "float",
+        "symmetric": True,
+        "strategy": "tensor" if static else "token",
+        "group_size": None,
+        "dynamic": not static,
+        **({"observer": "minmax"} if static else {}),
+    }
+
+
+def _refuse_conv1d(modules: list[str]) -> None:
+    if modules:
+        raise UnsupportedRecipe(
+            f"compressed-tensors: {some(modules)} are Conv1D, which transformers doesn't load in this format; "
+            "choose method: bitsandbytes"
+        )
+
+
+def _refuse_unreadable_experts(experts: list[str], scheme: LinearScheme) -> None:
+    """What transformers 5.23 can't load for experts, though it does for other layers."""
+    if not experts:
+        return
+    match scheme:
+        case IntScheme(activations="int8"):
+            why = "transformers can't load experts with activations: int8 (torch.cat(): expected a non-empty list)"
+            remedy = "choose activations: none, for all or in an override of '*.experts.*'"
+        case Float8Scheme(activations="static"):
+            why = "transformers doesn't know the static scales of experts' inputs (unexpected keys)"
+            remedy = "choose activations: dynamic or none"
+        case MicroscalingScheme(type="nvfp4"):
+            why = "transformers drops the global scale of experts and computes with wrong weights, without an error"
+            remedy = "choose type: mxfp4"
+        case _:
+            return
+    raise UnsupportedRecipe(f"compressed-tensors: {some(experts)}: {why}; {remedy}")
+
+
+def _refuse_uneven_experts(uneven: list[str], experts: list[str], kept: list[str], base: LinearScheme) -> None:
+    # transformers 5.23 decodes all experts by one group while it fuses them. Those that aren't quantized it drops,
+    # unless that group is fp8, which looks for a scale before it decodes.
+    if experts or not isinstance(base, Float8Scheme):
+        uneven = uneven + [name for name in kept if EXPERT.search(name)]
+    if uneven:
+        raise UnsupportedRecipe(
+            f"compressed-tensors: the experts {some(uneven)} deviate (another scheme than other experts, or left as "
+            "they are); transformers loads experts only if all of them have one scheme, or, beside fp8, if all are "
+            "left as they are; choose a group_size that divides their width, don't ignore them, or choose method: "
+            "bitsandbytes"
+        )
+
+
+def some(names: list[str]) -> str:
+    """Name the first few of many modules."""
+    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"

@@ -1,0 +1,85 @@
+"""A source under the scales that an artifact's making folded into it: what the artifact has to stand for.
+
+AWQ and SmoothQuant change norms and multiply rows and columns of weights; with the scales that were kept beside the
+artifact the same is done to the source, so that every tensor can be compared with its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from workers.checkpoint import Header, Source
+from workers.errors import CheckpointError
+
+
+class Folded:
+    """A checkpoint (a ``checkpoint.TensorSource``) under the scales kept in ``folder``; without any, as it is.
+
+    Raises:
+        CheckpointError: scales for tensors that the source doesn't have.
+    """
+
+    def __init__(self, source: Source, folder: Path, transposed: frozenset[str]) -> None:
+        self._source = source
+        self._transposed = transposed
+        self._files: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as reader:
+                self._files |= dict.fromkeys(reader.keys(), path)
+        unknown = sorted(key for key in self.changed if key not in source.headers)
+        if unknown:
+            raise CheckpointError(f"{folder}: scales for tensors that the source lacks: {unknown[:3]}; make it again")
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """Keys of the tensors that aren't the source's own."""
+        return frozenset(name.partition("|")[2] for name in self._files)
+
+    @property
+    def headers(self) -> Mapping[str, Header]:
+        """Shape and dtype of every tensor, as the source stores it."""
+        return self._source.headers
+
+    @property
+    def folder(self) -> Path:
+        """The source's folder."""
+        return self._source.folder
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the source's weight files."""
+        return self._source.bytes
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, on the CPU; float32 where it was scaled before rounding."""
+        replaced = self._kept("replaced", name)
+        if replaced is not None:
+            return replaced
+        columns_I, rows_O = self._kept("columns", name), self._kept("rows", name)
+        tensor = self._source.read(name)
+        if columns_I is None and rows_O is None:
+            return tensor
+        if name in self._transposed:
+            return scaled(tensor.T, columns_I, rows_O).T.contiguous()
+        return scaled(tensor, columns_I, rows_O)
+
+    def _kept(self, kind: str, name: str) -> Tensor | None:
+        path = self._files.get(f"{kind}|{name}")
+        if path is None:
+            return None
+        with safe_open(path, framework="pt") as reader:
+            tensor: Tensor = reader.get_tensor(f"{kind}|{name}")
+        return tensor
+
+
+def scaled(matrix_OI: Tensor, columns_I: Tensor | None, rows_O: Tensor | None) -> Tensor:
+    """``matrix_OI * columns_I / rows_O`` in float32; the matrix itself where there is neither."""
+    if columns_I is not None:
+        matrix_OI = matrix_OI.float() * columns_I
+    if rows_O is not None:
+        matrix_OI = matrix_OI.float() / rows_O[:, None]
+    return matrix_OI

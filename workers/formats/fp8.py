@@ -1,0 +1,141 @@
+"""transformers' FineGrainedFP8 format (``quant_method: fp8``), DeepSeek-V3's: a scale for each 128 x 128 block.
+
+O output features, I input features, P and Q blocks of them.
+Specification: ``transformers.integrations.finegrained_fp8`` (5.23); vLLM reads it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.checkpoint import Header
+from workers.codes import CodedWeight, Float8Weight
+from workers.errors import CheckpointError, UnsupportedRecipe
+from workers.formats.ct_config import EXPERT, some
+from workers.numerics import activations, fp8
+from workers.recipes import LinearScheme
+
+ANCHORS = ("weight_scale_inv",)
+SUFFIXES = ("weight", "weight_scale_inv")
+CONFIG: dict[str, Any] = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [fp8.BLOCK, fp8.BLOCK],
+}
+# What can be read, and what a config.json means that doesn't say.
+READABLE: dict[str, tuple[Any, Any]] = {
+    "activation_scheme": ("dynamic", "dynamic"),
+    "weight_block_size": ([fp8.BLOCK, fp8.BLOCK], [fp8.BLOCK, fp8.BLOCK]),
+    "scale_fmt": ("float", "float"),
+    "expert_dtype": ("fp8", "fp8"),
+}
+
+
+def encode(weight: CodedWeight, scheme: LinearScheme) -> dict[str, Tensor]:
+    """Return the stored tensors by their names within the module.
+
+    ``weight`` float8_e4m3fn (O, I); ``weight_scale_inv`` float32 (P, Q), which multiplies in spite of its name.
+
+    Raises:
+        UnsupportedRecipe: 128 doesn't divide O and I.
+    """
+    assert isinstance(weight, Float8Weight), "recipes.format_holds refuses other schemes for this format"
+    assert weight.blocks, "recipes.format_holds refuses scales other than for blocks in this format"
+    check_sides(weight.values_OI.shape)
+    return {"weight": weight.values_OI.contiguous(), "weight_scale_inv": weight.scale.float().contiguous()}
+
+
+def check_sides(shape_OI: Iterable[int]) -> None:
+    """Refuse a weight that isn't made of whole blocks.
+
+    transformers 5.23 takes 5 rows of scales for 576 rows of weights as blocks of 115.2 rows when it decodes, and 2 for
+    160 as blocks of 80, without an error; its kernels take blocks of 128, as DeepSeek does.
+
+    Raises:
+        UnsupportedRecipe: 128 doesn't divide one of the sides.
+    """
+    rows, columns = shape_OI
+    if rows % fp8.BLOCK or columns % fp8.BLOCK:
+        raise UnsupportedRecipe(
+            f"fp8: a weight of {rows} x {columns} isn't made of whole blocks, {fp8.BLOCK} must divide both; ignore "
+            "that layer, or choose format: compressed-tensors with scales: channel"
+        )
+
+
+def header(stored: Mapping[str, Header]) -> Header:
+    """Return shape and dtype of what :func:`decode` gives."""
+    return Header(stored["weight"].shape, torch.float32)
+
+
+def decode(stored: Mapping[str, Tensor]) -> Tensor:
+    """Decode the tensors of one module to its weight (O, I), float32; a side may end in a part of a block.
+
+    Raises:
+        CheckpointError: values that aren't float8_e4m3fn, or scales that don't fit them.
+    """
+    values_OI, scale_PQ = stored["weight"], stored["weight_scale_inv"]
+    if values_OI.dtype != torch.float8_e4m3fn:
+        raise CheckpointError(f"weights stored as {values_OI.dtype}, expected float8_e4m3fn as config.json declares")
+    expected = tuple(-(-side // fp8.BLOCK) for side in values_OI.shape)
+    if tuple(scale_PQ.shape) != expected or not scale_PQ.dtype.is_floating_point:
+        raise CheckpointError(
+            f"weight_scale_inv {scale_PQ.dtype} {tuple(scale_PQ.shape)} for a weight of {tuple(values_OI.shape)}, "
+            f"expected float32 {expected}"
+        )
+    return fp8.dequantize(values_OI, scale_PQ, blocks=True)
+
+
+def check_declared(config: Mapping[str, Any]) -> None:
+    """Refuse what config.json's ``quantization_config`` declares, if it can't be decoded.
+
+    Raises:
+        UnsupportedRecipe: other blocks, static activations, or scales that are powers of two.
+    """
+    for name, (readable, default) in READABLE.items():
+        if config.get(name, default) != readable:
+            raise UnsupportedRecipe(f"fp8: {name} {config[name]!r} can't be decoded; only {readable!r} is known")
+
+
+def input_rounding(device: str) -> Callable[[Tensor], Tensor] | None:
+    """What transformers 5.23 does to the input of every quantized layer, experts included; None: nothing.
+
+    Its kernels round (a GPU or XPU); without them the weights are decoded while they're loaded.
+    """
+    return None if device == "cpu" else activations.round_fp8_group128
+
+
+def quantization_config(
+    schemes: Mapping[str, LinearScheme], kept: Iterable[str], conv1d: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Return the ``quantization_config`` of config.json.
+
+    ``schemes`` is what each quantized module got; ``kept`` are the Linear modules left as they are (where a module and
+    its checkpoint key differ in name, both names); ``conv1d`` are those of ``schemes`` that are transformers' Conv1D.
+
+    Raises:
+        UnsupportedRecipe: Conv1D modules; experts of which some are quantized and others aren't.
+    """
+    conv1d, kept = sorted(conv1d), sorted(set(kept))
+    if conv1d:
+        raise UnsupportedRecipe(
+            f"fp8: {some(conv1d)} are Conv1D, which transformers doesn't load in this format; "
+            "choose method: bitsandbytes"
+        )
+    # transformers replaces the experts of a layer as one module, which has to be named as such.
+    left = {_experts_of(name): name for name in kept if EXPERT.search(name)}
+    uneven = sorted(left[_experts_of(name)] for name in schemes if EXPERT.search(name) and _experts_of(name) in left)
+    if uneven:
+        raise UnsupportedRecipe(
+            f"fp8: the experts {some(uneven)} are left as they are, but others of their layer aren't; transformers "
+            "loads them together; ignore all of them ('*.experts.*') or none"
+        )
+    return {**CONFIG, "modules_to_not_convert": sorted({*kept, *left})}
+
+
+def _experts_of(module: str) -> str:
+    return f"{module.rpartition('.experts.')[0]}.experts"

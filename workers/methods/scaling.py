@@ -1,0 +1,225 @@
+"""Scales of the layers' inputs (AWQ, SmoothQuant): chosen from the statistics, folded into what comes before.
+
+I input features, O output features; W x = (W diag(s)) (diag(1/s) x), and diag(1/s) goes into the norm or the linear
+layer that made x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from workers.folding import Fold, fold_source
+from workers.formats.folded import scaled
+from workers.loading import QuantizableWeight, StreamedModel
+from workers.makers import LayerWork
+from workers.numerics import awq, smoothing
+from workers.recipes import AwqRecipe, IntScheme, LinearRecipe, LinearScheme, SmoothQuantRecipe
+from workers.statistics import InputName, InputStatistics
+
+
+class Scaling:
+    """A layer's tensors and statistics under the scales of its inputs; without ``choose``, as they are.
+
+    ``replaced`` are tensors that aren't quantized and change (norms, routers), in their stored dtype.
+    """
+
+    def __init__(self, streamed: StreamedModel, work: LayerWork, schemes: Mapping[str, LinearScheme]) -> None:
+        self._streamed = streamed
+        self._work = work
+        self._schemes = schemes
+        self._weights = [weight for weight in streamed.weights if weight.layer == work.index]
+        self._keys = {streamed.owners[key]: key for key in work.tensors}
+        self._columns: dict[str, Tensor] = {}
+        self._rows: dict[str, Tensor] = {}
+        self._inputs: dict[InputName, Tensor] = {}
+        self._scaled: dict[tuple[int, InputName], InputStatistics] = {}
+        self.replaced: dict[str, Tensor] = {}
+        self.notes: list[str] = []
+
+    @property
+    def changed(self) -> bool:
+        """Whether any tensor isn't what the checkpoint holds."""
+        return bool(self._columns or self._rows or self.replaced)
+
+    def weight(self, weight: QuantizableWeight, matrix_OI: Tensor) -> Tensor:
+        """A weight to be quantized: float32 where it is scaled, as it is otherwise."""
+        return scaled(matrix_OI, self._columns.get(weight.key), self._rows.get(weight.key))
+
+    def statistics(self, weight: QuantizableWeight, found: InputStatistics | None) -> InputStatistics | None:
+        """Statistics of a weight's input after scaling; weights that share theirs go on doing so."""
+        scale_I = self._inputs.get(weight.input)
+        if found is None or scale_I is None:
+            return found
+        leader = next(name for name, own in self._inputs.items() if own is scale_I)
+        key = (id(found), leader)
+        if key not in self._scaled:
+            self._scaled[key] = found.divided(scale_I)
+        return self._scaled[key]
+
+    def save(self, path: Path) -> None:
+        """Keep the scales, for ``formats.folded``."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kinds = {"columns": self._columns, "rows": self._rows, "replaced": self.replaced}
+        tensors = {f"{kind}|{key}": t.cpu().contiguous() for kind, found in kinds.items() for key, t in found.items()}
+        save_file(tensors, path)
+
+    # ------------------------------------------------------------------------------------- choosing
+
+    def choose(self, recipe: LinearRecipe) -> None:
+        """Choose the scales of all inputs that can be folded, and fold them."""
+        folded: set[InputName] = set()
+        for fold in self._work.folds:
+            sinks = [weight for weight in self._sinks(fold) if weight.key in self._schemes]
+            if not sinks or not self._reachable(fold):
+                continue
+            scale_I = self._chosen(recipe, fold, sinks)
+            if scale_I is not None:
+                self._fold(fold, scale_I)
+                folded |= {weight.input for weight in sinks}
+        left = [w.module for w in self._weights if w.key in self._schemes and w.input not in folded]
+        if left:
+            self.notes.append(f"inputs not scaled, for nothing before them can take the scales: {some(left)}")
+
+    def _sinks(self, fold: Fold) -> list[QuantizableWeight]:
+        names = {(sink.weight, sink.expert) for sink in fold.sinks}
+        return [weight for weight in self._weights if weight.input in names]
+
+    def _reachable(self, fold: Fold) -> bool:
+        """Whether every tensor that the fold changes has a key of its own in the checkpoint."""
+        inputs = {weight.input for weight in self._weights}
+        return all((sink.weight, sink.expert) in inputs or sink.weight in self._keys for sink in fold.sinks)
+
+    def _chosen(self, recipe: LinearRecipe, fold: Fold, sinks: Sequence[QuantizableWeight]) -> Tensor | None:
+        """s of the sinks' input, float32 [I]; one value for all columns that come from one channel of the source."""
+        observer = self._work.observer
+        assert observer is not None, "a method that folds is calibrated"
+        seen = [(weight, found) for weight in sinks if (found := observer.of(weight.input)) is not None]
+        if not seen:
+            return None
+        match recipe:
+            case SmoothQuantRecipe(options=options):
+                input_max_I = torch.stack([found.abs_max_I for _, found in seen]).amax(0)
+                weight_max_I = torch.stack([self._read(weight).abs().amax(0) for weight in sinks]).amax(0)
+                tied_input_I = _tied(fold.rows_I, input_max_I, "amax")
+                tied_weight_I = _tied(fold.rows_I, weight_max_I.float(), "amax")
+                return smoothing.scales(tied_input_I, tied_weight_I, options.strength)
+            case AwqRecipe(options=options):
+                return self._searched(fold, seen, options.grid)
+            case _:
+                raise AssertionError(f"{recipe.method} folds nothing")
+
+    def _searched(self, fold: Fold, seen: Sequence[tuple[QuantizableWeight, InputStatistics]], grid: int) -> Tensor:
+        problems: dict[InputName, list[tuple[QuantizableWeight, InputStatistics]]] = {}
+        for weight, found in seen:
+            name = weight.input if weight.input[1] is not None else ("", None)
+            problems.setdefault(name, []).append((weight, found))
+        tokens = sum(group[0][1].count for group in problems.values())
+        mean_I = torch.stack([group[0][1].abs_sum_I for group in problems.values()]).sum(0) / max(tokens, 1)
+        scheme = self._schemes[seen[0][0].key]
+        assert isinstance(scheme, IntScheme)
+        stacks: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+        for group in problems.values():
+            w_OI = torch.cat([self._read(weight).float() for weight, _ in group])
+            stacks.setdefault(tuple(w_OI.shape), []).append((w_OI, group[0][1].gram_II))
+        stacked = [
+            (torch.stack([w for w, _ in stack]), torch.stack([h for _, h in stack])) for stack in stacks.values()
+        ]
+        weight_mean_I = awq.weight_means([w_BOI for w_BOI, _ in stacked], scheme.group_size)
+        return awq.input_scales(
+            stacked,
+            _tied(fold.rows_I, mean_I, "mean"),
+            _tied(fold.rows_I, weight_mean_I, "mean"),
+            bits=scheme.bits,
+            group_size=scheme.group_size,
+            symmetric=scheme.symmetric,
+            grid=grid,
+        )
+
+    def _read(self, weight: QuantizableWeight) -> Tensor:
+        matrix = self._work.tensors[weight.key].to(self._streamed.device)
+        return matrix.T if weight.transposed else matrix
+
+    # -------------------------------------------------------------------------------------- folding
+
+    def _fold(self, fold: Fold, scale_I: Tensor) -> None:
+        """Divide the source by the scales, and multiply the sinks with what that achieved in the stored dtype."""
+        effective_I = self._divide_source(fold, scale_I)
+        names = {(sink.weight, sink.expert) for sink in fold.sinks}
+        for name in names:
+            self._inputs[name] = effective_I
+        inputs = {weight.input: None for weight in self._weights}
+        for weight in self._weights:
+            if weight.input in names:
+                self._multiply(weight.key, effective_I, transposed=weight.transposed)
+        for parameter, expert in names:
+            if (parameter, expert) not in inputs:
+                self._multiply(self._keys[parameter], effective_I, transposed=False)
+
+    def _multiply(self, key: str, scale_I: Tensor, *, transposed: bool) -> None:
+        if key in self._schemes:
+            self._columns[key] = scale_I * self._columns.get(key, 1.0)
+            return
+        tensor = self._now(key)
+        columns = scale_I[:, None] if transposed else scale_I
+        self.replaced[key] = (tensor.float() * columns).to(tensor.dtype)
+
+    def _divide_source(self, fold: Fold, scale_I: Tensor) -> Tensor:
+        """Fold into the source; the scales of the sinks' columns that this achieved."""
+        if fold.kind == "linear":
+            return self._divide_rows(fold, scale_I)
+        weight, bias = self._keys[f"{fold.source}.weight"], self._keys.get(f"{fold.source}.bias")
+        held = None if bias is None else self._now(bias)
+        new_weight, new_bias, effective = fold_source(fold.kind, self._now(weight), held, scale_I)
+        self.replaced[weight] = new_weight
+        if bias is not None and new_bias is not None:
+            self.replaced[bias] = new_bias
+        return effective.float()
+
+    def _divide_rows(self, fold: Fold, scale_I: Tensor) -> Tensor:
+        """The rows of a linear source, which may be spread over several keys that are fused in memory."""
+        parameter = fold.source if fold.expert is not None else f"{fold.source}.weight"
+        start = 0
+        for weight in [w for w in self._weights if w.input == (parameter, fold.expert)]:
+            rows = weight.shape_OI[0]
+            inside = (fold.rows_I >= start) & (fold.rows_I < start + rows)
+            if bool(inside.any()):
+                scale_O = torch.ones(rows, device=scale_I.device)
+                scale_O[fold.rows_I[inside] - start] = scale_I[inside]
+                self._divide(weight, scale_O)
+            start += rows
+        bias = self._keys.get(f"{fold.source}.bias")
+        if fold.expert is None and bias is not None:
+            held = self._now(bias)
+            scale_O = torch.ones(len(held), device=scale_I.device)
+            scale_O[fold.rows_I] = scale_I
+            self.replaced[bias] = (held.float() / scale_O).to(held.dtype)
+        return scale_I
+
+    def _divide(self, weight: QuantizableWeight, scale_O: Tensor) -> None:
+        if weight.key in self._schemes:
+            self._rows[weight.key] = scale_O * self._rows.get(weight.key, 1.0)
+            return
+        tensor = self._now(weight.key)
+        rows = scale_O if weight.transposed else scale_O[:, None]
+        self.replaced[weight.key] = (tensor.float() / rows).to(tensor.dtype)
+
+    def _now(self, key: str) -> Tensor:
+        """A tensor that isn't quantized, with what was folded into it so far."""
+        return self.replaced.get(key, self._work.tensors[key]).to(self._streamed.device)
+
+
+def _tied(rows_I: Tensor, values_I: Tensor, how: str) -> Tensor:
+    """One value for all columns that come from one channel of the source: their mean or their largest."""
+    rows_I = rows_I.to(values_I.device)
+    found = values_I.new_zeros(int(rows_I.max()) + 1).scatter_reduce_(0, rows_I, values_I, how, include_self=False)
+    return found[rows_I]
+
+
+def some(names: Sequence[str]) -> str:
+    """Name the first few of many modules."""
+    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"

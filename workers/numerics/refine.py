@@ -1,0 +1,126 @@
+"""After GPTQ: scales and codes in turn, each the best for the other under the same Hessian.
+
+B stacked problems, O output features, I input features, G groups, e = w - q, loss tr(E H E^T) with H damped as GPTQ's.
+Scales: with D_g what the codes of group g stand for in steps (zero elsewhere), q = sum_g s_g D_g, and the best scales
+of a row solve its normal equations A s = b, A_gk = D_g H D_k^T, b_g = D_g H w^T.
+Codes: coordinate descent; the loss is least in column j at w_j + sum_{k != j} e_k H_kj / H_jj, rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from workers.numerics.gptq import damped, each_column, sweep_columns, transposed
+from workers.numerics.rounding import code_range
+
+# Elements of a piece of rows whose normal equations are set up together: bounds the temporaries.
+PIECE_ELEMENTS = 1 << 22
+# Added to the diagonal of the normal equations, as a share of its mean: codes of two groups may stand for the same.
+RIDGE = 1e-9
+
+
+def refine(
+    w_BOI: Tensor,
+    h_BII: Tensor,
+    codes_BOI: Tensor,
+    scale_BOG: Tensor,
+    zero_BOG: Tensor | None,
+    *,
+    bits: int,
+    rounds: int,
+    damping: float,
+) -> tuple[Tensor, Tensor]:
+    """Codes (int8 [B, O, I]) and scales (of the dtype given) that lose no more than those given, row by row.
+
+    ``h_BII`` float32: X^T X of the inputs, any positive multiple of it; ``damping`` is added to its diagonal, as a
+    share of its mean. Zero points stay. A row that nothing improves stays as it is.
+    """
+    damped_BII = damped(h_BII, damping)
+    diagonal_BI = damped_BII.diagonal(dim1=1, dim2=2)
+    mixing_BII = damped_BII / diagonal_BI[..., None]
+    mixing_BII.diagonal(dim1=1, dim2=2).zero_()
+    wt_BIO = transposed(w_BOI.float())
+    hw_BIO = damped_BII @ wt_BIO
+    codes_BIO = transposed(codes_BOI)
+    for _ in range(rounds):
+        scale_BOG = _scales(damped_BII, hw_BIO, codes_BIO, scale_BOG, zero_BOG)
+        codes_BIO = _codes(wt_BIO, mixing_BII, codes_BIO, scale_BOG, zero_BOG, bits)
+    return transposed(codes_BIO), scale_BOG
+
+
+def _scales(h_BII: Tensor, hw_BIO: Tensor, codes_BIO: Tensor, scale_BOG: Tensor, zero_BOG: Tensor | None) -> Tensor:
+    """The best scales of each row for its codes; those given, where rounding to their dtype would lose more."""
+    batch, width, rows = codes_BIO.shape
+    piece = max(PIECE_ELEMENTS // (batch * width), 1)
+    found = []
+    for start in range(0, rows, piece):
+        part = slice(start, start + piece)
+        zero = None if zero_BOG is None else zero_BOG[:, part]
+        steps_BGgO = _steps(codes_BIO[:, :, part], scale_BOG.shape[2], zero)
+        normal_BOGG, right_BOG = _normal_equations(h_BII, hw_BIO[:, :, part], steps_BGgO)
+        found.append(_solved(normal_BOGG.double(), right_BOG.double(), scale_BOG[:, part]))
+    return torch.cat(found, 1)
+
+
+def _steps(codes_BIO: Tensor, groups: int, zero_BOG: Tensor | None) -> Tensor:
+    """What the codes stand for, in steps: float32 [B, G, g, O]."""
+    steps_BGgO = torch.unflatten(codes_BIO, 1, (groups, -1)).float()
+    return steps_BGgO if zero_BOG is None else steps_BGgO - zero_BOG.mT[:, :, None, :]
+
+
+def _normal_equations(h_BII: Tensor, hw_BIO: Tensor, steps_BGgO: Tensor) -> tuple[Tensor, Tensor]:
+    """A [B, O, G, G] and b [B, O, G] of each row."""
+    batch, groups, size, rows = steps_BGgO.shape
+    right_BOG = (steps_BGgO * torch.unflatten(hw_BIO, 1, (groups, size))).sum(2).mT
+    normal_BGGO = steps_BGgO.new_empty(batch, groups, groups, rows)
+    for group in range(groups):
+        # A is symmetric: the groups from this one on are enough.
+        start = group * size
+        product_BIO = h_BII[:, start:, start : start + size] @ steps_BGgO[:, group]
+        products_BGO = (torch.unflatten(product_BIO, 1, (groups - group, size)) * steps_BGgO[:, group:]).sum(2)
+        normal_BGGO[:, group, group:] = products_BGO
+        normal_BGGO[:, group:, group] = products_BGO
+    return normal_BGGO.permute(0, 3, 1, 2), right_BOG
+
+
+def _solved(normal_BOGG: Tensor, right_BOG: Tensor, scale_BOG: Tensor) -> Tensor:
+    """The scales that solve the normal equations, float64, in the dtype of ``scale_BOG``."""
+    now_BOG = scale_BOG.double()
+    diagonal_BOG = normal_BOGG.diagonal(dim1=2, dim2=3)
+    # A group that stands for zero in all its columns may have any scale: it keeps its own.
+    empty_BOG = diagonal_BOG == 0
+    ridged_BOGG = normal_BOGG.clone()
+    ridged_BOGG.diagonal(dim1=2, dim2=3).add_(RIDGE * diagonal_BOG.mean(2, keepdim=True) + empty_BOG)
+    factor_BOGG, info_BO = torch.linalg.cholesky_ex(ridged_BOGG)
+    exact_BOG = torch.cholesky_solve(right_BOG[..., None], factor_BOGG)[..., 0]
+    rounded_BOG = exact_BOG.to(scale_BOG.dtype)
+    usable_BOG = rounded_BOG.isfinite() & (rounded_BOG > 0) & ~empty_BOG & (info_BO == 0)[..., None]
+    trial_BOG = torch.where(usable_BOG, rounded_BOG, scale_BOG)
+    change_BOG = trial_BOG.double() - now_BOG
+    # The loss falls by 2 d (b - A s) - d A d.
+    slope_BOG = 2 * right_BOG - (normal_BOGG @ (2 * now_BOG + change_BOG)[..., None])[..., 0]
+    better_BO = (change_BOG * slope_BOG).sum(-1) > 0
+    return torch.where(better_BO[..., None], trial_BOG, scale_BOG)
+
+
+def _codes(
+    wt_BIO: Tensor,
+    mixing_BII: Tensor,
+    codes_BIO: Tensor,
+    scale_BOG: Tensor,
+    zero_BOG: Tensor | None,
+    bits: int,
+) -> Tensor:
+    """One sweep of coordinate descent over the columns: int8 [B, I, O]."""
+    batch, width, _ = wt_BIO.shape
+    groups = scale_BOG.shape[2]
+    steps_BGgO = _steps(codes_BIO, groups, zero_BOG)
+    error_BIO = wt_BIO - (steps_BGgO * scale_BOG.float().mT[:, :, None, :]).flatten(1, 2)
+    group_BI = (torch.arange(width, device=wt_BIO.device) // (width // groups)).expand(batch, -1)
+    scales = each_column(scale_BOG, group_BI)
+    zeros: Sequence[Tensor] | None = None if zero_BOG is None else each_column(zero_BOG, group_BI)
+    alone = (wt_BIO[0], mixing_BII[0], error_BIO[0]) if batch == 1 else (wt_BIO, mixing_BII, error_BIO)
+    return sweep_columns(*alone, scales, zeros, *code_range(bits), lower=False).to(torch.int8).view_as(wt_BIO)

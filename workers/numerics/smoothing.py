@@ -1,0 +1,24 @@
+"""SmoothQuant's scales of a layer's inputs (arXiv 2211.10438, section 4).
+
+I input features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Beyond these a half-precision norm or weight that takes the scale would lose its digits.
+LEAST, MOST = 1e-5, 1e5
+
+
+def scales(input_max_I: Tensor, weight_max_I: Tensor, strength: float) -> Tensor:
+    """s = max|X|^a / max|W|^(1 - a) for each input (equation 4): the input is divided by it, the weight multiplied.
+
+    ``input_max_I`` and ``weight_max_I``: largest magnitudes, float [I], nonnegative and finite; ``strength`` is a, in
+    [0, 1]. Returns float32 [I] in [1e-5, 1e5]; 1 where either is zero, for such an input says nothing of its range.
+    """
+    x_I, w_I = input_max_I.double(), weight_max_I.double()
+    raw_I = x_I.pow(strength) / w_I.pow(1 - strength)
+    usable_I = (x_I > 0) & (w_I > 0)
+    return torch.where(usable_I, raw_I.clamp(LEAST, MOST), 1.0).float()
