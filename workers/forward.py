@@ -112,9 +112,10 @@ class Lanes:
             lane.rehearse()
 
     def rehearsal(self) -> Callable[[], Any]:
-        """A function that runs the layer on what waits in the first lane, and returns its output."""
-        self._lanes[0].require_before(self._at)
-        return self._lanes[0].rehearse
+        """A function that runs the layer on what waits in the first lane: its output, and its arguments afterwards."""
+        lane = self._lanes[0]
+        lane.require_before(self._at)
+        return lambda: (lane.rehearse(), lane.inputs)
 
     def outputs(self) -> list[Tensor]:
         """The decoder's output for each batch, float [B, T, hidden] on the CPU, once all are through."""

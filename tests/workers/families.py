@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 import transformers as tf
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Split
 
 COMMON: dict[str, Any] = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 PLAIN: dict[str, Any] = {
@@ -78,3 +82,16 @@ def save_random(name: str, folder: Path) -> Any:
     if hasattr(plain, "set_experts_implementation"):
         plain.set_experts_implementation("eager")
     return plain.eval()
+
+
+def save_tokenizer(folder: Path, vocabulary: int = 96) -> None:
+    """Save a tokenizer of single characters beside a model: special tokens first, then what is most used in English."""
+    characters = " etaoinshrdlucmfwypvbgkjqxz.,'\"!?;:-\n0123456789()"
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", *characters]
+    assert len(tokens) <= vocabulary
+    made = Tokenizer(WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<unk>"))
+    made.normalizer = Lowercase()
+    made.pre_tokenizer = Split(Regex("."), "isolated")
+    tf.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)

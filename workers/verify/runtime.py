@@ -112,6 +112,8 @@ def _main(request_path: Path) -> None:
         output_loading_info=True,
         trust_remote_code=trust,
     )
+    if device == "cpu" and _quantization(request["artifact"]).get("quant_method") == "fp8":
+        _widen(model)
     tokenizer = AutoTokenizer.from_pretrained(request["artifact"], trust_remote_code=trust)
     tokens = load_file(scratch / "tokens.safetensors")["tokens"].to(device)
     with torch.inference_mode():
@@ -130,12 +132,30 @@ def _main(request_path: Path) -> None:
     (scratch / "answer.json").write_text(json.dumps(answer))
 
 
-def _dtype(artifact: str, device: str) -> Any:
-    """The checkpoint's own; float32 on a CPU for exactness, but not for bitsandbytes: it computes in its own."""
+def _widen(model: Any) -> None:
+    """Half precision to float32: what the library decodes from fp8 stays so, whatever dtype is asked for."""
     import torch
 
-    config = json.loads((Path(artifact) / "config.json").read_text()).get("quantization_config", {})
-    return "auto" if device == "cuda" or config.get("quant_method") == "bitsandbytes" else torch.float32
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype in (torch.bfloat16, torch.float16):
+            tensor.data = tensor.data.float()
+
+
+def _dtype(artifact: str, device: str) -> Any:
+    """The checkpoint's own; float32 on a CPU for exactness, but not for what computes in its own whatever is asked for.
+
+    That is bitsandbytes, and compressed-tensors' fp4, which is decoded to bfloat16 while the model runs.
+    """
+    import torch
+
+    config = _quantization(artifact)
+    own = config.get("quant_method") == "bitsandbytes" or "fp4" in str(config.get("format"))
+    return "auto" if device == "cuda" or own else torch.float32
+
+
+def _quantization(artifact: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((Path(artifact) / "config.json").read_text()).get("quantization_config", {})
+    return found
 
 
 def _loading_problems(loading: dict[str, Any]) -> list[str]:
