@@ -18,6 +18,7 @@ from workers.loading import QuantizableWeight, StreamedModel
 from workers.makers import LayerWork, Maker, MakerState, folds_folder
 from workers.methods import linear, schemes
 from workers.methods.scaling import Scaling, some
+from workers.precision import coarse_products
 from workers.recipes import BitsAndBytesRecipe, LinearScheme
 from workers.statistics import InputStatistics
 
@@ -129,7 +130,8 @@ class LinearMaker(Maker):
         """The scales of the layer's inputs, chosen and folded, where the method has any."""
         scaling = Scaling(self._streamed, work, {key: s for key, s in self._schemes.items() if key in work.tensors})
         if self._recipe.folds:
-            scaling.choose(self._recipe)
+            with coarse_products():
+                scaling.choose(self._recipe)
             self.fallbacks.update(dict.fromkeys(scaling.notes))
         return scaling
 

@@ -12,7 +12,7 @@ import torch
 def coarse_products() -> Iterator[None]:
     """Multiply float32 matrices with factors rounded to bfloat16 and sums in float32, where the processor has units.
 
-    For the calibration alone: the statistics then are a thousandth off, which is far less than another sample of text
+    For the calibration and for comparing scales: statistics then are a thousandth off, which is far less than another sample of text
     would move them, and come three to ten times as fast (AMX). References and verification stay exact. Elsewhere it
     changes nothing. The setting is the process's.
     """

@@ -6,7 +6,7 @@ B stacked problems, O output features, I input features, G groups, g group size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -44,24 +44,42 @@ def input_scales(
 ) -> Tensor:
     """The scales s (float32 [I], positive, finite) under which ``Q(W s) / s`` loses least; 1 where nothing is better.
 
-    ``problems``: weights float [B, O, I] and H float32 [B, I, I] of all that takes this input. Candidates are
-    x^a and x^a / w^(1 - a) for ``grid`` exponents a up to 1, of the mean magnitudes ``input_mean_I`` (x) and
-    ``weight_means`` (w).
+    ``problems``: weights float [B, O, I] and H float32 [B, I, I] of all that takes this input. Tried are x^a and
+    x^a / w^(1 - a), of the mean magnitudes ``input_mean_I`` (x) and ``weight_means`` (w), for exponents a that are
+    multiples of 1 / ``grid`` up to 1: four of them, then those around the best in ever smaller steps.
     """
-    best_I = torch.ones_like(input_mean_I, dtype=torch.float32)
-    least = _loss(problems, best_I, bits, group_size, symmetric)
-    for scale_I in _candidates(input_mean_I.float(), weight_mean_I.float(), grid):
-        loss = _loss(problems, scale_I, bits, group_size, symmetric)
-        if loss < least:
-            best_I, least = scale_I, loss
-    return best_I
+    x_I, w_I = input_mean_I.float(), weight_mean_I.float().clamp(min=LEAST)
+
+    def loss_of(scale_I: Tensor) -> float:
+        return _loss(problems, scale_I, bits, group_size, symmetric)
+
+    ones_I = torch.ones_like(x_I)
+    candidates = [
+        (loss_of(ones_I), ones_I),
+        _searched(lambda a: _bounded(x_I.pow(a)), loss_of, grid),
+        _searched(lambda a: _bounded(x_I.pow(a) / w_I.pow(1 - a)), loss_of, grid),
+    ]
+    return min(candidates, key=lambda found: found[0])[1]
 
 
-def _candidates(x_I: Tensor, w_I: Tensor, grid: int) -> Iterator[Tensor]:
-    for step in range(1, grid + 1):
-        exponent = step / grid
-        yield _bounded(x_I.pow(exponent))
-        yield _bounded(x_I.pow(exponent) / w_I.clamp(min=1e-4).pow(1 - exponent))
+def _searched(
+    scale_of: Callable[[float], Tensor], loss_of: Callable[[Tensor], float], grid: int
+) -> tuple[float, Tensor]:
+    """The least loss over multiples of 1 / ``grid`` in (0, 1], and its scales."""
+    tried: dict[int, tuple[float, Tensor]] = {}
+
+    def loss_at(step: int) -> float:
+        if step not in tried:
+            scale_I = scale_of(step / grid)
+            tried[step] = (loss_of(scale_I), scale_I)
+        return tried[step][0]
+
+    stride = max(grid // 4, 1)
+    best = min(range(stride, grid + 1, stride), key=loss_at)
+    while stride > 1:
+        stride = (stride + 1) // 2
+        best = min((best, max(best - stride, 1), min(best + stride, grid)), key=loss_at)
+    return tried[best]
 
 
 def _bounded(scale_I: Tensor) -> Tensor:
