@@ -303,11 +303,11 @@ class Head:
 
     def logits(self, hidden_BTH: Tensor) -> Tensor:
         """Logits [B, T, V] of the decoder's output [B, T, hidden], bit by bit those of the whole forward."""
-        model, name = self._streamed.model, self._streamed.model.base_model_prefix
+        model, name = self._streamed.model, self._streamed.base_name
         base = model._modules[name]
         hidden = hidden_BTH.to(self._streamed.device)
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-        model._modules[name] = _Replay(hidden)
+        model._modules[name] = _Replay(hidden, base)
         try:
             with torch.inference_mode():
                 logits: Tensor = model(input_ids=tokens, use_cache=False).logits
@@ -319,12 +319,14 @@ class Head:
 class _Replay(nn.Module):
     """Stands in for the decoder, or for a part of it that the head calls by name, and returns what it returned."""
 
-    def __init__(self, hidden: Tensor) -> None:
+    def __init__(self, hidden: Tensor, decoder: Any) -> None:
         super().__init__()
         self._hidden = hidden
+        self.__dict__["_stands_for"] = decoder
 
     def __getattr__(self, name: str) -> Any:
-        return self
+        found = getattr(self.__dict__["_stands_for"], name)
+        return self if isinstance(found, nn.Module) else found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return _Replayed(self._hidden)

@@ -60,7 +60,7 @@ class LinearMaker(Maker):
         assert not isinstance(order.recipe, BitsAndBytesRecipe)
         self._recipe = order.recipe
         self._format = FORMATS[order.recipe.format]
-        self._schemes = schemes.schemes_of(self._recipe, streamed.weights)
+        self._schemes = schemes.schemes_of(self._recipe, streamed)
         self._weights = {weight.key: weight for weight in streamed.weights}
         self._conv1d = [weight.module for weight in streamed.weights if weight.transposed]
         self.quantization_config()  # refuses what the format can't hold

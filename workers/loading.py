@@ -84,9 +84,15 @@ class StreamedModel:
         self.outside_loaded = False
 
     @property
+    def base_name(self) -> str:
+        """The attribute of the model that is its decoder: a few classes have a wrong ``base_model_prefix``."""
+        prefix: str = self.model.base_model_prefix
+        return prefix if hasattr(self.model, prefix) else self.layers_name.partition(".")[0]
+
+    @property
     def base(self) -> nn.Module:
         """The decoder without its head: what is streamed."""
-        module: nn.Module = getattr(self.model, self.model.base_model_prefix)
+        module: nn.Module = getattr(self.model, self.base_name)
         return module
 
     def keys_of_layer(self, index: int) -> list[str]:
@@ -103,7 +109,8 @@ class StreamedModel:
         # What the model has no use for may be as large as a layer (the prediction heads of DeepSeek-V3).
         unexpected = set(self.unexpected)
         self._fill(key for key in self._outside if key not in unexpected)
-        self.model.tie_weights()
+        with _biases_as_they_are(self.model):
+            self.model.tie_weights()
         _make_buffers(self.model, self.device)
         inside = tuple(f"{self.layers_name}.{index}." for index in range(len(self.layers)))
         self._check(name for name in _on_meta(self.model) if not name.startswith(inside))
@@ -158,7 +165,7 @@ class StreamedModel:
                 owner, shape = places[key].owner, self.source.headers[key].shape
                 module_name, _, leaf = owner.rpartition(".")
                 module = modules[module_name]
-                if len(shape) != 2:
+                if len(shape) != 2 or not key.endswith(".weight"):
                     continue
                 if isinstance(module, nn.Linear) and leaf == "weight" and keys_per_owner[owner] == 1:
                     yield QuantizableWeight(key, layer, (owner, None), (shape[0], shape[1]), False)
@@ -307,20 +314,59 @@ def _without_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def _biases_as_they_are(model: Any) -> Iterator[None]:
+    """Tying pads a head's bias to the embedding's length before the bias itself is tied; here both have that length."""
+    plain = model._adjust_bias
+    model._adjust_bias = lambda *args: None
+    try:
+        yield
+    finally:
+        model._adjust_bias = plain
+
+
 def _make_buffers(model: Any, device: str) -> None:
-    """Buffers that no checkpoint holds (rotary frequencies, masks), as the model's own initialization makes them."""
-    stored = set(model.state_dict())
+    """Buffers that no checkpoint holds (rotary frequencies, masks), as the model's own initialization makes them.
+
+    Raises:
+        UnsupportedModel: it leaves one of them as it was.
+    """
+    from transformers import PreTrainedModel
+
+    stored, owner = set(model.state_dict()), dict[str, Any]()
+    made: dict[str, tuple[Any, nn.Module, str]] = {}
     for prefix, module in model.named_modules():
-        made = [
-            name
-            for name, buffer in module.named_buffers(recurse=False)
-            if buffer.is_meta and (f"{prefix}.{name}" if prefix else name) not in stored
-        ]
-        if made:
-            for name in made:
-                buffer = module.get_buffer(name)
-                module._buffers[name] = torch.empty_like(buffer, device=device)
-            model._init_weights(module)
+        # Initialized by the innermost model that it is part of, as transformers does.
+        owner[prefix] = module if isinstance(module, PreTrainedModel) else owner[prefix.rpartition(".")[0]]
+        for leaf, buffer in module.named_buffers(recurse=False):
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            if buffer.is_meta and name not in stored:
+                module._buffers[leaf] = torch.full_like(buffer, _unset(buffer.dtype), device=device)
+                made[name] = (owner[prefix], module, leaf)
+    for by, module in {id(module): (by, module) for by, module, _ in made.values()}.values():
+        by._init_weights(module)
+    # Some are made for all layers at once, with what the model itself is initialized by.
+    for by in {id(by): by for by, module, leaf in made.values() if _is_unset(module.get_buffer(leaf))}.values():
+        by._init_weights(by)
+    left = [name for name, (_, module, leaf) in made.items() if _is_unset(module.get_buffer(leaf))]
+    if left:
+        raise UnsupportedModel(
+            f"model {type(model).__name__}: its own initialization doesn't make {left[:3]}, which no checkpoint holds; "
+            "leave it out of the zoo"
+        )
+
+
+def _unset(dtype: torch.dtype) -> float | int | bool:
+    """What a buffer holds before it is made: nothing that one ever holds throughout."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    return False if dtype == torch.bool else int(torch.iinfo(dtype).min)
+
+
+def _is_unset(buffer: Tensor) -> bool:
+    if buffer.is_floating_point() or buffer.is_complex():
+        return bool(buffer.isnan().any())
+    return buffer.dtype != torch.bool and buffer.numel() > 0 and bool((buffer == _unset(buffer.dtype)).all())
 
 
 def _on_meta(module: nn.Module) -> list[str]:

@@ -12,9 +12,9 @@ import torch
 def coarse_products() -> Iterator[None]:
     """Multiply float32 matrices with factors rounded to bfloat16 and sums in float32, where the processor has units.
 
-    For the calibration and for comparing scales: statistics then are a thousandth off, which is far less than another sample of text
-    would move them, and come three to ten times as fast (AMX). References and verification stay exact. Elsewhere it
-    changes nothing. The setting is the process's.
+    For the calibration and for comparing scales: what comes out is a thousandth off, which is far less than another
+    sample of text would move it, and comes three to ten times as fast (AMX). References and verification stay exact.
+    Elsewhere it changes nothing. The setting is the process's.
     """
     was = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")

@@ -249,6 +249,7 @@ class HqqOptions(Frozen):
 IGNORED_BY_DEFAULT = (
     "lm_head",
     "*.router",
+    "*.router.*",
     "*.mlp.gate",
     "*.block_sparse_moe.gate",
     "*.shared_expert_gate",

@@ -38,6 +38,11 @@ def encode(weight: CodedWeight, scheme: LinearScheme) -> dict[str, Tensor]:
     return ct_plain.encode(weight)
 
 
+def is_packed(scheme: LinearScheme) -> bool:
+    """Whether a module stored so has no ``weight``, but ``weight_packed``."""
+    return form_of(scheme) in NAMES
+
+
 def header(stored: Mapping[str, Header], read: Callable[[str], Tensor], said: Declared) -> Header:
     """Return shape and dtype of what :func:`decode` gives; ``read`` reads a stored tensor by its name.
 

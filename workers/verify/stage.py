@@ -97,7 +97,7 @@ def intended_modules(recipe: Recipe, streamed: StreamedModel) -> frozenset[str]:
 
         converted = bitsandbytes.plan(streamed.model, recipe).converted
         return frozenset(w.module for w in streamed.weights if w.input[0].removesuffix(".weight") in converted)
-    schemes = schemes_of(recipe, streamed.weights)
+    schemes = schemes_of(recipe, streamed)
     return frozenset(weight.module for weight in streamed.weights if weight.key in schemes)
 
 

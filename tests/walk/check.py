@@ -1,0 +1,111 @@
+"""What every family has to do: stream bit by bit, be quantized by GPTQ and AWQ, load in transformers as read here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tests.walk.smallest import VOCABULARY, load_plain, save_smallest
+from tests.workers.families import save_tokenizer
+from tests.workers.jobs import job, recipe
+from workers.checkpoint import Source
+from workers.formats.decoded import Decoded, open_decoded
+from workers.forward import Head, stream
+from workers.job import ArtifactMade, Job, artifact_folder
+from workers.loading import StreamedModel
+from workers.makers import folds_folder
+from workers.quantize import quantize
+from workers.verify.activations import rounded_inputs
+
+PACKED = {"bits": 4, "group_size": 32, "indivisible": "keep"}
+# For the few whose packed weights transformers can't load: eight bits in a plain tensor.
+PLAIN = {"bits": 8, "group_size": None, "activations": "int8"}
+# How far transformers' logits may be from ours, beside their deviation: both compute in float32 from the same weights.
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a family did; ``packed``: four bits; ``refused``: why it got no codes; ``folds``: layers that AWQ scaled."""
+
+    weights: int
+    packed: bool
+    refused: str = ""
+    folds: int = 0
+
+
+def tokens() -> list[Tensor]:
+    """Two batches, int64 [2, 24]."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(4, VOCABULARY // 4, (2, 24), generator=generator) for _ in range(2)]
+
+
+def check(model_type: str, folder: Path) -> Outcome:
+    """Take the smallest model of a family all the way.
+
+    Raises:
+        AssertionError, QuantmillError, or whatever the library raises: where it doesn't get there.
+    """
+    model = folder / "model"
+    save_smallest(model_type, model)
+    save_tokenizer(model, VOCABULARY)
+    weights = check_stream(model)
+    for scheme in (PACKED, PLAIN):
+        of = job(
+            model,
+            folder / "work",
+            recipe(name="walk-gptq", method="gptq", scheme=scheme),
+            recipe(name="walk-awq", method="awq", scheme=scheme),
+        )
+        made, _ = quantize(of, model)
+        refused = [a.error.message for a in made if a.error and a.error.kind == "UnsupportedRecipe"]
+        if not refused:
+            for artifact, order in zip(made, of.orders, strict=True):
+                check_artifact(artifact, artifact_folder(of.workspace, order))
+            return Outcome(weights, scheme is PACKED, folds=_folded_layers(of))
+        assert len(refused) == len(made), refused
+    return Outcome(weights, False, refused[0])
+
+
+def _folded_layers(of: Job) -> int:
+    return len(list(folds_folder(artifact_folder(of.workspace, of.orders[1])).glob("*.safetensors")))
+
+
+def check_stream(model: Path) -> int:
+    """Streamed logits are the plain ones, to the bit; how many weights can be quantized."""
+    plain = load_plain(model)
+    with torch.inference_mode():
+        expected = [plain(input_ids=batch, use_cache=False).logits for batch in tokens()]
+    assert all(bool(want.isfinite().all()) and want.std() > 1e-3 for want in expected), "the model itself is no good"
+    with Source(model) as source:
+        streamed = StreamedModel(model, source, dtype=torch.float32)
+        head = Head(streamed)
+        for hidden, want in zip(stream(streamed, tokens()), expected, strict=True):
+            torch.testing.assert_close(head.logits(hidden), want, rtol=0, atol=1e-5 * float(want.std()))
+        return len(streamed.weights)
+
+
+def check_artifact(made: ArtifactMade, place: Path) -> None:
+    """transformers loads what was made, with nothing missing or left over, and computes what we decode."""
+    assert made.error is None, made.error
+    with open_decoded(place) as decoded:
+        assert isinstance(decoded, Decoded)
+        streamed = StreamedModel(place, decoded, dtype=torch.float32)
+        head = Head(streamed)
+        with rounded_inputs(streamed, decoded):
+            hidden = stream(streamed, tokens())
+        ours = [head.logits(states) for states in hidden]
+    theirs, info = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+    found = {kind: keys for kind, keys in info.items() if keys}
+    assert found == {}, str(found)[:300]
+    if hasattr(theirs, "set_experts_implementation"):
+        theirs.set_experts_implementation("eager")
+    with torch.inference_mode():
+        for batch, want in zip(tokens(), ours, strict=True):
+            got = theirs.eval()(input_ids=batch, use_cache=False).logits
+            difference = float((got - want).square().mean().sqrt() / want.std())
+            assert difference < TOLERANCE, f"{made.recipe}: logits differ by {difference:.2g} of their deviation"

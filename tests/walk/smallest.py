@@ -1,0 +1,212 @@
+"""The smallest random model of each family that transformers knows as a causal LM.
+
+A config class's own defaults are shrunk by the names of their fields; OVERRIDES says where that doesn't do.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as tf
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+VOCABULARY = 256
+# No model of the walk may be larger: one that is hasn't been shrunk.
+MOST_PARAMETERS = 50_000_000
+
+SIZES: dict[int, tuple[str, ...]] = {
+    1: (
+        "num_shared_experts", "n_shared_experts", "moe_num_shared_experts", "first_k_dense_replace", "num_dense_layers",
+        "topk_group", "n_group", "num_expert_group", "moe_layer_start_index", "mamba_n_groups", "n_groups",
+        "mamba_ngroups", "num_nextn_predict_layers",
+    ),
+    2: (
+        "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "num_blocks",
+        "num_encoder_layers", "num_decoder_layers", "num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads",
+        "linear_num_key_heads", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k",
+        "num_key_value_groups", "num_layers_per_stack",
+    ),
+    4: (
+        "num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads", "decoder_attention_heads",
+        "encoder_attention_heads", "num_encoder_attention_heads", "num_decoder_attention_heads",
+        "swa_num_attention_heads", "linear_num_value_heads", "linear_num_heads", "index_n_heads", "num_experts",
+        "num_local_experts", "n_routed_experts", "moe_num_experts", "rotary_dim", "mamba_dt_rank", "time_step_rank",
+        "index_topk", "n_mamba_heads",
+    ),
+    8: (
+        "qk_rope_head_dim", "qk_nope_head_dim", "state_size", "mamba_d_state", "ssm_state_size", "mamba_n_heads",
+        "mamba_num_heads", "chunk_size", "mamba_chunk_size",
+    ),
+    16: (
+        "head_dim", "swa_head_dim", "v_head_dim", "linear_head_dim", "linear_key_head_dim", "linear_value_head_dim",
+        "index_head_dim", "d_head", "kv_channels", "attention_head_size", "dim_head", "mamba_d_head", "mamba_head_dim",
+        "mamba_headdim", "query_pre_attn_scalar", "qk_head_dim",
+        "sliding_window", "sliding_window_size", "attention_window_size", "local_attention", "window_size",
+        "attention_chunk_size",
+    ),
+    32: ("q_lora_rank", "kv_lora_rank", "lru_rank"),
+    64: (
+        "hidden_size", "d_model", "n_embd", "emb_dim", "embedding_size", "embedding_dim", "word_embed_proj_dim",
+        "input_embedding_size", "output_embedding_size", "lru_width", "moe_intermediate_size",
+        "shared_expert_intermediate_size", "shared_intermediate_size", "expert_ffn_hidden_size",
+        "moe_shared_expert_intermediate_size", "shared_experts_intermediate_size", "attention_hidden_size",
+        "router_hidden_size",
+    ),
+    128: (
+        "intermediate_size", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_dim", "dim_ff", "dff", "d_inner",
+        "ffn_hidden_size", "n_inner", "feed_forward_size", "intermediate_size_mlp", "dense_intermediate_size",
+        "mamba_d_ssm",
+    ),
+    VOCABULARY: ("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"),
+    512: (
+        "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length", "model_max_length",
+    ),
+}  # fmt: skip
+SMALL = {name: size for size, names in SIZES.items() for name in names}
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+# The rotary part of a head is its own size where keys and queries are projected through a narrow latent.
+LATENT = {"head_dim": 8}
+HEADS = {"head_dim": 16}
+INDEXED = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+    "ngram_vocab_size_base": 64,
+    "ple_embed_dim": 64,
+    "hc_lowrank": 8,
+}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "axk1": LATENT,
+    "axk2": {**LATENT, "num_key_value_heads": 4},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 64,
+        **{name: {"hidden_size": 64, "hidden_size_global": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+                  "num_attention_heads": 4, "num_key_value_heads": 4}
+           for name in ("patcher_config", "encoder_config", "decoder_config", "global_config")},
+    },
+    "cohere_compass_text": {"rope_parameters": {
+        kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
+    }},
+    "dbrx": {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 512,
+             "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+             "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2}},
+    "deepseek_v2": {"num_experts_per_tok": 2, "head_dim": 8},
+    "deepseek_v3": LATENT,
+    "deepseek_v32": {**LATENT, "num_key_value_heads": 4},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "head_dim": 16},
+    "dots3_note": {
+        "text_config": {"num_key_value_heads": 4, "num_attention_heads": 4},
+        "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    },
+    "dots3_note_text": {"num_key_value_heads": 4, "num_attention_heads": 4},
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1},
+    "gemma3n_text": {
+        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": [128] * 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
+        "hidden_size_per_layer_input": 16, "laurel_rank": 8, "vocab_size_per_layer_input": VOCABULARY,
+    },
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "glm_moe_dsa": {**LATENT, "num_key_value_heads": 4},
+    "hunyuan_v1_dense": HEADS,
+    "hunyuan_v1_moe": {**HEADS, "num_experts": 4, "moe_topk": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "longcat_flash": {"head_dim": 8, "zero_expert_num": 2},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
+    "ministral": HEADS,
+    "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp": {"text_config": INDEXED},
+    "qwen4_exp_text": INDEXED,
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": (32, 32), "axial_pos_shape": (16, 32)},
+    "roc_bert": {"pronunciation_vocab_size": 64, "shape_vocab_size": 64},
+    "xmod": {"default_language": "en_XX"},
+    "youtu": LATENT,
+    "zamba": {
+        "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_head_dim": 32,
+        "attention_hidden_size": 128, "mamba_dt_rank": 4, "use_mamba_kernels": False,
+    },
+    "zamba2": {
+        "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "hybrid_layer_ids": [1, 3],
+        "mamba_headdim": 16, "n_mamba_heads": 8, "attention_head_dim": 32, "attention_hidden_size": 128},
+}  # fmt: skip
+
+
+def families() -> list[str]:
+    """Every model type of transformers' mapping of causal language models."""
+    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def smallest_config(model_type: str) -> PretrainedConfig:
+    """A config of the family with few layers of each kind, few heads, narrow matrices."""
+    return _shrunk(CONFIG_MAPPING[model_type], OVERRIDES.get(model_type, {}))
+
+
+def _shrunk(kind: type[PretrainedConfig], overrides: dict[str, Any]) -> PretrainedConfig:
+    try:
+        plain = kind()
+    except (TypeError, ValueError, KeyError):
+        plain = kind(**{name: value for name, value in overrides.items() if not isinstance(value, dict)})
+    fields = {name: value for name, value in vars(plain).items() if not name.startswith("_")}
+    small: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, PretrainedConfig):
+            small[name] = _shrunk(type(value), overrides.get(name, {}))
+        elif name in SMALL and isinstance(value, int) and value > 0 and not isinstance(value, bool):
+            small[name] = min(SMALL[name], value)
+        elif name.endswith(("token_id", "token_index")) and isinstance(value, int):
+            small[name] = SPECIAL.get(name, min(value, VOCABULARY - 1))
+    small |= _chosen_layers(kind, fields, small)
+    return kind(
+        **{**small, **{name: v for name, v in overrides.items() if name not in small or not isinstance(v, dict)}}
+    )
+
+
+def _chosen_layers(kind: type[PretrainedConfig], fields: dict[str, Any], small: dict[str, Any]) -> dict[str, Any]:
+    """Lists with an entry for each layer, cut to layers of which each has an entry that the ones before hadn't."""
+    name = kind.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    count = fields.get(name)
+    if not isinstance(count, int) or isinstance(count, bool):
+        return {}
+    lists = {n: v for n, v in fields.items() if isinstance(v, list | tuple) and len(v) == count and count > 2}
+    if not lists:
+        return {}
+    chosen: list[int] = []
+    for index in range(count):
+        known = all(any(str(values[index]) == str(values[i]) for i in chosen) for values in lists.values())
+        if not known:
+            chosen.append(index)
+    if len(chosen) < 2:
+        chosen.append(next(index for index in range(count) if index not in chosen))
+    return {name: len(chosen), **{n: [v[i] for i in sorted(chosen)] for n, v in lists.items()}}
+
+
+def save_smallest(model_type: str, folder: Path) -> None:
+    """Save the family's smallest model with random weights: matrices that keep the scale, norms away from 1."""
+    config = smallest_config(model_type)
+    with torch.device("meta"):
+        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    assert count <= MOST_PARAMETERS, f"{model_type}: {count} parameters; shrink it by an entry in OVERRIDES"
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 1.5 * parameter.shape[-1] ** -0.5)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+
+
+def load_plain(folder: Path, **arguments: Any) -> Any:
+    """The model as transformers' plain loading gives it back."""
+    plain = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **arguments)
+    if hasattr(plain, "set_experts_implementation"):
+        plain.set_experts_implementation("eager")
+    return plain.eval()
