@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from pipeline import sizing, sources
+from pipeline import fitting, sizing, sources
 from pipeline.retry import wait_before_retry
-from pipeline.zoo import Zoo
+from pipeline.zoo import ModelEntry, Zoo
 from workers import hub
 from workers.errors import HubRefused, HubUnavailable, ModelNotFound, UserError, ZooError
 from workers.job import (
@@ -76,15 +76,19 @@ def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None)
         UserError: all findings about models, data and destination in one message.
         HubUnavailable: the Hub can't be reached.
     """
-    pinned, problems = _resolve_all(zoo, zoo_folder)
+    pairs, problems = _resolve_all(zoo, zoo_folder)
+    pinned = [source for _, source in pairs]
+    cells = [(source, recipe) for entry, source in pairs for recipe in zoo.recipes_of(entry)]
     calibration, data_sha256, verification, data_problems = _pin_data(zoo, zoo_folder)
     problems += data_problems
     problems += [problem for source in pinned for problem in _too_long(source, calibration, verification)]
-    found = (sizing.group_size_problem(source, recipe) for source in pinned for recipe in zoo.resolved_recipes)
-    problems += [problem for problem in found if problem]
+    refused = {source.pin.id: problem for source in pinned if (problem := fitting.model_problem(source))}
+    problems += refused.values()
+    for source, recipe in cells:
+        if source.pin.id not in refused:
+            problems += fitting.recipe_problems(source, recipe)
     if problems:
         raise ZooError("\n".join(problems))
-    cells = [(source, recipe) for source in pinned for recipe in zoo.resolved_recipes]
     orders = [_order(zoo, source, recipe, calibration, data_sha256) for source, recipe in cells]
     _check_repositories(orders)
     _check_twins(cells, orders)
@@ -100,10 +104,12 @@ def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None)
     return Plan(zoo.name, artifacts, jobs)
 
 
-def _resolve_all(zoo: Zoo, zoo_folder: Path) -> tuple[list[sources.Source], list[str]]:
+def _resolve_all(zoo: Zoo, zoo_folder: Path) -> tuple[list[tuple[ModelEntry, sources.Source]], list[str]]:
     with ThreadPoolExecutor(THREADS) as pool:
         results = list(pool.map(lambda entry: _try(lambda: sources.resolve(entry, zoo_folder)), zoo.models))
-    return [r for r in results if isinstance(r, sources.Source)], [str(r) for r in results if isinstance(r, UserError)]
+    pairs = zip(zoo.models, results, strict=True)
+    found = [(entry, result) for entry, result in pairs if isinstance(result, sources.Source)]
+    return found, [str(result) for result in results if isinstance(result, UserError)]
 
 
 def _pin_data(zoo: Zoo, zoo_folder: Path) -> tuple[Calibration | None, str | None, Verification, list[str]]:

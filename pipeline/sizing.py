@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.sources import Source, TensorHeader
+from workers.fits import CONV1D_MODEL_TYPES
 from workers.job import Calibration, Verification
-from workers.recipes import BitsAndBytesRecipe, FourBitFloatScheme, IntScheme, MicroscalingScheme, Recipe
+from workers.recipes import BitsAndBytesRecipe, FourBitFloatScheme, Recipe
 
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")
-# Their linear layers are Conv1D, stored (in, out).
-CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 # A process with torch, transformers and their CPU kernels loaded; measured 0.6 GB, with room for allocators.
 RUNTIME_BYTES = 1_000_000_000
 
@@ -38,39 +37,6 @@ def estimate(source: Source, recipe: Recipe, calibration: Calibration | None, ve
     loaded = RUNTIME_BYTES + sum(4 * tensor.numel for tensor in source.tensors)
     verifying = loaded + _peak_bytes(source, recipe, None, verification)
     return Estimate(sum(t.bytes for t in source.tensors), artifact, max(making, verifying))
-
-
-def group_size_problem(source: Source, recipe: Recipe) -> str | None:
-    """What is wrong with an integer recipe's group size for the model's layer widths, and what would do; or None."""
-    scheme = recipe.scheme
-    if isinstance(scheme, MicroscalingScheme) and source.tensors:
-        return _indivisible(source, recipe, scheme)
-    if not isinstance(scheme, IntScheme) or not scheme.group_size or not source.tensors:
-        return None
-    widths = sorted({in_features(t, source.config) for t in source.tensors if quantizable(t, recipe)})
-    odd = [width for width in widths if width % scheme.group_size]
-    if not odd or (len(odd) < len(widths) and scheme.indivisible != "refuse"):
-        return None
-    usual = [size for size in (256, 128, 64, 32, 16) if size < max(widths) and not any(w % size for w in widths)]
-    remedy = [f"scheme.group_size: {usual[0]}"] if usual else []
-    remedy.append("scheme.group_size: null (one scale for each output channel)")
-    if len(odd) < len(widths):
-        remedy.append("scheme.indivisible: channel or keep, for those layers alone")
-    return (
-        f"recipe {recipe.name!r}: group size {scheme.group_size} doesn't divide the layer widths of "
-        f"{source.pin.id!r}, got {odd} (of {widths}); set " + ", or ".join(remedy)
-    )
-
-
-def _indivisible(source: Source, recipe: Recipe, scheme: MicroscalingScheme) -> str | None:
-    size = scheme.group_size
-    names = [t.name for t in source.tensors if quantizable(t, recipe) and in_features(t, source.config) % size]
-    if not names:
-        return None
-    return (
-        f"recipe {recipe.name!r}: {scheme.type} has groups of {size}, which don't divide the width of {names[0]} of "
-        f"{source.pin.id!r}; ignore such layers, or choose another scheme"
-    )
 
 
 def quantizable(tensor: TensorHeader, recipe: Recipe) -> bool:

@@ -22,6 +22,7 @@ class ModelEntry(Frozen):
     revision: str = Field("main", description="Branch, tag or commit; a folder is pinned by its content.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
     allow_pickle: bool = Field(False, description="Read pickle weights, with weights_only=True, for want of others.")
+    recipes: tuple[str, ...] = Field((), description="Those of the zoo's recipes that this model gets; left out: all.")
 
 
 class Verify(Frozen):
@@ -122,6 +123,10 @@ class Zoo(Frozen):
         """The recipes, shipped ones looked up by name."""
         return tuple(shipped.recipe(item) if isinstance(item, str) else item for item in self.recipes)
 
+    def recipes_of(self, model: ModelEntry) -> tuple[Recipe, ...]:
+        """The recipes that a model gets, in the zoo's order."""
+        return tuple(r for r in self.resolved_recipes if not model.recipes or r.name in model.recipes)
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         recipes = [item if isinstance(item, str) else item.name for item in self.recipes]
@@ -129,6 +134,13 @@ class Zoo(Frozen):
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise ValueError(f"{what} {twice[0]!r} is listed twice; list it once")
+        for model in self.models:
+            unknown = sorted(set(model.recipes) - set(recipes))
+            if unknown:
+                raise ValueError(
+                    f"model {model.id!r}: recipe {unknown[0]!r} isn't among the zoo's recipes ({', '.join(recipes)}); "
+                    "add it there, or remove it here"
+                )
         if self.calibration and self.calibration.dataset == self.verify.dataset:
             raise ValueError("verify.dataset is the calibration data; verify on text that was not calibrated on")
         return self

@@ -195,3 +195,59 @@ def test_fingerprints_refuse_what_is_not_plain() -> None:
         canonical_json({"a": object()})
     with pytest.raises(ValueError, match=r"[Oo]ut of range"):
         canonical_json(float("nan"))
+
+
+MOE = ROOT / "tests/zoo/models/qwen3-moe-tiny"
+GPT2 = ROOT / "tests/zoo/models/gpt2-tiny"
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "said"),
+    [
+        (
+            MOE,
+            "awq-w4-g128-gemm",
+            "experts, which transformers loads wrongly .* format: compressed-tensors with symmetric",
+        ),
+        (MOE, "hqq-w4-g64", r"format gptq: model\.layers\.0\.mlp\.experts\.0\..* ignore them"),
+        (MOE, "w8a8-int8", "choose activations: none"),
+        (MOE, "fp8-static", "choose activations: dynamic or none"),
+        (MOE, "nvfp4", "choose type: mxfp4"),
+        (GPT2, "gptq-w4-g128", "Conv1D, .* choose method: bitsandbytes"),
+        (GPT2, "fp8-block", "Conv1D, .* choose method: bitsandbytes"),
+    ],
+)
+def test_layers_that_a_format_does_not_take_are_refused_with_what_does(
+    tmp_path: Path, model: Path, recipe: str, said: str
+) -> None:
+    with pytest.raises(UserError, match=rf"recipe '{recipe}', .*{said}.*models: \[\{{id: \.\.\., recipes: "):
+        make(tmp_path, write(tmp_path, recipe, model=f"id: {model}"))
+
+
+def test_a_model_can_have_recipes_of_its_own(tmp_path: Path) -> None:
+    made = write(
+        tmp_path,
+        "fp8-static, fp8-dynamic, bnb-nf4",
+        model=f"id: {MOE}, recipes: [bnb-nf4, fp8-dynamic]}}, {{id: {LLAMA}",
+    )
+    found = make(tmp_path, made)
+    got = [(cell.source.name, cell.order.recipe.name) for cell in found.artifacts]
+    assert got == [
+        ("qwen3-moe-tiny", "fp8-dynamic"),
+        ("qwen3-moe-tiny", "bnb-nf4"),
+        ("llama-tiny", "fp8-static"),
+        ("llama-tiny", "fp8-dynamic"),
+        ("llama-tiny", "bnb-nf4"),
+    ]
+    with pytest.raises(UserError, match=r"recipe 'gone' isn't among the zoo's recipes \(bnb-nf4\)"):
+        write(tmp_path, "bnb-nf4", model=f"id: {LLAMA}, recipes: [gone]")
+
+
+def test_a_family_that_is_not_supported_is_refused_with_its_reason(tmp_path: Path) -> None:
+    folder = copy_llama(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "zamba2"}))
+    with pytest.raises(
+        UserError, match=r"model_type 'zamba2' isn't supported: its layers share the weights .* leave it out"
+    ):
+        make(tmp_path, write(tmp_path, model=f"id: {folder}"))

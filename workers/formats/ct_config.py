@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from workers.errors import UnsupportedRecipe
+from workers.fits import EXPERT as EXPERT
+from workers.fits import conv1d_misfit, experts_misfit
 from workers.recipes import Float8Scheme, IntScheme, LinearScheme, MicroscalingScheme
 
-# A weight of one expert; transformers fuses them into one tensor for each layer while it loads.
-EXPERT = re.compile(r"\.experts\.\d+\.")
 MIXED = "mixed-precision"
 PACKED, INT, FLOAT, NAIVE = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"
 MXFP4, NVFP4 = "mxfp4-pack-quantized", "nvfp4-pack-quantized"
@@ -197,29 +197,14 @@ def _inputs(scheme: LinearScheme) -> dict[str, Any] | None:
 
 def _refuse_conv1d(modules: list[str]) -> None:
     if modules:
-        raise UnsupportedRecipe(
-            f"compressed-tensors: {some(modules)} are Conv1D, which transformers doesn't load in this format; "
-            "choose method: bitsandbytes"
-        )
+        raise UnsupportedRecipe(f"compressed-tensors: {some(modules)} {conv1d_misfit('compressed-tensors')}")
 
 
 def _refuse_unreadable_experts(experts: list[str], scheme: LinearScheme) -> None:
     """What transformers 5.23 can't load for experts, though it does for other layers."""
-    if not experts:
-        return
-    match scheme:
-        case IntScheme(activations="int8"):
-            why = "transformers can't load experts with activations: int8 (torch.cat(): expected a non-empty list)"
-            remedy = "choose activations: none, for all or in an override of '*.experts.*'"
-        case Float8Scheme(activations="static"):
-            why = "transformers doesn't know the static scales of experts' inputs (unexpected keys)"
-            remedy = "choose activations: dynamic or none"
-        case MicroscalingScheme(type="nvfp4"):
-            why = "transformers drops the global scale of experts and computes with wrong weights, without an error"
-            remedy = "choose type: mxfp4"
-        case _:
-            return
-    raise UnsupportedRecipe(f"compressed-tensors: {some(experts)}: {why}; {remedy}")
+    misfit = experts_misfit("compressed-tensors", scheme)
+    if experts and misfit:
+        raise UnsupportedRecipe(f"compressed-tensors: {some(experts)} {misfit}")
 
 
 def _refuse_uneven_experts(uneven: list[str], experts: list[str], kept: list[str], base: LinearScheme) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from workers.checkpoint import Header
 from workers.codes import CodedWeight, Float8Weight
 from workers.errors import CheckpointError, UnsupportedRecipe
+from workers.fits import conv1d_misfit
 from workers.formats.ct_config import EXPERT, some
 from workers.numerics import activations, fp8
 from workers.recipes import LinearScheme
@@ -122,10 +123,7 @@ def quantization_config(
     """
     conv1d, kept = sorted(conv1d), sorted(set(kept))
     if conv1d:
-        raise UnsupportedRecipe(
-            f"fp8: {some(conv1d)} are Conv1D, which transformers doesn't load in this format; "
-            "choose method: bitsandbytes"
-        )
+        raise UnsupportedRecipe(f"fp8: {some(conv1d)} {conv1d_misfit('fp8')}")
     # transformers replaces the experts of a layer as one module, which has to be named as such.
     left = {_experts_of(name): name for name in kept if EXPERT.search(name)}
     uneven = sorted(left[_experts_of(name)] for name in schemes if EXPERT.search(name) and _experts_of(name) in left)

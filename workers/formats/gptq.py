@@ -19,7 +19,8 @@ from torch import Tensor
 from workers.checkpoint import Header
 from workers.codes import CodedWeight, IntWeight
 from workers.errors import NumericalError, UnsupportedRecipe
-from workers.formats.compressed_tensors import EXPERT, check_words, some
+from workers.fits import EXPERT, conv1d_misfit, experts_misfit
+from workers.formats.compressed_tensors import check_words, some
 from workers.numerics.packing import pack_gptq, unpack_gptq
 from workers.recipes import IntScheme, LinearScheme
 
@@ -136,24 +137,15 @@ def one_block(fmt: str, schemes: Mapping[str, LinearScheme], conv1d: Iterable[st
     Raises:
         UnsupportedRecipe: modules outside of it, Conv1D modules, or experts.
     """
-    _refuse(
-        fmt,
-        sorted(conv1d),
-        "are Conv1D, which transformers doesn't load in this format",
-        "choose method: bitsandbytes",
-    )
-    _refuse(
-        fmt,
-        [name for name in schemes if EXPERT.search(name)],
-        "are experts, which transformers loads wrongly in this format",
-        "ignore them ('*.experts.*'), or choose format: compressed-tensors",
-    )
+    _refuse(fmt, sorted(conv1d), conv1d_misfit(fmt))
+    experts = [name for name in schemes if EXPERT.search(name)]
+    _refuse(fmt, experts, experts_misfit(fmt, one_scheme(fmt, schemes)))
     blocks = Counter(_block(name) for name in schemes).most_common(1)[0][0]
     _refuse(
         fmt,
         [name for name in schemes if _block(name) != blocks],
-        f"are outside of the decoder layers {blocks!r}, where nothing may be quantized in this format",
-        "ignore them, or choose format: compressed-tensors",
+        f"are outside of the decoder layers {blocks!r}, where nothing may be quantized in this format; ignore them, or "
+        "choose format: compressed-tensors",
     )
     return blocks
 
@@ -169,8 +161,8 @@ def one_scheme(fmt: str, schemes: Mapping[str, LinearScheme]) -> IntScheme:
     _refuse(
         fmt,
         [name for name, own in schemes.items() if own != scheme],
-        f"deviate from the group size {scheme.group_size} of the others, and this format has one for all",
-        "choose indivisible: keep, or format: compressed-tensors",
+        f"deviate from the group size {scheme.group_size} of the others, and this format has one for all; choose "
+        "indivisible: keep, or format: compressed-tensors",
     )
     return scheme
 
@@ -224,6 +216,6 @@ def _unsigned(weight: IntWeight, lowest_zero: int) -> tuple[Tensor, Tensor]:
     return codes_OI, zero_OG + lift_OG
 
 
-def _refuse(fmt: str, modules: list[str], why: str, remedy: str) -> None:
-    if modules:
-        raise UnsupportedRecipe(f"{fmt}: {some(modules)} {why}; {remedy}")
+def _refuse(fmt: str, modules: list[str], why: str | None) -> None:
+    if modules and why:
+        raise UnsupportedRecipe(f"{fmt}: {some(modules)} {why}")
