@@ -33,15 +33,18 @@ def weights_sha256(of: Job, name: str) -> str:
     return file_sha256(artifact_folder(of.workspace, of.order(name)) / "model.safetensors")
 
 
-def test_a_recipe_makes_the_same_bytes_alone_and_in_company(tmp_path: Path) -> None:
+def test_a_recipe_makes_the_same_bytes_alone_and_with_seven_others(tmp_path: Path) -> None:
     rtn3 = recipe(name="rtn-w3", method="rtn", scheme={"bits": 3, "group_size": 64}, format="gptq")
-    company = job(LLAMA, tmp_path / "a", "bnb-nf4", "gptq-w4-g128", "bnb-int8", rtn3, "gptq-w8-g128")
+    own = recipe(name="own", method="gptq", scheme={"bits": 4, "group_size": 64}, options={"propagate": "quantized"})
+    names = ["gptq-w4-g128", "awq-w4-g128", "w8a8-int8", "fp8-static"]
+    company = job(LLAMA, tmp_path / "a", "bnb-nf4", rtn3, "gptq-w8-g128", own, *names)
     made = quantize(company)
     assert made.failure is None, made.failure
-    assert [artifact.error for artifact in made.artifacts] == [None] * 5
-    alone = job(LLAMA, tmp_path / "b", "gptq-w4-g128")
-    quantize(alone)
-    assert weights_sha256(alone, "gptq-w4-g128") == weights_sha256(company, "gptq-w4-g128")
+    assert [artifact.error for artifact in made.artifacts] == [None] * 8
+    for name in names:
+        alone = job(LLAMA, tmp_path / name, name)
+        quantize(alone)
+        assert weights_sha256(alone, name) == weights_sha256(company, name), name
     assert not list((tmp_path / "a" / "artifacts").glob(".*")), "something half-written is left"
 
 
@@ -67,7 +70,23 @@ def test_a_recipe_that_the_model_cannot_take_fails_alone(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("model", "name"),
-    [(LLAMA, "gptq-w8-g128"), (LLAMA, "bnb-fp4"), (MOE, "gptq-w4-g128"), (GPT2, "bnb-int8"), (GPT2, "bnb-nf4")],
+    [
+        (LLAMA, "gptq-w8-g128"),
+        (LLAMA, "gptq-mixed-4-8"),
+        (LLAMA, "awq-w4-g128-gemm"),
+        (LLAMA, "w8a8-int8"),
+        (LLAMA, "fp8-static"),
+        (LLAMA, "fp8-block"),
+        (LLAMA, "hqq-w4-g64"),
+        (LLAMA, "nvfp4"),
+        (LLAMA, "bnb-fp4"),
+        (MOE, "gptq-w4-g128"),
+        (MOE, "awq-w4-g128"),
+        (MOE, "fp8-dynamic"),
+        (MOE, "mxfp4"),
+        (GPT2, "bnb-int8"),
+        (GPT2, "bnb-nf4"),
+    ],
     ids=lambda value: value.name if isinstance(value, Path) else value,
 )
 def test_shipped_recipes_are_accepted(model: Path, name: str, tmp_path: Path) -> None:
