@@ -22,3 +22,14 @@ def coarse_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(was)
+
+
+@contextmanager
+def coarse_forwards() -> Iterator[None]:
+    """Run layers with ``coarse_products``, and where a CPU has units for it with bfloat16 attention and linear layers.
+
+    What the layers add to the float32 residual stream is then what the checkpoint's own bfloat16 would add.
+    """
+    halves = torch.cpu._is_amx_tile_supported()
+    with coarse_products(), torch.autocast("cpu", torch.bfloat16, enabled=halves):
+        yield

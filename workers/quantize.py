@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from workers.forward import Lanes, LoadedLayer, Streaming
 from workers.job import ArtifactMade, Job, Order, artifact_folder
 from workers.loading import StreamedModel
 from workers.makers import LayerWork, Maker, MakerState, record_path
-from workers.precision import coarse_products
+from workers.precision import coarse_forwards
 from workers.recipes import BitsAndBytesRecipe, Recipe
 from workers.resume import NotResumable, PassFolder, PassState, group_state, held
 from workers.run import describe
@@ -29,8 +29,8 @@ from workers.statistics import Observer
 
 # Tokens of the short sequence that layers are probed with for foldable pairs.
 PROBE_TOKENS = 32
-# Keeping a pass's state takes at most this share of its time: a layer that follows too soon isn't kept.
-KEEPING_SHARE = 0.1
+# A layer is kept once this much time would be lost with it, and keeping takes at most this share of the pass's time.
+KEEPING_SECONDS, KEEPING_SHARE = 10.0, 0.1
 CALIBRATION, REFERENCE, PROBE = "calibration", "reference", "probe"
 
 
@@ -203,8 +203,8 @@ class _Pass:
         if CALIBRATION in groups:
             if PROBE in groups:
                 folds = self._folds(layer, groups[PROBE])
-            observer = self._observer()
-            with observer.watch(self._streamed, layer.index), coarse_products():
+            observer = self._observer(maker.order.recipe for maker in self._makers)
+            with observer.watch(self._streamed, layer.index), coarse_forwards():
                 groups[CALIBRATION].advance()
             observer.check(layer.index)
         if REFERENCE in groups:
@@ -221,9 +221,11 @@ class _Pass:
             if name not in {_own(maker.order.recipe) for maker in self._makers}:
                 del groups[name]  # its recipe has failed
 
-    def _observer(self) -> Observer:
-        assert self._job.calibration is not None
-        return Observer(self._job.calibration.experts, self._job.calibration.minimum_expert_tokens)
+    def _observer(self, recipes: Iterable[Recipe]) -> Observer:
+        said = self._job.calibration
+        assert said is not None
+        magnitudes = any(recipe.needs_magnitudes for recipe in recipes)
+        return Observer(said.experts, said.minimum_expert_tokens, magnitudes=magnitudes)
 
     def _folds(self, layer: LoadedLayer, probe: Lanes) -> list[Fold]:
         module = self._streamed.layers[layer.index]
@@ -235,14 +237,14 @@ class _Pass:
 
     def _in_its_own_stream(self, maker: Maker, layer: LoadedLayer, lanes: Lanes) -> None:
         """Statistics from what the recipe's own quantized layers gave, and on through this one, quantized too."""
-        observer = self._observer()
-        with observer.watch(self._streamed, layer.index), coarse_products():
+        observer = self._observer([maker.order.recipe])
+        with observer.watch(self._streamed, layer.index), coarse_forwards():
             lanes.rehearse()
         observer.check(layer.index)
         maker.layer(LayerWork(layer.index, layer.tensors, observer))
         self._streamed.free_layer(layer.index)
         self._streamed.load_layer(layer.index, {**layer.tensors, **maker.decoded})
-        with coarse_products():
+        with coarse_forwards():
             lanes.advance()
         self._streamed.free_layer(layer.index)
         self._streamed.load_layer(layer.index, layer.tensors)
@@ -320,14 +322,15 @@ class _Tokens:
 
 
 class _Keeping:
-    """Says when the state of a pass is worth keeping: not if keeping it took more than its share of the time."""
+    """Says when the state of a pass is worth keeping: enough was done since, and keeping it is cheap beside that."""
 
     def __init__(self) -> None:
-        self._begun = time.monotonic()
+        self._begun = self._last = time.monotonic()
         self._spent = 0.0
 
     def worth_it(self) -> bool:
-        return self._spent <= KEEPING_SHARE * (time.monotonic() - self._begun)
+        now = time.monotonic()
+        return now - self._last >= KEEPING_SECONDS and self._spent <= KEEPING_SHARE * (now - self._begun)
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -335,4 +338,5 @@ class _Keeping:
         try:
             yield
         finally:
-            self._spent += time.monotonic() - begun
+            self._last = time.monotonic()
+            self._spent += self._last - begun

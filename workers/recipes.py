@@ -279,6 +279,11 @@ class RecipeBase(Frozen):
         return False
 
     @property
+    def needs_magnitudes(self) -> bool:
+        """Whether a calibrated recipe looks at how large inputs are, beside their products with one another."""
+        return self.calibrated
+
+    @property
     def folds(self) -> bool:
         """Whether the recipe moves scales of the inputs into the preceding norm or linear layer."""
         return False
@@ -340,6 +345,10 @@ class GptqRecipe(IntRecipe):
     @property
     def calibrated(self) -> bool:
         return True
+
+    @property
+    def needs_magnitudes(self) -> bool:
+        return False
 
     @property
     def own_stream(self) -> bool:

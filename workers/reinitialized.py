@@ -9,18 +9,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from workers.loading import StreamedModel
 
+_KNOWN: WeakKeyDictionary[StreamedModel, frozenset[str]] = WeakKeyDictionary()
+
 
 def unpackable_modules(streamed: StreamedModel) -> frozenset[str]:
     """Names, in the model, of the linear modules of its layers that can't be loaded without a ``weight``.
 
-    The layers are on the meta device: trying it out initializes them.
+    The layers are on the meta device: trying it out initializes them. It's done once for a model.
     """
+    if streamed not in _KNOWN:
+        with torch.inference_mode():
+            _KNOWN[streamed] = frozenset(_tried(streamed))
+    return _KNOWN[streamed]
+
+
+def _tried(streamed: StreamedModel) -> list[str]:
     known: dict[str, list[str]] = {}
     found: list[str] = []
     for index, layer in enumerate(streamed.layers):
@@ -30,7 +41,7 @@ def unpackable_modules(streamed: StreamedModel) -> frozenset[str]:
         if kind not in known:
             known[kind] = _asked_for(layer, _owner(streamed))
         found += [f"{streamed.layers_name}.{index}.{name}" if name else "" for name in known[kind]]
-    return frozenset(found)
+    return found
 
 
 def _owner(streamed: StreamedModel) -> Any:

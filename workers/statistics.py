@@ -20,6 +20,7 @@ from workers.errors import NumericalError, UnsupportedRecipe
 from workers.loading import StreamedModel
 
 InputName = tuple[str, int | None]
+WIDE = 1024
 
 
 @dataclass
@@ -53,24 +54,48 @@ class InputStatistics:
         gram_II = self.gram_II / scale_I / scale_I[:, None]
         return InputStatistics(self.count, gram_II, self.abs_sum_I / scale_I, self.abs_max_I / scale_I)
 
-    def add(self, inputs: Tensor) -> None:
-        """Take tokens in: float [..., I]. NaN and Inf stay in the sums, where ``Observer.check`` finds them."""
+    def add(self, inputs: Tensor, *, magnitudes: bool = True) -> None:
+        """Take tokens in: float [..., I]; without ``magnitudes`` their products alone, which takes half the time.
+
+        NaN and Inf stay in the sums, where ``Observer.check`` finds them. Of a wide ``gram_II`` only blocks on the
+        diagonal and above are summed up, until ``complete``.
+        """
         x_NI = inputs.reshape(-1, inputs.shape[-1]).float()
-        magnitude = x_NI.abs()
         self.count += len(x_NI)
-        self.gram_II.addmm_(x_NI.T, x_NI)
+        width = x_NI.shape[1]
+        for start in range(0, width, stride := _stride(width)):
+            self.gram_II[start : start + stride, start:].addmm_(x_NI[:, start : start + stride].T, x_NI[:, start:])
+        if not magnitudes:
+            return
+        magnitude = x_NI.abs()
         self.abs_sum_I += magnitude.sum(0)
         torch.maximum(self.abs_max_I, magnitude.amax(0) if len(x_NI) else self.abs_max_I, out=self.abs_max_I)
+
+    def complete(self) -> None:
+        """Mirror what lies above the diagonal, once all tokens are in."""
+        width = len(self.abs_sum_I)
+        for start in range(0, width, stride := _stride(width)):
+            stop = start + stride
+            self.gram_II[stop:, start:stop] = self.gram_II[start:stop, stop:].T
+
+
+def _stride(width: int) -> int:
+    """Rows of a block: wide sums take two thirds of the time without what lies below the diagonal."""
+    return width if width < WIDE else -(-width // 4)
 
 
 class Observer:
     """Gathers the statistics of one layer at a time; ``of`` tells them after the layer has run.
 
     ``experts``: whether an expert learns from the tokens sent to it (``routed``) or from all of its layer (``all``).
-    An expert that fewer than ``minimum_tokens`` came to takes the statistics of its layer's experts together.
+    An expert that fewer than ``minimum_tokens`` came to takes the statistics of its layer's experts together. Without
+    ``magnitudes``, ``abs_sum_I`` and ``abs_max_I`` stay zero.
     """
 
-    def __init__(self, experts: Literal["routed", "all"] = "routed", minimum_tokens: int = 0) -> None:
+    def __init__(
+        self, experts: Literal["routed", "all"] = "routed", minimum_tokens: int = 0, *, magnitudes: bool = True
+    ) -> None:
+        self._magnitudes = magnitudes
         self._all_tokens = experts == "all"
         self._minimum = minimum_tokens
         self._groups: dict[InputName, InputStatistics] = {}
@@ -136,6 +161,8 @@ class Observer:
             for module, leaves in fused.items():
                 stack.enter_context(self._experts(streamed.model.get_submodule(module), module, leaves))
             yield
+            for name in self._leaders:
+                self._groups[name].complete()
             self._pool(inputs)
 
     def _hook(self, name: InputName) -> Any:
@@ -154,7 +181,7 @@ class Observer:
         if name not in self._groups:
             self._groups[name] = InputStatistics.empty(inputs.shape[-1], inputs.device)
             self._leaders.append(name)
-        self._groups[name].add(inputs)
+        self._groups[name].add(inputs, magnitudes=self._magnitudes)
         # Holding the tensor keeps its id from being given to another.
         self._current = {id(inputs): (inputs, name)}
 

@@ -13,6 +13,7 @@ import transformers
 from pipeline import shipped
 from tests.workers.families import save_tokenizer
 from workers.job import Calibration, Dataset, Job, ModelPin, Order, Thresholds, Verification
+from workers.recipes import Recipe
 
 TEXT = Path(__file__).parents[1] / "zoo" / "text"
 
@@ -37,16 +38,16 @@ def save_llama(folder: Path, *, layers: int, hidden: int, intermediate: int, voc
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def job(model: Path, workspace: Path, *recipes: str, samples: int = 128, length: int = 512) -> Job:
-    """A job of shipped recipes; nothing is verified by it."""
+def job(model: Path, workspace: Path, *recipes: str | Recipe, samples: int = 128, length: int = 512) -> Job:
+    """A job of shipped recipes, or others; nothing is verified by it."""
     pin = ModelPin(id=model.name, revision="bench", folder=str(model))
-    chosen = [shipped.recipe(name) for name in recipes]
+    chosen = [shipped.recipe(item) if isinstance(item, str) else item for item in recipes]
     gates = Thresholds(kl_mean=100, top1_agreement=0.01, perplexity_ratio=1e9, runtime_logit_difference=1)
     return Job(
         model=pin,
         orders=tuple(Order(recipe=item, fingerprint=f"{item.name:0<64}", thresholds=gates) for item in chosen),
         calibration=Calibration(dataset=_text("calibration"), samples=samples, sequence_length=length),
-        verification=Verification(dataset=_text("heldout"), tokens=length, sequence_length=length),
+        verification=Verification(dataset=_text("heldout"), tokens=2 * length, sequence_length=length),
         destination=None,
         workspace=str(workspace),
     )

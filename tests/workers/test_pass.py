@@ -76,6 +76,7 @@ def quantize_and_die(of: Job, saves: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     PassFolder.save = save  # type: ignore[method-assign]
+    engine.KEEPING_SECONDS = 0.0
     quantize(of, Path(of.model.folder or ""))
 
 

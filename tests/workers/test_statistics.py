@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.workers.families import FAMILIES, save_random
+from workers import statistics as engine
 from workers.checkpoint import Source
 from workers.errors import NumericalError
 from workers.forward import stream
@@ -164,3 +165,26 @@ def test_broken_weights_are_named(tmp_path: Path) -> None:
         streamed = StreamedModel(tmp_path, source, dtype=torch.float32)
         with pytest.raises(NumericalError, match=r"layers\.1\.self_attn\.q_proj"):
             stream(streamed, batches(), observer=observer, observed=3, after_layer=observer.check)
+
+
+def test_wide_sums_are_whole_once_they_are_complete() -> None:
+    width = engine.WIDE + 6
+    batches = [torch.randn(40, width, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    found = InputStatistics.empty(width, "cpu")
+    for batch in batches:
+        found.add(batch)
+    found.complete()
+    together = torch.cat(batches)
+    torch.testing.assert_close(found.gram_II, together.T @ together, rtol=1e-4, atol=1e-3)
+    assert torch.equal(found.gram_II, found.gram_II.T)
+    torch.testing.assert_close(found.abs_sum_I, together.abs().sum(0))
+
+
+def test_without_magnitudes_the_products_are_the_same() -> None:
+    batch = torch.randn(40, 24, generator=torch.Generator().manual_seed(3))
+    both, alone = InputStatistics.empty(24, "cpu"), InputStatistics.empty(24, "cpu")
+    both.add(batch)
+    alone.add(batch, magnitudes=False)
+    assert torch.equal(both.gram_II, alone.gram_II)
+    assert bool(both.abs_max_I.all())
+    assert not alone.abs_max_I.any()

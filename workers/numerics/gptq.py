@@ -217,7 +217,12 @@ def sweep_columns(
     def add(rows: tuple[int, int], inside: tuple[int, int]) -> None:
         """Add to the targets of ``rows`` what comes from the columns ``inside``, without those of ``rows`` itself."""
         first, last = rows
-        parts = ((inside[0], first),) if lower else ((inside[0], first), (last, inside[1]))
+        if lower:
+            parts: tuple[tuple[int, int], ...] = ((inside[0], first),)
+        elif last == first + 1:
+            parts = (inside,)  # the diagonal is zero: one small product takes half the time of two
+        else:
+            parts = ((inside[0], first), (last, inside[1]))
         for start, stop in parts:
             if start < stop:
                 target = target_BIO[..., first:last, :]
