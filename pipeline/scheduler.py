@@ -154,8 +154,9 @@ def _key(step: Step) -> tuple[int, Stage, str | None]:
 
 
 def _needs(plan: Plan, job: Job) -> tuple[int, int]:
-    """Host and disk bytes of a job: its dearest recipe and the shards of all in the making; all that it writes."""
+    """Host and disk bytes of a job: its dearest recipe's; all that it writes, and what lies beside it meanwhile."""
     cells = [cell for cell in plan.artifacts if cell.source.pin == job.model and not cell.skipped]
     host = max(cell.estimate.host_bytes for cell in cells)
     source = cells[0].estimate.source_bytes if job.model.folder is None else 0
-    return host, source + sum(cell.estimate.artifact_bytes for cell in cells)
+    written = sum(cell.estimate.artifact_bytes + cell.estimate.spool_bytes for cell in cells)
+    return host, source + written + max(cell.estimate.state_bytes for cell in cells)

@@ -6,6 +6,7 @@ import fcntl
 import secrets
 import shutil
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from workers.job import Job, StageResult
 LOOPBACK = "loopback"
 RESULTS = "results.json"
 REPORT = "report.html"
+# How long the state of a pass is kept that nobody takes up.
+PASS_SECONDS = 7 * 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,10 @@ def _alone_in(out: Path) -> Iterator[None]:
                 shutil.rmtree(leftover, ignore_errors=True)
             else:
                 leftover.unlink(missing_ok=True)
+        for state in out.glob("passes/*"):
+            # What was begun and never taken up again.
+            if time.time() - max(path.stat().st_mtime for path in [state, *state.iterdir()]) > PASS_SECONDS:
+                shutil.rmtree(state, ignore_errors=True)
         yield
 
 

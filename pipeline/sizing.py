@@ -18,15 +18,22 @@ from workers.recipes import BitsAndBytesRecipe, FourBitFloatScheme, Recipe
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 # A process with torch, transformers and their CPU kernels loaded; measured 0.6 GB, with room for allocators.
 RUNTIME_BYTES = 1_000_000_000
+# What a shard holds at most (workers.shards.MAX_SHARD_BYTES, which this side can't import).
+SHARD_BYTES = 2_000_000_000
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on disk, of the source and of the artifact, and peak host bytes of making and verifying it."""
+    """Bytes on disk, of the source and of the artifact, and peak host bytes of making and verifying it.
+
+    While it's made, ``spool_bytes`` more lie on the disk, and ``state_bytes`` for all recipes of the pass together.
+    """
 
     source_bytes: int
     artifact_bytes: int
     host_bytes: int
+    spool_bytes: int = 0
+    state_bytes: int = 0
 
 
 def estimate(source: Source, recipe: Recipe, calibration: Calibration | None, verification: Verification) -> Estimate:
@@ -36,7 +43,23 @@ def estimate(source: Source, recipe: Recipe, calibration: Calibration | None, ve
     # The runtime check loads the whole model as its users do, in float32 on a CPU, beside the verifying process.
     loaded = RUNTIME_BYTES + sum(4 * tensor.numel for tensor in source.tensors)
     verifying = loaded + _peak_bytes(source, recipe, None, verification)
-    return Estimate(sum(t.bytes for t in source.tensors), artifact, max(making, verifying))
+    return Estimate(
+        source_bytes=sum(t.bytes for t in source.tensors),
+        artifact_bytes=artifact,
+        host_bytes=max(making, verifying),
+        # A shard is written from its spool; the state of a pass beside the one before it.
+        spool_bytes=min(artifact, SHARD_BYTES),
+        state_bytes=2 * _hidden_bytes(source, recipe, calibration, verification),
+    )
+
+
+def _hidden_bytes(source: Source, recipe: Recipe, calibration: Calibration | None, verification: Verification) -> int:
+    """Hidden states of all tokens, float32."""
+    hidden = int(source.config.get("hidden_size") or source.config.get("n_embd") or 0)
+    tokens = verification.tokens
+    if recipe.calibrated and calibration is not None:
+        tokens += calibration.samples * calibration.sequence_length
+    return 4 * hidden * tokens
 
 
 def quantizable(tensor: TensorHeader, recipe: Recipe) -> bool:
@@ -81,12 +104,9 @@ def _peak_bytes(source: Source, recipe: Recipe, calibration: Calibration | None,
         layers[match.group(1)] += 4 * tensor.numel
         if recipe.calibrated and quantizable(tensor, recipe):
             hessians[match.group(1)] += 4 * in_features(tensor, source.config) ** 2
-    hidden = int(source.config.get("hidden_size") or source.config.get("n_embd") or 0)
-    tokens = verification.tokens
-    if recipe.calibrated and calibration is not None:
-        tokens += calibration.samples * calibration.sequence_length
+    hidden = _hidden_bytes(source, recipe, calibration, verification)
     logits = 4 * int(source.config.get("vocab_size") or 0) * verification.sequence_length
     # A layer as it was read, the one that is read ahead, the model's own copy and a method's; two times the Hessians,
     # for their factors.
     largest = 4 * max(layers.values(), default=0) + 2 * max(hessians.values(), default=0)
-    return RUNTIME_BYTES + outside + largest + 2 * 4 * hidden * tokens + 4 * logits
+    return RUNTIME_BYTES + outside + largest + 2 * hidden + 4 * logits
