@@ -1,6 +1,6 @@
 """Data-free recipes against the disk and their own arithmetic: a plain copy, the kernel alone, and the whole stage.
 
-python tests/bench/bench_datafree.py [--recipes NAME ...]
+python -m tests.bench.bench_datafree [--recipes NAME ...]
 
 The copy reads the source's files and writes as many bytes as the artifact has, to the disk; the kernel codes and packs
 every weight that lies in memory already. The stage should take no longer than twice the copy and the kernel.

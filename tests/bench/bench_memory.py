@@ -1,6 +1,6 @@
 """Peak host memory of quantizing a model of 48 layers, against the same with 12: each in a process of its own.
 
-python tests/bench/bench_memory.py [--depths 12 48] [--recipes NAME ...]
+python -m tests.bench.bench_memory [--depths 12 48] [--recipes NAME ...]
 """
 
 from __future__ import annotations
@@ -52,7 +52,15 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             model = Path(scratch) / "model"
             size = models.save_llama(model, layers=depth, hidden=768, intermediate=2048)
-            command = [sys.executable, __file__, "--recipes", *arguments.recipes, "--measure", str(model)]
+            command = [
+                sys.executable,
+                "-m",
+                "tests.bench.bench_memory",
+                "--recipes",
+                *arguments.recipes,
+                "--measure",
+                str(model),
+            ]
             done = subprocess.run(
                 [*command, str(Path(scratch) / "work")], check=True, stdout=subprocess.PIPE, text=True
             )

@@ -1,6 +1,6 @@
 """Eight recipes of one model in one pass, against each of them alone, in one process.
 
-python tests/bench/bench_pass.py [--layers N --hidden N --intermediate N] [--samples N]
+python -m tests.bench.bench_pass [--layers N --hidden N --intermediate N] [--samples N]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """GPTQ and AWQ beside gptqmodel's and llm-compressor's: KL and seconds, the same tokens, bits, groups and symmetry.
 
-python tests/bench/bench_peers.py --gptqmodel ENV --llmcompressor ENV [--model FOLDER ...] [--only WORDS]
+python -m tests.bench.bench_peers --gptqmodel ENV --llmcompressor ENV [--model FOLDER ...] [--only WORDS]
 
 ENV is a virtual environment with the library (tests/bench/peers/*.txt say how they are made). Every tool runs in a
 process of its own with two threads; seconds are those of quantizing, without loading, saving or imports.

@@ -1,6 +1,6 @@
 """GPTQ of one weight against the one matrix product W @ H that bounds it, in one process.
 
-python tests/bench/bench_solver.py [--threads N ...] [--size N] [--repetitions N]
+python -m tests.bench.bench_solver [--threads N ...] [--size N] [--repetitions N]
 """
 
 from __future__ import annotations
