@@ -219,7 +219,7 @@ class _Probe:
         """Whether the sink's inputs, and they alone, are scaled with the source's rows."""
         scale_O = torch.ones(self._rows((source, self._experts(source)[0])))
         scale_O[rows_I] = self._powers(len(scale_O), torch.device("cpu"))[rows_I]
-        changes = [c for expert in self._experts(source) for c in self._divided_rows(source, expert, scale_O)]
+        changes = (c for expert in self._experts(source) for c in self._divided_rows(source, expert, scale_O))
         with _changed(changes):
             try:
                 now = self._look()
@@ -271,11 +271,10 @@ class _Probe:
         with _changed(neutral):
             plain = self._result()
             scales = [self._powers(int(fold.rows_I.max()) + 1, fold.rows_I.device)[fold.rows_I] for fold in folds]
-            sources = [c for fold, s in zip(folds, scales, strict=True) for c in self._divided(fold, s)]
-            with _changed(sources):
+            # One after the other: a layer's worth of new values isn't held beside the old ones.
+            with _changed(c for fold, s in zip(folds, scales, strict=True) for c in self._divided(fold, s)):
                 half = self._result()
-                sinks = [c for fold, s in zip(folds, scales, strict=True) for c in self._multiplied(fold, s)]
-                with _changed(sinks):
+                with _changed(c for fold, s in zip(folds, scales, strict=True) for c in self._multiplied(fold, s)):
                     whole = self._result()
         if plain is None or half is None or whole is None:
             return False

@@ -82,6 +82,8 @@ class StreamedModel:
         self.unexpected = tuple(key for key in self._outside if key not in places)
         self.weights = list(self._quantizable(places))
         self.outside_loaded = False
+        # What ``reinitialized`` finds, once it's asked.
+        self.unpackable: frozenset[str] | None = None
 
     @property
     def base_name(self) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -17,18 +16,16 @@ from transformers import PreTrainedModel
 
 from workers.loading import StreamedModel
 
-_KNOWN: WeakKeyDictionary[StreamedModel, frozenset[str]] = WeakKeyDictionary()
-
 
 def unpackable_modules(streamed: StreamedModel) -> frozenset[str]:
     """Names, in the model, of the linear modules of its layers that can't be loaded without a ``weight``.
 
     The layers are on the meta device: trying it out initializes them. It's done once for a model.
     """
-    if streamed not in _KNOWN:
+    if streamed.unpackable is None:
         with torch.inference_mode():
-            _KNOWN[streamed] = frozenset(_tried(streamed))
-    return _KNOWN[streamed]
+            streamed.unpackable = frozenset(_tried(streamed))
+    return streamed.unpackable
 
 
 def _tried(streamed: StreamedModel) -> list[str]:

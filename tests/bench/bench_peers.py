@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.bench import models
+from workers.errors import QuantmillError
 from workers.formats.decoded import open_decoded
 from workers.loading import load_tensors
 
@@ -149,7 +150,10 @@ def run(python: str, module: str, settings: dict[str, Any], of: Material, scratc
         return {"error": done.stderr.strip().splitlines()[-1][:200] if done.stderr.strip() else "no answer"}
     answer: dict[str, Any] = json.loads((folder / "answer.json").read_text())
     if not answer["error"]:
-        answer["kl"], answer["top1"] = divergence(Path(answer["checkpoint"]), of)
+        try:
+            answer["kl"], answer["top1"] = divergence(Path(answer["checkpoint"]), of)
+        except QuantmillError as error:
+            answer["error"] = f"made in {answer['seconds']['quantize']:.1f} s, but can't be read: {error}"
     return answer
 
 
