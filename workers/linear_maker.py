@@ -18,7 +18,7 @@ from workers.loading import QuantizableWeight, StreamedModel
 from workers.makers import LayerWork, Maker, MakerState, folds_folder
 from workers.methods import linear, schemes
 from workers.methods.scaling import Scaling, some
-from workers.precision import coarse_products
+from workers.numerics.precision import coarse_products
 from workers.recipes import BitsAndBytesRecipe, LinearScheme
 from workers.statistics import InputStatistics
 

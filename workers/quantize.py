@@ -21,7 +21,7 @@ from workers.forward import Lanes, LoadedLayer, Streaming
 from workers.job import ArtifactMade, Job, Order, artifact_folder
 from workers.loading import StreamedModel
 from workers.makers import LayerWork, Maker, MakerState, record_path
-from workers.precision import coarse_forwards
+from workers.numerics.precision import coarse_forwards
 from workers.recipes import BitsAndBytesRecipe, Recipe
 from workers.resume import NotResumable, PassFolder, PassState, group_state, held
 from workers.run import describe

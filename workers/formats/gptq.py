@@ -75,7 +75,8 @@ class Version:
         group_I = stored["g_idx"].long()
         check_words(stored["qweight"].shape[0], len(group_I), bits)
         codes_IO = unpack_gptq(stored["qweight"], bits, 0)
-        zero_GO = unpack_gptq(stored["qzeros"], bits, 1) + self.offset
+        # gptqmodel fills up the last word of a number of outputs that 32 doesn't divide.
+        zero_GO = unpack_gptq(stored["qzeros"], bits, 1)[:, : stored["scales"].shape[1]] + self.offset
         weight_IO = (codes_IO - zero_GO[group_I]).to(torch.float16) * stored["scales"][group_I]
         return weight_IO.t().contiguous()
 

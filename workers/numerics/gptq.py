@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from workers.numerics.precision import add_product
 from workers.numerics.rounding import code_range
 
 OUTER, INNER = 256, 8
@@ -226,7 +227,7 @@ def sweep_columns(
         for start, stop in parts:
             if start < stop:
                 target = target_BIO[..., first:last, :]
-                _add_product(target, mixing_BII[..., first:last, start:stop], error_BIO[..., start:stop, :])
+                add_product(target, mixing_BII[..., first:last, start:stop], error_BIO[..., start:stop, :])
 
     for start in range(0, width, OUTER):
         block = (start, min(start + OUTER, width))
@@ -244,11 +245,3 @@ def sweep_columns(
                     code.add_(zeros[j]).round_().clamp_(low, high)
                     torch.addcmul(weights[j], code - zeros[j], scales[j], value=-1, out=errors[j])
     return codes_BIO
-
-
-def _add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
-    """target += left @ right, in place."""
-    if target.dim() == 2:
-        target.addmm_(left, right)
-    else:
-        target.baddbmm_(left, right)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from workers.numerics.gptq import damped, each_column, sweep_columns, transposed
+from workers.numerics.precision import add_product
 from workers.numerics.rounding import code_range
 
 # Elements of a piece of rows whose normal equations are set up together: bounds the temporaries.
@@ -43,7 +44,8 @@ def refine(
     mixing_BII = damped_BII / diagonal_BI[..., None]
     mixing_BII.diagonal(dim1=1, dim2=2).zero_()
     wt_BIO = transposed(w_BOI.float())
-    hw_BIO = damped_BII @ wt_BIO
+    hw_BIO = torch.zeros_like(wt_BIO)
+    add_product(hw_BIO, damped_BII, wt_BIO)
     codes_BIO = transposed(codes_BOI)
     for _ in range(rounds):
         scale_BOG = _scales(damped_BII, hw_BIO, codes_BIO, scale_BOG, zero_BOG)
@@ -79,7 +81,8 @@ def _normal_equations(h_BII: Tensor, hw_BIO: Tensor, steps_BGgO: Tensor) -> tupl
     for group in range(groups):
         # A is symmetric: the groups from this one on are enough.
         start = group * size
-        product_BIO = h_BII[:, start:, start : start + size] @ steps_BGgO[:, group]
+        product_BIO = steps_BGgO.new_zeros(batch, groups * size - start, rows)
+        add_product(product_BIO, h_BII[:, start:, start : start + size], steps_BGgO[:, group])
         products_BGO = (torch.unflatten(product_BIO, 1, (groups - group, size)) * steps_BGgO[:, group:]).sum(2)
         normal_BGGO[:, group, group:] = products_BGO
         normal_BGGO[:, group:, group] = products_BGO

@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+
+# Multiplications from which on a product's own time counts, and not what it takes to convert for it.
+LARGE = 1 << 28
 
 
 @contextmanager
@@ -33,3 +37,16 @@ def coarse_forwards() -> Iterator[None]:
     halves = torch.cpu._is_amx_tile_supported()
     with coarse_products(), torch.autocast("cpu", torch.bfloat16, enabled=halves):
         yield
+
+
+def add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
+    """``target += left @ right``, in place, for matrices or stacks of them; large ones as ``coarse_products``.
+
+    For the solvers' corrections: a thousandth of a fraction of a step moves no code that isn't a toss-up.
+    """
+    add = target.addmm_ if target.dim() == 2 else target.baddbmm_
+    if left.numel() * right.shape[-1] < LARGE:
+        add(left, right)
+        return
+    with coarse_products():
+        add(left, right)
