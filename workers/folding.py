@@ -2,7 +2,9 @@
 
 Nothing is known of any architecture. What may belong together is read off one run of the layer (what takes a norm's
 output; which matrices lie side by side), and then proven: with a source divided and its sinks multiplied by powers of
-two, which floats carry without rounding, the layer has to return the same bits.
+two, which floats carry without rounding, the layer has to return the same bits. The powers are far apart, so that what
+bounds its values (a clamp between two linear layers) shows on a few tokens; and the layer computes in float32, whatever
+its own dtype, which none of them leaves.
 """
 
 from __future__ import annotations
@@ -18,12 +20,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
+from workers.batching import ran_out
 from workers.loading import QuantizableWeight
 
 FoldKind = Literal["norm", "unit-offset-norm", "linear"]
 Name = tuple[str, int | None]
 # A tensor of the layer, and what it is to hold.
 Change = tuple[Tensor, Tensor]
+# Exponents of the powers of two that a proof scales with.
+EXPONENTS = (-20.0, -1.0, 1.0, 20.0)
 
 
 @dataclass(frozen=True)
@@ -54,14 +59,15 @@ def find_folds(
 ) -> list[Fold]:
     """The folds of a loaded layer, proven by running it.
 
-    ``prefix`` is the layer's name in the model; ``run`` runs it on some tokens, always the same, and returns its output
-    and whatever else it may write to. ``targets`` are the layer's quantizable weights: linear sources are among them,
-    and the sinks of a fold, beside routers. The layer's weights are afterwards what they were.
+    ``prefix`` is the layer's name in the model; ``run`` runs it on some tokens, always the same and in float32, and
+    returns its output and whatever else it may write to. ``targets`` are the layer's quantizable weights: linear
+    sources are among them, and the sinks of a fold, beside routers. The layer's weights are afterwards what they were.
     """
-    probe = _Probe(layer, prefix, run, targets)
-    if not probe.deterministic:
-        return []
-    return probe.proven([*probe.from_norms(), *probe.from_linears()])
+    with _in_float32(layer):
+        probe = _Probe(layer, prefix, run, targets)
+        if not probe.deterministic:
+            return []
+        return probe.proven([*probe.from_norms(), *probe.from_linears()])
 
 
 def fold_source(
@@ -147,12 +153,14 @@ class _Probe:
         """What the layer returns under changed weights; None if it fails."""
         try:
             return tuple(_tensors(self._run()))
-        except (RuntimeError, ValueError, IndexError):
+        except (RuntimeError, ValueError, IndexError) as error:
+            if ran_out(error):
+                raise
             return None
 
     def _powers(self, count: int, device: torch.device) -> Tensor:
-        """Random powers of two, float32 [count]: 1/2, 2 or 4."""
-        exponents = torch.tensor([-1.0, 1.0, 2.0])[torch.randint(3, (count,), generator=self._generator)]
+        """Random powers of two, float32 [count]."""
+        exponents = torch.tensor(EXPONENTS)[torch.randint(len(EXPONENTS), (count,), generator=self._generator)]
         return exponents.exp2().to(device)
 
     # ------------------------------------------------------------------------------------------ norms
@@ -223,7 +231,9 @@ class _Probe:
         with _changed(changes):
             try:
                 now = self._look()
-            except (RuntimeError, ValueError, IndexError):
+            except (RuntimeError, ValueError, IndexError) as error:
+                if ran_out(error):
+                    raise
                 return False
         pairs = [
             (self._plain.inputs[name], now.inputs.get(name))
@@ -411,6 +421,23 @@ def _by_structure(folds: Sequence[Fold]) -> list[list[Fold]]:
     for fold in folds:
         groups.setdefault(fold.source, []).append(fold)
     return list(groups.values())
+
+
+@contextmanager
+def _in_float32(layer: nn.Module) -> Iterator[None]:
+    """A layer computes in float32 while the context lasts; its own bits come back, which float32 holds all of."""
+    narrow = [
+        (tensor, tensor.dtype)
+        for tensor in [*layer.parameters(), *layer.buffers()]
+        if tensor.dtype in (torch.float16, torch.bfloat16)
+    ]
+    try:
+        for tensor, _ in narrow:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, dtype in narrow:
+            tensor.data = tensor.data.to(dtype)
 
 
 @contextmanager

@@ -112,10 +112,13 @@ class Lanes:
             lane.rehearse()
 
     def rehearsal(self) -> Callable[[], Any]:
-        """A function that runs the layer on what waits in the first lane: its output, and its arguments afterwards."""
+        """A function that runs the layer on what waits in the first lane: its output, and its arguments afterwards.
+
+        All floats are float32, as the layer's own are to be while it's called.
+        """
         lane = self._lanes[0]
         lane.require_before(self._at)
-        return lambda: (lane.rehearse(), lane.inputs)
+        return lane.rehearse_in_float32
 
     def outputs(self) -> list[Tensor]:
         """The decoder's output for each batch, float [B, T, hidden] on the CPU, once all are through."""
@@ -174,6 +177,12 @@ class _Lane:
         assert self._next is not None
         args, kwargs = self.inputs
         return self._next(*args, **kwargs)
+
+    def rehearse_in_float32(self) -> tuple[Any, Any]:
+        """As ``rehearse``, on the arguments in float32; they come back beside the output."""
+        assert self._next is not None
+        args, kwargs = _in_float32(self.inputs)
+        return self._next(*args, **kwargs), (args, kwargs)
 
     def pretend(self, output: Any) -> None:
         """Go on as if the layer had returned ``output``."""
@@ -261,6 +270,21 @@ def _poisoned(output: Any) -> Any:
             return type(output)(_poisoned(item) for item in output)
         case _:
             return output
+
+
+def _in_float32(value: Any) -> Any:
+    """The same structure, its floats in float32."""
+    match value:
+        case Tensor():
+            return value.float() if value.is_floating_point() else value
+        case tuple() if hasattr(value, "_fields"):
+            return type(value)(*map(_in_float32, value))
+        case tuple() | list():
+            return type(value)(map(_in_float32, value))
+        case dict():
+            return {key: _in_float32(item) for key, item in value.items()}
+        case _:
+            return value
 
 
 def stream(
