@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from workers.errors import NumericalError, UnsupportedRecipe
 from workers.loading import StreamedModel
+from workers.numerics.precision import add_product
 
 InputName = tuple[str, int | None]
 WIDE = 1024
@@ -64,7 +65,8 @@ class InputStatistics:
         self.count += len(x_NI)
         width = x_NI.shape[1]
         for start in range(0, width, stride := _stride(width)):
-            self.gram_II[start : start + stride, start:].addmm_(x_NI[:, start : start + stride].T, x_NI[:, start:])
+            rows = slice(start, start + stride)
+            add_product(self.gram_II[rows, start:], x_NI[:, rows].T, x_NI[:, start:])
         if not magnitudes:
             return
         magnitude = x_NI.abs()

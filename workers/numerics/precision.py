@@ -30,19 +30,20 @@ def coarse_products() -> Iterator[None]:
 
 @contextmanager
 def coarse_forwards() -> Iterator[None]:
-    """Run layers with ``coarse_products``, and where a CPU has units for it with bfloat16 attention and linear layers.
+    """Run layers with bfloat16 attention and linear layers where a CPU has units for it (AMX).
 
     What the layers add to the float32 residual stream is then what the checkpoint's own bfloat16 would add.
     """
-    halves = torch.cpu._is_amx_tile_supported()
-    with coarse_products(), torch.autocast("cpu", torch.bfloat16, enabled=halves):
+    with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_amx_tile_supported()):
         yield
 
 
 def add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
     """``target += left @ right``, in place, for matrices or stacks of them; large ones as ``coarse_products``.
 
-    For the solvers' corrections: a thousandth of a fraction of a step moves no code that isn't a toss-up.
+    For sums over tokens, and the solvers' corrections: a thousandth of a fraction of a step moves no code that isn't a
+    toss-up. What is small takes longer to be converted, of a new shape each time (the tokens of an expert), than to be
+    multiplied.
     """
     add = target.addmm_ if target.dim() == 2 else target.baddbmm_
     if left.numel() * right.shape[-1] < LARGE:
