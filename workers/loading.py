@@ -205,6 +205,8 @@ def build_on_meta(folder: Path, dtype: torch.dtype, trust_remote_code: bool = Fa
 def find_layers(model: nn.Module) -> tuple[str, list[nn.Module]]:
     """The decoder's layers, with the name of their list: the outermost ModuleList that holds the most parameters.
 
+    Lists of the model that reads text come before those of models for images and audio, however large they are.
+
     Raises:
         UnsupportedModel: there is no such list.
     """
@@ -214,8 +216,20 @@ def find_layers(model: nn.Module) -> tuple[str, list[nn.Module]]:
     ]
     if not outermost:
         raise UnsupportedModel(f"model {type(model).__name__}: found no list of decoder layers to stream")
-    name, found = max(outermost, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    of_text = [(name, module) for name, module in outermost if _reads_text(model, name)]
+    name, found = max(of_text or outermost, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     return name, list(found)
+
+
+def _reads_text(model: nn.Module, name: str) -> bool:
+    """Whether the innermost model that a module is part of is made by the text part of the config."""
+    from transformers import PreTrainedModel
+
+    parts = name.split(".")
+    around = [model.get_submodule(".".join(parts[:count])) for count in range(len(parts))]
+    owner = next((module for module in reversed(around) if isinstance(module, PreTrainedModel)), None)
+    root = getattr(model, "config", None)
+    return owner is not None and root is not None and type(owner.config) is type(root.get_text_config())
 
 
 def owners_of_keys(model: Any, headers: Mapping[str, Header]) -> dict[str, str]:

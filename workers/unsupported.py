@@ -12,10 +12,9 @@ _SPLIT_EXPERTS = (
     "transformers splits its experts into linear layers when a quantized checkpoint is loaded, which its own "
     "checkpoints hold as one tensor"
 )
-_OTHER_MODEL = "it drafts on the keys and values of another model, and can't run alone"
-_HEADS = "the number of its heads differs by layer, which transformers 5.23's own forward takes for an error"
+_OTHER_MODEL = "it drafts on the keys and values of another model; transformers 5.23 builds no model of it alone"
+_HEADS = "the number of its heads differs by layer, and quantmill can't tell how much memory its layers take"
 _COMPOSITE = "AutoModelForCausalLM can't be built of its composite config"
-_LAYERS_OF_IMAGES = "text alone doesn't go through its largest list of layers, which is made for images or audio"
 
 REASONS: dict[str, str] = {
     "bailing_hybrid": _FUSED_CONVOLUTIONS,
@@ -25,8 +24,6 @@ REASONS: dict[str, str] = {
     "gemma3n": "its class needs the package timm, for images; gemma3n_text, the text model alone, is supported",
     "gemma4_assistant": _OTHER_MODEL,
     "gemma4_unified_assistant": _OTHER_MODEL,
-    "git": _LAYERS_OF_IMAGES,
-    "got_ocr2": _LAYERS_OF_IMAGES,
     "hrm_text": "its forward runs the same layers several times",
     "kimi_linear": _FUSED_CONVOLUTIONS,
     "llama4": _SPLIT_EXPERTS,
@@ -35,7 +32,6 @@ REASONS: dict[str, str] = {
     "musicgen": _COMPOSITE,
     "musicgen_melody": _COMPOSITE,
     "olmo_hybrid": _FUSED_CONVOLUTIONS,
-    "phi4_multimodal": _LAYERS_OF_IMAGES,
     "prophetnet": "its forward predicts several tokens at once, from streams of its own",
     "zamba": _SHARED_BLOCK,
     "zamba2": _SHARED_BLOCK,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from tests.walk.smallest import VOCABULARY, load_plain, save_smallest
 from tests.workers.families import save_tokenizer
@@ -16,7 +17,7 @@ from workers.checkpoint import Source
 from workers.formats.decoded import Decoded, open_decoded
 from workers.forward import Head, stream
 from workers.job import ArtifactMade, Job, artifact_folder
-from workers.loading import StreamedModel
+from workers.loading import StreamedModel, find_layers
 from workers.makers import folds_folder
 from workers.quantize import quantize
 from workers.verify.activations import rounded_inputs
@@ -30,9 +31,13 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a family did; ``packed``: four bits; ``refused``: why it got no codes; ``folds``: layers that AWQ scaled."""
+    """What a family did.
 
-    weights: int
+    ``share``: of the numbers in its layers' matrices, how many belong to linear layers that recipes turn into codes;
+    ``packed``: four bits; ``refused``: why it got no codes of ours; ``folds``: layers that AWQ scaled.
+    """
+
+    share: float
     packed: bool
     refused: str = ""
     folds: int = 0
@@ -53,7 +58,7 @@ def check(model_type: str, folder: Path) -> Outcome:
     model = folder / "model"
     save_smallest(model_type, model)
     save_tokenizer(model, VOCABULARY)
-    weights = check_stream(model)
+    share = check_stream(model)
     for scheme in (PACKED, PLAIN):
         of = job(
             model,
@@ -66,17 +71,17 @@ def check(model_type: str, folder: Path) -> Outcome:
         if not refused:
             for artifact, order in zip(made, of.orders, strict=True):
                 check_artifact(artifact, artifact_folder(of.workspace, order))
-            return Outcome(weights, scheme is PACKED, folds=_folded_layers(of))
+            return Outcome(share, scheme is PACKED, folds=_folded_layers(of))
         assert len(refused) == len(made), refused
-    return Outcome(weights, False, refused[0])
+    return Outcome(share, False, refused[0])
 
 
 def _folded_layers(of: Job) -> int:
     return len(list(folds_folder(artifact_folder(of.workspace, of.orders[1])).glob("*.safetensors")))
 
 
-def check_stream(model: Path) -> int:
-    """Streamed logits are the plain ones, to the bit; how many weights can be quantized."""
+def check_stream(model: Path) -> float:
+    """Streamed logits are the plain ones; which share of the layers' matrices can be quantized."""
     plain = load_plain(model)
     with torch.inference_mode():
         expected = [plain(input_ids=batch, use_cache=False).logits for batch in tokens()]
@@ -86,7 +91,18 @@ def check_stream(model: Path) -> int:
         head = Head(streamed)
         for hidden, want in zip(stream(streamed, tokens()), expected, strict=True):
             torch.testing.assert_close(head.logits(hidden), want, rtol=0, atol=1e-5 * float(want.std()))
-        return len(streamed.weights)
+        return _quantizable_share(streamed)
+
+
+def _quantizable_share(streamed: StreamedModel) -> float:
+    parameters = {name for name, _ in streamed.model.named_parameters()}
+    sizes = {
+        key: prod(streamed.source.headers[key].shape)
+        for index in range(len(streamed.layers))
+        for key in streamed.keys_of_layer(index)
+        if len(streamed.source.headers[key].shape) > 1 and streamed.owners[key] in parameters
+    }
+    return sum(sizes[weight.key] for weight in streamed.weights) / sum(sizes.values())
 
 
 def check_artifact(made: ArtifactMade, place: Path) -> None:
@@ -109,3 +125,17 @@ def check_artifact(made: ArtifactMade, place: Path) -> None:
             got = theirs.eval()(input_ids=batch, use_cache=False).logits
             difference = float((got - want).square().mean().sqrt() / want.std())
             assert difference < TOLERANCE, f"{made.recipe}: logits differ by {difference:.2g} of their deviation"
+
+
+def layer_kinds(config: PretrainedConfig) -> set[frozenset[str]]:
+    """What a model's layers are made of, each kind once: the names of their modules, with the classes."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {
+        frozenset(
+            f"{name}: {type(module).__name__}"
+            for name, module in layer.named_modules()
+            if not any(part.isdigit() for part in name.split("."))
+        )
+        for layer in find_layers(model)[1]
+    }

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers as tf
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -17,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 VOCABULARY = 256
 # No model of the walk may be larger: one that is hasn't been shrunk.
 MOST_PARAMETERS = 50_000_000
+MOST_KINDS = 6
 
 SIZES: dict[int, tuple[str, ...]] = {
     1: (
@@ -82,14 +84,22 @@ INDEXED = {
     "ple_embed_dim": 64,
     "hc_lowrank": 8,
 }
+INTERLEAVED = {
+    "num_hidden_layers": 4,
+    "moe_layers": [1, 3],
+    "no_rope_layers": [1, 1, 1, 0],
+    "layer_types": ["chunked_attention"] * 3 + ["full_attention"],
+}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "axk1": LATENT,
     "axk2": {**LATENT, "num_key_value_heads": 4},
+    # The global layers are the most, as they are in its checkpoints.
     "blt": {
         "encoder_hash_byte_group_vocab": 64,
-        **{name: {"hidden_size": 64, "hidden_size_global": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        **{name: {"hidden_size": 64, "hidden_size_global": 64, "intermediate_size": 128, "num_hidden_layers": layers,
                   "num_attention_heads": 4, "num_key_value_heads": 4}
-           for name in ("patcher_config", "encoder_config", "decoder_config", "global_config")},
+           for name, layers in (("patcher_config", 2), ("encoder_config", 2), ("decoder_config", 2),
+                                ("global_config", 4))},
     },
     "cohere_compass_text": {"rope_parameters": {
         kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
@@ -108,22 +118,33 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "dots3_note_text": {"num_key_value_heads": 4, "num_attention_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1},
+    "flint": {"num_hidden_layers": 3, "mlp_only_layers": [0],
+              "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
     "gemma3n_text": {
         "num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": [128] * 4,
         "layer_types": ["sliding_attention", "full_attention"] * 2, "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
         "hidden_size_per_layer_input": 16, "laurel_rank": 8, "vocab_size_per_layer_input": VOCABULARY,
     },
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "gemma4_assistant": {"text_config": {
+        "model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0,
+        "num_hidden_layers": 2, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"],
+    }},
     "glm_moe_dsa": {**LATENT, "num_key_value_heads": 4},
     "hunyuan_v1_dense": HEADS,
     "hunyuan_v1_moe": {**HEADS, "num_experts": 4, "moe_topk": 2},
+    "inkling2_text": {"num_hidden_layers": 3, "n_layers_per_attn_res_block": 2,
+                      "layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid"]},
+    "jamba": {"num_hidden_layers": 3, "attn_layer_period": 4, "attn_layer_offset": 2, "use_mamba_kernels": False},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "llama4": {"text_config": INTERLEAVED},
+    "llama4_text": INTERLEAVED,
     "longcat_flash": {"head_dim": 8, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
     "ministral": HEADS,
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp": {"text_config": INDEXED},
     "qwen4_exp_text": INDEXED,
+    "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": (32, 32), "axial_pos_shape": (16, 32)},
     "roc_bert": {"pronunciation_vocab_size": 64, "shape_vocab_size": 64},
     "xmod": {"default_language": "en_XX"},
@@ -151,8 +172,8 @@ def smallest_config(model_type: str) -> PretrainedConfig:
 def _shrunk(kind: type[PretrainedConfig], overrides: dict[str, Any]) -> PretrainedConfig:
     try:
         plain = kind()
-    except (TypeError, ValueError, KeyError):
-        plain = kind(**{name: value for name, value in overrides.items() if not isinstance(value, dict)})
+    except (TypeError, ValueError, KeyError, StrictDataclassError):
+        plain = kind(**overrides)
     fields = {name: value for name, value in vars(plain).items() if not name.startswith("_")}
     small: dict[str, Any] = {}
     for name, value in fields.items():
@@ -177,14 +198,22 @@ def _chosen_layers(kind: type[PretrainedConfig], fields: dict[str, Any], small: 
     lists = {n: v for n, v in fields.items() if isinstance(v, list | tuple) and len(v) == count and count > 2}
     if not lists:
         return {}
-    chosen: list[int] = []
-    for index in range(count):
-        known = all(any(str(values[index]) == str(values[i]) for i in chosen) for values in lists.values())
-        if not known:
-            chosen.append(index)
+    chosen = _first_of_each([tuple(str(values[i]) for values in lists.values()) for i in range(count)])
     if len(chosen) < 2:
         chosen.append(next(index for index in range(count) if index not in chosen))
     return {name: len(chosen), **{n: [v[i] for i in sorted(chosen)] for n, v in lists.items()}}
+
+
+def _first_of_each(entries: list[tuple[str, ...]]) -> list[int]:
+    """Of layers of few kinds one of each; of others, layers of which each has an entry that the ones before hadn't."""
+    kinds = dict(zip(reversed(entries), reversed(range(len(entries))), strict=True))
+    if len(kinds) <= MOST_KINDS:
+        return sorted(kinds.values())
+    chosen: list[int] = []
+    for index, entry in enumerate(entries):
+        if not all(any(part == entries[i][place] for i in chosen) for place, part in enumerate(entry)):
+            chosen.append(index)
+    return chosen
 
 
 def save_smallest(model_type: str, folder: Path) -> None:
