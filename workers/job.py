@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, model_validator
 
 from workers.recipes import NUMERICS_VERSION, Frozen, Recipe
 
@@ -57,6 +57,15 @@ class Thresholds(Frozen):
     runtime_logit_difference: float = Field(
         gt=0, description="At most: root mean square of runtime - ours, in standard deviations of our logits."
     )
+    kl_least: float = Field(
+        1e-9, ge=0, description="Less, in nats, isn't quantized: the reference was compared with itself."
+    )
+    perplexity_ratio_least: float = Field(
+        0.95,
+        gt=0,
+        lt=1,
+        description="Better, by the upper bound, is suspicious: another model, or one that knows the text.",
+    )
 
 
 class Verification(Frozen):
@@ -73,11 +82,25 @@ class Verification(Frozen):
         return mine == theirs
 
 
+class HubLimits(Frozen):
+    """How much of a Hub one account may use; the defaults are what the public one was seen to allow."""
+
+    requests: int = Field(1000, ge=1, description="In any request_seconds.")
+    request_seconds: float = Field(300.0, gt=0)
+    commits: int = Field(1000, ge=1, description="To all repositories together, in any commit_seconds.")
+    commits_to_a_repository: int = Field(128, ge=1)
+    commit_seconds: float = Field(3600.0, gt=0)
+
+
 class Destination(Frozen):
-    """Where accepted artifacts go."""
+    """Where accepted artifacts go: a Hub, or a folder of any file system; and on what terms."""
 
     endpoint: str
     private: bool = True
+    gated: Literal[False, "auto", "manual"] = False
+    keep: int | None = Field(None, ge=1, description="Revisions whose tags stay; None: all.")
+    force: bool = Field(False, description="Overwrite what somebody else changed.")
+    limits: HubLimits = HubLimits()
 
 
 class ModelPin(Frozen):
@@ -135,6 +158,8 @@ class Stage(StrEnum):
 class Metrics(Frozen):
     """Fidelity against the half-precision reference on held-out text; KL in nats."""
 
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
     perplexity: float
     reference_perplexity: float
     kl_mean: float
@@ -144,6 +169,7 @@ class Metrics(Frozen):
     top1_agreement_lower: float
     perplexity_ratio_upper: float
     eval_tokens: int
+    perplexity_ratio_lower: float = 0.0
 
 
 class Runtime(Frozen):
@@ -156,14 +182,43 @@ class Runtime(Frozen):
     generated: str
 
 
+class Outcome(StrEnum):
+    """What the gates say: good; broken or worse than allowed; too good to be true, or less looked at than promised; or
+    not to be decided here (a runtime that isn't installed, a sample too small). Only what's accepted is published."""
+
+    ACCEPT = "ACCEPT"
+    REGRESSION = "REGRESSION"
+    ANOMALOUS = "ANOMALOUS"
+    INFEASIBLE = "INFEASIBLE"
+
+
+class Generation(Frozen):
+    """What an artifact and its reference go on with, greedily, after the same tokens."""
+
+    prompt: str
+    artifact: str
+    reference: str = Field(description="Up to the first token that differs, with that token.")
+    same_tokens: int = Field(description="Tokens before the first that differs.")
+    tokens: int
+
+
 class Verdict(Frozen):
     """The metrics, and what the gates say of them."""
 
     accepted: bool
     reasons: tuple[str, ...]
+    outcome: Outcome
     metrics: Metrics | None = None
     runtime: Runtime | None = None
     worst_layers: tuple[tuple[str, float], ...] = Field((), description="Lowest SQNR first, in dB.")
+    generations: tuple[Generation, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _outcome_of_older_manifests(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "outcome" not in value:
+            return {**value, "outcome": Outcome.ACCEPT if value.get("accepted") else Outcome.REGRESSION}
+        return value
 
 
 class FileEntry(Frozen):

@@ -302,7 +302,7 @@ class _Tokens:
     def __init__(self, job: Job, folder: Path, orders: list[Order], dtype: torch.dtype) -> None:
         tokenizer = load_tokenizer(folder, job.model)
         self.held_out = held_out_tokens(job.verification, tokenizer)
-        self.place = reference.place_of(job, self.held_out, dtype)
+        self.place = reference.place_of(job.model, Path(job.workspace), self.held_out, dtype)
         self.calibration: Tensor | None = None
         if any(order.recipe.calibrated for order in orders):
             assert job.calibration is not None

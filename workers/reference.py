@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from workers.job import Job
+from workers.job import ModelPin
 
 # Tokens that pass a layer at a time: long enough for the matrix products, small enough for the logits.
 MICRO_BATCH_TOKENS = 4096
@@ -35,12 +35,11 @@ class Place:
         return self.path.is_file()
 
 
-def place_of(job: Job, tokens_NT: Tensor, dtype: torch.dtype) -> Place:
+def place_of(model: ModelPin, workspace: Path, tokens_NT: Tensor, dtype: torch.dtype) -> Place:
     """Identity: the model's commit, the tokens themselves, the dtype of the computation."""
-    model = job.model
     digest = hashlib.sha256(f"{model.id if model.endpoint else ''}@{model.revision} {dtype}".encode())
     digest.update(tokens_NT.numpy().tobytes())
-    return Place(Path(job.workspace) / "references" / f"{digest.hexdigest()[:32]}.safetensors")
+    return Place(workspace / "references" / f"{digest.hexdigest()[:32]}.safetensors")
 
 
 def store(place: Place, hidden: Sequence[Tensor]) -> None:

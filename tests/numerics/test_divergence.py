@@ -107,11 +107,25 @@ def test_wilson_bound_solves_the_score_equation(trials: int, share: float) -> No
     assert observed - bound == pytest.approx(1.96 * math.sqrt(bound * (1 - bound) / trials), abs=1e-9)
 
 
-def test_upper_bound_of_a_mean() -> None:
-    # Standard deviation 2, so its error over four values is 1.
-    values = torch.tensor([3 - math.sqrt(3), 3 - math.sqrt(3), 3 + math.sqrt(3), 3 + math.sqrt(3)], dtype=torch.float64)
-    assert divergence.upper_bound_of_mean(values) == pytest.approx(3 + 1.96)
-    assert divergence.upper_bound_of_mean(values[:1]) == math.inf
+@pytest.mark.parametrize("count", [8, 32])
+def test_bootstrap_interval_covers_the_mean_as_often_as_it_says(count: int) -> None:
+    """Skewed values, as KL has them, of known mean: about one interval in twenty may miss it."""
+    generator = torch.Generator().manual_seed(5)
+    samples = torch.randn(400, count, generator=generator).mul(0.5).exp()
+    mean = math.exp(0.125)
+    found = [divergence.bootstrap_interval(values, resamples=1000) for values in samples]
+    missed = sum(not low <= mean <= high for low, high in found) / len(found)
+    assert 0.01 <= missed <= 0.10
+
+
+def test_bootstrap_interval_of_little() -> None:
+    assert divergence.bootstrap_interval(torch.tensor([1.0])) == (-math.inf, math.inf)
+    assert divergence.bootstrap_interval(torch.tensor([1.0, 2.0])) == (-math.inf, math.inf)
+    assert divergence.bootstrap_interval(torch.full((5,), 2.0)) == (2, 2)
+    values = torch.randn(16, generator=torch.Generator().manual_seed(6))
+    low, high = divergence.bootstrap_interval(values)
+    assert low < float(values.mean()) < high
+    assert divergence.bootstrap_interval(values) == (low, high)
 
 
 def test_sqnr_in_decibels() -> None:

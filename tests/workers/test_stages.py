@@ -1,14 +1,13 @@
 """Quantize and verify on the small models, without Ray: one pass for all recipes, and nothing broken gets through."""
 
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from tests.workers.faults import PLANTED
 from tests.workers.jobs import LOOSE, ZOO, job, recipe
 from workers.content import file_sha256
 from workers.job import Job, Manifest, Stage, StageResult, Thresholds, artifact_folder
@@ -155,64 +154,6 @@ def test_an_artifact_below_its_gates_is_rejected_kept_and_judged_again(tmp_path:
     assert accepted.verdict.metrics == rejected.verdict.metrics
 
 
-def change_tensor(suffix: str, change: Callable[[torch.Tensor], object]) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        tensors = load_file(folder / "model.safetensors")
-        name = next(name for name in sorted(tensors) if name.endswith(suffix))
-        change(tensors[name])
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-    return apply
-
-
-def change_config(key: str, value: object) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        config["quantization_config"]["config_groups"]["group_0"]["weights"][key] = value
-        (folder / "config.json").write_text(json.dumps(config))
-
-    return apply
-
-
-def drop_tensor(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["model.layers.2.mlp.up_proj.weight_scale"]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def unquantize(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    module = "model.layers.1.mlp.up_proj"
-    for name in [name for name in tensors if name.startswith(module)]:
-        del tensors[name]
-    tensors[f"{module}.weight"] = load_file(LLAMA / "model.safetensors")[f"{module}.weight"]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def truncate(folder: Path) -> None:
-    content = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(content[:-1000])
-
-
-FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "NaN in a scale": (
-        change_tensor("weight_scale", lambda t: t[3].fill_(float("nan"))),
-        "NaN or Inf in model.layers.0",
-    ),
-    "codes of another weight": (change_tensor("weight_packed", lambda t: t.copy_(t.flip(0))), "KL divergence"),
-    "a changed embedding": (change_tensor("embed_tokens.weight", lambda t: t[7].mul_(2)), "embed_tokens.weight isn't"),
-    "a missing scale": (drop_tensor, "up_proj"),
-    "a layer left in half precision": (
-        unquantize,
-        "not quantized though the recipe says so: model.layers.1.mlp.up_proj",
-    ),
-    "a truncated shard": (truncate, "truncated"),
-    "a config that promises other bits": (change_config("num_bits", 8), "8 bits that config.json declares"),
-    "another tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json"),
-    "no chat template": (lambda folder: (folder / "chat_template.jinja").unlink(), "chat_template.jinja"),
-}
-
-
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Job:
     of = job(LLAMA, tmp_path_factory.mktemp("good"), "rtn-w4-g128", thresholds=Thresholds(
@@ -222,22 +163,11 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return of
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_rejected_by_name(fault: str, good: Job, tmp_path: Path) -> None:
-    shutil.copytree(good.workspace, tmp_path, dirs_exist_ok=True)
-    of = good.model_copy(update={"workspace": str(tmp_path)})
-    plant, said = FAULTS[fault]
-    plant(artifact_folder(tmp_path, of.orders[0]))
-    manifest = verify(of, "rtn-w4-g128")
-    assert not manifest.verdict.accepted
-    assert said in " | ".join(manifest.verdict.reasons)
-
-
 def test_an_artifact_that_changed_after_its_verdict_is_verified_anew(good: Job, tmp_path: Path) -> None:
     shutil.copytree(good.workspace, tmp_path, dirs_exist_ok=True)
     of = good.model_copy(update={"workspace": str(tmp_path)})
     assert verify(of, "rtn-w4-g128").verdict.accepted
-    FAULTS["codes of another weight"][0](artifact_folder(tmp_path, of.orders[0]))
+    PLANTED["codes of other rows"].plant(artifact_folder(tmp_path, of.orders[0]))
     assert not verify(of, "rtn-w4-g128").verdict.accepted
 
 

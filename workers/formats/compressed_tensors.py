@@ -67,7 +67,7 @@ def decode(stored: Mapping[str, Tensor], said: Declared) -> Tensor:
         CheckpointError: what is stored isn't what is declared.
     """
     if said.form == PACKED:
-        return ct_packed.decode(stored, said.bits)
+        return ct_packed.decode(stored, said.bits, said.group_size)
     if said.form in GROUP_SIZES:
         return ct_float4.decode(stored, GROUP_SIZES[said.form])
     return ct_plain.decode(stored, said.kind)

@@ -42,6 +42,7 @@ class Declared:
     kind: str
     bits: int
     activations: Activations
+    group_size: int | None = None
 
 
 def form_of(scheme: LinearScheme) -> str:
@@ -122,7 +123,8 @@ class Declarations:
                 f"{module}: can't decode {got}; known are "
                 f"symmetric weights as {', '.join(_READABLE)}, fp8 with scales for a tensor or channel"
             )
-        return Declared(form, weights["type"], int(weights["num_bits"]), _activations(module, group))
+        size = weights.get("group_size") if weights.get("strategy") == "group" else None
+        return Declared(form, weights["type"], int(weights["num_bits"]), _activations(module, group), size)
 
 
 def _without_none(group: Any) -> dict[str, Any]:

@@ -39,15 +39,21 @@ def header(stored: Mapping[str, Header], read: Callable[[str], Tensor]) -> Heade
     return Header((rows, columns), stored["weight_scale"].dtype)
 
 
-def decode(stored: Mapping[str, Tensor], bits: int) -> Tensor:
+def decode(stored: Mapping[str, Tensor], bits: int, group_size: int | None) -> Tensor:
     """Decode the tensors of one module to its weight (O, I), in the dtype of the scales, as the library does.
 
     Raises:
-        CheckpointError: more or fewer words than ``bits`` asks for.
+        CheckpointError: more or fewer words than ``bits`` asks for, or scales than ``group_size``.
     """
     scale_OG = stored["weight_scale"]
     rows, columns = (int(size) for size in stored["weight_shape"])
     check_words(stored["weight_packed"].shape[1], columns, bits)
+    expected = (rows, columns // (group_size or columns))
+    if tuple(scale_OG.shape) != expected:
+        size = f"groups of {group_size}" if group_size else "one scale for each output"
+        raise CheckpointError(
+            f"scales of shape {tuple(scale_OG.shape)}, expected {expected} for the {size} that config.json declares"
+        )
     codes_OI = unpack_from_int32(stored["weight_packed"], bits, (rows, columns)).to(scale_OG.dtype)
     return (codes_OI.view(rows, scale_OG.shape[1], -1) * scale_OG[:, :, None]).view(rows, columns)
 

@@ -17,7 +17,8 @@ def coarse_products() -> Iterator[None]:
     """Multiply float32 matrices with factors rounded to bfloat16 and sums in float32, where the processor has units.
 
     For the calibration and for comparing scales: what comes out is a thousandth off, which is far less than another
-    sample of text would move it, and comes three to ten times as fast (AMX; AVX512-BF16 twice). References and verification stay exact.
+    sample of text would move it, and comes three to ten times as fast with AMX, twice with AVX512-BF16. References and
+    verification stay exact.
     Elsewhere it changes nothing. The setting is the process's.
     """
     was = torch.get_float32_matmul_precision()

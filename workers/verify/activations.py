@@ -4,21 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from workers.checkpoint import Source
 from workers.formats.decoded import Decoded
 from workers.loading import StreamedModel
 
+# Share of a layer's inputs that a static scale may clip: outliers that the calibration didn't see.
+MOST_CLIPPED = 0.01
+
+
+@dataclass
+class Rounded:
+    """How many inputs of each module were rounded, and how many of them clipped."""
+
+    values: dict[str, int] = field(default_factory=dict)
+    clipped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def problems(self) -> list[str]:
+        """Modules whose inputs don't fit their scale."""
+        shares = {module: self.clipped[module] / count for module, count in self.values.items()}
+        return [
+            f"integrity: {module}: its static scale clips {share:.1%} of its inputs, expected {MOST_CLIPPED:.0%} at most"
+            for module, share in shares.items()
+            if share > MOST_CLIPPED
+        ]
+
+    def note(self, module: str, given: Tensor, rounded: Tensor) -> None:
+        """Count the values that came out smaller by more than any rounding makes them."""
+        clipped = (given.abs() > 0.5 * rounded.abs().amax()) & (rounded.abs() < 0.9 * given.abs())
+        self.values[module] = self.values.get(module, 0) + given.numel()
+        self.clipped[module] = self.clipped.get(module, 0) + int(torch.count_nonzero(clipped))
+
 
 @contextmanager
-def rounded_inputs(streamed: StreamedModel, artifact: Source | Decoded) -> Iterator[None]:
+def rounded_inputs(streamed: StreamedModel, artifact: Source | Decoded) -> Iterator[Rounded]:
     """Round the inputs of ``streamed``'s linear modules as ``artifact`` declares it, while the context lasts.
 
     Experts that transformers fuses get their inputs as they are.
     """
+    seen = Rounded()
     with ExitStack() as stack:
         if isinstance(artifact, Decoded):
             kind = streamed.device.partition(":")[0]
@@ -28,12 +59,17 @@ def rounded_inputs(streamed: StreamedModel, artifact: Source | Decoded) -> Itera
                 rounding = artifact.input_rounding(weight.module, kind)
                 if rounding is not None:
                     module = streamed.model.get_submodule(weight.input[0].rpartition(".")[0])
-                    stack.callback(module.register_forward_pre_hook(_before(rounding)).remove)
-        yield
+                    note = partial(seen.note, weight.module)
+                    stack.callback(module.register_forward_pre_hook(_before(rounding, note)).remove)
+        yield seen
 
 
-def _before(rounding: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+def _before(
+    rounding: Callable[[Tensor], Tensor], note: Callable[[Tensor, Tensor], None]
+) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (rounding(inputs[0]), *inputs[1:])
+        rounded = rounding(inputs[0])
+        note(inputs[0], rounded)
+        return (rounded, *inputs[1:])
 
     return before

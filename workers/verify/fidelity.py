@@ -29,23 +29,25 @@ def compare(pairs: Iterable[tuple[Tensor, Tensor]], tokens_NT: Tensor) -> Metric
     mean_nll = torch.cat(reference_nll).mean().item()
     mean_ratio = torch.cat(log_ratio).mean().item()
     hits, count = int(all_agree.sum()), all_agree.numel()
+    _, kl_upper = divergence.bootstrap_interval(torch.stack([values.mean() for values in kl]))
+    ratio = divergence.bootstrap_interval(torch.stack([values.mean() for values in log_ratio]))
     return Metrics(
-        perplexity=_finite(math.exp(min(mean_nll + mean_ratio, 700.0))),
-        reference_perplexity=math.exp(min(mean_nll, 700.0)),
+        perplexity=_exp(mean_nll + mean_ratio),
+        reference_perplexity=_exp(mean_nll),
         kl_mean=all_kl.mean().item(),
-        kl_mean_upper=divergence.upper_bound_of_mean(torch.stack([values.mean() for values in kl])),
+        kl_mean_upper=kl_upper,
         kl_p99=all_kl.quantile(0.99).item() if count < 1 << 24 else all_kl.kthvalue(math.ceil(0.99 * count))[0].item(),
         top1_agreement=hits / count,
         top1_agreement_lower=divergence.wilson_lower_bound(hits, count),
-        perplexity_ratio_upper=math.exp(
-            min(divergence.upper_bound_of_mean(torch.stack([values.mean() for values in log_ratio])), 700.0)
-        ),
+        perplexity_ratio_upper=_exp(ratio[1]),
         eval_tokens=count,
+        perplexity_ratio_lower=_exp(ratio[0]),
     )
 
 
-def _finite(value: float) -> float:
-    return value if math.isfinite(value) else float("inf")
+def _exp(value: float) -> float:
+    """As far as a float goes; infinite for NaN, which keeps no bound."""
+    return math.exp(min(value, 700.0)) if not math.isnan(value) else math.inf
 
 
 def rows(batches: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from workers.checkpoint import Source, companion_files
+from workers.checkpoint import INDEX, REPLACED, Source, companion_files
 from workers.content import file_sha256
 from workers.formats.decoded import Decoded
 from workers.formats.folded import Folded
-from workers.numerics.divergence import sqnr_db
+from workers.verify.diagnosis import diagnose
 
 NAMED = 3  # of many, in a message
+# What a quantizer writes into config.json itself.
+QUANTIZERS_OWN = frozenset(
+    {"quantization_config", "compression_config", "dtype", "torch_dtype", "transformers_version"}
+)
+# Weights of the source that a broken one is compared with, at most.
+CANDIDATES = 256
 
 
-@dataclass(frozen=True)
+@dataclass
 class Findings:
-    """What is wrong, and how far each quantized weight is from its source, by checkpoint key, in dB."""
+    """What is wrong, what is worth knowing, and how far each quantized weight is from its source, by key, in dB."""
 
-    problems: tuple[str, ...]
-    sqnr: dict[str, float]
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    sqnr: dict[str, float] = field(default_factory=dict)
 
     @property
     def worst(self) -> tuple[tuple[str, float], ...]:
@@ -31,45 +43,107 @@ class Findings:
 
 
 def inspect(source: Folded, artifact: Source | Decoded, folder: Path, intended: frozenset[str]) -> Findings:
-    """Compare an artifact with its source, under the scales that were folded into it.
+    """Compare an artifact of ours with its source, under the scales that were folded into it.
 
     ``intended`` names the modules that are to be quantized. Every tensor of both is read once.
     """
     quantized = artifact.quantized if isinstance(artifact, Decoded) else frozenset[str]()
-    problems = [
-        *_listed("not quantized though the recipe says so", intended - quantized),
-        *_listed("quantized though the recipe doesn't say so", quantized - intended),
-        *_listed("tensors missing", set(source.headers) - set(artifact.headers)),
-        *_listed("tensors that the source doesn't have", set(artifact.headers) - set(source.headers)),
-        *_companions(source.folder, folder),
-    ]
+    found = Findings(
+        [
+            *_listed("not quantized though the recipe says so", intended - quantized),
+            *_listed("quantized though the recipe doesn't say so", quantized - intended),
+            *_config(source.folder, folder),
+            *_companions(source.folder, folder),
+        ]
+    )
+    compare(source, artifact, quantized, found)
+    return found
+
+
+def compare(
+    source: Folded | Source,
+    artifact: Source | Decoded,
+    quantized: frozenset[str],
+    found: Findings,
+    *,
+    ours: bool = True,
+) -> None:
+    """Compare all tensors.
+
+    Of a checkpoint that quantmill didn't make (``ours`` false), tensors that aren't quantized may differ: other tools
+    fold scales into norms without saying which. How far its weights are from their source then says nothing.
+    """
+    found.problems += _listed("tensors missing", set(source.headers) - set(artifact.headers))
+    found.problems += _listed("tensors that the source doesn't have", set(artifact.headers) - set(source.headers))
     if artifact.bytes >= source.bytes and quantized:
-        problems.append(f"integrity: {artifact.bytes} bytes of weights, not smaller than the source's {source.bytes}")
-    sqnr = {}
+        found.problems.append(
+            f"integrity: {artifact.bytes} bytes of weights, not smaller than the source's {source.bytes}"
+        )
+    changed: list[str] = []
+    weights: list[str] = []
     for key in source.headers:
-        if key in artifact.headers:
-            ratio = _compare(source, artifact, key, key.rpartition(".")[0] in quantized, problems)
-            if ratio is not None:
-                sqnr[key] = ratio
-    return Findings(tuple(problems), sqnr)
+        if key not in artifact.headers:
+            continue
+        module, _, leaf = key.rpartition(".")
+        if leaf == "weight" and module in quantized:
+            weights.append(key)
+        elif _differs(source, artifact, key, found.problems):
+            changed.append(key)
+    if ours:
+        found.problems += [f"integrity: {key} isn't quantized, but differs from the source's" for key in changed]
+    elif changed:
+        found.notes += _listed("not quantized, but other than the source's (folded scales?)", changed)
+    for key in weights:
+        _weigh(source, artifact, key, found, comparable=ours or not changed)
 
 
-def _compare(
-    source: Folded, artifact: Source | Decoded, key: str, quantized: bool, problems: list[str]
-) -> float | None:
-    """SQNR of a quantized weight; None for a tensor that has to be the source's own."""
+def _differs(source: Folded | Source, artifact: Source | Decoded, key: str, problems: list[str]) -> bool:
+    if not _same_shape(source, artifact, key, problems):
+        return False
+    ours, theirs = artifact.read(key), source.read(key)
+    _finite(key, ours, problems)
+    return ours.dtype != theirs.dtype or not torch.equal(ours, theirs)
+
+
+def _weigh(source: Folded | Source, artifact: Source | Decoded, key: str, found: Findings, *, comparable: bool) -> None:
+    """The noise in a quantized weight, and what is wrong with it."""
+    if not _same_shape(source, artifact, key, found.problems):
+        return
+    ours = artifact.read(key)
+    if not _finite(key, ours, found.problems) or not comparable:
+        return
+    verdict = diagnose(source.read(key), ours, partial(_siblings, source, key))
+    found.sqnr[key] = verdict.sqnr
+    if verdict.fault:
+        found.problems.append(f"integrity: {key}: {verdict.fault}")
+
+
+def _same_shape(source: Folded | Source, artifact: Source | Decoded, key: str, problems: list[str]) -> bool:
     want, got = source.headers[key].shape, artifact.headers[key].shape
     if want != got:
         problems.append(f"integrity: {key} has the shape {got}, expected {want}")
-        return None
-    ours, theirs = artifact.read(key), source.read(key)
-    if not bool(torch.isfinite(ours).all()):
+    return want == got
+
+
+def _finite(key: str, tensor: Tensor, problems: list[str]) -> bool:
+    finite = bool(torch.isfinite(tensor).all())
+    if not finite:
         problems.append(f"integrity: NaN or Inf in {key}")
-    if quantized:
-        return sqnr_db(theirs, ours)
-    if ours.dtype != theirs.dtype or not torch.equal(ours, theirs):
-        problems.append(f"integrity: {key} isn't quantized, but differs from the source's")
-    return None
+    return finite
+
+
+def _siblings(source: Folded | Source, key: str) -> Iterator[tuple[str, Tensor]]:
+    """The same weight of the other layers and experts; then the other weights of its shape in its own layer."""
+    shape, kind = source.headers[key].shape, _kind(key)
+    layer = re.split(r"(?<=\.\d)\.", key)[0]
+    alike = [name for name, header in source.headers.items() if header.shape == shape and name != key]
+    alike.sort(key=lambda name: (_kind(name) != kind, not name.startswith(layer)))
+    for name in alike[:CANDIDATES]:
+        yield name, source.read(name)
+
+
+def _kind(key: str) -> str:
+    return re.sub(r"\.\d+(?=\.)", ".N", key)
 
 
 def _listed(what: str, names: Iterable[str]) -> list[str]:
@@ -80,12 +154,51 @@ def _listed(what: str, names: Iterable[str]) -> list[str]:
     return [f"integrity: {what}: {', '.join(found[:NAMED])}{more}"]
 
 
+def _config(source: Path, artifact: Path) -> list[str]:
+    """config.json says of the model what the source's says."""
+    try:
+        want, got = (json.loads((folder / "config.json").read_text()) for folder in (source, artifact))
+    except (OSError, ValueError) as error:
+        return [f"integrity: config.json can't be read ({error})"]
+    return differing_settings("config.json", want, got, QUANTIZERS_OWN)
+
+
+def differing_settings(
+    where: str,
+    want: Mapping[str, Any],
+    got: Mapping[str, Any],
+    ignored: frozenset[str] = frozenset(),
+    same: Callable[[Any, Any], bool] = lambda a, b: a == b,
+) -> list[str]:
+    """A problem that names the settings of two mappings that differ."""
+    nothing = object()
+    keys = sorted((set(want) | set(got)) - ignored)
+    odd = [key for key in keys if not same(want.get(key, nothing), got.get(key, nothing))]
+    said = [f"{key} ({got.get(key, 'missing')!r}, expected {want.get(key, 'nothing')!r})" for key in odd]
+    return _listed(f"{where} differs from the source's", said)
+
+
 def _companions(source: Path, artifact: Path) -> list[str]:
-    """Tokenizer, templates, generation config, licence: there, and equal by bytes."""
+    """Tokenizer, templates, generation config, licence: there, equal by bytes, and nothing else beside the weights."""
     missing, changed = [], []
-    for path in companion_files(source):
+    expected = set(companion_files(source))
+    for path in sorted(expected):
         if not (artifact / path).is_file():
             missing.append(str(path))
         elif file_sha256(source / path) != file_sha256(artifact / path):
             changed.append(str(path))
-    return [*_listed("files of the source missing", missing), *_listed("files that differ from the source's", changed)]
+    return [
+        *_listed("files of the source missing", missing),
+        *_listed("files that differ from the source's", changed),
+        *_listed("files that the source doesn't have", _strangers(artifact, expected)),
+    ]
+
+
+def _strangers(artifact: Path, expected: set[Path]) -> Iterator[str]:
+    """Files that a loader may pick up: neither the source's, nor the safetensors that were read."""
+    for path in sorted(artifact.rglob("*")):
+        relative = path.relative_to(artifact)
+        weights = path.suffix == ".safetensors" or path.name == INDEX
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if path.is_file() and not hidden and not weights and relative not in expected and str(relative) not in REPLACED:
+            yield str(relative)

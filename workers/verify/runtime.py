@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,29 +19,38 @@ from typing import Any
 
 from workers.errors import OutOfMemory, WorkerDied
 
+NAME = "transformers"
 PR_SET_PDEATHSIG = 1
-NEW_TOKENS = 16
+# Tokens of each prompt, and tokens that are generated after it.
+PROMPT_TOKENS, NEW_TOKENS = 32, 24
 DEADLINE_SECONDS = 1800.0
 # Nothing is fetched; and gptqmodel's kernels compile for longer than the check takes.
 QUIET = {"HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"}
+# How a library says that it isn't the artifact's fault.
+NOT_HERE = re.compile(r"(?i)no gpu|(requires?|needs?) (a |an )?(\w+ )?(gpu|cuda|accelerator|xpu)|cuda is not available")
 KEY_LISTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
 @dataclass(frozen=True)
 class RuntimeAnswer:
-    """What the library made of the artifact; ``logits`` is None if it couldn't load it."""
+    """What the library made of the artifact; ``logits`` is None if it couldn't load it.
+
+    ``generated`` are the tokens after each prompt; ``infeasible`` says why it couldn't be tried on this machine.
+    """
 
     name: str
     version: str
-    problems: tuple[str, ...]
-    generated: str
-    logits: Any
+    problems: tuple[str, ...] = ()
+    infeasible: tuple[str, ...] = ()
+    generated: tuple[tuple[int, ...], ...] = ()
+    logits: Any = None
 
 
-def ask(artifact: Path, tokens: Any, scratch: Path, trust_remote_code: bool) -> RuntimeAnswer:
+def ask(artifact: Path, tokens: Any, prompts: Any, scratch: Path, trust_remote_code: bool) -> RuntimeAnswer:
     """Load ``artifact`` in a fresh process and run ``tokens`` (int64 [N, T]) through it; logits are float32 [N, T, V].
 
-    A crash of the library is a problem of the artifact, not an exception.
+    It goes on greedily after each of ``prompts`` (int64 [P, T]). A crash of the library is a problem of the artifact,
+    not an exception.
 
     Raises:
         OutOfMemory: the process was killed, or says so: the machine's fault, not the artifact's.
@@ -48,7 +58,7 @@ def ask(artifact: Path, tokens: Any, scratch: Path, trust_remote_code: bool) -> 
     """
     from safetensors.torch import load_file, save_file
 
-    save_file({"tokens": tokens}, scratch / "tokens.safetensors")
+    save_file({"tokens": tokens, "prompts": prompts}, scratch / "tokens.safetensors")
     request = {"artifact": str(artifact), "scratch": str(scratch), "trust_remote_code": trust_remote_code}
     (scratch / "request.json").write_text(json.dumps(request))
     command = [sys.executable, "-m", "workers.verify.runtime", str(scratch / "request.json")]
@@ -71,12 +81,17 @@ def ask(artifact: Path, tokens: Any, scratch: Path, trust_remote_code: bool) -> 
             raise OutOfMemory(f"runtime check of {artifact}: out of memory ({lines[-1]}); use a larger machine")
         return _failed(f"the process ended with {done.returncode}: {lines[-1]}")
     said = json.loads(answer.read_text())
+    if "error" in said:
+        if said["not_here"]:
+            return RuntimeAnswer(NAME, "", infeasible=(f"runtime {NAME}: can't be tried here, {said['error']}",))
+        return _failed(said["error"])
     logits = load_file(scratch / "logits.safetensors")["logits"]
-    return RuntimeAnswer(said["name"], said["version"], tuple(said["problems"]), said["generated"], logits)
+    generated = tuple(tuple(row) for row in said["generated"])
+    return RuntimeAnswer(NAME, said["version"], tuple(said["problems"]), (), generated, logits)
 
 
 def _failed(what: str) -> RuntimeAnswer:
-    return RuntimeAnswer("transformers", "", (f"runtime transformers: can't load the artifact, {what}",), "", None)
+    return RuntimeAnswer(NAME, "", (f"runtime {NAME}: can't load the artifact, {what}",))
 
 
 def _import_path() -> str:
@@ -98,38 +113,51 @@ def _die_with_parent() -> None:
 def _main(request_path: Path) -> None:
     _die_with_parent()
     request = json.loads(request_path.read_text())
+    try:
+        answer = _answer(request)
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        if "out of memory" in str(error) or type(error).__name__ == "OutOfMemoryError":
+            raise
+        lines = str(error).strip().splitlines() or [""]
+        missing = isinstance(error, ImportError) or bool(NOT_HERE.search(str(error)))
+        answer = {"error": f"{type(error).__name__}: {lines[0]}", "not_here": missing}
+    (Path(request["scratch"]) / "answer.json").write_text(json.dumps(answer))
+
+
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
     import torch
     import transformers
     from safetensors.torch import load_file, save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    scratch, trust = Path(request["scratch"]), request["trust_remote_code"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scratch, device = Path(request["scratch"]), "cuda" if torch.cuda.is_available() else "cpu"
     model, loading = AutoModelForCausalLM.from_pretrained(
         request["artifact"],
         dtype=_dtype(request["artifact"], device),
         device_map=device,
         output_loading_info=True,
-        trust_remote_code=trust,
+        trust_remote_code=request["trust_remote_code"],
     )
     if device == "cpu" and _quantization(request["artifact"]).get("quant_method") == "fp8":
         _widen(model)
-    tokenizer = AutoTokenizer.from_pretrained(request["artifact"], trust_remote_code=trust)
-    tokens = load_file(scratch / "tokens.safetensors")["tokens"].to(device)
+    given = {name: tensor.to(device) for name, tensor in load_file(scratch / "tokens.safetensors").items()}
     with torch.inference_mode():
-        logits = torch.cat([model(row[None], use_cache=False).logits.float().cpu() for row in tokens])
-        prompt = tokens[:1, :32]
-        made = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW_TOKENS, do_sample=False
-        )
+        logits = torch.cat([model(row[None], use_cache=False).logits.float().cpu() for row in given["tokens"]])
+        generated = [_continued(model, prompt[None]) for prompt in given["prompts"]]
     save_file({"logits": logits.contiguous()}, scratch / "logits.safetensors")
-    answer = {
-        "name": "transformers",
-        "version": transformers.__version__,
-        "problems": _loading_problems(loading),
-        "generated": tokenizer.decode(made[0, prompt.shape[1] :]),
-    }
-    (scratch / "answer.json").write_text(json.dumps(answer))
+    return {"version": transformers.__version__, "problems": _loading_problems(loading), "generated": generated}
+
+
+def _continued(model: Any, prompt: Any) -> list[int]:
+    """The tokens that a user would get, one after the other the most likely."""
+    import torch
+
+    mask = torch.ones_like(prompt)
+    made = model.generate(prompt, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1)
+    tokens: list[int] = made[0, prompt.shape[1] :].tolist()
+    return tokens
 
 
 def _widen(model: Any) -> None:

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-from torch import Tensor
-
-from workers import hub, reference
-from workers.calibration import held_out_tokens, load_tokenizer
+from workers import hub
 from workers.card import render_card
 from workers.checkpoint import Source
 from workers.content import file_sha256, write_text
@@ -20,7 +14,6 @@ from workers.environment import versions
 from workers.errors import CheckpointError, NumericalError, UserError
 from workers.formats.decoded import Decoded, open_decoded
 from workers.formats.folded import Folded
-from workers.forward import Head, stream
 from workers.job import (
     MANIFEST,
     ArtifactMade,
@@ -28,9 +21,7 @@ from workers.job import (
     FileEntry,
     Job,
     Manifest,
-    Metrics,
     Order,
-    Runtime,
     Verdict,
     Verification,
     artifact_folder,
@@ -38,12 +29,9 @@ from workers.job import (
 from workers.loading import StreamedModel
 from workers.makers import folds_folder, record_path
 from workers.methods.schemes import schemes_of
-from workers.quantize import checkpoint_dtype, compute_device
 from workers.recipes import BitsAndBytesRecipe, Recipe
-from workers.verify import fidelity, gates, integrity, runtime
-from workers.verify.activations import rounded_inputs
-
-RUNTIME_SEQUENCES, RUNTIME_TOKENS = 2, 128
+from workers.verify import gates, integrity
+from workers.verify.comparison import Comparison
 
 
 def verify(job: Job, order: Order, source_folder: Path) -> Manifest:
@@ -61,7 +49,7 @@ def verify(job: Job, order: Order, source_folder: Path) -> Manifest:
             return standing
     else:
         with Source(source_folder, allow_pickle=job.model.allow_pickle) as source:
-            verdict = _Verification(job, order, source, place).verdict()
+            verdict = _verdict(job, order, source, place)
     if any(reason.startswith("integrity:") for reason in verdict.reasons):
         # Kept to be looked at, but what isn't whole is made anew by the next run.
         record_path(place).unlink()
@@ -87,7 +75,13 @@ def _beyond_gates(verdict: Verdict) -> list[str]:
 
 def _judged_again(verdict: Verdict, order: Order) -> Verdict:
     """The same facts by the gates of now: a zoo may have changed them."""
-    return gates.judge((), verdict.metrics, verdict.runtime, (), order.thresholds, verdict.worst_layers)
+    facts = gates.Facts(
+        metrics=verdict.metrics,
+        runtime=verdict.runtime,
+        worst_layers=verdict.worst_layers,
+        generations=verdict.generations,
+    )
+    return gates.judge(facts, order.thresholds)
 
 
 def intended_modules(recipe: Recipe, streamed: StreamedModel) -> frozenset[str]:
@@ -101,83 +95,26 @@ def intended_modules(recipe: Recipe, streamed: StreamedModel) -> frozenset[str]:
     return frozenset(weight.module for weight in streamed.weights if weight.key in schemes)
 
 
-class _Verification:
-    """One artifact against its source."""
+def _verdict(job: Job, order: Order, source: Source, place: Path) -> Verdict:
+    """All facts about one artifact, and what the gates say of them."""
+    comparison = Comparison.of_job(job, source)
+    comparison.load()
+    try:
+        with open_decoded(place, trust_remote_code=job.model.trust_remote_code) as artifact:
+            return gates.judge(_facts(order, comparison, place, artifact), order.thresholds)
+    except (UserError, NumericalError) as error:
+        # The source was read before: what can't be read now is the artifact.
+        return gates.judge(gates.Facts(integrity=[f"integrity: {error}"]), order.thresholds)
 
-    def __init__(self, job: Job, order: Order, source: Source, place: Path) -> None:
-        device, dtype = compute_device()
-        self._job = job
-        self._order = order
-        self._source = source
-        self._place = place
-        self._dtype = dtype or checkpoint_dtype(source)
-        self._device = device
-        self._trust = job.model.trust_remote_code
-        self._tokens = held_out_tokens(job.verification, load_tokenizer(source.folder, job.model))
-        self._reference = self._streamed(source.folder, source)
 
-    def verdict(self) -> Verdict:
-        """All facts, and what the gates say of them."""
-        try:
-            with open_decoded(self._place, trust_remote_code=self._trust) as artifact:
-                return self._examine(artifact)
-        except (UserError, NumericalError) as error:
-            # The source was read before: what can't be read now is the artifact.
-            return gates.judge([f"integrity: {error}"], None, None, [], self._order.thresholds)
-
-    def _examine(self, artifact: Source | Decoded) -> Verdict:
-        intended = intended_modules(self._order.recipe, self._reference)
-        transposed = frozenset(weight.key for weight in self._reference.weights if weight.transposed)
-        meant = Folded(self._source, folds_folder(self._place), transposed)
-        found = integrity.inspect(meant, artifact, self._place, intended)
-        ours = self._streamed(self._place, artifact)
-        with rounded_inputs(ours, artifact):
-            hidden = stream(ours, reference.micro_batches(self._tokens))
-        metrics = self._metrics(Head(ours), hidden)
-        answer, problems = self._runtime(Head(ours), hidden)
-        return gates.judge(found.problems, metrics, answer, problems, self._order.thresholds, found.worst)
-
-    def _metrics(self, head: Head, hidden: list[Tensor]) -> Metrics:
-        reference_hidden = self._reference_hidden()
-        reference_head = Head(self._reference)
-
-        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-            for theirs, ours in zip(fidelity.rows(reference_hidden), fidelity.rows(hidden), strict=True):
-                yield reference_head.logits(theirs[None])[0].float(), head.logits(ours[None])[0].float()
-
-        return fidelity.compare(pairs(), self._tokens)
-
-    def _reference_hidden(self) -> list[Tensor]:
-        place = reference.place_of(self._job, self._tokens, self._dtype)
-        if not place.exists:
-            reference.store(place, stream(self._reference, reference.micro_batches(self._tokens)))
-        return reference.load(place)
-
-    def _runtime(self, head: Head, hidden: list[Tensor]) -> tuple[Runtime | None, tuple[str, ...]]:
-        """What the library that users have makes of the artifact, in a process of its own."""
-        tokens = self._tokens[:RUNTIME_SEQUENCES, :RUNTIME_TOKENS].contiguous()
-        ours = head.logits(torch.cat(hidden)[:RUNTIME_SEQUENCES, :RUNTIME_TOKENS]).float().cpu()
-        scratch_root = Path(self._job.workspace) / "scratch"
-        scratch_root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=scratch_root) as scratch:
-            answer = runtime.ask(self._place, tokens, Path(scratch), self._trust)
-        if answer.logits is None:
-            return None, answer.problems
-        if not bool(torch.isfinite(answer.logits).all()):
-            return None, (*answer.problems, f"runtime {answer.name}: NaN or Inf in its logits")
-        difference = answer.logits - ours
-        found = Runtime(
-            name=answer.name,
-            version=answer.version,
-            max_abs_logit_difference=difference.abs().max().item(),
-            # Not the largest: half-precision noise sends a token to another expert now and then.
-            relative_logit_difference=difference.square().mean().sqrt().item() / max(ours.std().item(), 1e-9),
-            generated=answer.generated,
-        )
-        return found, answer.problems
-
-    def _streamed(self, folder: Path, tensors: Source | Decoded) -> StreamedModel:
-        return StreamedModel(folder, tensors, dtype=self._dtype, device=self._device, trust_remote_code=self._trust)
+def _facts(order: Order, comparison: Comparison, place: Path, artifact: Source | Decoded) -> gates.Facts:
+    """What isn't whole is not measured: it's made anew, and its numbers would say nothing."""
+    intended = intended_modules(order.recipe, comparison.reference)
+    meant = Folded(comparison.source, folds_folder(place), comparison.transposed)
+    found = integrity.inspect(meant, artifact, place, intended)
+    if found.problems:
+        return gates.Facts(integrity=found.problems, worst_layers=found.worst)
+    return comparison.measure(place, artifact, found)
 
 
 Described = TypeVar("Described", Calibration, Verification)
