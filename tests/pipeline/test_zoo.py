@@ -62,6 +62,9 @@ def test_a_recipe_can_be_defined_in_place(tmp_path: Path) -> None:
         (("calibration: {dataset: {path: text, data_files: [a.txt]}}\n", ""), ["'gptq-w4-g128' needs calibration"]),
         (("verify:", "verify: {gates: strict,\n  dataset: {path: text}}\nx:"), ["unknown key, got 'x'"]),
         (("[b.txt]}}", "[b.txt]}, gates: strict}"), ["verify.gates", "unknown set of gates", "got 'strict'"]),
+        (("[b.txt]}}", "[b.txt]}, gates: {w5: {kl_mean: 1}}}"), ["verify.gates: 'w5' is neither a recipe", "nf4, w4"]),
+        (("{id: org/name}", "{id: org/name, gates: {mine: {}}}"), ["gates of 'org/name': 'mine' is neither"]),
+        (("[b.txt]}}", "[b.txt]}, gates: {w4: {kl_mean: -1}}}"), ["kl_mean", "got -1"]),
         (("name: small", "name: small\nname: again"), ["key 'name' is given twice"]),
         (("name: small", "name: Not a Slug"), ["name", "got 'Not a Slug'"]),
         (("verify:", "publish: {namespace: a, name: x}\nverify:"), ["publish.name", "{model}"]),
@@ -96,6 +99,20 @@ def test_what_is_no_zoo_is_refused(tmp_path: Path, text: str) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ZooError, match=r"no such file, got '.*nowhere.yaml'"):
         zoo.load(tmp_path / "nowhere.yaml")
+
+
+def test_gates_go_from_the_family_to_the_recipe_and_from_the_zoo_to_the_model(tmp_path: Path) -> None:
+    text = GOOD.replace(
+        "[b.txt]}}", "[b.txt]}, gates: {w4: {kl_mean: 0.1, top1_agreement: 0.7}, bnb-nf4: {kl_mean: 0.3}}}"
+    )
+    text = text.replace("{id: org/name}", "{id: org/name}, {id: org/other, gates: {w4: {kl_mean: 0.05}}}")
+    made = load(tmp_path, text)
+    (gptq, nf4), (name, other) = made.resolved_recipes, made.models
+    shipped_w4 = shipped.gates()["default"]["w4"]
+    assert made.thresholds(name, gptq) == shipped_w4.model_copy(update={"kl_mean": 0.1, "top1_agreement": 0.7})
+    assert made.thresholds(other, gptq) == shipped_w4.model_copy(update={"kl_mean": 0.05, "top1_agreement": 0.7})
+    assert made.thresholds(name, nf4) == made.thresholds(other, nf4)
+    assert made.thresholds(name, nf4).kl_mean == 0.3
 
 
 def test_every_shipped_recipe_is_valid_and_has_gates() -> None:

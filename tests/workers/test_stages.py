@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.workers.faults import PLANTED
+from tests.workers.faults import PLANTED, tensors
 from tests.workers.jobs import LOOSE, ZOO, job, recipe
 from workers.content import file_sha256
 from workers.job import Job, Manifest, Stage, StageResult, Thresholds, artifact_folder
@@ -173,7 +173,7 @@ def test_an_artifact_that_changed_after_its_verdict_is_verified_anew(good: Job, 
 
 def test_broken_weights_are_named(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(LLAMA, tmp_path / "model"))
-    change_tensor("layers.1.mlp.up_proj.weight", lambda tensor: tensor[2, 3].fill_(float("inf")))(folder)
+    tensors(lambda loaded: loaded["model.layers.1.mlp.up_proj.weight"][2, 3].fill_(float("inf")))(folder)
     made = quantize(job(folder, tmp_path, "rtn-w4-g128", "bnb-nf4"))
     errors = [artifact.error for artifact in made.artifacts]
     assert [error.kind for error in errors if error] == ["NumericalError", "NumericalError"]

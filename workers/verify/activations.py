@@ -31,7 +31,7 @@ class Rounded:
         """Modules whose inputs don't fit their scale."""
         shares = {module: self.clipped[module] / count for module, count in self.values.items()}
         return [
-            f"integrity: {module}: its static scale clips {share:.1%} of its inputs, expected {MOST_CLIPPED:.0%} at most"
+            f"integrity: {module}: its static scale clips {share:.1%} of inputs, expected at most {MOST_CLIPPED:.0%}"
             for module, share in shares.items()
             if share > MOST_CLIPPED
         ]

@@ -1,0 +1,79 @@
+"""Which facts lead to which outcome."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from workers.job import Metrics, Outcome, Runtime, Thresholds, Verdict
+from workers.verify.gates import Facts, judge
+
+THRESHOLDS = Thresholds(
+    kl_mean=0.1, top1_agreement=0.9, perplexity_ratio=1.1, runtime_logit_difference=0.1, kl_least=1e-6
+)
+GOOD: dict[str, Any] = {
+    "perplexity": 10.2, "reference_perplexity": 10.0, "kl_mean": 0.01, "kl_mean_upper": 0.012, "kl_p99": 0.1,
+    "top1_agreement": 0.95, "top1_agreement_lower": 0.94, "perplexity_ratio_upper": 1.03, "eval_tokens": 4096,
+    "perplexity_ratio_lower": 1.01,
+}  # fmt: skip
+RUNTIME = Runtime(
+    name="transformers", version="5", max_abs_logit_difference=0.1, relative_logit_difference=0.01, generated=""
+)
+
+
+def verdict(metrics: dict[str, Any] | None = None, **facts: Any) -> Verdict:
+    measured = Metrics(**{**GOOD, **(metrics or {})})
+    return judge(Facts(**{"metrics": measured, "runtime": RUNTIME, "promised_tokens": 4096, **facts}), THRESHOLDS)
+
+
+def test_what_keeps_all_bounds_is_accepted() -> None:
+    found = verdict()
+    assert (found.accepted, found.outcome, found.reasons) == (True, Outcome.ACCEPT, ())
+
+
+@pytest.mark.parametrize(
+    ("metrics", "facts", "outcome", "said"),
+    [
+        ({"kl_mean": 0.2, "kl_mean_upper": 0.3}, {}, Outcome.REGRESSION, "KL divergence 0.2000"),
+        ({"kl_mean": math.nan, "kl_mean_upper": math.nan}, {}, Outcome.REGRESSION, "KL divergence nan"),
+        ({"top1_agreement": 0.8, "top1_agreement_lower": 0.7}, {}, Outcome.REGRESSION, "top-1 agreement 0.8000"),
+        ({"perplexity": 13, "perplexity_ratio_upper": 1.4}, {}, Outcome.REGRESSION, "perplexity ratio 1.3000"),
+        ({}, {"integrity": ["integrity: x"]}, Outcome.REGRESSION, "integrity: x"),
+        ({}, {"runtime_problems": ["runtime: x"]}, Outcome.REGRESSION, "runtime: x"),
+        (
+            {},
+            {"runtime": RUNTIME.model_copy(update={"relative_logit_difference": 0.5})},
+            Outcome.REGRESSION,
+            "runtime logits",
+        ),
+        ({"kl_mean_upper": 0.3}, {}, Outcome.INFEASIBLE, "4096 tokens are too few to be sure"),
+        ({"top1_agreement_lower": 0.8}, {}, Outcome.INFEASIBLE, "too few to be sure"),
+        ({"perplexity_ratio_upper": math.inf}, {}, Outcome.INFEASIBLE, "too few to be sure"),
+        ({}, {"infeasible": ["runtime: not here"], "runtime": None}, Outcome.INFEASIBLE, "not here"),
+        ({"kl_mean": 1e-8, "kl_mean_upper": 1e-8}, {}, Outcome.ANOMALOUS, "this isn't quantized"),
+        ({"perplexity": 9, "perplexity_ratio_upper": 0.92}, {}, Outcome.ANOMALOUS, "another model"),
+        ({"eval_tokens": 2048}, {}, Outcome.ANOMALOUS, "eval tokens 2048, expected at least the 4096 promised"),
+    ],
+)
+def test_what_does_not_is_not(metrics: dict[str, Any], facts: dict[str, Any], outcome: Outcome, said: str) -> None:
+    found = verdict(metrics, **facts)
+    assert not found.accepted
+    assert found.outcome is outcome
+    assert len(found.reasons) == 1
+    assert said in found.reasons[0]
+
+
+def test_the_gravest_finding_is_the_outcome_and_all_are_reasons() -> None:
+    found = verdict({"kl_mean_upper": 0.3, "eval_tokens": 10}, integrity=["integrity: broken"])
+    assert found.outcome is Outcome.REGRESSION
+    assert len(found.reasons) == 3
+    assert verdict({"kl_mean_upper": 0.3, "eval_tokens": 10}).outcome is Outcome.ANOMALOUS
+
+
+def test_a_verdict_survives_its_manifest() -> None:
+    found = verdict({"perplexity_ratio_upper": math.inf})
+    assert Verdict.model_validate_json(found.model_dump_json()) == found
+    # One of a manifest from before there were outcomes.
+    assert Verdict.model_validate({"accepted": False, "reasons": ("x",)}).outcome is Outcome.REGRESSION
