@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -140,24 +140,32 @@ def hub(root: Path, port: int) -> None:
 @main.command()
 @click.argument("artifact", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--to", "repo_id", required=True, metavar="NAMESPACE/NAME", help="The repository to publish to.")
-@click.option("--endpoint", help="URL of the Hub; left out: HF_ENDPOINT, else the public Hub.")
-@click.option("--private/--public", default=True, show_default=True)
-def publish(artifact: Path, repo_id: str, endpoint: str | None, private: bool) -> None:
-    """Publish the verified artifact in the folder ARTIFACT: one commit, one tag."""
-    from pipeline.plan import check_destination
-    from workers import hub
-    from workers.errors import UserError
+@click.option(
+    "--endpoint", help="URL of a Hub, or a folder: a path, file:///..., s3://...; left out: HF_ENDPOINT, or HF."
+)
+@click.option("--private/--public", default=True, show_default=True, help="Of a repository that is made.")
+@click.option("--gated", type=click.Choice(["auto", "manual"]), help="Access on request, given at once or by you.")
+@click.option("--keep", type=click.IntRange(1), help="Revisions whose tags stay; left out: all.")
+@click.option("--force", is_flag=True, help="Overwrite what somebody else changed there.")
+@click.option("--dry-run", is_flag=True, help="Show what would be uploaded, deleted and tagged; write nothing.")
+def publish(
+    artifact: Path,
+    repo_id: str,
+    endpoint: str | None,
+    private: bool,
+    gated: Literal["auto", "manual"] | None,
+    keep: int | None,
+    force: bool,
+    dry_run: bool,
+) -> None:
+    """Publish the verified artifact in the folder ARTIFACT: one commit, then its tags."""
+    from pipeline import publishing
+    from workers.job import Destination
 
-    manifest = hub.check_bytes(artifact)
-    if not manifest.verdict.accepted:
-        raise UserError(
-            f"publish: {artifact} was rejected ({'; '.join(manifest.verdict.reasons)}); it is not published"
-        )
-    endpoint = (endpoint or hub.default_endpoint()).rstrip("/")
-    check_destination(endpoint)
-    message = f"{manifest.recipe.name} of {Path(manifest.model).name}@{manifest.revision[:12]}"
-    commit = hub.publish(hub.connect(endpoint), repo_id, artifact, private=private, message=message)
-    click.echo(f"{endpoint}/{repo_id} at {commit}, tag {hub.tag_name(manifest.fingerprint)}")
+    place = publishing.place(endpoint)
+    to = Destination(endpoint=place, private=private, gated=gated or False, keep=keep, force=force)
+    for line in publishing.publish(artifact, repo_id, to, dry_run=dry_run):
+        click.echo(line)
 
 
 @main.command()
@@ -232,6 +240,8 @@ def _print_results(finished: Finished) -> None:
     for entry in finished.results.artifacts:
         if entry.status in ("rejected", "failed"):
             click.echo(f"{entry.status}: {Path(entry.model).name} {entry.recipe}: {entry.reason}")
+    if finished.collection_problem:
+        click.echo(finished.collection_problem)
     if finished.interrupted:
         click.echo("interrupted; run the same command again to go on")
     click.echo(finished.results_path)

@@ -15,6 +15,7 @@ from pipeline.steps import Step
 from workers.environment import Facts
 from workers.errors import OutOfMemory, QuantmillError, WorkerDied, ZooError
 from workers.job import Failure, Job, Stage, StageResult
+from workers.pace import LocalPace
 
 NETWORK_STAGES = frozenset({Stage.FETCH, Stage.PUBLISH})
 
@@ -48,6 +49,7 @@ class Cluster:
         self._ray = ray
         self._workspace = workspace
         self._flying: dict[Any, Step] = {}
+        self._pace: Any = None
         try:
             ray.init(
                 address=address or "local",
@@ -91,6 +93,10 @@ class Cluster:
 
     def start(self, step: Step, job: Job, node: Node) -> None:
         """Start a stage on a node; its process ends with it, and Ray never repeats it."""
+        if self._pace is None:
+            # One for the run: the limits are the account's, whatever process spends them.
+            limits = job.destination.limits if job.destination else None
+            self._pace = self._ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(LocalPace).remote(limits)
         computing = step.stage not in NETWORK_STAGES
         call = self._ray.remote(max_calls=1, max_retries=0)(_run).options(
             name=f"{step.stage} {Path(job.model.id).name}" + (f" {step.recipe}" if step.recipe else ""),
@@ -98,7 +104,7 @@ class Cluster:
             num_gpus=1 if computing and node.gpus else 0,
             **_pinned(node.id),
         )
-        self._flying[call.remote(job.model_dump_json(), step.stage.value, step.recipe)] = step
+        self._flying[call.remote(job.model_dump_json(), step.stage.value, step.recipe, self._pace)] = step
 
     def wait(self, seconds: float) -> list[tuple[Step, StageResult]]:
         """The steps that ended, waiting for the first at most so long."""
@@ -146,7 +152,28 @@ def _probe(workspace: str, with_devices: bool) -> str:
     return probe(Path(workspace), with_devices).model_dump_json()
 
 
-def _run(job: str, stage: str, recipe: str | None) -> str:
+class _SharedPace:
+    """The run's pace, which an actor keeps, as a worker's process asks it."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+        self._own = LocalPace()
+
+    def ask(self, hub: str, commit_to: str | None) -> float:
+        """As ``Pace`` says; while the actor's node is gone, each process keeps to the usual limits by itself."""
+        import ray
+
+        try:
+            return float(ray.get(self._actor.ask.remote(hub, commit_to)))
+        except ray.exceptions.RayError:
+            return self._own.ask(hub, commit_to)
+
+    def pause(self, hub: str, seconds: float) -> None:
+        """As ``Pace`` says; nobody waits for the answer."""
+        self._actor.pause.remote(hub, seconds)
+
+
+def _run(job: str, stage: str, recipe: str | None, pace: Any) -> str:
     from workers.run import run_stage
 
-    return run_stage(Job.model_validate_json(job), Stage(stage), recipe).model_dump_json()
+    return run_stage(Job.model_validate_json(job), Stage(stage), recipe, _SharedPace(pace)).model_dump_json()

@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from pipeline import fitting, sizing, sources
+from pipeline.collecting import Collection
 from pipeline.retry import wait_before_retry
+from pipeline.tokens import check_token
 from pipeline.zoo import ModelEntry, Zoo
-from workers import hub
-from workers.errors import HubRefused, HubUnavailable, ModelNotFound, UserError, ZooError
+from workers import destinations
+from workers.errors import HubUnavailable, UserError, ZooError
+from workers.folders import FolderStore, is_folder
 from workers.job import (
     MANIFEST,
     Calibration,
@@ -27,9 +30,6 @@ from workers.job import (
     fingerprint,
 )
 from workers.recipes import Recipe
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
 
 U = TypeVar("U")
 THREADS = 16  # requests at a time while planning
@@ -65,6 +65,7 @@ class Plan:
     zoo: str
     artifacts: tuple[PlannedArtifact, ...]
     jobs: tuple[Job, ...]
+    collection: Collection | None = None
 
 
 def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None) -> Plan:
@@ -92,16 +93,21 @@ def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None)
     orders = [_order(zoo, source, recipe, calibration, data_sha256) for source, recipe in cells]
     _check_repositories(orders)
     _check_twins(cells, orders)
-    if endpoint:
-        check_destination(endpoint)
+    publish = zoo.publish
+    if endpoint and publish:
+        check_destination(endpoint, publish.namespace)
     standing = _standing(orders, workspace, endpoint, verification)
     artifacts = tuple(
         PlannedArtifact(source, order, sizing.estimate(source, recipe, calibration, verification), *(there or ()))
         for (source, recipe), order, there in zip(cells, orders, standing, strict=True)
     )
-    destination = Destination(endpoint=endpoint, private=zoo.publish.private) if endpoint and zoo.publish else None
+    destination, collection = None, None
+    if endpoint and publish:
+        destination = publish.destination(endpoint)
+        if publish.collection:
+            collection = Collection(publish.collection, publish.namespace, endpoint, publish.private)
     jobs = _jobs(artifacts, calibration, verification, destination, workspace)
-    return Plan(zoo.name, artifacts, jobs)
+    return Plan(zoo.name, artifacts, jobs, collection)
 
 
 def _resolve_all(zoo: Zoo, zoo_folder: Path) -> tuple[list[tuple[ModelEntry, sources.Source]], list[str]]:
@@ -208,32 +214,17 @@ def _check_repositories(orders: Iterable[Order]) -> None:
             seen.add(order.repo_id)
 
 
-def check_destination(endpoint: str) -> None:
-    """Whether there is a token, where the Hub wants one, that may write.
+def check_destination(endpoint: str, namespace: str | None = None) -> None:
+    """Whether artifacts may be written there, as far as it can be told before there are any.
 
     Raises:
-        HubRefused: no token, or one without write access.
+        HubRefused: no token, or one that may not write to the namespace; a folder of somebody else's.
         HubUnavailable: no answer.
     """
-    api = hub.connect(endpoint)
-    from huggingface_hub import get_token
-    from huggingface_hub.errors import LocalTokenNotFoundError
-
-    if endpoint == hub.OFFICIAL and not get_token():
-        raise HubRefused(
-            f"publish: no token for {endpoint}, got neither HF_TOKEN nor a stored login; "
-            "set HF_TOKEN to a token with write access, or run `hf auth login`"
-        )
-    try:
-        with hub.hub_errors(f"publish: token check on {endpoint}"):
-            who = api.whoami()
-    except LocalTokenNotFoundError:
-        return  # a Hub without accounts, such as the loopback one
-    except ModelNotFound as error:
-        raise HubRefused(f"publish: {endpoint} does not know this token; set HF_TOKEN to a valid one") from error
-    role = who.get("auth", {}).get("accessToken", {}).get("role")
-    if role == "read":
-        raise HubRefused(f"publish: the token of {who.get('name')!r} may only read; set HF_TOKEN to one that may write")
+    if is_folder(endpoint):
+        FolderStore(endpoint).check()
+    else:
+        check_token(endpoint, namespace)
 
 
 Standing = tuple[Manifest, str | None]
@@ -245,19 +236,12 @@ def _standing(
     """For each order, what makes it superfluous: at the destination, or here if nothing is published."""
     if endpoint is None:
         return [_local(order, workspace, verification) for order in orders]
-    api = hub.connect(endpoint)
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(lambda order: patiently(lambda: _published(api, order)), orders))
+        return list(pool.map(lambda order: patiently(lambda: _published(endpoint, order)), orders))
 
 
-def _published(api: HfApi, order: Order) -> Standing | None:
-    """The artifact as it stands on ``main``, if it's whole: manifest, and the tag that comes after the commit."""
-    repo_id = order.repo_id or ""
-    there = hub.read_manifest(api, repo_id)
-    if there is None or there[0].fingerprint != order.fingerprint:
-        return None
-    tagged = hub.read_manifest(api, repo_id, hub.tag_name(order.fingerprint))
-    return there if tagged and tagged[0].fingerprint == order.fingerprint else None
+def _published(endpoint: str, order: Order) -> Standing | None:
+    return destinations.standing(endpoint, order.repo_id or "", order.fingerprint)
 
 
 def _local(order: Order, workspace: Path, verification: Verification) -> Standing | None:

@@ -16,6 +16,7 @@ from types import FrameType
 
 from pipeline import plan as planning
 from pipeline import results as contract
+from pipeline.collecting import collect
 from pipeline.ledger import Attempt, Ledger, now
 from pipeline.plan import Plan
 from pipeline.scheduler import Driver, Watcher
@@ -41,6 +42,7 @@ class Finished:
     results_path: Path
     report_path: Path
     interrupted: bool
+    collection_problem: str | None = None
 
 
 @contextmanager
@@ -53,7 +55,7 @@ def destination(zoo: Zoo, out: Path, address: str | None = None) -> Iterator[str
     if zoo.publish is None:
         yield None
     elif zoo.publish.endpoint != LOOPBACK:
-        yield (zoo.publish.endpoint or hub.default_endpoint()).rstrip("/")
+        yield hub.normalized(zoo.publish.endpoint)
     elif address:
         raise ZooError(
             f"publish.endpoint: the loopback Hub can't be reached from the cluster, got --address {address!r}; "
@@ -119,7 +121,14 @@ def run(plan: Plan, out: Path, address: str | None, watchers: Sequence[Watcher])
     folder.mkdir(parents=True)
     write_text(folder / RESULTS, made.model_dump_json(indent=1) + "\n")
     write_report(folder)
-    return Finished(made, folder / RESULTS, folder / REPORT, interrupted)
+    problem = None if interrupted else _collect(plan, made)
+    return Finished(made, folder / RESULTS, folder / REPORT, interrupted, problem)
+
+
+def _collect(plan: Plan, made: contract.Results) -> str | None:
+    """Put what stands published, of this run or an earlier one, into the zoo's collection; what went wrong with it."""
+    standing = [entry.repo_id for entry in made.artifacts if entry.repo_id and entry.status in ("published", "skipped")]
+    return collect(plan.collection, standing) if plan.collection and standing else None
 
 
 def write_report(folder: Path) -> Path:

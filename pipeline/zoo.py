@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 import yaml
 from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
@@ -11,7 +11,7 @@ from pydantic import Discriminator, Field, Tag, ValidationError, field_validator
 from pipeline import shipped
 from pipeline.problems import explain
 from workers.errors import ZooError
-from workers.job import Calibration, Dataset, Thresholds, Verification
+from workers.job import Calibration, Dataset, Destination, HubLimits, Thresholds, Verification
 from workers.recipes import SLUG, Frozen, Recipe
 
 
@@ -77,13 +77,51 @@ class Publish(Frozen):
     """Where accepted artifacts go."""
 
     endpoint: str | None = Field(
-        None, description="URL of a Hub, or 'loopback' for the embedded one; left out: HF_ENDPOINT, else the Hub."
+        None,
+        description="URL of a Hub, 'loopback' for the embedded one, or a folder: an absolute path or a URL of fsspec's "
+        "(file:///..., s3://...); left out: HF_ENDPOINT, else the Hub.",
     )
     namespace: str = Field(
         pattern=r"^[\w.-]+$", max_length=96, description="User or organisation that owns the repositories."
     )
     name: str = Field("{model}-{recipe}", description="Repository name; {model} and {recipe} are filled in.")
-    private: bool = True
+    private: bool = Field(True, description="Of repositories that are made; one that stands keeps its visibility.")
+    gated: Literal[False, "auto", "manual"] = Field(
+        False, description="Who asks for access gets it at once (auto) or from you (manual); false: nothing is changed."
+    )
+    collection: str | None = Field(
+        None, min_length=1, max_length=59, description="Title of a collection that the zoo's repositories are put into."
+    )
+    keep: int | None = Field(None, ge=1, description="Revisions of a repository whose tags stay; left out: all.")
+    force: bool = Field(False, description="Overwrite what somebody else changed in a repository.")
+    limits: HubLimits = Field(HubLimits(), description="How much of the Hub a run may use.")
+
+    def destination(self, endpoint: str) -> Destination:
+        """What a worker needs of it; ``endpoint`` is the embedded Hub's address once it runs."""
+        terms = {"private", "gated", "keep", "force", "limits"}
+        return Destination(endpoint=endpoint, **{name: getattr(self, name) for name in terms})
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_a_place(cls, value: str | None) -> str | None:
+        if value is None or value == "loopback":
+            return value
+        if "://" not in value and not value.startswith("/"):
+            raise ValueError(
+                "no URL, absolute path or 'loopback'; write file:///... or the path from / on for a folder"
+            )
+        if "@" in value.partition("://")[2].partition("/")[0]:
+            raise ValueError("holds credentials, which manifests and reports would show; give them in the environment")
+        return value
+
+    @model_validator(mode="after")
+    def _folders_have_no_gates(self) -> Self:
+        place = self.endpoint or ""
+        if place not in ("", "loopback") and not place.startswith(("http://", "https://")):
+            hubs_alone = [name for name in ("gated", "collection") if getattr(self, name)]
+            if hubs_alone:
+                raise ValueError(f"{hubs_alone[0]}: a folder has none, got the endpoint {place!r}; remove it")
+        return self
 
     @field_validator("name")
     @classmethod

@@ -1,24 +1,27 @@
-"""The Hub: read models and manifests, publish artifacts in one atomic commit. No torch; the driver uses it too.
+"""The Hub: one client with deadlines and a pace, its errors as ours, models, manifests. No torch; the driver uses it.
 
-What a publisher has to handle itself is in huggingface_hub's own source: it retries uploads and listings, but raises on
-the first 503 of create_repo, create_commit, create_tag and model_info, and its default client waits for ever.
+What has to be handled here is in huggingface_hub's own source: it retries uploads and listings, but raises on the first
+503 of create_repo, create_commit, create_tag and model_info; its default client waits for ever, and as long as a
+``Retry-After`` says.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from workers.content import file_sha256
+from workers.artifact import check_bytes as check_bytes
 from workers.errors import (
     CheckpointError,
     DiskFull,
@@ -29,12 +32,15 @@ from workers.errors import (
     ZooError,
 )
 from workers.job import MANIFEST, Manifest
+from workers.pace import LONGEST_PAUSE_SECONDS, UNNAMED_PAUSE_SECONDS, LocalPace, Pace
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 OFFICIAL = "https://huggingface.co"
-CALL_DEADLINE_SECONDS = 60.0
+READ_SECONDS = 60.0
+# A permit that takes longer to get is not waited for inside a call: its caller knows how long it may wait.
+SHORT_WAIT_SECONDS = 10.0
 # What a checkpoint in another framework or format would add to the download.
 PICKLES = ("*.bin", "*.pt", "*.pth")
 NOT_FETCHED = (*PICKLES, "*.gguf", "*.onnx", "*.msgpack", "*.h5", "*.ot", "*.tflite", "onnx/*")
@@ -47,8 +53,18 @@ def default_endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", OFFICIAL).rstrip("/")
 
 
-def connect(endpoint: str | None = None) -> HfApi:
-    """A client of that Hub on which no call waits for ever. The token is the environment's or the stored login's."""
+def normalized(endpoint: str | None) -> str:
+    """A destination's address as it's compared and shown; left out: the Hub's."""
+    if endpoint is None:
+        return default_endpoint()
+    return endpoint if endpoint.endswith("://") else endpoint.rstrip("/")
+
+
+def connect(endpoint: str | None = None, pace: Pace | None = None) -> HfApi:
+    """A client of that Hub on which no read waits for ever. The token is the environment's or the stored login's.
+
+    Every request of this process asks ``pace`` for a permit; left out, it's the one set before, or the process's own.
+    """
     endpoint = (endpoint or default_endpoint()).rstrip("/")
     # huggingface_hub reads both when it is imported; a self-hosted Hub speaks LFS, and 2.x doesn't negotiate.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -56,25 +72,72 @@ def connect(endpoint: str | None = None) -> HfApi:
         os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     from huggingface_hub import HfApi
 
-    _set_deadlines()
+    _meter().watch(endpoint, pace)
     return HfApi(endpoint=endpoint, library_name="quantmill")
 
 
 @cache
-def _set_deadlines() -> None:
+def _meter() -> _Meter:
     """Once in a process: setting the factory closes the client under the requests of other threads."""
     from huggingface_hub import set_client_factory
 
-    set_client_factory(_client_with_deadline)
+    meter = _Meter()
+    set_client_factory(meter.client)
+    return meter
 
 
-def _client_with_deadline() -> Any:
-    import httpx2
-    from huggingface_hub.utils._http import default_client_factory
+class _Meter:
+    """Stands before and behind every request that huggingface_hub's shared client sends to a Hub."""
 
-    client = default_client_factory()
-    client.timeout = httpx2.Timeout(CALL_DEADLINE_SECONDS, connect=10.0)
-    return client
+    def __init__(self) -> None:
+        self._pace: Pace = LocalPace()
+        self._hubs: dict[str, str] = {}
+
+    def watch(self, endpoint: str, pace: Pace | None) -> None:
+        """Count the requests to a Hub; its storage, on other hosts, has limits of its own."""
+        import httpx2
+
+        self._hubs[httpx2.URL(endpoint).netloc.decode()] = endpoint
+        self._pace = pace or self._pace
+
+    def client(self) -> Any:
+        """What huggingface_hub makes its client with."""
+        import httpx2
+        from huggingface_hub.utils._http import default_client_factory
+
+        client = default_client_factory()
+        client.timeout = httpx2.Timeout(READ_SECONDS, connect=10.0)
+        hooks = client.event_hooks
+        client.event_hooks = {
+            "request": [*hooks["request"], self._before],
+            "response": [*hooks["response"], self._after],
+        }
+        return client
+
+    def _before(self, request: Any) -> None:
+        hub = self._hubs.get(request.url.netloc.decode())
+        if hub is None:
+            return
+        while (wait := self._pace.ask(hub, _committed_to(request.method, request.url.path))) > 0:
+            if wait > SHORT_WAIT_SECONDS:
+                raise HubUnavailable(f"{hub}: its limit is used up, or it asked to wait; free in {wait:.0f} s", wait)
+            time.sleep(wait)
+
+    def _after(self, response: Any) -> None:
+        """A 429 pauses everybody; no ``Retry-After`` reaches the client, which would keep to any."""
+        asked = _retry_after(response)
+        hub = self._hubs.get(response.request.url.netloc.decode())
+        if response.status_code == 429 and hub is not None:
+            self._pace.pause(hub, UNNAMED_PAUSE_SECONDS if asked is None else asked)
+        if asked is not None and asked > LONGEST_PAUSE_SECONDS:
+            response.headers["Retry-After"] = f"{LONGEST_PAUSE_SECONDS:.0f}"
+            response.headers.pop("ratelimit", None)
+
+
+def _committed_to(method: str, path: str) -> str | None:
+    """The repository that a request commits to: POST /api/models/{namespace}/{name}/commit/{revision}."""
+    parts = path.split("/")
+    return "/".join(parts[3:5]) if method == "POST" and parts[1:2] == ["api"] and parts[5:6] == ["commit"] else None
 
 
 @contextmanager
@@ -86,12 +149,17 @@ def hub_errors(thing: str) -> Iterator[None]:
         HFValidationError,
         LocalEntryNotFoundError,
         NotASafetensorsRepoError,
+        OfflineModeIsEnabled,
     )
 
     try:
         yield
     except QuantmillError:
         raise
+    except OfflineModeIsEnabled as error:
+        raise HubRefused(
+            f"{thing}: HF_HUB_OFFLINE is set, got {os.environ.get('HF_HUB_OFFLINE')!r}; unset it"
+        ) from error
     except HfHubHTTPError as error:
         raise _from_status(error, thing) from error
     except HFValidationError as error:
@@ -104,6 +172,21 @@ def hub_errors(thing: str) -> Iterator[None]:
         if error.errno == errno.ENOSPC:
             raise DiskFull(f"{thing}: no space left on the device; free some, or choose another --out") from error
         raise
+    except RuntimeError as error:
+        raise _from_runtime(error, thing) from error
+
+
+def _from_runtime(error: RuntimeError, thing: str) -> Exception:
+    """What a plain RuntimeError means: hf_xet, a client that another thread closed, or an upload's own error inside."""
+    if type(error) is not RuntimeError:
+        return error
+    if isinstance(error.__cause__, Exception):
+        try:
+            with hub_errors(thing):
+                raise error.__cause__
+        except Exception as inner:
+            return inner
+    return HubUnavailable(f"{thing}: the upload broke off ({_brief(error)})")
 
 
 def _from_status(error: Any, thing: str) -> QuantmillError:
@@ -124,8 +207,17 @@ def _from_status(error: Any, thing: str) -> QuantmillError:
 
 
 def _retry_after(response: Any) -> float | None:
-    value = response.headers.get("Retry-After", "")
-    return float(value) if value.isdigit() else None
+    """Seconds that an answer asks to wait: as a number, as a date, or in the Hub's ``ratelimit`` header."""
+    from huggingface_hub.utils._http import parse_ratelimit_headers
+
+    value = response.headers.get("Retry-After", "").strip()
+    if value.isdigit():
+        return float(value)
+    try:
+        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):
+        limit = parse_ratelimit_headers(response.headers)
+        return float(limit.reset_in_seconds) if limit is not None and limit.remaining == 0 else None
 
 
 def _brief(error: Exception) -> str:
@@ -138,6 +230,8 @@ def _brief(error: Exception) -> str:
 
 def fetch(api: HfApi, repo_id: str, revision: str, allow_pickle: bool, offline: bool = False) -> Path:
     """A model's folder in the client's cache, downloaded at that commit; ``offline`` expects it to be there.
+
+    What was downloaded stays when a download breaks off: the next attempt goes on from there.
 
     Raises:
         ModelNotFound, HubRefused, HubUnavailable, DiskFull: as ``hub_errors`` says.
@@ -173,131 +267,3 @@ def read_manifest(api: HfApi, repo_id: str, revision: str = "main") -> tuple[Man
         return Manifest.model_validate_json(found[0]), found[1]
     except ValidationError:
         return None
-
-
-# --------------------------------------------------------------------------------------------- publishing
-
-
-def publish(api: HfApi, repo_id: str, folder: Path, *, private: bool, message: str) -> str:
-    """Publish a verified artifact as one commit and one tag; return the commit that ``main`` then shows.
-
-    Idempotent: the same artifact makes no second commit, also when the first commit's answer was lost.
-
-    Raises:
-        CheckpointError: a file isn't what was verified.
-        HubRefused: a rejected artifact, a repository that holds somebody else's files, a token that may not write.
-        HubUnavailable: worth trying again.
-    """
-    manifest = check_bytes(folder)
-    thing = f"publish {repo_id}"
-    if not manifest.verdict.accepted:
-        raise HubRefused(f"{thing}: {folder} was rejected ({'; '.join(manifest.verdict.reasons)}); it stays here")
-    with hub_errors(thing):
-        api.create_repo(repo_id, private=private, exist_ok=True)
-    head, remote = _remote_tree(api, repo_id)
-    local = _local_tree(folder, manifest)
-    if not _holds(remote, local):
-        _refuse_foreign(repo_id, remote)
-        head = _commit(api, repo_id, folder, local, remote, head, message)
-    with hub_errors(f"tag {repo_id}"):
-        api.create_tag(repo_id, tag=tag_name(manifest.fingerprint), revision=head, exist_ok=True)
-    return head
-
-
-def tag_name(fingerprint: str) -> str:
-    """The tag under which an artifact stays reachable after later ones."""
-    return f"quantmill-{fingerprint[:12]}"
-
-
-def check_bytes(folder: Path) -> Manifest:
-    """The artifact's manifest, after its sha256 of every file was compared with the bytes on disk.
-
-    Raises:
-        CheckpointError: no manifest, a file changed since it was verified, one too many or one missing.
-    """
-    try:
-        manifest = Manifest.model_validate_json((folder / MANIFEST).read_text())
-    except (OSError, ValidationError) as error:
-        raise CheckpointError(
-            f"artifact {folder}: no readable {MANIFEST} ({_brief(error)}); run its zoo again"
-        ) from error
-    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    present = {str(path.relative_to(folder)) for path in files} - {MANIFEST}
-    if present != set(manifest.files):
-        odd = sorted(present ^ set(manifest.files))
-        raise CheckpointError(f"artifact {folder}: files differ from the manifest, got {odd}; run its zoo again")
-    for name, entry in manifest.files.items():
-        if file_sha256(folder / name) != entry.sha256:
-            raise CheckpointError(f"artifact {folder}: {name} changed since it was verified; run its zoo again")
-    return manifest
-
-
-def _local_tree(folder: Path, manifest: Manifest) -> dict[str, tuple[str, str]]:
-    """Path -> (sha256, git blob sha1): the Hub shows the first for LFS files, the second for the others."""
-    ids = {name: entry.sha256 for name, entry in manifest.files.items()}
-    ids[MANIFEST] = file_sha256(folder / MANIFEST)
-    # Large files are always LFS: their git identity is never asked for.
-    small = {name for name in ids if (folder / name).stat().st_size < 64 << 20}
-    return {name: (ids[name], _git_blob_sha1(folder / name) if name in small else "") for name in sorted(ids)}
-
-
-def _git_blob_sha1(path: Path) -> str:
-    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _remote_tree(api: HfApi, repo_id: str) -> tuple[str, dict[str, str]]:
-    """The head of ``main``, and path -> sha256 (LFS) or git blob sha1 at that very commit."""
-    from huggingface_hub.hf_api import RepoFile
-
-    with hub_errors(f"list {repo_id}"):
-        head = next(ref.target_commit for ref in api.list_repo_refs(repo_id).branches if ref.name == "main")
-        entries = api.list_repo_tree(repo_id, recursive=True, revision=head)
-        files = [entry for entry in entries if isinstance(entry, RepoFile)]
-    return head, {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
-
-
-def _holds(remote: dict[str, str], local: dict[str, tuple[str, str]]) -> bool:
-    return set(remote) - HUB_OWN_FILES == set(local) and all(remote[path] in ids for path, ids in local.items())
-
-
-def _refuse_foreign(repo_id: str, remote: dict[str, str]) -> None:
-    foreign = sorted(set(remote) - HUB_OWN_FILES)
-    if foreign and MANIFEST not in remote:
-        raise HubRefused(
-            f"publish {repo_id}: the repository holds files that quantmill didn't publish, got {foreign[:5]}; "
-            "choose another publish.name, or empty the repository"
-        )
-
-
-def _commit(
-    api: HfApi,
-    repo_id: str,
-    folder: Path,
-    local: dict[str, tuple[str, str]],
-    remote: dict[str, str],
-    head: str,
-    message: str,
-) -> str:
-    """One commit that makes the tree ours; if its answer is lost, the remote tree tells whether it landed."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
-    adds = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=folder / path) for path in local]
-    stale = sorted(set(remote) - set(local) - HUB_OWN_FILES)
-    thing = f"commit to {repo_id}"
-    with hub_errors(thing):
-        api.preupload_lfs_files(repo_id, additions=adds)
-    try:
-        with hub_errors(thing):
-            deletions = [CommitOperationDelete(path_in_repo=path) for path in stale]
-            operations: list[CommitOperationAdd | CommitOperationDelete] = [*adds, *deletions]
-            info = api.create_commit(repo_id, operations, commit_message=message, parent_commit=head)
-        return str(info.oid)
-    except HubUnavailable:
-        landed, now = _remote_tree(api, repo_id)
-        if _holds(now, local):
-            return landed
-        raise

@@ -13,17 +13,21 @@ import time
 import traceback
 from pathlib import Path
 
-from workers import hub
+from workers import destinations, hub
 from workers.content import folder_sha256
 from workers.errors import CheckpointError, DiskFull, HubUnavailable, OutOfMemory, QuantmillError
 from workers.job import Failure, Job, PeakMemory, Stage, StageResult, artifact_folder
+from workers.pace import LocalPace, Pace
 
 
-def run_stage(job: Job, stage: Stage, recipe: str | None = None) -> StageResult:
-    """Run a stage; ``recipe`` names the artifact for verify and publish. Errors come back as ``failure``."""
+def run_stage(job: Job, stage: Stage, recipe: str | None = None, pace: Pace | None = None) -> StageResult:
+    """Run a stage; ``recipe`` names the artifact for verify and publish. Errors come back as ``failure``.
+
+    ``pace`` is the run's, which all of its processes share; left out, this process keeps its own.
+    """
     start = time.monotonic()
     try:
-        result = _STAGES[stage](job, recipe)
+        result = _STAGES[stage](job, recipe, pace or pace_of(job))
     except Exception as error:
         result = StageResult(stage=stage, recipe=recipe, failure=describe(error))
     return result.model_copy(
@@ -63,10 +67,15 @@ def peak_memory() -> PeakMemory:
     return PeakMemory(host=host, device=device)
 
 
-def _fetch(job: Job, recipe: str | None) -> StageResult:
+def pace_of(job: Job) -> Pace:
+    """A pace of this process alone, within the limits of the job's destination."""
+    return LocalPace(job.destination.limits if job.destination else None)
+
+
+def _fetch(job: Job, recipe: str | None, pace: Pace) -> StageResult:
     model = job.model
     if model.folder is None:
-        hub.fetch(hub.connect(model.endpoint), model.id, model.revision, model.allow_pickle)
+        hub.fetch(hub.connect(model.endpoint, pace), model.id, model.revision, model.allow_pickle)
     elif folder_sha256(Path(model.folder)) != model.revision:
         raise CheckpointError(f"models: {model.id!r} changed since it was planned; run the zoo again")
     texts = {"verify.dataset": job.verification.dataset}
@@ -80,14 +89,14 @@ def _fetch(job: Job, recipe: str | None) -> StageResult:
     return StageResult(stage=Stage.FETCH)
 
 
-def _quantize(job: Job, recipe: str | None) -> StageResult:
+def _quantize(job: Job, recipe: str | None, pace: Pace) -> StageResult:
     from workers.quantize import quantize
 
     artifacts, reference_bytes = quantize(job, model_folder(job))
     return StageResult(stage=Stage.QUANTIZE, artifacts=artifacts, reference_bytes=reference_bytes)
 
 
-def _verify(job: Job, recipe: str | None) -> StageResult:
+def _verify(job: Job, recipe: str | None, pace: Pace) -> StageResult:
     from workers.verify.stage import verify
 
     assert recipe is not None
@@ -95,18 +104,12 @@ def _verify(job: Job, recipe: str | None) -> StageResult:
     return StageResult(stage=Stage.VERIFY, recipe=recipe, manifest=manifest)
 
 
-def _publish(job: Job, recipe: str | None) -> StageResult:
+def _publish(job: Job, recipe: str | None, pace: Pace) -> StageResult:
     assert recipe is not None
     order, destination = job.order(recipe), job.destination
     assert destination is not None
     assert order.repo_id is not None
-    commit = hub.publish(
-        hub.connect(destination.endpoint),
-        order.repo_id,
-        artifact_folder(job.workspace, order),
-        private=destination.private,
-        message=f"{recipe} of {Path(job.model.id).name}@{job.model.revision[:12]}",
-    )
+    commit = destinations.publish(destination, order.repo_id, artifact_folder(job.workspace, order), pace)
     return StageResult(stage=Stage.PUBLISH, recipe=recipe, commit=commit)
 
 

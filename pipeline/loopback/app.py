@@ -59,6 +59,7 @@ def build_app(store: Store, *, token: str | None, limits: Limits, fault: FaultFu
         write("DELETE", f"{model}/tag/{{rev}}", api.delete_tag),
         write("POST", f"{model}/branch/{{rev}}", api.create_branch),
         write("DELETE", f"{model}/branch/{{rev}}", api.delete_branch),
+        read("GET", "/api/collections", api.list_collections),
         write("POST", "/api/collections", api.create_collection),
         read("GET", "/api/collections/{ns}/{slug}", api.get_collection),
         write("POST", "/api/collections/{ns}/{slug}/items", api.add_collection_item),
@@ -132,9 +133,13 @@ class Api:
         return JSONResponse({})
 
     def change_settings(self, call: Call) -> Response:
-        private = _is_private(call.json())
-        self._store.set_private(call.repo_id, private)
-        return JSONResponse({"private": private})
+        body = call.json()
+        gated = body.get("gated")
+        if gated not in (None, False, "auto", "manual"):
+            raise InvalidRequest(f"the field 'gated' must be 'auto', 'manual' or false, got {gated!r}")
+        private = _is_private(body) if {"visibility", "private"} & set(body) else None
+        repo = self._store.change_settings(call.repo_id, private=private, gated=gated)
+        return JSONResponse({"private": repo.private, "gated": repo.gated})
 
     def list_models(self, call: Call) -> Response:
         author, search = call.query("author"), call.query("search").lower()
@@ -231,6 +236,15 @@ class Api:
         slug = f"{namespace}/{name}-{digest}"
         self._store.create_collection(slug, data)
         return JSONResponse(self._collection(slug, call))
+
+    def list_collections(self, call: Call) -> Response:
+        found = self._store.collections(call.query("owner"))
+        shown = [views.collection(slug, data) for slug, data in found.items() if call.trusted or not data["private"]]
+        # As on the Hub: four items at most, and the client itself counts the positions.
+        shown = [
+            {**{k: v for k, v in entry.items() if k != "position"}, "items": entry["items"][:4]} for entry in shown
+        ]
+        return page(call, shown)
 
     def get_collection(self, call: Call) -> Response:
         return JSONResponse(self._collection(f"{call.param('ns')}/{call.param('slug')}", call))

@@ -24,13 +24,17 @@ class Fault:
     """What goes wrong with one request, after `delay` seconds.
 
     status: answer with this status and `headers` instead of doing the work.
-    drop: close the connection without an answer, before or after the work was done.
+    drop: close the connection without an answer: before the work, while it goes on (for `work` seconds, in which
+        the client may have come back), or after it was done; or in the middle of the answer.
+    trickle: the answer comes in pieces, with so many seconds between two of them.
     """
 
     status: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
-    drop: Literal["before", "after"] | None = None
+    drop: Literal["before", "during", "after", "answering"] | None = None
     delay: float = 0.0
+    work: float = 0.0
+    trickle: float = 0.0
 
     def __post_init__(self) -> None:
         if self.status is not None and self.drop is not None:
@@ -59,11 +63,22 @@ class FaultInjector:
             await drain(receive)
             body = {"error": f"injected fault {fault.status}"}
             return await JSONResponse(body, fault.status, dict(fault.headers))(scope, receive, send)
-        if fault.drop is None:
-            return await self._app(scope, receive, send)
-        if fault.drop == "after":
-            await self._app(scope, receive, _swallow)
-        await _hang_up(scope, receive)
+        match fault.drop:
+            case None:
+                await self._app(scope, receive, _Trickle(send, fault.trickle) if fault.trickle else send)
+            case "before":
+                await _hang_up(scope, receive)
+            case "during":
+                whole = await _whole(receive)
+                scope["state"]["transport"].abort()
+                await asyncio.sleep(fault.work)
+                await self._app(scope, whole, _swallow)
+            case "after":
+                await self._app(scope, receive, _swallow)
+                await _hang_up(scope, receive)
+            case "answering":
+                await self._app(scope, receive, _half_of(send))
+                await _hang_up(scope, receive)
         return None
 
 
@@ -73,6 +88,54 @@ async def drain(receive: Receive) -> None:
         message = await receive()
         if message["type"] == "http.disconnect" or not message.get("more_body", False):
             return
+
+
+async def _whole(receive: Receive) -> Receive:
+    """Read a request to its end; what is returned gives it again, to a client that has gone by then."""
+    messages: list[Message] = []
+    while not messages or messages[-1].get("more_body", False):
+        messages.append(await receive())
+    left = iter(messages)
+
+    async def again() -> Message:
+        return next(left, {"type": "http.disconnect"})
+
+    return again
+
+
+def _half_of(send: Send) -> Send:
+    """Send the head of an answer, and half of the first piece of its body."""
+    done = False
+
+    async def half(message: Message) -> None:
+        nonlocal done
+        if done:
+            return
+        if message["type"] == "http.response.body":
+            body, done = message.get("body", b""), True
+            message = {**message, "body": body[: len(body) // 2], "more_body": True}
+        await send(message)
+
+    return half
+
+
+class _Trickle:
+    """Send an answer's body in pieces, slowly."""
+
+    def __init__(self, send: Send, seconds: float, pieces: int = 50) -> None:
+        self._send = send
+        self._seconds = seconds
+        self._pieces = pieces
+
+    async def __call__(self, message: Message) -> None:
+        body = message.get("body", b"")
+        if message["type"] == "http.response.body" and body:
+            size = max(1, len(body) // self._pieces)
+            for start in range(0, len(body), size):
+                await self._send({**message, "body": body[start : start + size], "more_body": True})
+                await asyncio.sleep(self._seconds)
+            message = {**message, "body": b""}
+        await self._send(message)
 
 
 async def _swallow(message: Message) -> None:

@@ -3,7 +3,7 @@
     ROOT/hub.json                         layout version and the key that signs upload addresses
     ROOT/lock                             held (flock) by the one server that owns the root
     ROOT/objects/ab/<sha256>              contents, immutable
-    ROOT/models/<ns>/<name>/repo.json     visibility, creation time
+    ROOT/models/<ns>/<name>/repo.json     visibility, gate, creation time
                            /commits/<oid>.json   immutable: parent, message and the whole tree
                            /refs/heads/main      the id of a commit; replacing this file *is* the commit
                            /refs/tags/<tag>      the id of a commit, then the tag's message
@@ -58,6 +58,7 @@ class Repo:
     id: str
     private: bool
     created_at: str
+    gated: str | bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +135,17 @@ class Store:
             self._rename(aside, folder)
         return repo
 
-    def set_private(self, repo_id: str, private: bool) -> None:
-        """Change a repository's visibility."""
+    def change_settings(self, repo_id: str, *, private: bool | None = None, gated: str | bool | None = None) -> Repo:
+        """Change a repository's visibility, its gate, or both."""
         with self._changing:
             repo = self.repo(repo_id)
-            self._write_repo(self._folder(repo_id), dataclasses.replace(repo, private=private))
+            repo = dataclasses.replace(
+                repo,
+                private=repo.private if private is None else private,
+                gated=repo.gated if gated is None else gated,
+            )
+            self._write_repo(self._folder(repo_id), repo)
+        return repo
 
     def delete_repo(self, repo_id: str) -> None:
         """Remove a repository; its objects stay, others may share them."""
@@ -249,6 +256,11 @@ class Store:
             return None
         return data
 
+    def collections(self, namespace: str) -> dict[str, dict[str, Any]]:
+        """The collections of a namespace ('' for all), by slug."""
+        paths = sorted(self.root.glob(f"collections/{namespace if _NAME.fullmatch(namespace) else '*'}/*.json"))
+        return {f"{path.parent.name}/{path.stem}": json.loads(path.read_bytes()) for path in paths}
+
     def create_collection(self, slug: str, data: Mapping[str, Any]) -> None:
         """A new collection; raises AlreadyExists."""
         with self._changing:
@@ -339,7 +351,8 @@ class Store:
         write_file(_ref_path(folder, kind, name), f"{oid}\n{message}".encode(), self._scratch)
 
     def _write_repo(self, folder: Path, repo: Repo) -> None:
-        self._write_json(folder / "repo.json", {"private": repo.private, "created_at": repo.created_at})
+        data = {"private": repo.private, "created_at": repo.created_at, "gated": repo.gated}
+        self._write_json(folder / "repo.json", data)
 
     def _write_json(self, path: Path, data: Mapping[str, Any]) -> None:
         write_file(path, json.dumps(data, indent=1).encode(), self._scratch)

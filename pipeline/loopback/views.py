@@ -26,7 +26,7 @@ def repo_info(repo: Repo, commit: Commit, readme: str | None, *, blobs: bool) ->
         "lastModified": commit.date,
         "createdAt": repo.created_at,
         "private": repo.private,
-        "gated": False,
+        "gated": repo.gated,
         "disabled": False,
         "downloads": 0,
         "likes": 0,

@@ -1,0 +1,64 @@
+"""A small accepted artifact, and a Hub that fails where a test says so."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from pipeline.loopback.faults import Fault, FaultRequest
+from pipeline.shipped import recipe
+from workers.content import file_sha256
+from workers.job import MANIFEST, Dataset, FileEntry, Manifest, Thresholds, Verdict, Verification
+
+ACCEPTED = {"accepted": True, "reasons": (), "outcome": "ACCEPT"}
+REJECTED = {"accepted": False, "reasons": ("KL too high",), "outcome": "REGRESSION"}
+
+
+def artifact(folder: Path, text: str = "one", fingerprint: str = "f" * 64, *, accepted: bool = True) -> Path:
+    """Files in git and in LFS, and the manifest of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "README.md").write_text(f"---\nlicense: mit\n---\n{text}")
+    (folder / "model.safetensors").write_bytes(text.encode() * 1000)
+    return seal(folder, fingerprint, accepted=accepted)
+
+
+def seal(folder: Path, fingerprint: str = "f" * 64, *, accepted: bool = True) -> Path:
+    """Write the manifest of what is in a folder."""
+    files = [path for path in folder.iterdir() if path.name != MANIFEST]
+    manifest = Manifest(
+        fingerprint=fingerprint,
+        model="org/model",
+        revision="r",
+        recipe=recipe("bnb-nf4"),
+        calibration=None,
+        verification=Verification(dataset=Dataset(path="text")),
+        thresholds=Thresholds(kl_mean=1, top1_agreement=0.5, perplexity_ratio=2, runtime_logit_difference=1),
+        files={path.name: FileEntry(sha256=file_sha256(path), size=path.stat().st_size) for path in files},
+        verdict=Verdict.model_validate(ACCEPTED if accepted else REJECTED),
+        environment={},
+        fallbacks=(),
+        bytes=1,
+        reference_bytes=2,
+        created_at="now",
+    )
+    (folder / MANIFEST).write_text(manifest.model_dump_json())
+    return folder
+
+
+class Faults:
+    """Fails the first so many requests whose path contains some text, and notes all of them."""
+
+    def __init__(self) -> None:
+        self.plan: list[tuple[str, int, Fault]] = []
+        self.seen: list[str] = []
+        self._lock = threading.Lock()
+
+    def __call__(self, request: FaultRequest) -> Fault | None:
+        with self._lock:
+            self.seen.append(f"{request.method} {request.path}")
+            for index, (part, left, fault) in enumerate(self.plan):
+                if part in request.path and left:
+                    self.plan[index] = (part, left - 1, fault)
+                    return fault
+        return None

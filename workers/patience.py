@@ -1,0 +1,97 @@
+"""Patience with a Hub: every call ends, is repeated while that may help, and all of them share one deadline."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import TypeVar
+
+from workers.errors import HubUnavailable
+
+T = TypeVar("T")
+
+PUBLISH_SECONDS = 1800.0
+CALL_SECONDS = 300.0
+# What a line is trusted to carry; a slower one counts as stalled.
+BYTES_PER_SECOND = 256 * 1024
+LONGEST_BACKOFF_SECONDS = 30.0
+LONGEST_WAIT_SECONDS = 300.0
+
+
+def transfer_seconds(size: int) -> float:
+    """How long so many bytes may take."""
+    return size / BYTES_PER_SECOND
+
+
+class Patience:
+    """Repeats calls that fail for want of an answer, for ``seconds`` in all."""
+
+    def __init__(
+        self,
+        seconds: float = PUBLISH_SECONDS,
+        *,
+        call_seconds: float = CALL_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self._call_seconds = call_seconds
+        self._clock = clock
+        self._sleep = sleep
+        self._jitter = jitter
+        self._seconds = seconds
+        self._deadline = clock() + seconds
+
+    def call(self, thing: str, action: Callable[[], T], extra_seconds: float = 0.0) -> T:
+        """The action's result, however often it takes.
+
+        Raises:
+            HubUnavailable: the last failure, once the deadline is too near for another attempt.
+        """
+        failures = 0
+        while True:
+            try:
+                return self.once(thing, action, extra_seconds)
+            except HubUnavailable as error:
+                failures += 1
+                self.wait(error, failures)
+
+    def once(self, thing: str, action: Callable[[], T], extra_seconds: float = 0.0) -> T:
+        """The action's result, or HubUnavailable if it doesn't end in time.
+
+        The client's own deadline is for one read: an answer that trickles, and a wait of hours that the Hub asks the
+        client for, would go on beside it. An action that is given up on ends by itself, or with the process.
+        """
+        seconds = min(self._call_seconds + extra_seconds, max(self._deadline - self._clock(), 0.0))
+        answers: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
+
+        def work() -> None:
+            try:
+                answers.put((action(), None))
+            except BaseException as error:
+                answers.put((None, error))
+
+        threading.Thread(target=work, name=thing, daemon=True).start()
+        try:
+            result, error = answers.get(timeout=seconds)
+        except Empty:
+            raise HubUnavailable(f"{thing}: no whole answer in {seconds:.0f} s") from None
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]  # None only where T has it
+
+    def wait(self, error: HubUnavailable, failures: int) -> None:
+        """Wait after so many failures: doubling, with jitter, and what the Hub asks for up to a bound.
+
+        Raises:
+            HubUnavailable: that error, if there is no time left for another attempt.
+        """
+        backoff = min(2.0 ** (failures - 1), LONGEST_BACKOFF_SECONDS) * (0.5 + 0.5 * self._jitter())
+        wait = max(backoff, min(error.retry_after or 0.0, LONGEST_WAIT_SECONDS))
+        if self._clock() + wait >= self._deadline:
+            given_up = f"{error}; given up after {failures} attempts, for {self._seconds:.0f} s in all are over"
+            raise HubUnavailable(given_up, error.retry_after) from error
+        self._sleep(wait)
