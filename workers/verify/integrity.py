@@ -50,8 +50,8 @@ def inspect(source: Folded, artifact: Source | Decoded, folder: Path, intended: 
     quantized = artifact.quantized if isinstance(artifact, Decoded) else frozenset[str]()
     found = Findings(
         [
-            *_listed("not quantized though the recipe says so", intended - quantized),
-            *_listed("quantized though the recipe doesn't say so", quantized - intended),
+            *listed("not quantized though the recipe says so", intended - quantized),
+            *listed("quantized though the recipe doesn't say so", quantized - intended),
             *_config(source.folder, folder),
             *_companions(source.folder, folder),
         ]
@@ -73,8 +73,8 @@ def compare(
     Of a checkpoint that quantmill didn't make (``ours`` false), tensors that aren't quantized may differ: other tools
     fold scales into norms without saying which. How far its weights are from their source then says nothing.
     """
-    found.problems += _listed("tensors missing", set(source.headers) - set(artifact.headers))
-    found.problems += _listed("tensors that the source doesn't have", set(artifact.headers) - set(source.headers))
+    found.problems += listed("tensors missing", set(source.headers) - set(artifact.headers))
+    found.problems += listed("tensors that the source doesn't have", set(artifact.headers) - set(source.headers))
     if artifact.bytes >= source.bytes and quantized:
         found.problems.append(
             f"integrity: {artifact.bytes} bytes of weights, not smaller than the source's {source.bytes}"
@@ -92,7 +92,7 @@ def compare(
     if ours:
         found.problems += [f"integrity: {key} isn't quantized, but differs from the source's" for key in changed]
     elif changed:
-        found.notes += _listed("not quantized, but other than the source's (folded scales?)", changed)
+        found.notes += listed("not quantized, but other than the source's (folded scales?)", changed)
     for key in weights:
         _weigh(source, artifact, key, found, comparable=ours or not changed)
 
@@ -146,7 +146,8 @@ def _kind(key: str) -> str:
     return re.sub(r"\.\d+(?=\.)", ".N", key)
 
 
-def _listed(what: str, names: Iterable[str]) -> list[str]:
+def listed(what: str, names: Iterable[str]) -> list[str]:
+    """A finding about some names, or none."""
     found = sorted(names)
     if not found:
         return []
@@ -175,7 +176,7 @@ def differing_settings(
     keys = sorted((set(want) | set(got)) - ignored)
     odd = [key for key in keys if not same(want.get(key, nothing), got.get(key, nothing))]
     said = [f"{key} ({got.get(key, 'missing')!r}, expected {want.get(key, 'nothing')!r})" for key in odd]
-    return _listed(f"{where} differs from the source's", said)
+    return listed(f"{where} differs from the source's", said)
 
 
 def _companions(source: Path, artifact: Path) -> list[str]:
@@ -188,9 +189,9 @@ def _companions(source: Path, artifact: Path) -> list[str]:
         elif file_sha256(source / path) != file_sha256(artifact / path):
             changed.append(str(path))
     return [
-        *_listed("files of the source missing", missing),
-        *_listed("files that differ from the source's", changed),
-        *_listed("files that the source doesn't have", _strangers(artifact, expected)),
+        *listed("files of the source missing", missing),
+        *listed("files that differ from the source's", changed),
+        *listed("files that the source doesn't have", _strangers(artifact, expected)),
     ]
 
 

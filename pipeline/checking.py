@@ -1,0 +1,221 @@
+"""``quantmill verify``: any checkpoint beside its reference, in a process of its own, and what a person reads of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline import shipped, sources
+from pipeline.gating import Gate, Gates
+from pipeline.problems import explain
+from pipeline.zoo import ModelEntry
+from workers import errors, hub
+from workers.errors import CheckpointError, ModelNotFound, QuantmillError, WorkerDied, ZooError
+from workers.job import Dataset, Failure, ModelPin, Thresholds, Verification
+
+# What is compared on if no text is named: the field's usual held-out text.
+WIKITEXT = Dataset(path="Salesforce/wikitext", name="wikitext-2-raw-v1", split="test")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line asks for."""
+
+    checkpoint: str
+    reference: str
+    text: Path | None
+    tokens: int
+    sequence_length: int
+    gates: Path | None
+    trust_remote_code: bool
+    allow_pickle: bool
+
+
+def check(asked: Asked, out: Path) -> tuple[dict[str, Any], Thresholds, str]:
+    """Verify a checkpoint: the report (``workers.verify.foreign.CheckReport`` as JSON), its thresholds and family.
+
+    Raises:
+        QuantmillError: what isn't the checkpoint's fault.
+    """
+    entry = ModelEntry(
+        id=asked.reference.partition("@")[0],
+        revision=asked.reference.partition("@")[2] or "main",
+        trust_remote_code=asked.trust_remote_code,
+        allow_pickle=asked.allow_pickle,
+    )
+    folder = _checkpoint(asked.checkpoint)
+    family = declared_family(_quantization(folder))
+    thresholds = _thresholds(family, asked.gates)
+    pin = sources.resolve(entry, Path.cwd()).pin
+    if pin.folder is None:
+        fetched = hub.fetch(hub.connect(pin.endpoint), pin.id, pin.revision, pin.allow_pickle)
+        pin = pin.model_copy(update={"folder": str(fetched)})
+    text = Dataset(path="text", data_files=(str(asked.text),)) if asked.text else WIKITEXT
+    dataset, data = sources.pin_dataset(text, Path.cwd(), "--text")
+    verification = Verification(dataset=dataset, data=data, tokens=asked.tokens, sequence_length=asked.sequence_length)
+    out.mkdir(parents=True, exist_ok=True)
+    return _run(folder, pin, verification, thresholds, out.resolve()), thresholds, family
+
+
+def _run(folder: Path, pin: ModelPin, verification: Verification, thresholds: Thresholds, out: Path) -> dict[str, Any]:
+    request = {
+        "checkpoint": str(folder),
+        "reference": pin.model_dump(),
+        "verification": verification.model_dump(),
+        "thresholds": thresholds.model_dump(),
+        "workspace": str(out),
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        asked, answer = Path(scratch, "request.json"), Path(scratch, "answer.json")
+        asked.write_text(TypeAdapter(dict[str, Any]).dump_json(request).decode())
+        command = [sys.executable, "-m", "workers.verify.foreign", str(asked), str(answer)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0 or not answer.is_file():
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise WorkerDied(f"verify {folder}: the process ended with {done.returncode} ({lines[-1]})")
+        report: dict[str, Any] = TypeAdapter(dict[str, Any]).validate_json(answer.read_text())
+    if report["failure"] is not None:
+        raise _error(Failure.model_validate(report["failure"]))
+    return report
+
+
+def _error(failure: Failure) -> QuantmillError:
+    kind = getattr(errors, failure.kind, None)
+    if isinstance(kind, type) and issubclass(kind, QuantmillError):
+        return kind(failure.message)
+    return QuantmillError(f"{failure.kind}: {failure.message}\n{failure.traceback}")
+
+
+def _checkpoint(said: str) -> Path:
+    """A folder, or a repository's, fetched."""
+    folder = Path(said)
+    if folder.is_dir():
+        return folder.resolve()
+    name, _, revision = said.partition("@")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ModelNotFound(f"verify: no such folder, got {said!r}; give a folder, or a Hub repository as org/name")
+    return hub.fetch(hub.connect(), name, revision or "main", allow_pickle=False)
+
+
+def _quantization(folder: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads((folder / "config.json").read_text()).get("quantization_config")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"verify {folder}: no readable config.json ({error})") from error
+    return found or {}
+
+
+def declared_family(config: Mapping[str, Any]) -> str:
+    """The family of gates for what a ``quantization_config`` declares; w8 for a checkpoint that declares nothing."""
+    match config.get("quant_method"):
+        case "gptq" | "awq":
+            return f"w{config.get('bits', 4)}"
+        case "bitsandbytes":
+            return "llm-int8" if config.get("load_in_8bit") else str(config.get("bnb_4bit_quant_type", "nf4"))
+        case "fp8":
+            return "fp8"
+        case "compressed-tensors":
+            groups = [group for group in config.get("config_groups", {}).values() if isinstance(group, dict)]
+            families = [_group_family(group, str(group.get("format") or config.get("format"))) for group in groups]
+            # Of mixed precision the coarsest part sets what can be expected.
+            return min(families, key=lambda family: shipped.gates()["default"][family].top1_agreement, default="w8")
+        case None:
+            return "w8"
+        case _:
+            return "w4"
+
+
+def _group_family(group: Mapping[str, Any], form: str) -> str:
+    weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    for name in ("nvfp4", "mxfp4"):
+        if form.startswith(name):
+            return name
+    if weights.get("type") == "float":
+        return "fp8"
+    return "w8a8" if inputs and weights.get("num_bits") == 8 else f"w{weights.get('num_bits', 4)}"
+
+
+def _thresholds(family: str, said: Path | None) -> Thresholds:
+    known = shipped.gates()["default"]
+    if family not in known:
+        raise ZooError(f"verify: no gates for the family {family!r}; configs/gates.yaml has {', '.join(sorted(known))}")
+    if said is None:
+        return known[family]
+    try:
+        gates = TypeAdapter(Gates).validate_python(yaml.safe_load(said.read_text()) or {})
+    except ValidationError as error:
+        raise ZooError(explain(error, str(said))) from error
+    except (OSError, yaml.YAMLError) as error:
+        raise ZooError(f"--gates: not a readable YAML file, got {str(said)!r} ({error})") from error
+    chosen = gates.get(family, Gate())
+    return known[family].model_copy(update=chosen.model_dump(exclude_none=True))
+
+
+def rows(report: Mapping[str, Any], thresholds: Thresholds) -> list[dict[str, str]]:
+    """The table that a person reads: what was looked at, what was found, what is expected."""
+    verdict = report["verdict"]
+    reasons = verdict["reasons"]
+    broken = [reason for reason in reasons if reason.startswith("integrity:")]
+    found = [_row("integrity", "ok" if not broken else f"{len(broken)} problem(s), see below", "", not broken)]
+    size = f"{report['bytes'] / 1e6:.1f} MB of {report['reference_bytes'] / 1e6:.1f} MB"
+    found.append(_row("quantized", f"{report['quantized']} of {report['linear']} linear layers, {size}", "", True))
+    metrics = verdict["metrics"]
+    if metrics:
+        found += _measured(metrics, thresholds, reasons)
+    runtime = verdict["runtime"]
+    refused = [reason for reason in reasons if reason.startswith("runtime")]
+    if runtime:
+        said = f"{runtime['name']} {runtime['version']}, logits differ by {runtime['relative_logit_difference']:.2g}"
+        found.append(_row("runtime", said, f"<= {thresholds.runtime_logit_difference:g} deviations", not refused))
+    elif refused:
+        found.append(_row("runtime", "see below", "", False))
+    for key, decibels in verdict["worst_layers"]:
+        found.append(_row("noisiest", f"{key.removesuffix('.weight')}, {decibels:.1f} dB", "", True))
+    for index, made in enumerate(verdict["generations"], 1):
+        same = f"{made['same_tokens']} of {made['tokens']} tokens as the reference"
+        found.append(_row(f"goes on, {index}", same, "", True))
+        found.append(_row("  after", repr(made["prompt"][-60:]), "", True))
+        found.append(_row("  it", repr(made["artifact"]), "", True))
+        found.append(_row("  reference", repr(made["reference"]), "", True))
+    return found
+
+
+def _measured(metrics: Mapping[str, Any], bounds: Thresholds, reasons: list[str]) -> list[dict[str, str]]:
+    kept = {name: not any(r.startswith(name) for r in reasons) for name in ("KL", "top-1", "perplexity", "eval")}
+    ratio = metrics["perplexity"] / metrics["reference_perplexity"]
+    interval = f"[{float(metrics['perplexity_ratio_lower']):.4f}, {float(metrics['perplexity_ratio_upper']):.4f}]"
+    kl_bound = f"95 % bound {float(metrics['kl_mean_upper']):.5f}; p99 {metrics['kl_p99']:.4f}"
+    return [
+        _row(
+            "KL divergence",
+            f"{metrics['kl_mean']:.5f} nats ({kl_bound})",
+            f"<= {bounds.kl_mean:g}",
+            kept["KL"],
+        ),
+        _row(
+            "top-1 agreement",
+            f"{metrics['top1_agreement']:.4f} (95 % bound {metrics['top1_agreement_lower']:.4f})",
+            f">= {bounds.top1_agreement:g}",
+            kept["top-1"],
+        ),
+        _row(
+            "perplexity",
+            f"{metrics['perplexity']:.4f} of {metrics['reference_perplexity']:.4f}, {ratio:.4f} times {interval}",
+            f"<= {bounds.perplexity_ratio:g} times",
+            kept["perplexity"],
+        ),
+        _row("tokens", str(metrics["eval_tokens"]), "", kept["eval"]),
+    ]
+
+
+def _row(what: str, found: str, expected: str, kept: bool) -> dict[str, str]:
+    return {"": "" if kept else "!", "what": what, "found": found, "expected": expected}
