@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
-from workers.job import Job, Order, Verdict
+from workers.job import Dataset, Job, Order, Verdict
 from workers.recipes import Float8Scheme, FourBitFloatScheme, IntScheme, LlmInt8Scheme, MicroscalingScheme, Recipe
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags")
@@ -62,20 +64,31 @@ def card_metadata(job: Job, order: Order, source: Mapping[str, Any], verdict: Ve
 
 
 def _model_index(job: Job, order: Order, verdict: Verdict) -> dict[str, Any]:
-    metrics = verdict.metrics
+    """The evaluation results, as huggingface_hub's ``eval_results_to_model_index`` writes them."""
+    metrics, text = verdict.metrics, job.verification.dataset
     assert metrics is not None
-    values = {
-        "perplexity": metrics.perplexity,
-        "kl_divergence_to_reference": metrics.kl_mean,
-        "top1_agreement_with_reference": metrics.top1_agreement,
-    }
+    values = (
+        ("perplexity", "Perplexity", metrics.perplexity),
+        ("kl_divergence_to_reference", "KL divergence to the original, nats", metrics.kl_mean),
+        ("top1_agreement_with_reference", "Top-1 agreement with the original", metrics.top1_agreement),
+    )
+    on_the_hub = {"config": text.name, "split": text.split, "revision": text.revision} if text.revision else {}
     return {
         "name": f"{Path(job.model.id).name}-{order.recipe.name}",
         "results": [
             {
-                "task": {"type": "text-generation"},
-                "dataset": {"name": "held-out text", "type": job.verification.dataset.name or "text"},
-                "metrics": [{"type": kind, "value": round(value, 6)} for kind, value in values.items()],
+                "task": {"type": "text-generation", "name": "Text Generation"},
+                "dataset": {
+                    "name": text.path if text.revision else "held-out text",
+                    "type": text.path if text.revision else "text",
+                    **{key: value for key, value in on_the_hub.items() if value is not None},
+                },
+                # What can't be said as a number says nothing here: the verdict has its reasons.
+                "metrics": [
+                    {"type": kind, "value": round(value, 6), "name": name}
+                    for kind, name, value in values
+                    if math.isfinite(value)
+                ],
             }
         ],
     }
@@ -129,18 +142,66 @@ def _body(job: Job, order: Order, verdict: Verdict, environment: Mapping[str, st
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{repo}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n```\n',
+        _in_vllm(recipe, repo),
     ]
-    if read_by_vllm(recipe):
-        parts.append(f"vLLM reads the same files: `vllm serve {repo}`\n")
     if fallbacks:
         parts += ["## Deviations from the recipe\n", "".join(f"- {line}\n" for line in fallbacks)]
     parts += [
         "## Make it again\n",
-        f"Fingerprint `{order.fingerprint}`; `quantmill.json` holds the recipe, the calibration settings, "
-        "the sha256 of every file and the versions below.\n",
+        _made_with(job, order, environment),
+        f"Fingerprint `{order.fingerprint}`; `quantmill.json` has the sha256 of every file. Made with:\n",
         "".join(f"- {package} {version}\n" for package, version in environment.items()),
     ]
     return "\n".join(parts)
+
+
+def _in_vllm(recipe: Recipe, repo: str) -> str:
+    if not read_by_vllm(recipe):
+        return f"vLLM's own tables don't name this scheme in the format {recipe.format}: load it with transformers.\n"
+    return (
+        f"vLLM reads the same files: `vllm serve {repo}`, or\n\n"
+        f'```python\nfrom vllm import LLM\n\nllm = LLM("{repo}")\n```\n'
+    )
+
+
+def _made_with(job: Job, order: Order, environment: Mapping[str, str]) -> str:
+    """A zoo file that makes the same artifact, and the commands."""
+    zoo = yaml.safe_dump(zoo_of(job, order), sort_keys=False, allow_unicode=True)
+    version = f"=={environment['quantmill']}" if "quantmill" in environment else ""
+    local = "" if job.model.folder is None else " The model was a folder of that name, pinned by its content."
+    return (
+        f"Write this to `again.yaml`:\n\n```yaml\n{zoo}```\n\n"
+        f"```\npip install quantmill{version}\nquantmill run again.yaml\n```\n\n"
+        f"Data files are those beside the zoo file, by their names.{local}\n"
+    )
+
+
+def zoo_of(job: Job, order: Order) -> dict[str, Any]:
+    """A zoo file of this one artifact, without the paths of the machine that made it."""
+    model = (
+        {"id": Path(job.model.id).name} if job.model.folder else {"id": job.model.id, "revision": job.model.revision}
+    )
+    flags = {name: True for name in ("trust_remote_code", "allow_pickle") if getattr(job.model, name)}
+    verify = {**_plain(job.verification), "dataset": _text(job.verification.dataset)}
+    verify.pop("data")  # what stands for the text's content: the plan's to say
+    zoo: dict[str, Any] = {
+        "name": "again",
+        "models": [{**model, **flags}],
+        "recipes": [_plain(order.recipe)],
+    }
+    if job.calibration is not None and order.recipe.calibrated:
+        zoo["calibration"] = {**_plain(job.calibration), "dataset": _text(job.calibration.dataset)}
+    return {**zoo, "verify": verify}
+
+
+def _plain(value: BaseModel) -> dict[str, Any]:
+    return value.model_dump(mode="json")
+
+
+def _text(dataset: Dataset) -> dict[str, Any]:
+    names = [Path(name).name for name in dataset.data_files]
+    path = Path(dataset.path).name if Path(dataset.path).is_absolute() else dataset.path
+    return {**dataset.model_dump(mode="json", exclude_none=True), "path": path, "data_files": names}
 
 
 def _measured(verdict: Verdict) -> str:

@@ -66,12 +66,15 @@ def connect(endpoint: str | None = None, pace: Pace | None = None) -> HfApi:
     Every request of this process asks ``pace`` for a permit; left out, it's the one set before, or the process's own.
     """
     endpoint = (endpoint or default_endpoint()).rstrip("/")
-    # huggingface_hub reads both when it is imported; a self-hosted Hub speaks LFS, and 2.x doesn't negotiate.
+    # huggingface_hub reads it when it is imported.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    if endpoint != OFFICIAL:
-        os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
 
+    if endpoint != OFFICIAL and "HF_HUB_DISABLE_XET" not in os.environ:
+        # A self-hosted Hub speaks LFS, and 2.x doesn't negotiate. This is looked at anew for each transfer, so that it
+        # also holds where the public Hub was asked first; the environment is for children.
+        constants.HF_HUB_DISABLE_XET = True
+        os.environ["HF_HUB_DISABLE_XET"] = "1"
     _meter().watch(endpoint, pace)
     return HfApi(endpoint=endpoint, library_name="quantmill")
 

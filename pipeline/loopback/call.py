@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from urllib.parse import parse_qs, quote, unquote
 
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -163,7 +163,10 @@ def route(method: str, path: str, work: Callable[[Call], Response], *, token: st
     """A route whose handler runs in a worker thread, after the body was read and the token checked."""
 
     async def endpoint(request: Request) -> Response:
-        body = await request.body()
+        try:
+            body = await request.body()
+        except ClientDisconnect:
+            return Response(status_code=400)  # to nobody: the client hung up while it was sending
         trusted = False
         try:
             trusted = trusts(request, token)

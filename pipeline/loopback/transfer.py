@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import quote
 
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
@@ -107,6 +107,8 @@ class Transfer:
         try:
             size = self._check_signature(request)
             return await self._receive(request, chunks, size)
+        except ClientDisconnect:
+            return Response(status_code=400)  # to nobody
         except HubError as error:
             # A client that is still sending would see a reset connection instead of this answer.
             async for _ in chunks:
