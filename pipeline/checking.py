@@ -166,8 +166,9 @@ def rows(report: Mapping[str, Any], thresholds: Thresholds) -> list[dict[str, st
     reasons = verdict["reasons"]
     broken = [reason for reason in reasons if reason.startswith("integrity:")]
     found = [_row("integrity", "ok" if not broken else f"{len(broken)} problem(s), see below", "", not broken)]
-    size = f"{report['bytes'] / 1e6:.1f} MB of {report['reference_bytes'] / 1e6:.1f} MB"
-    found.append(_row("quantized", f"{report['quantized']} of {report['linear']} linear layers, {size}", "", True))
+    if report["bytes"]:
+        size = f"{report['bytes'] / 1e6:.1f} MB of {report['reference_bytes'] / 1e6:.1f} MB"
+        found.append(_row("quantized", f"{report['quantized']} of {report['linear']} linear layers, {size}", "", True))
     metrics = verdict["metrics"]
     if metrics:
         found += _measured(metrics, thresholds, reasons)
@@ -187,6 +188,12 @@ def rows(report: Mapping[str, Any], thresholds: Thresholds) -> list[dict[str, st
         found.append(_row("  it", repr(made["artifact"]), "", True))
         found.append(_row("  reference", repr(made["reference"]), "", True))
     return found
+
+
+def remarks(report: Mapping[str, Any]) -> list[str]:
+    """What a table has no room for: what is worth knowing, and every reason."""
+    notes = [f"note: {line.removeprefix('integrity: ')}" for line in report["notes"]]
+    return [*notes, *report["verdict"]["reasons"]]
 
 
 def _measured(metrics: Mapping[str, Any], bounds: Thresholds, reasons: list[str]) -> list[dict[str, str]]:

@@ -169,6 +169,55 @@ def publish(
 
 
 @main.command()
+@click.argument("checkpoint")
+@click.option(
+    "--reference", required=True, metavar="MODEL", help="What it was made of: a folder, or org/name[@commit]."
+)
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Text to compare on, that it wasn't calibrated on; left out: WikiText-2's test split, from the Hub.",
+)
+@click.option("--tokens", type=click.IntRange(256), default=16384, show_default=True)
+@click.option("--sequence-length", type=click.IntRange(8), default=512, show_default=True)
+@click.option(
+    "--gates",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="YAML: thresholds that differ from configs/gates.yaml, by family (w4, nf4, ...).",
+)
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@click.option("--allow-pickle", is_flag=True, help="Read the reference's pickle weights, for want of others.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@OUT
+def verify(
+    checkpoint: str,
+    reference: str,
+    text: Path | None,
+    tokens: int,
+    sequence_length: int,
+    gates: Path | None,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+    as_json: bool,
+    out: Path,
+) -> None:
+    """Verify CHECKPOINT (a folder, or org/name[@commit]), whichever tool made it, beside the model it was made of."""
+    from pipeline import checking
+
+    asked = checking.Asked(checkpoint, reference, text, tokens, sequence_length, gates, trust_remote_code, allow_pickle)
+    report, thresholds, family = checking.check(asked, out)
+    verdict = report["verdict"]
+    if as_json:
+        click.echo(json.dumps(report, indent=1))
+    else:
+        _print_rows(checking.rows(report, thresholds), ("", "what", "found", "expected"))
+        for line in checking.remarks(report):
+            click.echo(line)
+        click.echo(f"{verdict['outcome']} by the gates of {family}: {checkpoint}")
+    sys.exit(0 if verdict["accepted"] else FAILED)
+
+
+@main.command()
 def schema() -> None:
     """Print the JSON Schema of a zoo file, for editors."""
     from pipeline.zoo import Zoo

@@ -64,6 +64,7 @@ def check(request: CheckRequest) -> CheckReport:
         comparison = Comparison(request.reference, source, request.verification, Path(request.workspace))
         comparison.load()
         found = Findings([*_sealed(folder), *_companions(comparison, folder)])
+        found.notes += _generation(source.folder, folder, found.problems)
         facts, report = _facts(comparison, folder, found)
         verdict = gates.judge(facts, request.thresholds)
         return report.model_copy(
@@ -102,8 +103,8 @@ def _sealed(folder: Path) -> list[str]:
 
 
 def _companions(comparison: Comparison, folder: Path) -> Iterator[str]:
-    """Config, generation settings and tokenizer mean what the source's mean."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    """Config and tokenizer mean what the source's mean."""
+    from transformers import AutoConfig, AutoTokenizer
 
     source, trust = comparison.source.folder, comparison.model.trust_remote_code
     try:
@@ -112,18 +113,29 @@ def _companions(comparison: Comparison, folder: Path) -> Iterator[str]:
         yield f"integrity: config.json can't be read ({_first_line(error)})"
     else:
         yield from differing_settings("config.json", want, got, UNSAID)
-    if (source / "generation_config.json").is_file():
-        if (folder / "generation_config.json").is_file():
-            want, got = (GenerationConfig.from_pretrained(place).to_diff_dict() for place in (source, folder))
-            yield from differing_settings("generation_config.json", want, got, UNSAID)
-        else:
-            yield "integrity: files of the source missing: generation_config.json"
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     except (OSError, ValueError, KeyError) as error:
         yield f"integrity: no tokenizer that transformers loads ({_first_line(error)})"
     else:
         yield from _tokenizer(comparison, tokenizer)
+
+
+def _generation(source: Path, folder: Path, problems: list[str]) -> list[str]:
+    """Other settings of sampling are worth knowing (gptqmodel turns it on); another end of the text breaks a model."""
+    from transformers import GenerationConfig
+
+    name = "generation_config.json"
+    if not (source / name).is_file():
+        return []
+    if not (folder / name).is_file():
+        problems += listed("files of the source missing", [name])
+        return []
+    want, got = (GenerationConfig.from_pretrained(place).to_diff_dict() for place in (source, folder))
+    tokens = frozenset(key for key in (*want, *got) if key.endswith("_token_id"))
+    others = (frozenset(want) | frozenset(got)) - tokens
+    problems += differing_settings(name, want, got, UNSAID | others)
+    return differing_settings(name, want, got, UNSAID | tokens)
 
 
 def _tokenizer(comparison: Comparison, theirs: Any) -> Iterator[str]:
