@@ -7,7 +7,7 @@ from typing import Literal
 
 from pipeline.plan import PlannedArtifact
 from pipeline.steps import ArtifactRun, JobRun
-from workers.job import Manifest, PeakMemory, Stage, artifact_folder
+from workers.job import Generation, Manifest, Outcome, PeakMemory, Stage, artifact_folder
 from workers.recipes import Frozen
 
 Status = Literal["published", "verified", "skipped", "rejected", "failed"]
@@ -79,6 +79,9 @@ class ArtifactEntry(Frozen):
     fallbacks: tuple[str, ...]
     attempts: int
     error: ErrorEntry | None
+    outcome: Outcome | None = None
+    worst_layers: tuple[tuple[str, float], ...] = ()
+    generations: tuple[Generation, ...] = ()
 
 
 class Results(Frozen):
@@ -155,6 +158,9 @@ def _artifact(cell: PlannedArtifact, job: JobRun | None, run: ArtifactRun | None
         fallbacks=manifest.fallbacks if manifest else made.fallbacks if made else (),
         attempts=run.attempts if job else 0,
         error=ErrorEntry(kind=run.failure.kind, message=run.failure.message) if run.failure else None,
+        outcome=manifest.verdict.outcome if manifest else None,
+        worst_layers=manifest.verdict.worst_layers if manifest else (),
+        generations=manifest.verdict.generations if manifest else (),
     )
 
 
@@ -164,7 +170,8 @@ def _status(cell: PlannedArtifact, job: JobRun | None, run: ArtifactRun) -> tupl
     if run.failure is not None:
         return "failed", " ".join(run.failure.message.split())
     if run.manifest is not None and not run.manifest.verdict.accepted:
-        return "rejected", "; ".join(run.manifest.verdict.reasons)
+        verdict = run.manifest.verdict
+        return "rejected", f"{verdict.outcome}: {'; '.join(verdict.reasons)}"
     if run.commit is not None:
         return "published", None
     if run.manifest is not None and (job is None or job.job.destination is None):
