@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -53,5 +54,6 @@ def _all_keys(root: type[BaseModel]) -> list[str]:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    # Whoever writes a password into an address doesn't want to read it in a log.
+    text = re.sub(r"(://)[^/@\s]+@", r"\1...@", repr(value))
     return text if len(text) <= 80 else text[:77] + "..."

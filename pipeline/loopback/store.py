@@ -258,7 +258,9 @@ class Store:
 
     def collections(self, namespace: str) -> dict[str, dict[str, Any]]:
         """The collections of a namespace ('' for all), by slug."""
-        paths = sorted(self.root.glob(f"collections/{namespace if _NAME.fullmatch(namespace) else '*'}/*.json"))
+        if namespace and not _NAME.fullmatch(namespace):
+            return {}
+        paths = sorted(self.root.glob(f"collections/{namespace or '*'}/*.json"))
         return {f"{path.parent.name}/{path.stem}": json.loads(path.read_bytes()) for path in paths}
 
     def create_collection(self, slug: str, data: Mapping[str, Any]) -> None:

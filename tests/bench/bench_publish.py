@@ -195,7 +195,7 @@ from huggingface_hub.utils import disable_progress_bars
 disable_progress_bars()
 print("ready", flush=True)
 sys.stdin.readline()
-print(destinations.publish(to, sys.argv[2], Path(sys.argv[3])))
+print(destinations.publish(to, sys.argv[2], Path(sys.argv[3])), flush=True)
 """
 
 
@@ -241,7 +241,7 @@ def _state(api: Any, repo_id: str) -> tuple[bool, bool]:
 
 
 def _publish(endpoint: str, repo_id: str, folder: Path, kill_after: float | None) -> float:
-    """Run a publisher once it has imported what it needs, SIGKILL after so many seconds; the seconds until its end."""
+    """Run a publisher once it has imported what it needs, SIGKILL after so many seconds; the seconds that it took."""
     command = [sys.executable, "-c", PUBLISHER, endpoint, repo_id, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
@@ -253,8 +253,9 @@ def _publish(endpoint: str, repo_id: str, folder: Path, kill_after: float | None
         if kill_after is not None:
             time.sleep(kill_after)
             process.kill()
-        process.stdout.read()
+        process.stdout.readline()
         seconds = time.monotonic() - begun
+        process.stdout.read()
     assert kill_after is not None or process.returncode == 0
     return seconds
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -233,6 +234,20 @@ def test_collections(api: HfApi) -> None:
     assert [(i.item_id, i.note) for i in items] == [(REPO, "int4")]
     with pytest.raises(HfHubHTTPError):
         api.get_collection("team/none-0123")
+    assert [entry.slug for entry in api.list_collections(owner="team")] == [collection.slug]
+    assert list(api.list_collections(owner="other")) == []
+    assert list(api.list_collections(owner="../team")) == []
+
+
+def test_gates(api: HfApi) -> None:
+    assert api.model_info(REPO, expand=["gated"]).gated is False
+    api.update_repo_settings(REPO, gated="manual")
+    api.update_repo_settings(REPO, private=True)
+    assert (api.model_info(REPO).gated, api.model_info(REPO).private) == ("manual", True)
+    api.update_repo_settings(REPO, gated=False)
+    assert (api.model_info(REPO).gated, api.model_info(REPO).private) == (False, True)
+    answer = httpx2.put(f"{api.endpoint}/api/models/{REPO}/settings", json={"gated": "maybe"})
+    assert answer.status_code == 400
 
 
 # Uploads
@@ -438,3 +453,34 @@ def test_transformers_loads_from_it(api: HfApi, tmp_path: Path) -> None:
     result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split("\n")[-2] == "llama 48 [1, 0] apache-2.0"
+
+
+# Faults of the connection
+
+
+@pytest.mark.parametrize("drop", ["before", "during", "after", "answering"])
+def test_a_drop_does_the_work_unless_it_comes_before(tmp_path: Path, drop: Any) -> None:
+    def fault(request: FaultRequest) -> Fault | None:
+        return Fault(drop=drop, work=0.2) if request.path.endswith("create") else None
+
+    with LoopbackHub(tmp_path / "hub", fault=fault) as hub:
+        api = HfApi(endpoint=hub.endpoint, token=ANY)
+        begun = time.monotonic()
+        with pytest.raises(httpx2.TransportError):
+            api.create_repo(REPO)
+        if drop == "during":
+            assert time.monotonic() - begun < 0.2
+            assert not api.repo_exists(REPO), "the client is back before the work is done"
+            time.sleep(0.5)
+        assert api.repo_exists(REPO) is (drop != "before")
+
+
+def test_a_slow_link_brings_the_same_bytes_later(tmp_path: Path) -> None:
+    slow = Fault(trickle=0.01)
+    with LoopbackHub(tmp_path / "hub", fault=lambda request: slow if "resolve" in request.path else None) as hub:
+        api = HfApi(endpoint=hub.endpoint, token=ANY)
+        api.create_repo(REPO)
+        publish(api)
+        begun = time.monotonic()
+        assert httpx2.get(f"{hub.endpoint}/{REPO}/resolve/main/model.safetensors").content == WEIGHTS
+        assert time.monotonic() - begun > 0.4
