@@ -38,10 +38,15 @@ class Asked:
     gates: Path | None
     trust_remote_code: bool
     allow_pickle: bool
+    tasks: tuple[str, ...] = ()
+    task_folder: Path | None = None
+    limit: int | None = None
 
 
 def check(asked: Asked, out: Path) -> tuple[dict[str, Any], Thresholds, str]:
     """Verify a checkpoint: the report (``workers.verify.foreign.CheckReport`` as JSON), its thresholds and family.
+
+    With tasks for lm-eval the report has their ``scores`` too, which decide nothing.
 
     Raises:
         QuantmillError: what isn't the checkpoint's fault.
@@ -63,25 +68,44 @@ def check(asked: Asked, out: Path) -> tuple[dict[str, Any], Thresholds, str]:
     dataset, data = sources.pin_dataset(text, Path.cwd(), "--text")
     verification = Verification(dataset=dataset, data=data, tokens=asked.tokens, sequence_length=asked.sequence_length)
     out.mkdir(parents=True, exist_ok=True)
-    return _run(folder, pin, verification, thresholds, out.resolve()), thresholds, family
+    report = _ask("workers.verify.foreign", _request(folder, pin, verification, thresholds, out.resolve()))
+    if asked.tasks:
+        report["scores"] = _ask("workers.verify.harness", _evaluation(asked, folder, pin))["scores"]
+    return report, thresholds, family
 
 
-def _run(folder: Path, pin: ModelPin, verification: Verification, thresholds: Thresholds, out: Path) -> dict[str, Any]:
-    request = {
+def _evaluation(asked: Asked, folder: Path, pin: ModelPin) -> dict[str, Any]:
+    return {
+        "models": [pin.folder, str(folder)],
+        "tasks": asked.tasks,
+        "include": str(asked.task_folder.resolve()) if asked.task_folder else None,
+        "limit": asked.limit,
+        "trust_remote_code": asked.trust_remote_code,
+    }
+
+
+def _request(
+    folder: Path, pin: ModelPin, verification: Verification, thresholds: Thresholds, out: Path
+) -> dict[str, Any]:
+    return {
         "checkpoint": str(folder),
         "reference": pin.model_dump(),
         "verification": verification.model_dump(),
         "thresholds": thresholds.model_dump(),
         "workspace": str(out),
     }
+
+
+def _ask(module: str, request: Mapping[str, Any]) -> dict[str, Any]:
+    """The answer of a process of its own."""
     with tempfile.TemporaryDirectory() as scratch:
         asked, answer = Path(scratch, "request.json"), Path(scratch, "answer.json")
-        asked.write_text(TypeAdapter(dict[str, Any]).dump_json(request).decode())
-        command = [sys.executable, "-m", "workers.verify.foreign", str(asked), str(answer)]
+        asked.write_text(TypeAdapter(dict[str, Any]).dump_json(dict(request)).decode())
+        command = [sys.executable, "-m", module, str(asked), str(answer)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0 or not answer.is_file():
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise WorkerDied(f"verify {folder}: the process ended with {done.returncode} ({lines[-1]})")
+            raise WorkerDied(f"{module}: the process ended with {done.returncode} ({lines[-1]})")
         report: dict[str, Any] = TypeAdapter(dict[str, Any]).validate_json(answer.read_text())
     if report["failure"] is not None:
         raise _error(Failure.model_validate(report["failure"]))
@@ -188,6 +212,23 @@ def rows(report: Mapping[str, Any], thresholds: Thresholds) -> list[dict[str, st
         found.append(_row("  it", repr(made["artifact"]), "", True))
         found.append(_row("  reference", repr(made["reference"]), "", True))
     return found
+
+
+def score_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    """lm-eval's metrics of the reference and of the checkpoint, side by side."""
+
+    def figure(value: float, error: float | None) -> str:
+        return f"{value:.4f}" if error is None else f"{value:.4f} +- {error:.4f}"
+
+    return [
+        {
+            "task": score["task"],
+            "metric": score["metric"],
+            "reference": figure(score["values"][0], score["errors"][0]),
+            "checkpoint": figure(score["values"][1], score["errors"][1]),
+        }
+        for score in report.get("scores", ())
+    ]
 
 
 def remarks(report: Mapping[str, Any]) -> list[str]:

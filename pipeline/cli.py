@@ -187,6 +187,14 @@ def publish(
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @click.option("--allow-pickle", is_flag=True, help="Read the reference's pickle weights, for want of others.")
+@click.option("--task", "tasks", multiple=True, help="Also run this task of lm-eval on both (extra 'eval').")
+@click.option(
+    "--tasks",
+    "task_folder",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder with lm-eval tasks of your own.",
+)
+@click.option("--limit", type=click.IntRange(1), help="Samples of each task; left out: all.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @OUT
 def verify(
@@ -198,19 +206,36 @@ def verify(
     gates: Path | None,
     trust_remote_code: bool,
     allow_pickle: bool,
+    tasks: tuple[str, ...],
+    task_folder: Path | None,
+    limit: int | None,
     as_json: bool,
     out: Path,
 ) -> None:
     """Verify CHECKPOINT (a folder, or org/name[@commit]), whichever tool made it, beside the model it was made of."""
     from pipeline import checking
 
-    asked = checking.Asked(checkpoint, reference, text, tokens, sequence_length, gates, trust_remote_code, allow_pickle)
+    asked = checking.Asked(
+        checkpoint=checkpoint,
+        reference=reference,
+        text=text,
+        tokens=tokens,
+        sequence_length=sequence_length,
+        gates=gates,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+        tasks=tasks,
+        task_folder=task_folder,
+        limit=limit,
+    )
     report, thresholds, family = checking.check(asked, out)
     verdict = report["verdict"]
     if as_json:
         click.echo(json.dumps(report, indent=1))
     else:
         _print_rows(checking.rows(report, thresholds), ("", "what", "found", "expected"))
+        if tasks:
+            _print_rows(checking.score_rows(report), ("task", "metric", "reference", "checkpoint"))
         for line in checking.remarks(report):
             click.echo(line)
         click.echo(f"{verdict['outcome']} by the gates of {family}: {checkpoint}")

@@ -39,15 +39,20 @@ def compare(pairs: Iterable[tuple[Tensor, Tensor]], tokens_NT: Tensor) -> Metric
         kl_p99=all_kl.quantile(0.99).item() if count < 1 << 24 else all_kl.kthvalue(math.ceil(0.99 * count))[0].item(),
         top1_agreement=hits / count,
         top1_agreement_lower=divergence.wilson_lower_bound(hits, count),
-        perplexity_ratio_upper=_exp(ratio[1]),
+        perplexity_ratio_upper=_bound(ratio[1]),
         eval_tokens=count,
-        perplexity_ratio_lower=_exp(ratio[0]),
+        perplexity_ratio_lower=_bound(ratio[0]),
     )
 
 
 def _exp(value: float) -> float:
     """As far as a float goes; infinite for NaN, which keeps no bound."""
     return math.exp(min(value, 700.0)) if not math.isnan(value) else math.inf
+
+
+def _bound(value: float) -> float:
+    """The ratio for its logarithm; infinite where a small sample bounds nothing."""
+    return math.exp(value) if value < 700 else math.inf
 
 
 def rows(batches: Iterable[Tensor]) -> Iterator[Tensor]:
