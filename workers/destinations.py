@@ -64,7 +64,7 @@ def preview(to: Destination, repo_id: str, folder: Path) -> list[str]:
 def standing(endpoint: str, repo_id: str, fingerprint: str) -> tuple[Manifest, str] | None:
     """The artifact of that fingerprint as it stands, if it's whole: its manifest and commit (or folder).
 
-    On a Hub it's whole with the tag that comes after the commit.
+    On a Hub it's whole with the tag that comes after the commit; what somebody changed on ``main`` later isn't in it.
     """
     if is_folder(endpoint):
         store = FolderStore(endpoint)
@@ -79,4 +79,4 @@ def standing(endpoint: str, repo_id: str, fingerprint: str) -> tuple[Manifest, s
     if there is None or there[0].fingerprint != fingerprint:
         return None
     tagged = hub.read_manifest(api, repo_id, tag_name(fingerprint))
-    return there if tagged and tagged[0].fingerprint == fingerprint else None
+    return tagged if tagged and tagged[0].fingerprint == fingerprint else None

@@ -89,6 +89,8 @@ class Patience:
         Raises:
             HubUnavailable: that error, if there is no time left for another attempt.
         """
+        if isinstance(error.__cause__, HubUnavailable):
+            raise error  # given up on already
         backoff = min(2.0 ** (failures - 1), LONGEST_BACKOFF_SECONDS) * (0.5 + 0.5 * self._jitter())
         wait = max(backoff, min(error.retry_after or 0.0, LONGEST_WAIT_SECONDS))
         if self._clock() + wait >= self._deadline:

@@ -149,22 +149,27 @@ class _Publisher:
 
     def run(self, today: Callable[[], date]) -> str:
         """Look and act until nothing is left; a failure in between is waited for and looked at anew."""
-        failures = 0
+        done, failures = 0, 0
         while True:
             repo = self.look()
             change = decide(self._repo_id, repo, self._artifact, self._to, today())
-            if change.create:
-                self._create()
-                continue
             if change == Change():
                 return repo.head
+            if done > 1:  # made, and filled: now only a Hub whose answers lag behind shows something to do
+                failures += 1
+                unseen = HubUnavailable(f"publish {self._repo_id}: the Hub doesn't show yet what was done")
+                self._patience.wait(unseen, failures)
             if change.commits and repo.head == self._committed:
                 raise HubRefused(
                     f"publish {self._repo_id}: its commit {repo.head} holds other files than were sent, got "
                     f"{[*change.add, *change.delete][:5]}; look at the repository"
                 )
             try:
-                self._act(change, repo.head)
+                if change.create:
+                    self._create()
+                else:
+                    self._act(change, repo.head)
+                done += 1
             except HubUnavailable as error:
                 failures += 1
                 self._patience.wait(error, failures)

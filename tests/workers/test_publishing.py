@@ -152,6 +152,22 @@ def test_a_head_that_moved_is_looked_at_again(api: Any, tmp_path: Path) -> None:
     assert hub.read_file(api, REPO, "model.safetensors") == (b"three" * 1000, api.list_repo_commits(REPO)[0].commit_id)
 
 
+def test_a_hub_whose_answers_lag_is_waited_for(api: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the commit it goes on showing the state before it, three times: from the second time on, we wait."""
+    folder = artifact(tmp_path / "a")
+    api.create_repo(REPO)
+    look, stale, slept = publishing._Publisher.look, [], list[float]()
+
+    def lagging(self: Any) -> publishing.Repository:
+        stale.append(look(self) if not stale else stale[0])
+        return stale[0] if len(stale) < 5 else look(self)
+
+    monkeypatch.setattr(publishing._Publisher, "look", lagging)
+    publish(api, folder, patience=Patience(60, sleep=slept.append, jitter=lambda: 0.0))
+    assert commits(api) == 1
+    assert slept == [0.5, 1.0]
+
+
 # ------------------------------------------------------------------------------- nothing but what was verified
 
 
