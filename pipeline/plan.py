@@ -90,12 +90,17 @@ def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None)
             problems += fitting.recipe_problems(source, recipe)
     if problems:
         raise ZooError("\n".join(problems))
-    orders = [_order(zoo, source, recipe, calibration, data_sha256) for source, recipe in cells]
+    orders = [
+        _order(zoo, entry, source, recipe, calibration, data_sha256)
+        for entry, source in pairs
+        for recipe in zoo.recipes_of(entry)
+    ]
     _check_repositories(orders)
     _check_twins(cells, orders)
     publish = zoo.publish
     if endpoint and publish:
-        check_destination(endpoint, publish.namespace)
+        namespace = publish.namespace
+        patiently(lambda: check_destination(endpoint, namespace))
     standing = _standing(orders, workspace, endpoint, verification)
     artifacts = tuple(
         PlannedArtifact(source, order, sizing.estimate(source, recipe, calibration, verification), *(there or ()))
@@ -170,12 +175,17 @@ def _too_long(source: sources.Source, calibration: Calibration | None, verificat
 
 
 def _order(
-    zoo: Zoo, source: sources.Source, recipe: Recipe, calibration: Calibration | None, data_sha256: str | None
+    zoo: Zoo,
+    entry: ModelEntry,
+    source: sources.Source,
+    recipe: Recipe,
+    calibration: Calibration | None,
+    data_sha256: str | None,
 ) -> Order:
     return Order(
         recipe=recipe,
         fingerprint=fingerprint(source.pin, recipe, calibration, data_sha256),
-        thresholds=zoo.verify.thresholds(recipe),
+        thresholds=zoo.thresholds(entry, recipe),
         repo_id=zoo.publish.repo_id(source.name, recipe.name) if zoo.publish else None,
     )
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import yaml
 from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
-from pipeline import shipped
+from pipeline import gating, shipped
+from pipeline.gating import Gates
 from pipeline.problems import explain
 from workers.errors import ZooError
 from workers.job import Calibration, Dataset, Destination, HubLimits, Thresholds, Verification
@@ -23,6 +25,7 @@ class ModelEntry(Frozen):
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
     allow_pickle: bool = Field(False, description="Read pickle weights, with weights_only=True, for want of others.")
     recipes: tuple[str, ...] = Field((), description="Those of the zoo's recipes that this model gets; left out: all.")
+    gates: Gates = Field({}, description="What differs for this model, by family of recipes or by recipe.")
 
 
 class Verify(Frozen):
@@ -31,8 +34,10 @@ class Verify(Frozen):
     dataset: Dataset
     tokens: int = Field(16384, ge=256, description="Held-out tokens to compare on.")
     sequence_length: int = Field(512, ge=8)
-    gates: str | dict[str, Thresholds] = Field(
-        "default", description="A set from configs/gates.yaml, or thresholds by family of recipes (w4, nf4, ...)."
+    gates: str | Gates = Field(
+        "default",
+        description="A set from configs/gates.yaml, or what differs from the default one, by family of recipes (w4, "
+        "nf4, ...) or by recipe.",
     )
 
     @model_validator(mode="after")
@@ -49,25 +54,9 @@ class Verify(Frozen):
         """What a worker needs of it."""
         return Verification(dataset=self.dataset, tokens=self.tokens, sequence_length=self.sequence_length)
 
-    def thresholds(self, recipe: Recipe) -> Thresholds:
-        """The gates for a recipe, by the family of its scheme.
-
-        Raises:
-            ZooError: if the set has none for that family.
-        """
-        families = {**shipped.gates()["default"], **self.gates} if isinstance(self.gates, dict) else None
-        families = families or shipped.gates()[str(self.gates)]
-        family = recipe.scheme.family
-        if family not in families:
-            raise ZooError(
-                f"verify.gates: no thresholds for the family {family!r} of recipe {recipe.name!r}; the set has "
-                f"{', '.join(sorted(families))}. Give verify.gates a mapping with {family!r}."
-            )
-        return families[family]
-
     @field_validator("gates")
     @classmethod
-    def _known_set(cls, value: str | dict[str, Thresholds]) -> str | dict[str, Thresholds]:
+    def _known_set(cls, value: str | Gates) -> str | Gates:
         if isinstance(value, str) and value not in shipped.gates():
             raise ValueError(f"unknown set of gates; configs/gates.yaml has {', '.join(shipped.gates())}")
         return value
@@ -165,6 +154,17 @@ class Zoo(Frozen):
         """The recipes that a model gets, in the zoo's order."""
         return tuple(r for r in self.resolved_recipes if not model.recipes or r.name in model.recipes)
 
+    def thresholds(self, model: ModelEntry, recipe: Recipe) -> Thresholds:
+        """The gates of an artifact: the set's, what the zoo says of its family and recipe, what the model says.
+
+        Raises:
+            ZooError: if there are none for that family.
+        """
+        said = self.verify.gates
+        if isinstance(said, str):
+            return gating.thresholds(shipped.gates()[said], [model.gates], recipe)
+        return gating.thresholds(shipped.gates()["default"], [said, model.gates], recipe)
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         recipes = [item if isinstance(item, str) else item.name for item in self.recipes]
@@ -202,14 +202,29 @@ def load(path: Path) -> Zoo:
         zoo = Zoo.model_validate(raw)
     except ValidationError as error:
         raise ZooError(explain(error, str(path), Zoo)) from error
+    for where, gates in _gates(zoo):
+        if unknown := gating.unknown_keys(gates, zoo.resolved_recipes):
+            families = sorted({recipe.scheme.family for recipe in zoo.resolved_recipes})
+            raise ZooError(
+                f"{path}: {where}: {unknown[0]!r} is neither a recipe of the zoo nor the family of one "
+                f"({', '.join(families)}); correct or remove it"
+            )
     for recipe in zoo.resolved_recipes:
-        zoo.verify.thresholds(recipe)
+        for model in zoo.models:
+            zoo.thresholds(model, recipe)
         if recipe.calibrated and zoo.calibration is None:
             raise ZooError(
                 f"{path}: recipe {recipe.name!r} needs calibration data, but the zoo has no 'calibration'; "
                 "add one (dataset, samples, sequence_length), or take a data-free recipe"
             )
     return zoo
+
+
+def _gates(zoo: Zoo) -> Iterator[tuple[str, Gates]]:
+    if not isinstance(zoo.verify.gates, str):
+        yield "verify.gates", zoo.verify.gates
+    for model in zoo.models:
+        yield f"gates of {model.id!r}", model.gates
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -221,4 +221,19 @@ def _measured(verdict: Verdict) -> str:
             f"\nLoaded by {runtime.name} {runtime.version}: logits within {runtime.max_abs_logit_difference:.2g} "
             "of the measured ones."
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_continued(verdict)]) + "\n"
+
+
+def _continued(verdict: Verdict) -> list[str]:
+    """Greedy continuations beside the original's, which part where a token differs."""
+    if not verdict.generations:
+        return []
+    lines = ["\nGreedy continuations, the original's up to the first token that differs:\n", "```"]
+    for made in verdict.generations:
+        same = f"{made.same_tokens} of {made.tokens} tokens alike"
+        lines += [
+            f"after     {made.prompt[-80:]!r}",
+            f"this      {made.artifact!r}",
+            f"original  {made.reference!r} ({same})",
+        ]
+    return [*lines, "```"]
