@@ -50,7 +50,7 @@ contracts: $(STAMP)
 	$(BIN)/lint-imports
 
 bench: $(STAMP)
-	for what in solver pass memory datafree; do $(BIN)/python -m tests.bench.bench_$$what || exit 1; done
+	for what in solver pass memory datafree publish; do $(BIN)/python -m tests.bench.bench_$$what || exit 1; done
 
 constraints:
 	( head -1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' ) > constraints.new
