@@ -40,8 +40,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 # ------------------------------------------------------------------------------------------------ one weight
 
 
-def packed(bits: int) -> Declared:
-    return Declared("pack-quantized", "int", bits, "none")
+def packed(bits: int, group_size: int | None) -> Declared:
+    return Declared("pack-quantized", "int", bits, "none", group_size)
 
 
 @settings(max_examples=40, deadline=None)
@@ -49,7 +49,7 @@ def packed(bits: int) -> Declared:
 def test_compressed_tensors_is_a_bijection(bits: int, rows: int, groups: int, width: int) -> None:
     weight = random_weight(rows, groups * width, scheme(bits, width), torch.bfloat16, seed=width)
     stored = compressed_tensors.encode(weight, scheme(bits, width))
-    decoded = compressed_tensors.decode(stored, packed(bits))
+    decoded = compressed_tensors.decode(stored, packed(bits, width))
     assert torch.equal(decoded, value_of(weight, torch.bfloat16))
 
 
@@ -70,7 +70,7 @@ def test_compressed_tensors_writes_the_same_tensors(bits: int, group_size: int |
         assert got[name].dtype == tensor.dtype, name
         assert torch.equal(got[name], tensor), name
     decompressed = library.decompress(got, config.config_groups["group_0"])["weight"]
-    assert torch.equal(compressed_tensors.decode(got, packed(bits)), decompressed)
+    assert torch.equal(compressed_tensors.decode(got, packed(bits, group_size)), decompressed)
 
 
 # ------------------------------------------------------------------------------------------- a checkpoint
