@@ -45,9 +45,10 @@ def main() -> None:
 @OUT
 @click.option("--address", help="A running Ray cluster; left out: one on this machine, for this run.")
 @click.option("--dry-run", is_flag=True, help="Stop after the plan.")
-def run(zoo: Path, out: Path, address: str | None, dry_run: bool) -> None:
+@click.option("--webhook", envvar="QUANTMILL_WEBHOOK", help="URL that is told, as JSON, how the run ended.")
+def run(zoo: Path, out: Path, address: str | None, dry_run: bool, webhook: str | None) -> None:
     """Make, verify and publish what the zoo file ZOO asks for and doesn't stand there yet."""
-    from pipeline import session
+    from pipeline import notify, session
     from pipeline import zoo as zoos
 
     loaded = zoos.load(zoo)
@@ -58,6 +59,8 @@ def run(zoo: Path, out: Path, address: str | None, dry_run: bool) -> None:
             return
         finished = _run(plan, out, address)
     _print_results(finished)
+    if webhook and (problem := notify.post(webhook, notify.message(finished.results, finished.results_path))):
+        click.echo(problem, err=True)
     if finished.interrupted:
         sys.exit(INTERRUPTED)
     sys.exit(0 if finished.results.status == "ok" else FAILED)

@@ -91,8 +91,8 @@ class Cluster:
                 facts[node.id] = Facts.model_validate_json(self._ray.get(call))
         return facts
 
-    def start(self, step: Step, job: Job, node: Node) -> None:
-        """Start a stage on a node; its process ends with it, and Ray never repeats it."""
+    def start(self, step: Step, job: Job, node: Node, seconds: float) -> None:
+        """Start a stage on a node, which ends it after so long; its process ends with it, Ray never repeats it."""
         if self._pace is None:
             # One for the run: the limits are the account's, whatever process spends them.
             limits = job.destination.limits if job.destination else None
@@ -104,7 +104,7 @@ class Cluster:
             num_gpus=1 if computing and node.gpus else 0,
             **_pinned(node.id),
         )
-        self._flying[call.remote(job.model_dump_json(), step.stage.value, step.recipe, self._pace)] = step
+        self._flying[call.remote(job.model_dump_json(), step.stage.value, step.recipe, self._pace, seconds)] = step
 
     def wait(self, seconds: float) -> list[tuple[Step, StageResult]]:
         """The steps that ended, waiting for the first at most so long."""
@@ -173,7 +173,8 @@ class _SharedPace:
         self._actor.pause.remote(hub, seconds)
 
 
-def _run(job: str, stage: str, recipe: str | None, pace: Any) -> str:
+def _run(job: str, stage: str, recipe: str | None, pace: Any, seconds: float) -> str:
     from workers.run import run_stage
 
-    return run_stage(Job.model_validate_json(job), Stage(stage), recipe, _SharedPace(pace)).model_dump_json()
+    told = Job.model_validate_json(job)
+    return run_stage(told, Stage(stage), recipe, _SharedPace(pace), seconds=seconds).model_dump_json()

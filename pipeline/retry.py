@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from workers.errors import HubUnavailable, WorkerDied
+from workers.errors import HubUnavailable, StageHung, WorkerDied
 from workers.job import Failure
 
 # Attempts in all, by error class. Whatever isn't named here would fail the same way again.
-ATTEMPTS = {HubUnavailable.__name__: 6, WorkerDied.__name__: 3}
+ATTEMPTS = {HubUnavailable.__name__: 6, WorkerDied.__name__: 3, StageHung.__name__: 2}
 LONGEST_WAIT_SECONDS = 300.0
 
 

@@ -11,6 +11,7 @@ from typing import Protocol
 from pipeline.cluster import NETWORK_STAGES, Cluster, Node
 from pipeline.plan import Plan
 from pipeline.retry import wait_before_retry
+from pipeline.sizing import deadline_seconds
 from pipeline.steps import JobRun, Step
 from workers.environment import Facts, job_problems
 from workers.errors import PreflightError, WorkerDied
@@ -37,6 +38,7 @@ class Driver:
     def __init__(self, cluster: Cluster, plan: Plan, watchers: Sequence[Watcher]) -> None:
         self.jobs = [JobRun(index, job) for index, job in enumerate(plan.jobs)]
         self._needs = [_needs(plan, job) for job in plan.jobs]
+        self._work = [_work(plan, job) for job in plan.jobs]
         self._cluster = cluster
         self._watchers = watchers
         self._nodes: dict[str, Node] = {}
@@ -47,9 +49,10 @@ class Driver:
 
     def run(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Run until nothing is left to do."""
-        self._place(self.jobs)
+        longest_first = sorted(self.jobs, key=lambda job: -sum(self._work[job.index]))
+        self._place(longest_first)
         unfinished = 0
-        for job in self.jobs:
+        for job in longest_first:
             if job.node:
                 self._enqueue(job.first(), clock())
         while self._waiting or unfinished:
@@ -91,10 +94,16 @@ class Driver:
             self._end(step, StageResult(stage=step.stage, recipe=step.recipe, failure=failure), now)
             return False
         self._transfers += step.stage in NETWORK_STAGES
-        self._cluster.start(step, run.job, node)
+        self._cluster.start(step, run.job, node, self._deadline(step, node))
         for watcher in self._watchers:
             watcher.started(run.job, step, self._attempts[_key(step)])
         return True
+
+    def _deadline(self, step: Step, node: Node) -> float:
+        shared, own = self._work[step.job]
+        # All artifacts' verifications at most: which of them is the dearest doesn't matter to what hangs.
+        work = shared + own if step.stage == Stage.QUANTIZE else own
+        return deadline_seconds(step.stage, self._needs[step.job][1], work, node.cpus_per_stage, node.gpus)
 
     def _end(self, step: Step, result: StageResult, now: float) -> None:
         run, attempts = self.jobs[step.job], self._attempts[_key(step)]
@@ -121,7 +130,10 @@ class Driver:
         nodes = [node for node in self._cluster.nodes() if node.cpus]
         self._nodes = {node.id: node for node in nodes}
         facts = self._cluster.probe(nodes)
-        load = Counter(job.node for job in self.jobs if job.node)
+        load: Counter[str] = Counter()
+        for job in self.jobs:
+            if job.node:
+                load[job.node] += self._load(job)
         for run in runs:
             problems = {node.id: self._problems(run, facts[node.id]) for node in nodes if node.id in facts}
             fit = [node for node in nodes if node.id in problems and not problems[node.id]]
@@ -130,7 +142,11 @@ class Driver:
                 continue
             best = min(fit, key=lambda node: (load[node.id] / node.slots, not node.gpus))
             run.node = best.id
-            load[best.id] += 1
+            load[best.id] += self._load(run)
+
+    def _load(self, run: JobRun) -> int:
+        """What a job weighs; one without an estimate weighs something, too."""
+        return sum(self._work[run.index]) + 1
 
     def _problems(self, run: JobRun, facts: Facts) -> list[str]:
         host_bytes, disk_bytes = self._needs[run.index]
@@ -151,6 +167,12 @@ class Driver:
 def _key(step: Step) -> tuple[int, Stage, str | None]:
     """Attempts count on, also when a job has moved to another node."""
     return step.job, step.stage, step.recipe
+
+
+def _work(plan: Plan, job: Job) -> tuple[int, int]:
+    """Multiply-adds of a job: of its one pass, and of all that its artifacts take for themselves."""
+    cells = [cell for cell in plan.artifacts if cell.source.pin == job.model and not cell.skipped]
+    return max(cell.estimate.pass_work for cell in cells), sum(cell.estimate.own_work for cell in cells)
 
 
 def _needs(plan: Plan, job: Job) -> tuple[int, int]:

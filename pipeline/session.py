@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +18,7 @@ from pipeline import plan as planning
 from pipeline import results as contract
 from pipeline.collecting import collect
 from pipeline.ledger import Attempt, Ledger, now
+from pipeline.logbook import Logbook
 from pipeline.plan import Plan
 from pipeline.scheduler import Driver, Watcher
 from pipeline.steps import Step
@@ -99,6 +100,7 @@ def run(plan: Plan, out: Path, address: str | None, watchers: Sequence[Watcher])
         ZooError: another run is at work in ``out``.
     """
     started_at, run_id = now(), new_run_id(plan.zoo)
+    folder = out.resolve() / run_id
     with ExitStack() as stack:
         stack.enter_context(_alone_in(out))
         ledger = stack.enter_context(Ledger(out))
@@ -110,15 +112,16 @@ def run(plan: Plan, out: Path, address: str | None, watchers: Sequence[Watcher])
             stack.enter_context(_terminable())
             try:
                 with Cluster(address, out.resolve()) as cluster:
-                    driver = Driver(cluster, plan, [LedgerWatcher(ledger, run_id), *watchers])
+                    folder.mkdir(parents=True)
+                    log = stack.enter_context(closing(Logbook(folder, run_id)))
+                    driver = Driver(cluster, plan, [LedgerWatcher(ledger, run_id), log, *watchers])
                     jobs = driver.jobs
                     driver.run()
             except KeyboardInterrupt:
                 interrupted = True
         made = contract.build(run_id, plan.zoo, started_at, now(), plan.artifacts, jobs)
         ledger.finish(run_id, made.finished_at, "interrupted" if interrupted else made.status)
-    folder = out.resolve() / run_id
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / RESULTS, made.model_dump_json(indent=1) + "\n")
     write_report(folder)
     problem = None if interrupted else _collect(plan, made)

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.sources import Source, TensorHeader
 from workers.fits import CONV1D_MODEL_TYPES
-from workers.job import Calibration, Verification
+from workers.job import Calibration, Stage, Verification
 from workers.recipes import BitsAndBytesRecipe, FourBitFloatScheme, Recipe
 
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")
@@ -20,6 +20,10 @@ LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 RUNTIME_BYTES = 1_000_000_000
 # What a shard holds at most (workers.shards.MAX_SHARD_BYTES, which this side can't import).
 SHARD_BYTES = 2_000_000_000
+# Below these a stage isn't slow, it hangs: a tenth or less of what was ever measured.
+STARTING_SECONDS = 3600.0
+CRAWLING_BYTES_PER_SECOND = 256 * 1024
+CRAWLING_ON_A_CORE, CRAWLING_ON_A_GPU = 1e9, 1e12
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,9 @@ class Estimate:
     host_bytes: int
     spool_bytes: int = 0
     state_bytes: int = 0
+    # Multiply-adds: of the pass that all recipes of a model share, and of the artifact's own verification.
+    pass_work: int = 0
+    own_work: int = 0
 
 
 def estimate(source: Source, recipe: Recipe, calibration: Calibration | None, verification: Verification) -> Estimate:
@@ -50,16 +57,30 @@ def estimate(source: Source, recipe: Recipe, calibration: Calibration | None, ve
         # A shard is written from its spool; the state of a pass beside the one before it.
         spool_bytes=min(artifact, SHARD_BYTES),
         state_bytes=2 * _hidden_bytes(source, recipe, calibration, verification),
+        pass_work=_weights(source) * (verification.tokens + _calibration_tokens(recipe, calibration)),
+        own_work=_weights(source) * verification.tokens,
     )
+
+
+def deadline_seconds(stage: Stage, source_bytes: int, work: int, cpus: int, gpus: int) -> float:
+    """When a stage counts as hanging: a generous time for what every stage does, and its work at a crawl."""
+    if stage in (Stage.FETCH, Stage.PUBLISH):
+        return STARTING_SECONDS + source_bytes / CRAWLING_BYTES_PER_SECOND
+    return STARTING_SECONDS + work / (CRAWLING_ON_A_GPU if gpus else CRAWLING_ON_A_CORE * cpus)
+
+
+def _weights(source: Source) -> int:
+    return sum(tensor.numel for tensor in source.tensors)
+
+
+def _calibration_tokens(recipe: Recipe, calibration: Calibration | None) -> int:
+    return calibration.samples * calibration.sequence_length if calibration and recipe.calibrated else 0
 
 
 def _hidden_bytes(source: Source, recipe: Recipe, calibration: Calibration | None, verification: Verification) -> int:
     """Hidden states of all tokens, float32."""
     hidden = int(source.config.get("hidden_size") or source.config.get("n_embd") or 0)
-    tokens = verification.tokens
-    if recipe.calibrated and calibration is not None:
-        tokens += calibration.samples * calibration.sequence_length
-    return 4 * hidden * tokens
+    return 4 * hidden * (verification.tokens + _calibration_tokens(recipe, calibration))
 
 
 def quantizable(tensor: TensorHeader, recipe: Recipe) -> bool:

@@ -15,6 +15,7 @@
     ├── OutOfMemory (MemoryError)     host or device; the same again would fail again
     └── TransientError                worth trying again as it is
         ├── HubUnavailable            429, 5xx, resets, stalls
+        ├── StageHung                 no end within many times its estimate
         └── WorkerDied                the process or its node went away
 
 A message names the thing, the value that was got, what was expected, and the remedy.
@@ -88,6 +89,10 @@ class HubUnavailable(TransientError):
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class StageHung(TransientError):
+    """A stage was ended for taking many times its estimate."""
 
 
 class WorkerDied(TransientError):

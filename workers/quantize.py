@@ -15,7 +15,7 @@ from workers import batching, reference
 from workers.calibration import calibration_tokens, held_out_tokens, load_tokenizer
 from workers.checkpoint import Source
 from workers.environment import versions
-from workers.errors import OutOfMemory
+from workers.errors import OutOfMemory, StageHung
 from workers.folding import Fold, find_folds
 from workers.forward import Lanes, LoadedLayer, Streaming
 from workers.job import ArtifactMade, Job, Order, artifact_folder
@@ -269,7 +269,7 @@ class _Pass:
         """An artifact's error ends that artifact alone. Memory and disk are everybody's: those errors go on upwards."""
         try:
             yield
-        except (OSError, NotResumable):
+        except (OSError, NotResumable, StageHung):
             raise
         except Exception as error:
             if batching.ran_out(error):

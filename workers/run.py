@@ -6,6 +6,7 @@ Imports no torch until a stage needs it: fetch and publish never do.
 from __future__ import annotations
 
 import errno
+import math
 import platform
 import resource
 import sys
@@ -15,19 +16,25 @@ from pathlib import Path
 
 from workers import destinations, hub
 from workers.content import folder_sha256
+from workers.deadline import ends_within
 from workers.errors import CheckpointError, DiskFull, HubUnavailable, OutOfMemory, QuantmillError
 from workers.job import Failure, Job, PeakMemory, Stage, StageResult, artifact_folder
 from workers.pace import LocalPace, Pace
 
 
-def run_stage(job: Job, stage: Stage, recipe: str | None = None, pace: Pace | None = None) -> StageResult:
+def run_stage(
+    job: Job, stage: Stage, recipe: str | None = None, pace: Pace | None = None, *, seconds: float = math.inf
+) -> StageResult:
     """Run a stage; ``recipe`` names the artifact for verify and publish. Errors come back as ``failure``.
 
-    ``pace`` is the run's, which all of its processes share; left out, this process keeps its own.
+    ``pace`` is the run's, which all of its processes share; left out, this process keeps its own. After ``seconds`` the
+    stage counts as hanging, and is ended.
     """
     start = time.monotonic()
+    what = " ".join(filter(None, [stage.value, Path(job.model.id).name, recipe]))
     try:
-        result = _STAGES[stage](job, recipe, pace or pace_of(job))
+        with ends_within(seconds, what):
+            result = _STAGES[stage](job, recipe, pace or pace_of(job))
     except Exception as error:
         result = StageResult(stage=stage, recipe=recipe, failure=describe(error))
     return result.model_copy(

@@ -72,6 +72,18 @@ def test_results_keep_the_contract(finished: tuple[Path, int, str, dict[str, Any
     assert "UnsupportedModel" in report
 
 
+def test_the_log_tells_every_stage_for_machines(finished: tuple[Path, int, str, dict[str, Any]]) -> None:
+    results_path = Path(finished[2].strip().splitlines()[-2])
+    lines = [json.loads(line) for line in (results_path.parent / "log.jsonl").read_text().splitlines()]
+    assert {"time", "run", "event", "model", "revision", "recipe", "stage", "attempt"} <= set(lines[0])
+    assert {line["run"] for line in lines} == {results_path.parent.name}
+    started = [(line["model"], line["stage"], line["recipe"]) for line in lines if line["event"] == "started"]
+    over = [(line["model"], line["stage"], line["recipe"]) for line in lines if line["event"] != "started"]
+    assert sorted(map(str, started)) == sorted(map(str, over))
+    assert any(line.get("outcome") == "ACCEPT" for line in lines)
+    assert any(line["event"] == "failed" and line["error"] for line in lines)
+
+
 def test_estimates_were_near_the_truth(finished: tuple[Path, int, str, dict[str, Any]]) -> None:
     folder, _, _, results = finished
     from pipeline import plan, zoo

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pipeline.cluster import Node
 from pipeline.plan import Plan, PlannedArtifact
 from pipeline.scheduler import TRANSFERS, Driver
-from pipeline.sizing import Estimate
+from pipeline.sizing import STARTING_SECONDS, Estimate, deadline_seconds
 from pipeline.sources import Source
 from pipeline.steps import Step
 from tests.pipeline.test_decisions import job, made, manifest
@@ -28,6 +28,7 @@ class ScriptedCluster:
         self.alive = [Node("a", 2, 0), Node("b", 2, 0)]
         self.ran: list[tuple[str, Stage, str | None]] = []
         self.most_transfers = 0
+        self.jobs: list[int] = []
         self._vanishes_at = vanishes_at
         self._memory = free_memory
         self._flying: list[tuple[Step, Job, Node]] = []
@@ -39,8 +40,10 @@ class ScriptedCluster:
         facts = Facts(node="n", python="3", packages=PACKAGES, host_memory=self._memory, disk_free=10**12, cpus=2)
         return {node.id: facts for node in nodes}
 
-    def start(self, step: Step, of: Job, node: Node) -> None:
+    def start(self, step: Step, of: Job, node: Node, seconds: float) -> None:
         self._flying.append((step, of, node))
+        if step.stage == Stage.FETCH:
+            self.jobs.append(step.job)
         transfers = sum(other.stage in (Stage.FETCH, Stage.PUBLISH) for other, _, _ in self._flying)
         self.most_transfers = max(self.most_transfers, transfers)
 
@@ -125,3 +128,26 @@ def test_without_a_node_that_answers_every_job_says_so() -> None:
     driver = drive(cluster, plan_of(2, "bnb-nf4"))
     failures = [artifact.failure for run in driver.jobs for artifact in run.artifacts.values()]
     assert all(failure and "no node of the cluster answers" in failure.message for failure in failures)
+
+
+def test_the_longest_jobs_go_first_and_their_work_is_balanced() -> None:
+    plan = plan_of(5, "bnb-nf4")
+    sizes = (1, 9, 2, 8, 4)
+    cells = [
+        PlannedArtifact(cell.source, cell.order, Estimate(0, 0, 0, pass_work=size * 10**9))
+        for cell, size in zip(plan.artifacts, sizes, strict=True)
+    ]
+    cluster = ScriptedCluster()
+    drive(cluster, Plan("test", tuple(cells), plan.jobs))
+    nodes = [node for node, stage, _ in cluster.ran if stage == Stage.FETCH]
+    fetched = [(node, sizes[index]) for node, index in zip(nodes, cluster.jobs, strict=True)]
+    assert [size for _, size in fetched] == [9, 8, 4, 2, 1]
+    loads = {node: sum(size for at, size in fetched if at == node) for node in ("a", "b")}
+    assert loads == {"a": 12, "b": 12}
+
+
+def test_a_stage_gets_as_long_as_its_work_takes_at_a_crawl() -> None:
+    assert deadline_seconds(Stage.FETCH, 0, 0, 1, 0) == STARTING_SECONDS
+    assert deadline_seconds(Stage.FETCH, 10**9, 0, 1, 0) > 4000
+    slow, fast = (deadline_seconds(Stage.QUANTIZE, 0, 10**15, 4, gpus) for gpus in (0, 1))
+    assert slow > 200_000 > fast > STARTING_SECONDS
