@@ -4,39 +4,18 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pipeline.steps import Step
-from workers.environment import Facts
+from pipeline.placement import Claim, Node
+from pipeline.steps import NETWORK_STAGES, Step
+from workers.environment import Facts, host_memory
 from workers.errors import OutOfMemory, QuantmillError, WorkerDied, ZooError
 from workers.job import Failure, Job, Stage, StageResult
 from workers.pace import LocalPace
-
-NETWORK_STAGES = frozenset({Stage.FETCH, Stage.PUBLISH})
-
-
-@dataclass(frozen=True)
-class Node:
-    """A Ray node that is alive."""
-
-    id: str
-    cpus: int
-    gpus: int
-
-    @property
-    def cpus_per_stage(self) -> int:
-        """Half of the node's, at most 8: a property of the node alone, for threads can change the last bit."""
-        return max(1, min(8, self.cpus // 2))
-
-    @property
-    def slots(self) -> int:
-        """How many computing stages fit on the node at a time."""
-        return self.gpus or max(1, self.cpus // self.cpus_per_stage)
 
 
 class Cluster:
@@ -57,6 +36,7 @@ class Cluster:
                 logging_level="ERROR",
                 log_to_driver=False,
                 configure_logging=False,
+                **(_whole_machine() if address is None else {}),
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
             if address is None:
@@ -74,24 +54,34 @@ class Cluster:
     def nodes(self) -> list[Node]:
         """The nodes that are alive now."""
         return [
-            Node(node["NodeID"], int(have.get("CPU", 0)), int(have.get("GPU", 0)))
+            Node(
+                node["NodeID"],
+                int(have.get("CPU", 0)),
+                int(have.get("GPU", 0)),
+                int(have.get("memory", 0)),
+                node.get("Labels") or {},
+            )
             for node in self._ray.nodes()
             if node["Alive"] and (have := node["Resources"])
         ]
 
-    def probe(self, nodes: Sequence[Node]) -> dict[str, Facts]:
-        """What each node has, by node id; a node that doesn't answer is left out."""
+    def probe(self, nodes: Sequence[Node], environments: Iterable[str | None]) -> dict[str, dict[str | None, Facts]]:
+        """What each node has, by node id and environment; what doesn't answer, or isn't built, is left out."""
         task = self._ray.remote(max_calls=1, max_retries=0)(_probe)
-        calls = [
-            task.options(num_cpus=0, **_pinned(node.id)).remote(str(self._workspace), node.gpus > 0) for node in nodes
-        ]
-        facts = {}
-        for node, call in zip(nodes, calls, strict=True):
+        calls = {
+            (node.id, environment): task.options(num_cpus=0, **_pinned(node.id), **_inside(environment)).remote(
+                str(self._workspace), node.gpus > 0
+            )
+            for node in nodes
+            for environment in environments
+        }
+        facts: dict[str, dict[str | None, Facts]] = {}
+        for (node_id, environment), call in calls.items():
             with suppress(self._ray.exceptions.RayError):
-                facts[node.id] = Facts.model_validate_json(self._ray.get(call))
+                facts.setdefault(node_id, {})[environment] = Facts.model_validate_json(self._ray.get(call))
         return facts
 
-    def start(self, step: Step, job: Job, node: Node, seconds: float) -> None:
+    def start(self, step: Step, job: Job, node: Node, claim: Claim, seconds: float) -> None:
         """Start a stage on a node, which ends it after so long; its process ends with it, Ray never repeats it."""
         if self._pace is None:
             # One for the run: the limits are the account's, whatever process spends them.
@@ -100,11 +90,15 @@ class Cluster:
         computing = step.stage not in NETWORK_STAGES
         call = self._ray.remote(max_calls=1, max_retries=0)(_run).options(
             name=f"{step.stage} {Path(job.model.id).name}" + (f" {step.recipe}" if step.recipe else ""),
-            num_cpus=node.cpus_per_stage if computing else 0,
-            num_gpus=1 if computing and node.gpus else 0,
+            num_cpus=claim.cpus,
+            num_gpus=claim.gpus,
+            memory=claim.memory if node.memory else None,
             **_pinned(node.id),
+            **_inside(job.orders[0].recipe.environment if computing else None),
         )
-        self._flying[call.remote(job.model_dump_json(), step.stage.value, step.recipe, self._pace, seconds)] = step
+        told = job.model_copy(update={"lean": True}) if claim.alone else job
+        sent = told.model_dump_json(), step.stage.value, step.recipe
+        self._flying[call.remote(*sent, self._pace, seconds, node.cpus_per_stage if computing else 1)] = step
 
     def wait(self, seconds: float) -> list[tuple[Step, StageResult]]:
         """The steps that ended, waiting for the first at most so long."""
@@ -140,6 +134,21 @@ def _set_up_environment(embedded: bool) -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(16)
 
 
+def _whole_machine() -> dict[str, Any]:
+    """The embedded Ray lends all of the machine's memory but what its store takes, which holds next to nothing."""
+    store = 128 * 1024**2
+    return {"object_store_memory": store, "_memory": max(host_memory() - store, 1)}
+
+
+def _inside(environment: str | None) -> dict[str, Any]:
+    """Options of a task that runs in a prebuilt environment."""
+    if environment is None:
+        return {}
+    from workers.environments import interpreter
+
+    return {"runtime_env": {"py_executable": str(interpreter(environment))}}
+
+
 def _pinned(node_id: str) -> dict[str, Any]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -173,7 +182,9 @@ class _SharedPace:
         self._actor.pause.remote(hub, seconds)
 
 
-def _run(job: str, stage: str, recipe: str | None, pace: Any, seconds: float) -> str:
+def _run(job: str, stage: str, recipe: str | None, pace: Any, seconds: float, threads: int) -> str:
+    # Ray's own setting follows the share of the node; the bytes of an artifact mustn't.
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     from workers.run import run_stage
 
     told = Job.model_validate_json(job)

@@ -1,25 +1,46 @@
-"""The driver: which jobs run, where and when. One failing job never stops the others."""
+"""The driver: which jobs run, where and when. One failing job never stops the others.
+
+Jobs wait in one queue, the longest first. A node that will soon have nothing to compute takes the first that fits it,
+so that models are fetched while others compute, as far ahead as the disk allows. On a node, what is nearly done comes
+first: artifacts are published early. Only decisions are made here, over what nodes have and jobs need; a ``Fleet``
+carries them out.
+"""
 
 from __future__ import annotations
 
 import heapq
+import itertools
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from pipeline.cluster import NETWORK_STAGES, Cluster, Node
+from pipeline.demand import demands
+from pipeline.placement import Claim, Node, Room, gigabytes, lacking, unmatched
 from pipeline.plan import Plan
-from pipeline.retry import wait_before_retry
+from pipeline.retry import Again, Choices, How, decide
 from pipeline.sizing import deadline_seconds
-from pipeline.steps import JobRun, Step
-from workers.environment import Facts, job_problems
-from workers.errors import PreflightError, WorkerDied
+from pipeline.steps import NETWORK_STAGES, JobRun, Step
+from workers.environment import Facts, problems
+from workers.errors import DiskFull, PreflightError, WorkerDied
 from workers.job import Failure, Job, Stage, StageResult
+from workers.recipes import Recipe
 
-# Transfers at a time, over all jobs: fetch and publish share one line to the Hub.
+# Transfers of one kind at a time on one node: its line to the Hub is shared.
 TRANSFERS = 4
 POLL_SECONDS = 0.5
+# Nodes may join at any time.
+SURVEY_SECONDS = 60.0
+# How often a stage that doesn't fit yet lets others go first.
+PATIENCE = 16
+# How many jobs are looked at for one whose files fit the disk.
+LOOK_AHEAD = 64
+# What comes first on a node: the stages of jobs that are nearly done.
+URGENCY = {Stage.PUBLISH: 1, Stage.VERIFY: 2, Stage.QUANTIZE: 3, Stage.FETCH: 4}
+
+Key = tuple[int, Stage, str | None]
+Probed = dict[str, dict[str | None, Facts]]
 
 
 class Watcher(Protocol):
@@ -32,131 +53,408 @@ class Watcher(Protocol):
         """A step came back; ``retry_in`` is the wait in seconds if it is tried again."""
 
 
+class Fleet(Protocol):
+    """What carries the decisions out: a Ray cluster, or a simulated one."""
+
+    def nodes(self) -> list[Node]:
+        """The nodes that are alive now."""
+
+    def probe(self, nodes: Sequence[Node], environments: Iterable[str | None]) -> Probed:
+        """What each node has, by node id and environment; what doesn't answer is left out."""
+
+    def start(self, step: Step, job: Job, node: Node, claim: Claim, seconds: float) -> None:
+        """Start a step, which is ended after so many seconds."""
+
+    def wait(self, seconds: float) -> list[tuple[Step, StageResult]]:
+        """The steps that ended, waiting for the first at most so long."""
+
+
+@dataclass
+class Site:
+    """A node, what is placed there, and what is ready to start."""
+
+    room: Room
+    facts: dict[str | None, Facts]
+    kind: int
+    load: int = 0
+    backlog: set[int] = field(default_factory=set)  # jobs that haven't begun to compute
+    ready: list[tuple[int, int, int, Step]] = field(default_factory=list)
+    transfers: Counter[Stage] = field(default_factory=Counter)
+    passed_over: int = 0
+
+    @property
+    def relative_load(self) -> float:
+        """Work for each of its slots."""
+        return self.load / self.room.node.slots
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether another model should be on its way here: there's one for each slot at most."""
+        return len(self.backlog) < self.room.node.slots
+
+
+def _kind(room: Room, facts: dict[str | None, Facts]) -> object:
+    """What a node has in common with those that the same jobs fit."""
+    node = room.node
+    packages = tuple((name, tuple(sorted(found.packages.items()))) for name, found in facts.items())
+    labels = tuple(sorted(entry for entry in node.labels.items() if entry[0] != "ray.io/node-id"))
+    return node.cpus, node.gpus, room.host_memory >> 28, room.facts.devices, labels, packages
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A step on its way."""
+
+    site: str
+    claim: Claim
+    how: How
+
+
 class Driver:
     """Runs a plan's jobs on a cluster."""
 
-    def __init__(self, cluster: Cluster, plan: Plan, watchers: Sequence[Watcher]) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        plan: Plan,
+        watchers: Sequence[Watcher],
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self.jobs = [JobRun(index, job) for index, job in enumerate(plan.jobs)]
-        self._needs = [_needs(plan, job) for job in plan.jobs]
-        self._work = [_work(plan, job) for job in plan.jobs]
-        self._cluster = cluster
+        self._demands = demands(plan)
+        self._fleet = fleet
         self._watchers = watchers
-        self._nodes: dict[str, Node] = {}
-        self._waiting: list[tuple[float, int, Step]] = []
-        self._order = 0
-        self._attempts: Counter[tuple[int, Stage, str | None]] = Counter()
-        self._transfers = 0
+        self._clock, self._sleep = clock, sleep
+        self._sites: dict[str, Site] = {}
+        self._kinds: dict[object, int] = {}
+        self._members: dict[int, list[str]] = {}
+        self._lacks: dict[tuple[int, str], list[str]] = {}
+        self._queued: set[int] = set()
+        self._queues: dict[int, list[tuple[int, int, int]]] = {}
+        self._stirred: set[str] = set()
+        self._delayed: list[tuple[float, int, Step, How]] = []
+        self._flying: dict[Step, Flight] = {}
+        self._alone: set[Step] = set()
+        self._open: Counter[int] = Counter()  # steps of a job that are ready, delayed or flying
+        self._attempts: Counter[Key] = Counter()
+        self._failed: defaultdict[Key, list[tuple[str, How]]] = defaultdict(list)
+        self._outgrown: dict[int, tuple[How, Room]] = {}  # where a job ran out of memory or disk
+        self._order = itertools.count()
+        self._surveyed = 0.0
 
-    def run(self, clock: Callable[[], float] = time.monotonic) -> None:
+    # -------------------------------------------------------------------------------------------- the loop
+
+    def run(self) -> None:
         """Run until nothing is left to do."""
-        longest_first = sorted(self.jobs, key=lambda job: -sum(self._work[job.index]))
-        self._place(longest_first)
-        unfinished = 0
-        for job in longest_first:
-            if job.node:
-                self._enqueue(job.first(), clock())
-        while self._waiting or unfinished:
-            unfinished += self._start_due(clock())
-            for step, result in self._cluster.wait(POLL_SECONDS):
-                unfinished -= 1
-                self._transfers -= step.stage in NETWORK_STAGES
-                self._end(step, result, clock())
-            if not unfinished and self._waiting:
-                time.sleep(max(0.0, min(self._waiting[0][0] - clock(), POLL_SECONDS)))
+        self._queued = {run.index for run in self.jobs}
+        self._survey()
+        while True:
+            self._wake()
+            self._fill()
+            if self._flying:
+                for step, result in self._fleet.wait(POLL_SECONDS):
+                    self._land(step, result)
+            elif self._delayed:
+                self._sleep(max(0.0, min(self._delayed[0][0] - self._clock(), POLL_SECONDS)))
+            elif self._queued:
+                self._refuse_rest()
+            else:
+                return
+            if self._queued and self._clock() - self._surveyed > SURVEY_SECONDS:
+                self._survey()
 
-    def _enqueue(self, step: Step, due: float) -> None:
-        self._order += 1
-        heapq.heappush(self._waiting, (due, self._order, step))
+    def _wake(self) -> None:
+        while self._delayed and self._delayed[0][0] <= self._clock():
+            _, _, step, how = heapq.heappop(self._delayed)
+            self._make_ready(step, how)
 
-    def _start_due(self, now: float) -> int:
-        """Start all that is due; transfers beyond the limit keep their place in the queue."""
-        held: list[tuple[float, int, Step]] = []
-        started = 0
-        while self._waiting and self._waiting[0][0] <= now:
-            entry = heapq.heappop(self._waiting)
-            step = entry[2]
+    def _fill(self) -> None:
+        """Give work to the nodes where something changed, until nothing more fits."""
+        while self._stirred:
+            stirred, self._stirred = self._stirred & set(self._sites), set()
+            hungry = [(self._sites[name].relative_load, name) for name in stirred]
+            heapq.heapify(hungry)
+            while hungry and self._queued:
+                # The node that would be done first has the first choice.
+                _, name = heapq.heappop(hungry)
+                site = self._sites[name]
+                if site.wants_more and (index := self._next_job(site)) is not None:
+                    self._place(self.jobs[index], name)
+                    heapq.heappush(hungry, (site.relative_load, name))
+            for name in stirred:
+                self._start_ready(name)
+
+    # ------------------------------------------------------------------------------- which job goes where
+
+    def _survey(self) -> None:
+        """See which nodes there are, and what new ones have; jobs that fit on none are told why."""
+        first, self._surveyed = not self._sites, self._clock()
+        nodes = {node.id: node for node in self._fleet.nodes() if node.cpus}
+        orphans = self._forget(set(self._sites) - set(nodes))
+        new = [node for name, node in nodes.items() if name not in self._sites]
+        if new:
+            wanted = sorted({None, *(_environment(run.job) for run in self.jobs)}, key=str)
+            for name, facts in self._fleet.probe(new, wanted).items():
+                if None in facts:
+                    room = Room(nodes[name], facts[None])
+                    kind = self._kinds.setdefault(_kind(room, facts), len(self._kinds))
+                    self._sites[name] = Site(room, facts, kind)
+        before, self._members = set(self._members), {}
+        for name, site in self._sites.items():
+            self._members.setdefault(site.kind, []).append(name)
+        changed = first or before != set(self._members)
+        if changed:
+            self._queues = {kind: [] for kind in self._members}
+        for index in sorted(self._queued) if changed else orphans:
+            self._offer(index)
+        self._stirred = set(self._sites)
+
+    def _offer(self, index: int) -> None:
+        """Queue a job at each kind of nodes that it fits: first those with the least choice, then the longest."""
+        found = {kind: self._problems(index, self._sites[names[0]]) for kind, names in self._members.items()}
+        fitting = [kind for kind, lacks in found.items() if not lacks]
+        if not fitting:
+            self._queued.discard(index)
+            self._refuse(self.jobs[index], [line for lines in found.values() for line in lines])
+            return
+        self._queued.add(index)
+        for kind in fitting:
+            heapq.heappush(self._queues[kind], (len(fitting), -self._demands[index].work, index))
+
+    def _problems(self, index: int, site: Site) -> list[str]:
+        """All that the site lacks for a job, whatever else runs there."""
+        job, demand, room = self.jobs[index].job, self._demands[index], site.room
+        environment, node = _environment(job), room.facts.node
+        facts = site.facts.get(environment)
+        if facts is None:
+            return [f"environment {environment!r} isn't there on {node}; run `quantmill env create {environment}`"]
+        found = [line for order in job.orders for line in self._lacks_for(site, order.recipe, facts)]
+        found += lacking(room, demand.largest, demand.disk, f"{job.model.id!r}")
+        how, outgrown = self._outgrown.get(index, (How.SAME, room))
+        if how is How.LARGER and not room.larger_than(outgrown):
+            found.append(f"memory: no more on {node} than on {outgrown.facts.node}, where it ran out")
+        return list(dict.fromkeys(found))
+
+    def _lacks_for(self, site: Site, recipe: Recipe, facts: Facts) -> list[str]:
+        """What sites of this kind lack for a recipe, whatever the model: packages, capabilities, labels."""
+        key = site.kind, recipe.name
+        if key not in self._lacks:
+            labels = site.room.node.labels
+            self._lacks[key] = problems(facts, recipe) + [
+                f"label {name} of {facts.node}: got {labels.get(name)!r}, expected {recipe.labels[name]!r} for recipe "
+                f"{recipe.name!r}"
+                for name in unmatched(labels, recipe.labels)
+            ]
+        return self._lacks[key]
+
+    def _next_job(self, site: Site) -> int | None:
+        """Take the first job in the queue whose files fit the site's disk now."""
+        queue, found = self._queues.get(site.kind, []), None
+        set_aside: list[tuple[int, int, int]] = []
+        while queue and found is None and len(set_aside) < LOOK_AHEAD:
+            entry = heapq.heappop(queue)
+            index = entry[2]
+            if index not in self._queued:
+                continue
+            if self._files_fit(index, site.room):
+                found = index
+            else:
+                set_aside.append(entry)
+        for entry in set_aside:
+            heapq.heappush(queue, entry)
+        return found
+
+    def _files_fit(self, index: int, room: Room) -> bool:
+        how, outgrown = self._outgrown.get(index, (How.SAME, room))
+        enough = how is not How.ROOMIER or room.roomier_than(outgrown)
+        return enough and self._demands[index].disk <= room.free_disk
+
+    def _place(self, run: JobRun, name: str) -> None:
+        self._queued.discard(run.index)
+        site, demand = self._sites[name], self._demands[run.index]
+        run.node = name
+        site.backlog.add(run.index)
+        site.load += demand.work
+        site.room.free_disk -= demand.disk
+        self._open[run.index] += 1
+        self._make_ready(run.first(), How.SAME)
+
+    def _unplace(self, run: JobRun) -> None:
+        """The job is done, or goes elsewhere; what it wrote stays on the disk."""
+        if site := self._sites.get(run.node):
+            site.backlog.discard(run.index)
+            site.load -= self._demands[run.index].work
+            self._stirred.add(run.node)
+
+    def _forget(self, gone: set[str]) -> list[int]:
+        """Drop nodes that are gone; the jobs that waited there begin anew. What flies there comes back as failed."""
+        for name in gone:
+            del self._sites[name]
+        flying = {step.job for step in self._flying}
+        waiting = [run for run in self.jobs if run.node in gone and self._open[run.index]] if gone else []
+        orphans = [run for run in waiting if run.index not in flying]
+        for run in orphans:
+            self._take_back(run)
+        self._queued.update(run.index for run in orphans if run.job.orders)
+        return [run.index for run in orphans if run.job.orders]
+
+    def _take_back(self, run: JobRun) -> None:
+        self._unplace(run)
+        run.node = ""
+        run.restart()
+        self._open[run.index] = 0
+
+    def _begin_anew(self, run: JobRun) -> None:
+        """From the first step, on another node, with what isn't published yet."""
+        self._take_back(run)
+        if run.job.orders:
+            self._offer(run.index)
+            self._stirred |= set(self._sites)
+
+    # --------------------------------------------------------------------------------- which step, when
+
+    def _make_ready(self, step: Step, how: How) -> None:
+        if step.generation != self.jobs[step.job].generation:
+            return
+        site = self._sites.get(self.jobs[step.job].node)
+        if site is None:
+            self._begin_anew(self.jobs[step.job])
+            return
+        if how is How.ALONE:
+            self._alone.add(step)
+        urgency = 0 if how is How.ALONE else URGENCY[step.stage]
+        heapq.heappush(site.ready, (urgency, -self._demands[step.job].work, next(self._order), step))
+        self._stirred.add(self.jobs[step.job].node)
+
+    def _start_ready(self, name: str) -> None:
+        """Start what fits, in order; what doesn't is passed over a number of times, and then waited for."""
+        site = self._sites[name]
+        computing = sum(entry[3].stage not in NETWORK_STAGES for entry in site.ready)
+        held: list[tuple[int, int, int, Step]] = []
+        waited_for = False
+        while site.ready:
+            entry = heapq.heappop(site.ready)
+            step = entry[3]
             if step.generation != self.jobs[step.job].generation:
                 continue
-            if step.stage in NETWORK_STAGES and self._transfers >= TRANSFERS:
+            network = step.stage in NETWORK_STAGES
+            claim = None if waited_for and not network else self._claim(site, step, computing)
+            if claim is None:
                 held.append(entry)
+                alone = step in self._alone
+                waited_for |= not network and (alone or site.passed_over >= PATIENCE)
                 continue
-            started += self._start(step, now)
+            if not network:
+                computing -= 1
+                overtakes = any(other[3].stage not in NETWORK_STAGES for other in held)
+                site.passed_over = site.passed_over + 1 if overtakes else 0
+            self._start(name, site, step, claim)
         for entry in held:
-            heapq.heappush(self._waiting, entry)
-        return started
+            heapq.heappush(site.ready, entry)
 
-    def _start(self, step: Step, now: float) -> bool:
-        run = self.jobs[step.job]
+    def _claim(self, site: Site, step: Step, computing: int) -> Claim | None:
+        need = self._demands[step.job].need(step.stage, step.recipe)
+        if step.stage in NETWORK_STAGES:
+            return site.room.transfer(need) if site.transfers[step.stage] < TRANSFERS else None
+        if step in self._alone:
+            return site.room.alone(need)
+        return site.room.compute(need, share=computing > site.room.idle_cards)
+
+    def _start(self, name: str, site: Site, step: Step, claim: Claim) -> None:
+        run, node, demand = self.jobs[step.job], site.room.node, self._demands[step.job]
+        site.room.take(claim)
+        if step.stage in NETWORK_STAGES:
+            site.transfers[step.stage] += 1
+        if step.stage == Stage.QUANTIZE:
+            site.backlog.discard(step.job)
+            self._stirred.add(name)
         self._attempts[_key(step)] += 1
-        node = self._nodes.get(run.node)
-        if node is None:
-            failure = Failure(kind=WorkerDied.__name__, message=f"{step.stage}: the node of this job is gone")
-            self._end(step, StageResult(stage=step.stage, recipe=step.recipe, failure=failure), now)
-            return False
-        self._transfers += step.stage in NETWORK_STAGES
-        self._cluster.start(step, run.job, node, self._deadline(step, node))
+        self._flying[step] = Flight(name, claim, How.ALONE if step in self._alone else How.SAME)
+        work = demand.pass_work + demand.own_work if step.stage == Stage.QUANTIZE else demand.own_work
+        seconds = deadline_seconds(step.stage, demand.source_bytes, work, node.cpus_per_stage, node.gpus)
+        self._fleet.start(step, run.job, node, claim, seconds)
         for watcher in self._watchers:
             watcher.started(run.job, step, self._attempts[_key(step)])
-        return True
 
-    def _deadline(self, step: Step, node: Node) -> float:
-        shared, own = self._work[step.job]
-        # All artifacts' verifications at most: which of them is the dearest doesn't matter to what hangs.
-        work = shared + own if step.stage == Stage.QUANTIZE else own
-        return deadline_seconds(step.stage, self._needs[step.job][1], work, node.cpus_per_stage, node.gpus)
+    # ------------------------------------------------------------------------------------ what came of it
 
-    def _end(self, step: Step, result: StageResult, now: float) -> None:
+    def _land(self, step: Step, result: StageResult) -> None:
+        flight = self._flying.pop(step)
+        self._alone.discard(step)
+        if site := self._sites.get(flight.site):
+            site.room.give(flight.claim)
+            if step.stage in NETWORK_STAGES:
+                site.transfers[step.stage] -= 1
+            self._stirred.add(flight.site)
         run, attempts = self.jobs[step.job], self._attempts[_key(step)]
         if step.generation != run.generation:
             return
-        wait = wait_before_retry(result.failure, attempts) if result.failure else None
+        again = self._again(step, result.failure, flight) if result.failure else None
         for watcher in self._watchers:
-            watcher.ended(run.job, step, attempts, result, wait)
-        following = run.follow(step, result, attempts) if wait is None else self._again(run, step)
-        for later in following:
-            self._enqueue(later, now + (wait or 0.0))
+            watcher.ended(run.job, step, attempts, result, again.seconds if again else None)
+        if again is not None:
+            self._repeat(run, step, again)
+            return
+        self._open[run.index] -= 1
+        for later in run.follow(step, result, attempts):
+            self._open[run.index] += 1
+            self._make_ready(later, How.SAME)
+        if not self._open[run.index]:
+            self._unplace(run)
 
-    def _again(self, run: JobRun, step: Step) -> list[Step]:
-        """The step itself; from the start on another node if its own is gone, for its files are gone with it."""
-        self._nodes = {node.id: node for node in self._cluster.nodes()}
-        if run.node in self._nodes:
-            return [step]
-        run.node = ""
-        self._place([run])
-        return [run.restart()] if run.node else []
+    def _again(self, step: Step, failure: Failure, flight: Flight) -> Again | None:
+        history = self._failed[_key(step)]
+        history.append((failure.kind, flight.how))
+        return decide(failure, history, self._choices(step.job, flight.site))
 
-    def _place(self, runs: Sequence[JobRun]) -> None:
-        """Give each job the least loaded node that lacks nothing for it, or the list of what all of them lack."""
-        nodes = [node for node in self._cluster.nodes() if node.cpus]
-        self._nodes = {node.id: node for node in nodes}
-        facts = self._cluster.probe(nodes)
-        load: Counter[str] = Counter()
-        for job in self.jobs:
-            if job.node:
-                load[job.node] += self._load(job)
-        for run in runs:
-            problems = {node.id: self._problems(run, facts[node.id]) for node in nodes if node.id in facts}
-            fit = [node for node in nodes if node.id in problems and not problems[node.id]]
-            if not fit:
-                self._refuse(run, problems)
-                continue
-            best = min(fit, key=lambda node: (load[node.id] / node.slots, not node.gpus))
-            run.node = best.id
-            load[best.id] += self._load(run)
+    def _choices(self, index: int, name: str) -> Choices:
+        """What other nodes have to offer to a job that ran out of something on this one."""
+        here = self._sites.get(name)
+        if here is None:
+            return Choices()
+        fitting = {kind for kind, names in self._members.items() if not self._problems(index, self._sites[names[0]])}
+        others = [site.room for site in self._sites.values() if site.kind in fitting]
+        return Choices(
+            larger=any(other.larger_than(here.room) for other in others),
+            roomier=any(other.roomier_than(here.room) for other in others),
+        )
 
-    def _load(self, run: JobRun) -> int:
-        """What a job weighs; one without an estimate weighs something, too."""
-        return sum(self._work[run.index]) + 1
+    def _repeat(self, run: JobRun, step: Step, again: Again) -> None:
+        if again.how in (How.LARGER, How.ROOMIER):
+            self._outgrown[run.index] = again.how, self._sites[run.node].room
+            self._begin_anew(run)
+            return
+        if self._failed[_key(step)][-1][0] == WorkerDied.__name__:
+            self._survey()
+            if step.generation != run.generation:
+                return
+            if run.node not in self._sites:
+                # Its files are gone with its node.
+                self._begin_anew(run)
+                return
+        heapq.heappush(self._delayed, (self._clock() + again.seconds, next(self._order), step, again.how))
 
-    def _problems(self, run: JobRun, facts: Facts) -> list[str]:
-        host_bytes, disk_bytes = self._needs[run.index]
-        return job_problems(facts, run.job, host_bytes, disk_bytes)
+    # ------------------------------------------------------------------------------------------ refusals
 
-    def _refuse(self, run: JobRun, problems: dict[str, list[str]]) -> None:
-        lines = list(dict.fromkeys(line for found in problems.values() for line in found))
-        lines = lines or ["no node of the cluster answers; start one"]
+    def _refuse(self, run: JobRun, lines: Sequence[str]) -> None:
+        lines = list(dict.fromkeys(lines)) or ["no node of the cluster answers; start one"]
         message = f"preflight: {len(lines)} problem(s) for {run.job.model.id!r}: " + "; ".join(lines)
-        failure = Failure(kind=PreflightError.__name__, message=message)
+        self._fail(run, Failure(kind=PreflightError.__name__, message=message))
+
+    def _refuse_rest(self) -> None:
+        """Nothing runs any more, and still these fit nowhere: what others wrote stays on the disks."""
+        most = max((site.room.free_disk for site in self._sites.values()), default=0)
+        for index in sorted(self._queued):
+            run, disk = self.jobs[index], self._demands[index].disk
+            message = (
+                f"disk: {gigabytes(most)} left on the roomiest node by what this run wrote, expected at least "
+                f"{gigabytes(disk)} for {run.job.model.id!r}; free some, and run the zoo again"
+            )
+            self._fail(run, Failure(kind=DiskFull.__name__, message=message))
+        self._queued.clear()
+
+    def _fail(self, run: JobRun, failure: Failure) -> None:
         result = StageResult(stage=Stage.FETCH, failure=failure)
         for watcher in self._watchers:
             watcher.ended(run.job, run.first(), 1, result, None)
@@ -164,21 +462,10 @@ class Driver:
         run.follow(run.first(), result, 1)
 
 
-def _key(step: Step) -> tuple[int, Stage, str | None]:
+def _key(step: Step) -> Key:
     """Attempts count on, also when a job has moved to another node."""
     return step.job, step.stage, step.recipe
 
 
-def _work(plan: Plan, job: Job) -> tuple[int, int]:
-    """Multiply-adds of a job: of its one pass, and of all that its artifacts take for themselves."""
-    cells = [cell for cell in plan.artifacts if cell.source.pin == job.model and not cell.skipped]
-    return max(cell.estimate.pass_work for cell in cells), sum(cell.estimate.own_work for cell in cells)
-
-
-def _needs(plan: Plan, job: Job) -> tuple[int, int]:
-    """Host and disk bytes of a job: its dearest recipe's; all that it writes, and what lies beside it meanwhile."""
-    cells = [cell for cell in plan.artifacts if cell.source.pin == job.model and not cell.skipped]
-    host = max(cell.estimate.host_bytes for cell in cells)
-    source = cells[0].estimate.source_bytes if job.model.folder is None else 0
-    written = sum(cell.estimate.artifact_bytes + cell.estimate.spool_bytes for cell in cells)
-    return host, source + written + max(cell.estimate.state_bytes for cell in cells)
+def _environment(job: Job) -> str | None:
+    return job.orders[0].recipe.environment

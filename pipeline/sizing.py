@@ -10,6 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.placement import Need
 from pipeline.sources import Source, TensorHeader
 from workers.fits import CONV1D_MODEL_TYPES
 from workers.job import Calibration, Stage, Verification
@@ -28,19 +29,30 @@ CRAWLING_ON_A_CORE, CRAWLING_ON_A_GPU = 1e9, 1e12
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on disk, of the source and of the artifact, and peak host bytes of making and verifying it.
+    """Bytes on disk, of the source and of the artifact, and what making and verifying it need in memory.
 
     While it's made, ``spool_bytes`` more lie on the disk, and ``state_bytes`` for all recipes of the pass together.
     """
 
     source_bytes: int
     artifact_bytes: int
-    host_bytes: int
+    quantize: Need
+    verify: Need
     spool_bytes: int = 0
     state_bytes: int = 0
     # Multiply-adds: of the pass that all recipes of a model share, and of the artifact's own verification.
     pass_work: int = 0
     own_work: int = 0
+
+    @property
+    def host_bytes(self) -> int:
+        """The peak of all stages."""
+        return max(self.quantize.host, self.verify.host)
+
+    @property
+    def device_bytes(self) -> int:
+        """The peak of all stages on a card, where there is one."""
+        return max(self.quantize.device, self.verify.device)
 
 
 def estimate(source: Source, recipe: Recipe, calibration: Calibration | None, verification: Verification) -> Estimate:
@@ -53,7 +65,8 @@ def estimate(source: Source, recipe: Recipe, calibration: Calibration | None, ve
     return Estimate(
         source_bytes=sum(t.bytes for t in source.tensors),
         artifact_bytes=artifact,
-        host_bytes=max(making, verifying),
+        quantize=Need(making),
+        verify=Need(verifying),
         # A shard is written from its spool; the state of a pass beside the one before it.
         spool_bytes=min(artifact, SHARD_BYTES),
         state_bytes=2 * _hidden_bytes(source, recipe, calibration, verification),

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from workers.job import ArtifactMade, Failure, Job, Manifest, Stage, StageResult
 
+NETWORK_STAGES = frozenset({Stage.FETCH, Stage.PUBLISH})
+
 
 @dataclass(frozen=True)
 class Step:
@@ -31,6 +33,11 @@ class ArtifactRun:
     device_bytes: int = 0
     attempts: int = 1
 
+    @property
+    def finished(self) -> bool:
+        """Whether it's published, or never will be."""
+        return self.commit is not None or (self.manifest is not None and not self.manifest.verdict.accepted)
+
 
 class JobRun:
     """The state of one job: which steps are to be done next, and what came of those done."""
@@ -50,8 +57,13 @@ class JobRun:
         return self._step(Stage.FETCH)
 
     def restart(self) -> Step:
-        """The first step again, on another node; steps that were given out before don't count any more."""
+        """The first step again, on another node, for what isn't finished: published, or rejected.
+
+        Steps that were given out before don't count any more.
+        """
         self.generation += 1
+        left = tuple(order for order in self.job.orders if not self.artifacts[order.recipe.name].finished)
+        self.job = self.job.model_copy(update={"orders": left})
         return self.first()
 
     def _step(self, stage: Stage, recipe: str | None = None) -> Step:
@@ -71,7 +83,8 @@ class JobRun:
         return [] if result.failure else list(self._next(step, result))
 
     def _touched(self, step: Step) -> list[tuple[str, ArtifactRun]]:
-        return [(name, run) for name, run in self.artifacts.items() if step.recipe in (None, name)]
+        names = [order.recipe.name for order in self.job.orders]
+        return [(name, self.artifacts[name]) for name in names if step.recipe in (None, name)]
 
     def _next(self, step: Step, result: StageResult) -> Iterator[Step]:
         match step.stage:

@@ -8,7 +8,6 @@ import platform
 import shutil
 from pathlib import Path
 
-from workers.job import Job
 from workers.recipes import BitsAndBytesRecipe, Frozen, Recipe
 
 # What each engine needs to be installed: distribution -> the command that mends its absence.
@@ -74,32 +73,11 @@ def problems(facts: Facts, recipe: Recipe) -> list[str]:
         f"`pip install '{EXTRA_OF.get(name, name)}'`"
         for name in missing
     ]
-    if isinstance(recipe, BitsAndBytesRecipe) and facts.devices and facts.devices[0].capability < (6, 0):
-        got = ".".join(map(str, facts.devices[0].capability))
-        found.append(
-            f"compute capability {got} of {facts.devices[0].name}: bitsandbytes expects 6.0 or more; use the CPU"
-        )
+    old = [device for device in facts.devices if device.capability < (6, 0)]
+    if isinstance(recipe, BitsAndBytesRecipe) and old:
+        got = ".".join(map(str, old[0].capability))
+        found.append(f"compute capability {got} of {old[0].name}: bitsandbytes expects 6.0 or more; use the CPU")
     return found
-
-
-def job_problems(facts: Facts, job: Job, host_bytes: int, disk_bytes: int) -> list[str]:
-    """All that the machine lacks for a job, whose estimates are given in bytes. Pure."""
-    found = [problem for order in job.orders for problem in problems(facts, order.recipe)]
-    if host_bytes > facts.host_memory:
-        found.append(
-            f"host memory: {_gb(facts.host_memory)} on {facts.node}, expected at least {_gb(host_bytes)} "
-            f"for {job.model.id!r}; lower calibration.samples, or use a larger machine"
-        )
-    if disk_bytes > facts.disk_free:
-        found.append(
-            f"disk: {_gb(facts.disk_free)} free at {job.workspace} on {facts.node}, expected at least "
-            f"{_gb(disk_bytes)} for {job.model.id!r}; free some, or choose another --out"
-        )
-    return list(dict.fromkeys(found))
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"
 
 
 def _version(distribution: str) -> str | None:

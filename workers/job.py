@@ -132,6 +132,7 @@ class Job(Frozen):
     verification: Verification
     destination: Destination | None
     workspace: str
+    lean: bool = Field(False, description="Compute in the smallest micro-batches: more of them ran out of memory.")
 
     def order(self, recipe: str) -> Order:
         """The order for the recipe of that name."""
@@ -314,7 +315,7 @@ def fingerprint(model: ModelPin, recipe: Recipe, calibration: Calibration | None
     """
     content: dict[str, Any] = {
         "model": {"revision": model.revision, **({} if model.folder else {"id": model.id})},
-        "recipe": recipe.model_dump(mode="json", exclude={"name", "description"}),
+        "recipe": recipe.model_dump(mode="json", exclude={"name", "description", "environment", "labels"}),
         "numerics": NUMERICS_VERSION[recipe.method],
     }
     if recipe.calibrated:

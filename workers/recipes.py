@@ -262,6 +262,17 @@ class RecipeBase(Frozen):
 
     name: str = Field(pattern=SLUG.pattern, max_length=64)
     description: str = ""
+    environment: str | None = Field(
+        None,
+        pattern=SLUG.pattern,
+        max_length=64,
+        description="A prebuilt environment that it's made and verified in (`quantmill env create`).",
+    )
+    labels: dict[str, str] = Field(
+        {},
+        description="What a node has to meet, by Ray's labels, as {ray.io/accelerator-type: H100}: a value, !value, "
+        "in(a,b) or !in(a,b).",
+    )
     ignore: tuple[str, ...] = Field(
         IGNORED_BY_DEFAULT,
         description="Modules left as they are: names, shell patterns, or re:REGEX. The default: head and routers, and "

@@ -67,8 +67,8 @@ def classify(error: BaseException) -> BaseException:
 
 
 def peak_memory() -> PeakMemory:
-    """Peak bytes of this process so far, on the host and on its CUDA device."""
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Peak bytes so far, on the host (this process, and the largest that it started) and on its CUDA device."""
+    host = sum(resource.getrusage(who).ru_maxrss * 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     torch = sys.modules.get("torch")
     device = torch.cuda.max_memory_allocated() if torch is not None and torch.cuda.is_initialized() else 0
     return PeakMemory(host=host, device=device)

@@ -3,6 +3,7 @@
 import pytest
 
 from pipeline import retry
+from pipeline.retry import Again, Choices, How
 from pipeline.shipped import recipe
 from pipeline.steps import JobRun, Step
 from workers import errors
@@ -119,6 +120,24 @@ def test_only_what_can_pass_is_tried_again(name: str) -> None:
         assert len(waits) < 100
     assert bool(waits) == (transient and name != "TransientError")
     assert waits == sorted(waits)
+
+
+def test_memory_that_ran_out_is_never_asked_for_again_in_the_same_way() -> None:
+    failure = Failure(kind="OutOfMemory", message="")
+    history = [("OutOfMemory", How.SAME)]
+    first = retry.decide(failure, history)
+    assert first == Again(0.0, How.ALONE)
+    history.append(("OutOfMemory", How.ALONE))
+    assert retry.decide(failure, history) is None
+    assert retry.decide(failure, history, Choices(larger=True)) == Again(0.0, How.LARGER)
+
+
+def test_a_full_disk_is_left_for_a_roomier_one_once() -> None:
+    failure = Failure(kind="DiskFull", message="")
+    assert retry.decide(failure, [("DiskFull", How.SAME)]) is None
+    assert retry.decide(failure, [("DiskFull", How.SAME)], Choices(roomier=True)) == Again(0.0, How.ROOMIER)
+    history = [("DiskFull", How.SAME), ("WorkerDied", How.SAME)]
+    assert retry.decide(Failure(kind="WorkerDied", message=""), history) == Again(1.0)
 
 
 def test_a_hub_that_asks_to_wait_is_obeyed_within_reason() -> None:

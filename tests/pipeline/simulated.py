@@ -1,0 +1,198 @@
+"""A fleet that only passes time: the driver's own decisions, carried out in virtual seconds.
+
+It refuses what a real cluster couldn't do: more than a node has, or work for a node that is gone.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from pipeline.placement import Claim, Need, Node
+from pipeline.plan import Plan, PlannedArtifact
+from pipeline.scheduler import Driver, Probed
+from pipeline.sizing import Estimate
+from pipeline.sources import Source
+from pipeline.steps import NETWORK_STAGES, Step
+from tests.pipeline.test_decisions import job, made, manifest
+from workers.environment import Device, Facts
+from workers.job import Failure, Job, ModelPin, Stage, StageResult
+
+GIB = 1024**3
+PACKAGES = dict.fromkeys(
+    ("torch", "transformers", "safetensors", "datasets", "huggingface_hub", "greenlet", "accelerate", "bitsandbytes"),
+    "1",
+)
+DIED = Failure(kind="WorkerDied", message="gone")
+
+Seconds = Callable[[Step, Job, Node], float]
+Fails = Callable[[Step, Job, Node, Claim], Failure | None]
+
+
+def node(name: str, cpus: int = 2, gpus: int = 0, gib: int = 1000, **labels: str) -> Node:
+    """A node with so much memory to lend."""
+    return Node(name, cpus, gpus, gib * GIB, {key.replace("_", "/"): value for key, value in labels.items()})
+
+
+@dataclass
+class Used:
+    """What runs on a node."""
+
+    cpus: float = 0.0
+    memory: int = 0
+    cards: Counter[int] = field(default_factory=Counter)
+
+
+class SimulatedFleet:
+    """Nodes, and stages that take as long as ``seconds`` says and end as ``fails`` says."""
+
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        *,
+        seconds: Seconds = lambda step, job, node: 1.0,
+        fails: Fails = lambda step, job, node, claim: None,
+        disk: int = 10**15,
+        card_gib: int = 80,
+    ) -> None:
+        self.alive = {node.id: node for node in nodes}
+        self.now = 0.0
+        self.log: list[tuple[float, str, str, Step]] = []  # time, started or ended, node, step
+        self.claims: dict[Step, Claim] = {}
+        self.most = Counter[tuple[str, Stage]]()
+        self.lean: set[Step] = set()
+        self.disks = defaultdict(lambda: disk)
+        self._card = Device(name="card", capability=(9, 0), memory=card_gib * GIB)
+        self._seconds, self._fails = seconds, fails
+        self._used: defaultdict[str, Used] = defaultdict(Used)
+        self._running = Counter[tuple[str, Stage]]()
+        self._flying: list[tuple[float, int, Step, Job, Node, Claim]] = []
+        self._order = itertools.count()
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+
+    def at(self, when: float, action: Callable[[], None]) -> None:
+        """Do something at a time: a node goes, or comes."""
+        heapq.heappush(self._events, (when, next(self._order), action))
+
+    def vanish(self, name: str) -> None:
+        """A node is gone, with all that runs there."""
+        self.alive.pop(name, None)
+        lost = [entry for entry in self._flying if entry[4].id == name]
+        self._flying = [entry for entry in self._flying if entry[4].id != name]
+        self._flying += [(self.now, *entry[1:]) for entry in lost]
+        heapq.heapify(self._flying)
+
+    def nodes(self) -> list[Node]:
+        return list(self.alive.values())
+
+    def probe(self, nodes: Sequence[Node], environments: Iterable[str | None]) -> Probed:
+        wanted = list(environments)
+        return {node.id: dict.fromkeys(wanted, self._facts(node)) for node in nodes}
+
+    def _facts(self, node: Node) -> Facts:
+        devices = (self._card,) * node.gpus
+        return Facts(
+            node=node.id, python="3", packages=PACKAGES, devices=devices, host_memory=node.memory,
+            disk_free=self.disks[node.id], cpus=node.cpus,
+        )  # fmt: skip
+
+    def start(self, step: Step, of: Job, node: Node, claim: Claim, seconds: float) -> None:
+        self._change(node, claim, 1)
+        self.log.append((self.now, "started", node.id, step))
+        self.claims[step] = claim
+        if claim.alone:
+            self.lean.add(step)
+        self._running[node.id, step.stage] += 1
+        self.most[node.id, step.stage] = max(self.most[node.id, step.stage], self._running[node.id, step.stage])
+        ends = self.now + (self._seconds(step, of, node) if node.id in self.alive else 0.0)
+        heapq.heappush(self._flying, (ends, next(self._order), step, of, node, claim))
+
+    def _change(self, node: Node, claim: Claim, sign: int) -> None:
+        used = self._used[node.id]
+        used.cpus += sign * claim.cpus
+        used.memory += sign * claim.memory
+        if claim.gpus:
+            used.cards[claim.card] += sign * claim.gpus  # type: ignore[assignment]
+        if sign > 0 and not claim.alone:
+            assert used.cpus <= node.cpus + 1e-6, f"{node.id} has {node.cpus} cores, {used.cpus} are taken"
+            assert used.memory <= node.memory, f"{node.id} has {node.memory} bytes, {used.memory} are taken"
+            assert max(used.cards.values(), default=0) <= 1 + 1e-6, f"{node.id}: a card is taken more than once"
+            assert not claim.gpus or claim.card < node.gpus
+
+    def sleep(self, seconds: float) -> None:
+        """Time passes, and nothing ends."""
+        self._pass_to(self.now + seconds)
+
+    def wait(self, seconds: float) -> list[tuple[Step, StageResult]]:
+        ends = self._flying[0][0] if self._flying else self.now + seconds
+        event = self._events[0][0] if self._events else ends
+        self._pass_to(max(self.now, min(ends, event, self.now + seconds)))
+        done = []
+        while self._flying and self._flying[0][0] <= self.now:
+            _, _, step, of, node, claim = heapq.heappop(self._flying)
+            self._change(node, claim, -1)
+            self._running[node.id, step.stage] -= 1
+            self.log.append((self.now, "ended", node.id, step))
+            done.append((step, self._result(step, of, node, claim)))
+        return done
+
+    def _pass_to(self, when: float) -> None:
+        while self._events and self._events[0][0] <= when:
+            self.now, _, action = heapq.heappop(self._events)
+            action()
+        self.now = max(self.now, when)
+
+    def _result(self, step: Step, of: Job, node: Node, claim: Claim) -> StageResult:
+        gone = None if node.id in self.alive else DIED
+        if failure := gone or self._fails(step, of, node, claim):
+            return StageResult(stage=step.stage, recipe=step.recipe, failure=failure)
+        match step.stage:
+            case Stage.FETCH:
+                return StageResult(stage=Stage.FETCH)
+            case Stage.QUANTIZE:
+                return made(*(order.recipe.name for order in of.orders))
+            case Stage.VERIFY:
+                name = step.recipe or ""
+                return StageResult(stage=Stage.VERIFY, recipe=name, manifest=manifest(of, name, accepted=True))
+            case Stage.PUBLISH:
+                return StageResult(stage=Stage.PUBLISH, recipe=step.recipe, commit="c")
+
+    def order_of(self, stage: Stage, what: str = "started") -> list[int]:
+        """The jobs of a stage, in the order in which it was started (or ended)."""
+        return [step.job for _, event, _, step in self.log if event == what and step.stage == stage]
+
+
+def plan_of(sizes: Sequence[Estimate], *recipes: str) -> Plan:
+    """A plan of one job for each estimate, every one under all recipes."""
+    jobs, cells = [], []
+    for index, size in enumerate(sizes):
+        pin = ModelPin(id=f"org/model-{index}", revision="r")
+        jobs.append(job(*recipes).model_copy(update={"model": pin}))
+        cells += [PlannedArtifact(Source(pin, {}, ()), order, size) for order in jobs[-1].orders]
+    return Plan("simulated", tuple(cells), tuple(jobs))
+
+
+def size(work: int = 0, *, host: int = 0, device: int = 0, disk: int = 0) -> Estimate:
+    """An estimate in which quantizing and verifying need the same memory."""
+    need = Need(host, device)
+    return Estimate(0, disk, need, need, pass_work=work)
+
+
+def drive(fleet: SimulatedFleet, plan: Plan) -> Driver:
+    """Run the plan in virtual time."""
+    driver = Driver(fleet, plan, [], clock=lambda: fleet.now, sleep=fleet.sleep)
+    driver.run()
+    return driver
+
+
+def commits(driver: Driver) -> list[str | None]:
+    """What came of every artifact."""
+    return [artifact.commit for run in driver.jobs for artifact in run.artifacts.values()]
+
+
+def computing(step: Step) -> bool:
+    """Whether a step takes a slot."""
+    return step.stage not in NETWORK_STAGES
