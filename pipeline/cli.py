@@ -109,25 +109,74 @@ def report(run_id: str | None, out: Path) -> None:
 
 @main.command()
 @click.argument("recipes", nargs=-1)
+@click.option("--zoo", type=click.Path(path_type=Path), help="Look at the recipes of this zoo file instead.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), help="Where runs would write.")
-def doctor(recipes: tuple[str, ...], out: Path) -> None:
-    """Check this machine against RECIPES, all that are shipped if none is named."""
-    import subprocess
+def doctor(recipes: tuple[str, ...], zoo: Path | None, out: Path) -> None:
+    """Check this machine against RECIPES, all that are shipped if none is named; each in its own environment."""
+    from pipeline import doctor
 
-    from pipeline import shipped
-    from workers.environment import Facts, problems
-
-    # A process of its own, for looking at the devices takes torch.
-    code = f"import pathlib, workers.environment as e; print(e.probe(pathlib.Path({str(out)!r})).model_dump_json())"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    facts = Facts.model_validate_json(answer.stdout.splitlines()[-1])
+    chosen = doctor.recipes(recipes, zoo)
+    facts = doctor.facts(sys.executable, out)
     devices = ", ".join(f"{d.name} ({d.memory / 1e9:.0f} GB)" for d in facts.devices) or "none: the CPU is used"
     click.echo(
         f"{facts.node}: Python {facts.python}, {facts.cpus} cores, {facts.host_memory / 1e9:.1f} GB, GPU: {devices}"
     )
-    found = {name: problems(facts, shipped.recipe(name)) for name in recipes or shipped.recipe_names()}
-    _print_rows([{"recipe": n, "state": "; ".join(p) or "ready"} for n, p in found.items()], ("recipe", "state"))
+    found = doctor.examine(chosen, facts, out)
+    rows = [
+        {"recipe": r.name, "environment": r.environment or "", "state": "; ".join(found[r.name]) or "ready"}
+        for r in chosen
+    ]
+    shown = ("recipe", "environment", "state") if any(r.environment for r in chosen) else ("recipe", "state")
+    _print_rows(rows, shown)
     sys.exit(FAILED if any(found.values()) else 0)
+
+
+@main.group()
+def env() -> None:
+    """Environments that recipes name for want of the driver's packages."""
+
+
+@env.command("create")
+@click.argument("name")
+@click.option(
+    "--from",
+    "source",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="YAML: description and packages of an environment of your own.",
+)
+def env_create(name: str, source: Path | None) -> None:
+    """Build the environment NAME on this machine, unless it stands as it's defined."""
+    from pipeline import environments
+
+    environments.create(name, source, click.echo)
+
+
+@env.command("list")
+def env_list() -> None:
+    """Show the known environments and those that are built here."""
+    from pipeline import environments
+
+    rows = [
+        {
+            "environment": row.name,
+            "state": row.state,
+            "size": f"{row.size / 1e9:.2f} GB" if row.size else "",
+            "where": row.place,
+            "description": row.description,
+        }
+        for row in environments.rows()
+    ]
+    _print_rows(rows, tuple(rows[0]))
+
+
+@env.command("remove")
+@click.argument("name")
+def env_remove(name: str) -> None:
+    """Delete the environment NAME from this machine."""
+    from pipeline import environments
+
+    environments.remove(name, click.echo)
 
 
 @main.command()

@@ -60,7 +60,7 @@ class PlannedArtifact:
 
 @dataclass(frozen=True)
 class Plan:
-    """All cells of a zoo, and the jobs that make the missing ones: one for each model."""
+    """All cells of a zoo, and the jobs that make the missing ones: one for each model and environment."""
 
     zoo: str
     artifacts: tuple[PlannedArtifact, ...]
@@ -272,10 +272,11 @@ def _jobs(
     destination: Destination | None,
     workspace: Path,
 ) -> tuple[Job, ...]:
-    missing: dict[str, list[PlannedArtifact]] = {}
+    missing: dict[tuple[str, str | None], list[PlannedArtifact]] = {}
     for artifact in artifacts:
         if not artifact.skipped:
-            missing.setdefault(artifact.source.pin.id, []).append(artifact)
+            key = artifact.source.pin.id, artifact.order.recipe.environment
+            missing.setdefault(key, []).append(artifact)
     return tuple(
         Job(
             model=group[0].source.pin,

@@ -1,0 +1,61 @@
+"""What this machine lacks for recipes, each judged by the packages of the environment that its stages run in."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline import shipped
+from pipeline import zoo as zoos
+from workers import environment, environments
+from workers.environment import Facts
+from workers.errors import PreflightError, ZooError
+from workers.recipes import Recipe
+
+
+def recipes(names: Sequence[str], zoo: Path | None) -> list[Recipe]:
+    """The shipped recipes of these names, all if there are none; or those of a zoo file.
+
+    Raises:
+        ZooError: an unknown name, a wrong zoo, or a name that the zoo doesn't have.
+    """
+    if zoo is None:
+        return [shipped.recipe(name) for name in names or shipped.recipe_names()]
+    having = {recipe.name: recipe for recipe in zoos.load(zoo).resolved_recipes}
+    if unknown := sorted(set(names) - set(having)):
+        raise ZooError(f"{zoo}: has no recipe {unknown[0]!r}; it has {', '.join(having)}")
+    return [having[name] for name in names or having]
+
+
+def facts(python: str | Path, out: Path) -> Facts:
+    """What a Python of this machine has, as a process of its own finds: looking at the devices takes torch.
+
+    Raises:
+        PreflightError: it doesn't start, or doesn't load quantmill.
+    """
+    code = "import pathlib, sys, workers.environment as e; print(e.probe(pathlib.Path(sys.argv[1])).model_dump_json())"
+    try:
+        answer = subprocess.run([python, "-c", code, str(out)], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise PreflightError(f"{python} doesn't start ({error})") from error
+    if answer.returncode:
+        said = (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
+        raise PreflightError(f"{python} can't run quantmill ({said})")
+    return Facts.model_validate_json(answer.stdout.splitlines()[-1])
+
+
+def examine(chosen: Sequence[Recipe], here: Facts, out: Path) -> dict[str, list[str]]:
+    """All that is missing, by recipe; ``here`` are the facts of this process's own Python."""
+    found: dict[str | None, Facts | str] = {None: here}
+    for name in {recipe.environment for recipe in chosen} - {None}:
+        assert name is not None
+        try:
+            found[name] = facts(environments.interpreter(name), out)
+        except PreflightError as error:
+            found[name] = str(error)
+    return {recipe.name: _problems(found[recipe.environment], recipe) for recipe in chosen}
+
+
+def _problems(found: Facts | str, recipe: Recipe) -> list[str]:
+    return [found] if isinstance(found, str) else environment.problems(found, recipe)

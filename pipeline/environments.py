@@ -1,0 +1,366 @@
+"""Environments for recipes whose packages conflict with the driver's: defined in YAML, built by pip, used by name.
+
+A version is built where it stays (virtual environments can't be moved), in a folder named for the hash of all that
+determines it, and taken into use by one rename of a link. So a build that failed or was killed changes nothing: the
+version before goes on being used, and the half-built folder is made again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import yaml
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.utils import canonicalize_name
+from pydantic import Field, ValidationError, field_validator
+
+from pipeline import shipped
+from pipeline.problems import explain
+from workers import environments
+from workers.content import write_text
+from workers.environments import RECORD, Built
+from workers.errors import PreflightError, ZooError
+from workers.job import canonical_json
+from workers.recipes import Frozen
+
+LOCK_LIST = "requirements.lock"
+LOG = "pip.log"
+BUILT = ".built"
+# A worker's Ray has to be the driver's; its torch is the build that this machine was set up with.
+PINNED = ("ray", "torch")
+
+Say = Callable[[str], object]
+
+
+class Definition(Frozen):
+    """What an environment holds beside quantmill and all that quantmill needs."""
+
+    description: str
+    packages: tuple[str, ...] = Field(min_length=1, description="Requirements, as pip takes them.")
+    python: str | None = Field(None, description="Versions of Python that the packages take, as '>=3.11,<3.13'.")
+    pip: tuple[str, ...] = Field((), description="Further options of pip, as --pre or --extra-index-url=URL.")
+    inherit: bool = Field(
+        False,
+        description="Take what is installed beside this quantmill as it is, and install only what isn't, or is wanted "
+        "in another version. Small and quick; usable as long as that installation stands.",
+    )
+
+    @field_validator("packages")
+    @classmethod
+    def _are_requirements(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for package in value:
+            try:
+                Requirement(package)
+            except InvalidRequirement as error:
+                raise ValueError(f"{package!r} is no requirement ({error}); write it as 'name>=1.2'") from error
+        return value
+
+    @field_validator("python")
+    @classmethod
+    def _is_a_specifier(cls, value: str | None) -> str | None:
+        try:
+            SpecifierSet(value or "")
+        except InvalidSpecifier as error:
+            raise ValueError(f"no version bounds ({error}); write them as '>=3.11,<3.13'") from error
+        return value
+
+
+@dataclass(frozen=True)
+class Row:
+    """What ``quantmill env list`` says of an environment; ``size`` in bytes."""
+
+    name: str
+    state: str
+    description: str
+    place: Path
+    size: int
+
+
+def known() -> list[str]:
+    """Names of the shipped definitions, sorted."""
+    return sorted(path.stem for path in (shipped.configs() / "environments").glob("*.yaml"))
+
+
+def definition(name: str, source: Path | None = None) -> Definition:
+    """The definition of that name: from a file, a shipped one, or the one that the environment was last built from.
+
+    Raises:
+        ZooError: there is none, or it's wrong.
+    """
+    if source is not None:
+        if name in known():
+            raise ZooError(f"--from: {name!r} is shipped with quantmill; choose another name for {str(source)!r}")
+        return _read(source)
+    if name in known():
+        return _read(shipped.configs() / "environments" / f"{name}.yaml")
+    if record := environments.built(name):
+        return Definition.model_validate(record.definition)
+    raise ZooError(
+        f"env: unknown environment, got {name!r}; quantmill knows {', '.join(known())}. Name one of them, or give a "
+        "definition by --from FILE.yaml (description, packages)"
+    )
+
+
+def folder_of(name: str, wanted: Definition) -> Path:
+    """Where the version of an environment lies that a definition makes here, built or not."""
+    return _versions(name) / _record(name, wanted).identity[:16]
+
+
+def create(name: str, source: Path | None = None, say: Say = print) -> Path:
+    """Build an environment, unless it stands as its definition has it now; returns its interpreter.
+
+    Two at the same time wait for one another.
+
+    Raises:
+        ZooError: the definition, or a folder in its place that wasn't made here.
+        PreflightError: pip or the finished environment fails; the message has pip's reasons and the path of its log.
+    """
+    place = environments.folder(name)
+    wanted = definition(name, source)
+    record = _record(name, wanted)
+    if _by_hand(place):
+        raise ZooError(f"env: {str(place)!r} was made by hand; delete it, or choose another name")
+    _check_python(name, wanted)
+    with alone(name, say):
+        version = folder_of(name, wanted)
+        if (version / RECORD).is_file() and place.resolve() == version.resolve():
+            say(f"{name}: stands as it's defined, {place}")
+            return environments.interpreter(name)
+        begun = datetime.now(UTC)
+        if not (version / RECORD).is_file():
+            _build(version, record, wanted, say)
+        _switch(place, version)
+        seconds = (datetime.now(UTC) - begun).total_seconds()
+        say(f"{name}: ready in {seconds:.0f} s, {_size(version) / 1e9:.1f} GB, {place}")
+        for old in _versions(name).iterdir():
+            if old.name != version.name:
+                shutil.rmtree(old)
+    return environments.interpreter(name)
+
+
+def remove(name: str, say: Say = print) -> None:
+    """Delete an environment that ``create`` made, with whatever half-built version there is.
+
+    Raises:
+        ZooError: there is none, or it was made by hand.
+    """
+    place = environments.folder(name)
+    if _by_hand(place):
+        raise ZooError(f"env: {str(place)!r} was made by hand; delete it yourself")
+    if not place.is_symlink() and not _versions(name).exists():
+        raise ZooError(f"env: no environment {name!r} in {str(place.parent)!r}; `quantmill env list` shows all")
+    with alone(name, say):
+        place.unlink(missing_ok=True)
+        if _versions(name).exists():
+            shutil.rmtree(_versions(name))
+    say(f"{name}: removed from {place}")
+
+
+def rows() -> list[Row]:
+    """The known environments and those that lie on this machine, by name."""
+    root = environments.root()
+    here = [path.name for path in root.iterdir() if not path.name.startswith(".")] if root.is_dir() else []
+    half_built = [path.name for path in (root / BUILT).iterdir()] if (root / BUILT).is_dir() else []
+    return [_row(name) for name in sorted({*known(), *here, *half_built})]
+
+
+def _row(name: str) -> Row:
+    place = environments.folder(name)
+    record = environments.built(name)
+    state = "built"
+    if not (place / "bin" / "python").exists():
+        state = "half-built" if _versions(name).exists() else "not built"
+    elif record is None:
+        state = "made by hand"
+    elif record.identity != _record(name, definition(name)).identity:
+        state = "outdated"
+    described = record.definition["description"] if record else definition(name).description if name in known() else ""
+    return Row(name, state, described, place, _size(place.resolve()) if place.exists() else 0)
+
+
+def _read(path: Path) -> Definition:
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ZooError(f"{path}: not a readable YAML file ({error})") from error
+    try:
+        found = Definition.model_validate(raw)
+    except ValidationError as error:
+        raise ZooError(explain(error, str(path))) from error
+    return found
+
+
+def _check_python(name: str, wanted: Definition) -> None:
+    if not SpecifierSet(wanted.python or "").contains(platform.python_version()):
+        raise ZooError(
+            f"environment {name!r}: expected Python {wanted.python}, got {platform.python_version()}, which is this "
+            "process's; Ray demands the same on both sides: run quantmill by such a Python"
+        )
+
+
+def _record(name: str, wanted: Definition) -> Built:
+    packages = {p: v for p in (*PINNED, "quantmill") if (v := environments.version(p))}
+    content = {
+        "definition": wanted.model_dump(mode="json", exclude={"description"}),
+        "python": environments.minor(platform.python_version()),
+        "packages": packages,
+        "beside": sys.prefix if wanted.inherit else None,
+    }
+    return Built(
+        name=name,
+        identity=hashlib.sha256(canonical_json(content).encode()).hexdigest(),
+        definition=wanted.model_dump(mode="json"),
+        python=platform.python_version(),
+        packages=packages,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _by_hand(place: Path) -> bool:
+    """Whether something lies there that isn't a link of ours."""
+    return os.path.lexists(place) and not (place.is_symlink() and place.readlink().parts[0] == BUILT)
+
+
+def _versions(name: str) -> Path:
+    return environments.root() / BUILT / name
+
+
+@contextmanager
+def alone(name: str, say: Say) -> Iterator[None]:
+    """The only process of this machine that changes the environment; the lock ends with the process."""
+    locks = environments.root() / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with (locks / name).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            say(f"{name}: waiting for another process that works on it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _build(folder: Path, record: Built, wanted: Definition, say: Say) -> None:
+    if folder.exists():
+        say(f"{record.name}: an earlier build wasn't finished; building anew")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    have = ", ".join(f"{name} {version}" for name, version in record.packages.items())
+    say(f"{record.name}: Python {record.python}, {have}; in {folder}")
+    venv.EnvBuilder(symlinks=True, with_pip=False).create(folder)
+    site = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)}))
+    if wanted.inherit:
+        # A path, not a site folder: the .pth files there, as of an editable install, aren't followed.
+        (site / "quantmill-beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    own = {canonicalize_name(Requirement(package).name) for package in wanted.packages}
+    pins = {name: pin for name in PINNED if name not in own and (pin := record.packages.get(name))}
+    constraints = folder / "constraints.txt"
+    constraints.write_text("".join(f"{name}=={pin}\n" for name, pin in pins.items()))
+    pip = _Pip(record.name, folder, [f"--constraint={constraints}", *wanted.pip])
+    if not wanted.inherit:
+        # First and alone: in company, a resolver may take another build of torch, of several GB.
+        torch = next((p for p in wanted.packages if canonicalize_name(Requirement(p).name) == "torch"), "torch")
+        say(f"{record.name}: installing {torch}")
+        pip.install(torch)
+    say(f"{record.name}: installing {', '.join(wanted.packages)}, and what quantmill needs")
+    pip.install(*_needs(), *wanted.packages)
+    _copy_quantmill(site)
+    say(f"{record.name}: checking")
+    _check(record.name, folder)
+    write_text(folder / LOCK_LIST, pip.freeze())
+    write_text(folder / RECORD, record.model_dump_json(indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class _Pip:
+    """This process's pip, at work on another environment (which needs none of its own)."""
+
+    name: str
+    folder: Path
+    options: list[str]
+
+    def install(self, *requirements: str) -> None:
+        self._run("install", "--no-input", "--progress-bar=off", *self.options, *requirements)
+
+    def freeze(self) -> str:
+        return self._run("freeze")
+
+    def _run(self, *arguments: str) -> str:
+        python = self.folder / "bin" / "python"
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        log = self.folder / LOG
+        with log.open("a") as file:
+            file.write(f"$ {' '.join(command)}\n{done.stdout}{done.stderr}\n")
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr[-500:]]
+            raise PreflightError(
+                f"environment {self.name!r}: pip {arguments[0]} failed: {' '.join(errors).strip()}; all it said is in "
+                f"{log}; correct the definition, or pip's configuration (index, proxy), and run `quantmill env create "
+                f"{self.name}` again"
+            )
+        return done.stdout
+
+
+def _needs() -> list[str]:
+    """What quantmill itself requires, without its extras."""
+    found = [Requirement(text) for text in _quantmill().requires or []]
+    return [str(r) for r in found if r.marker is None or r.marker.evaluate({"extra": ""})]
+
+
+def _quantmill() -> importlib.metadata.Distribution:
+    try:
+        return importlib.metadata.distribution("quantmill")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise PreflightError("env: quantmill isn't installed, only its code is here; pip install it") from error
+
+
+def _copy_quantmill(site: Path) -> None:
+    """The very quantmill that runs here: an installed wheel's files, or an editable install's path to the checkout."""
+    here = _quantmill()
+    for path in here.files or []:
+        if path.parts[0] != ".." and path.suffix != ".pyc":  # neither the command in bin nor what Python makes itself
+            target = site / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(str(here.locate_file(path)), target)
+
+
+def _check(name: str, folder: Path) -> None:
+    """Whether a worker starts there: Ray, torch and quantmill load, as they do in a stage."""
+    code = "import ray, torch, transformers, workers.run, workers.environment"
+    done = subprocess.run(
+        [folder / "bin" / "python", "-c", code], cwd=folder, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise PreflightError(
+            f"environment {name!r} was installed, but doesn't work: {done.stderr.strip().splitlines()[-1]}; correct "
+            f"its packages, and run `quantmill env create {name}` again"
+        )
+
+
+def _switch(place: Path, version: Path) -> None:
+    """Point the environment's name at a version, by one rename."""
+    link = place.parent / BUILT / f".{place.name}-next"
+    link.unlink(missing_ok=True)
+    link.symlink_to(version.relative_to(place.parent))
+    link.replace(place)
+
+
+def _size(folder: Path) -> int:
+    """Bytes on disk."""
+    found = (os.lstat(Path(top) / name) for top, _, names in os.walk(folder) for name in names)
+    return sum(entry.st_blocks * 512 for entry in found)
