@@ -17,6 +17,7 @@ import time
 import venv
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -269,11 +270,11 @@ def test_following_can_end_before_the_run_and_the_run_by_cancelling(head: RealHe
     unknown = quantmill("logs", "quantmill-none", "--address", head.address)
     assert unknown.returncode == 2
     assert name in unknown.stderr
+    with pytest.raises(TransientError, match="its head was started anew"):
+        submit.follow(Head(head.address), "quantmill-none", print, print)
 
 
-def test_an_answer_that_is_lost_starts_nothing_twice(
-    head: RealHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_answer_that_is_lost_starts_nothing_twice(head: RealHead, tmp_path: Path) -> None:
     zoo = write_zoo(tmp_path / "zoo")
     loaded = zoos.load(zoo)
 
@@ -283,11 +284,25 @@ def test_an_answer_that_is_lost_starts_nothing_twice(
             assert wait_for(lambda: submit.find(self, request["submission_id"]).ended, 30)
             raise TransientError("the line was cut")
 
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     there = submit.submit(Lossy(head.address), loaded, parcel.pack(loaded, zoo), str(tmp_path), "no-such-python")
     assert not there.attached
     found = [job.submission_id for job in submit.submitted(Head(head.address))]
     assert [name for name in found if name and name.startswith(there.name)] == [there.name]
+
+
+def test_many_who_submit_the_same_at_once_start_it_once(head: RealHead, tmp_path: Path) -> None:
+    zoo = write_zoo(tmp_path / "zoo")
+    loaded, waiting = zoos.load(zoo), tmp_path / "waiting"
+    packed = parcel.pack(loaded, zoo)
+    waiting.write_text("#!/bin/sh\nexec sleep 60\n")
+    waiting.chmod(0o755)
+    with ThreadPoolExecutor(6) as pool:
+        asked = (Head(head.address), loaded, packed, str(tmp_path), str(waiting))
+        calls = [pool.submit(submit.submit, *asked) for _ in range(6)]
+        [name] = {call.result().name for call in calls}
+    found = [job for job in Head(head.address).jobs() if (job.submission_id or "").startswith(name)]
+    assert [(job.submission_id, job.ended) for job in found] == [(name, False)]
+    assert submit.exit_code(submit.cancel(Head(head.address), name)) == 130
 
 
 # ------------------------------------------------------------------------------------------- wrong addresses
