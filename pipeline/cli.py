@@ -252,7 +252,7 @@ def env_list() -> None:
         {
             "environment": row.name,
             "state": row.state,
-            "size": f"{row.size / 1e9:.2f} GB" if row.size else "",
+            "size": environments.in_words(row.size) if row.size else "",
             "where": row.place,
             "description": row.description,
         }

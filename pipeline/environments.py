@@ -146,7 +146,7 @@ def create(name: str, source: Path | None = None, say: Say = print) -> Path:
             _build(version, record, wanted, say)
         _switch(place, version)
         seconds = (datetime.now(UTC) - begun).total_seconds()
-        say(f"{name}: ready in {seconds:.0f} s, {_size(version) / 1e9:.1f} GB, {place}")
+        say(f"{name}: ready in {seconds:.0f} s, {in_words(_size(version))}, {place}")
         for old in _versions(name).iterdir():
             if old.name != version.name:
                 shutil.rmtree(old)
@@ -264,8 +264,7 @@ def _build(folder: Path, record: Built, wanted: Definition, say: Say) -> None:
     venv.EnvBuilder(symlinks=True, with_pip=False).create(folder)
     site = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)}))
     if wanted.inherit:
-        # A path, not a site folder: the .pth files there, as of an editable install, aren't followed.
-        (site / "quantmill-beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        (site / "quantmill-beside.pth").write_text("".join(f"{path}\n" for path in _beside()))
     own = {canonicalize_name(Requirement(package).name) for package in wanted.packages}
     pins = {name: pin for name in PINNED if name not in own and (pin := record.packages.get(name))}
     constraints = folder / "constraints.txt"
@@ -316,6 +315,15 @@ class _Pip:
         return done.stdout
 
 
+def _beside() -> list[str]:
+    """Where this Python finds what is installed, also what it borrows itself; not the standard library."""
+    code = "import sys; print(*sys.path, sep=chr(10))"
+    answer = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True).stdout
+    standard = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")}
+    standard |= {path / "lib-dynload" for path in standard}
+    return [line for line in answer.splitlines() if Path(line).is_dir() and Path(line) not in standard]
+
+
 def _needs() -> list[str]:
     """What quantmill itself requires, without its extras."""
     found = [Requirement(text) for text in _quantmill().requires or []]
@@ -358,6 +366,11 @@ def _switch(place: Path, version: Path) -> None:
     link.unlink(missing_ok=True)
     link.symlink_to(version.relative_to(place.parent))
     link.replace(place)
+
+
+def in_words(size: int) -> str:
+    """Bytes as people read them."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _size(folder: Path) -> int:
