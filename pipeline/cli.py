@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pipeline.zoo import Zoo
 
 WRONG, FAILED, INTERRUPTED = 2, 1, 130
+LOST = 75  # EX_TEMPFAIL: what became of a submitted run isn't known; to be tried again
 
 ZOO = click.argument("zoo", type=click.Path(path_type=Path))
 OUT = click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs"), show_default=True)
@@ -120,7 +121,7 @@ def submit(zoo: Path, address: str, out: str, follow: bool, shared: tuple[Path, 
         there = submit.submit(head, loaded, packed, out, python)
     except TransientError as error:
         click.echo(f"quantmill: {error}", err=True)
-        sys.exit(FAILED)
+        sys.exit(LOST)
     if there.attached:
         click.echo(f"{there.name} is at work already; nothing new was started")
     else:
@@ -163,7 +164,7 @@ def cancel(submitted: str, address: str) -> None:
         click.echo(submit.ending(submit.cancel(head, submitted)))
     except TransientError as error:
         click.echo(f"quantmill: {error}", err=True)
-        sys.exit(FAILED)
+        sys.exit(LOST)
 
 
 @main.command()
@@ -423,7 +424,7 @@ def _follow(head: Head, submitted: str) -> NoReturn:
     except TransientError as error:
         tell(str(error))
         tell(f"follow it again: quantmill logs {submitted} --address {head.address} --follow")
-        sys.exit(FAILED)
+        sys.exit(LOST)
     except KeyboardInterrupt:
         tell(f"{submitted} goes on; follow it again: quantmill logs {submitted} --address {head.address} --follow")
         tell(f"or cancel it: quantmill cancel {submitted} --address {head.address}")

@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from pipeline import parcel, ray_jobs, submit
 from pipeline import zoo as zoos
+from pipeline.cli import main
 from pipeline.ray_jobs import Head, RayJob
 from tests.pipeline.runs import MARK, MODELS, ROOT, TEXT, marked_processes, wait_for
 from workers.errors import TransientError, ZooError
@@ -316,12 +318,13 @@ class Stranger(BaseHTTPRequestHandler):
         kind = self.path.split("/")[1]
         if kind == "slow":
             time.sleep(3)
-        codes = {"redirect": 302, "locked": 401, "other": 200, "failing": 500}
-        self.send_response(codes.get(kind, 404))
+        codes = {"redirect": 302, "locked": 401, "other": 200, "failing": 500, "ray": 500}
+        version = self.path == "/ray/api/version"
+        self.send_response(200 if version else codes.get(kind, 404))
         if kind == "redirect":
             self.send_header("Location", f"http://127.0.0.1:{self.server.server_port}/other/")  # type: ignore[attr-defined]
         self.end_headers()
-        self.wfile.write(b"{}")
+        self.wfile.write(b'{"ray_version": "2.60.0"}' if version else b"{}")
 
     def log_message(self, format: str, *arguments: object) -> None:
         """Quiet."""
@@ -527,6 +530,18 @@ def test_following_gives_up_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
         submit.follow(Head(f"http://127.0.0.1:{port}", 0.5), "q", print, told.append)
     assert len(told) == 1
     assert "trying again" in told[0]
+
+
+def test_a_head_that_fails_to_take_a_run_is_to_be_asked_again(
+    stranger: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submit, "POLL_SECONDS", 0.01)
+    address = f"http://127.0.0.1:{stranger.server_port}/ray"
+    done = CliRunner().invoke(main, ["submit", str(write_zoo(tmp_path)), "--address", address])
+    assert done.exit_code == 75
+    assert "answered 500" in done.output
+    assert "it starts nothing twice" in done.output
+    assert len(stranger.seen) == 1 + submit.ATTEMPTS  # type: ignore[attr-defined]
 
 
 def test_no_request_waits_longer_than_its_deadline() -> None:
