@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from pipeline.leases import Leases, LeaseTable
 from pipeline.placement import Claim, Node
 from pipeline.steps import NETWORK_STAGES, Step
 from workers.environment import Facts, host_memory
-from workers.errors import OutOfMemory, QuantmillError, WorkerDied, ZooError
+from workers.errors import OutOfMemory, PreflightError, QuantmillError, WorkerDied, ZooError
 from workers.job import Failure, Job, Stage, StageResult
 from workers.pace import LocalPace
 
@@ -28,6 +30,7 @@ class Cluster:
         self._ray = ray
         self._workspace = workspace
         self._flying: dict[Any, Step] = {}
+        self._interpreters: dict[tuple[str, str], str] = {}  # by node and environment
         self._pace: Any = None
         try:
             ray.init(
@@ -65,21 +68,41 @@ class Cluster:
             if node["Alive"] and (have := node["Resources"])
         ]
 
-    def probe(self, nodes: Sequence[Node], environments: Iterable[str | None]) -> dict[str, dict[str | None, Facts]]:
-        """What each node has, by node id and environment; what doesn't answer, or isn't built, is left out."""
-        task = self._ray.remote(max_calls=1, max_retries=0)(_probe)
-        calls = {
-            (node.id, environment): task.options(num_cpus=0, **_pinned(node.id), **_inside(environment)).remote(
-                str(self._workspace), node.gpus > 0
-            )
-            for node in nodes
-            for environment in environments
-        }
-        facts: dict[str, dict[str | None, Facts]] = {}
+    def probe(
+        self, nodes: Sequence[Node], environments: Iterable[str | None]
+    ) -> dict[str, dict[str | None, Facts | str]]:
+        """What each node has in each environment, or why it can't be used; nodes that don't answer are left out."""
+        named = [environment for environment in environments if environment is not None]
+        found: dict[str, dict[str | None, Facts | str]] = {}
+        calls: dict[tuple[str, str | None], Any] = {(node.id, None): self._look(node, None) for node in nodes}
+        if named:
+            # Ray tries a Python that doesn't start for minutes: what isn't there is told before it's asked for.
+            task = self._ray.remote(max_calls=1, max_retries=0)(_interpreters)
+            asked = [(node, task.options(num_cpus=0, **_pinned(node.id)).remote(named)) for node in nodes]
+            for node, call in asked:
+                with suppress(self._ray.exceptions.RayError):
+                    paths, problems = self._ray.get(call)
+                    found[node.id] = dict(problems)
+                    self._interpreters |= {(node.id, name): path for name, path in paths.items()}
+                    calls |= {(node.id, name): self._look(node, name) for name in paths}
         for (node_id, environment), call in calls.items():
-            with suppress(self._ray.exceptions.RayError):
-                facts.setdefault(node_id, {})[environment] = Facts.model_validate_json(self._ray.get(call))
-        return facts
+            try:
+                found.setdefault(node_id, {})[environment] = Facts.model_validate_json(self._ray.get(call))
+            except self._ray.exceptions.RayError as error:
+                if environment is not None:
+                    found[node_id][environment] = _does_not_start(environment, error)
+        return found
+
+    def _look(self, node: Node, environment: str | None) -> Any:
+        task = self._ray.remote(max_calls=1, max_retries=0)(_probe)
+        options = {"num_cpus": 0, **_pinned(node.id), **self._inside(node, environment)}
+        return task.options(**options).remote(str(self._workspace), node.gpus > 0)
+
+    def _inside(self, node: Node, environment: str | None) -> dict[str, Any]:
+        """Options of a task that runs in a prebuilt environment of its node."""
+        if environment is None:
+            return {}
+        return {"runtime_env": {"py_executable": shlex.quote(self._interpreters[node.id, environment])}}
 
     def start(self, step: Step, job: Job, node: Node, claim: Claim, seconds: float) -> None:
         """Start a stage on a node, which ends it after so long; its process ends with it, Ray never repeats it."""
@@ -94,11 +117,17 @@ class Cluster:
             num_gpus=claim.gpus,
             memory=claim.memory if node.memory else None,
             **_pinned(node.id),
-            **_inside(job.orders[0].recipe.environment if computing else None),
+            **self._inside(node, job.orders[0].recipe.environment if computing else None),
         )
         told = job.model_copy(update={"lean": True}) if claim.alone else job
         sent = told.model_dump_json(), step.stage.value, step.recipe
         self._flying[call.remote(*sent, self._pace, seconds, node.cpus_per_stage if computing else 1)] = step
+
+    def leases(self) -> Leases:
+        """The leases of all drivers of this cluster: an actor that outlives each of them."""
+        table = self._ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(LeaseTable)
+        options = {"name": "quantmill-leases", "namespace": "quantmill", "lifetime": "detached", "get_if_exists": True}
+        return _SharedLeases(table.options(**options).remote())
 
     def wait(self, seconds: float) -> list[tuple[Step, StageResult]]:
         """The steps that ended, waiting for the first at most so long."""
@@ -116,6 +145,9 @@ class Cluster:
             failure = Failure(kind=OutOfMemory.__name__, message=message, traceback=str(error))
         except exceptions.RayTaskError as error:
             failure = Failure(kind=type(error.cause).__name__, message=str(error.cause), traceback=str(error))
+        except exceptions.RaySystemError as error:
+            kind = PreflightError if "startup worker" in str(error) else WorkerDied
+            failure = Failure(kind=kind.__name__, message=f"{step.stage}: {str(error).strip().splitlines()[0]}")
         except exceptions.RayError as error:
             reason = str(error).strip().splitlines()[0]
             failure = Failure(kind=WorkerDied.__name__, message=f"{step.stage}: the worker died ({reason})")
@@ -140,13 +172,18 @@ def _whole_machine() -> dict[str, Any]:
     return {"object_store_memory": store, "_memory": max(host_memory() - store, 1)}
 
 
-def _inside(environment: str | None) -> dict[str, Any]:
-    """Options of a task that runs in a prebuilt environment."""
-    if environment is None:
-        return {}
-    from workers.environments import interpreter
+def _interpreters(names: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    from workers.environments import interpreters
 
-    return {"runtime_env": {"py_executable": str(interpreter(environment))}}
+    return interpreters(names)
+
+
+def _does_not_start(environment: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0]
+    return (
+        f"environment {environment!r} doesn't start ({reason}); run `quantmill env remove {environment}` there, and "
+        f"`quantmill env create {environment}`"
+    )
 
 
 def _pinned(node_id: str) -> dict[str, Any]:
@@ -159,6 +196,23 @@ def _probe(workspace: str, with_devices: bool) -> str:
     from workers.environment import probe
 
     return probe(Path(workspace), with_devices).model_dump_json()
+
+
+class _SharedLeases:
+    """The leases that an actor keeps, as a driver asks for them."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def take(self, owner: str, keys: Sequence[str]) -> bool:
+        """As ``Leases`` says."""
+        import ray
+
+        return bool(ray.get(self._actor.take.remote(owner, keys)))
+
+    def drop(self, owner: str, keys: Sequence[str]) -> None:
+        """As ``Leases`` says; nobody waits for it."""
+        self._actor.drop.remote(owner, keys)
 
 
 class _SharedPace:

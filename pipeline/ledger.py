@@ -46,7 +46,6 @@ class Ledger:
         out.mkdir(parents=True, exist_ok=True)
         self._connection = sqlite3.connect(out / "ledger.sqlite", timeout=30)
         self._connection.row_factory = sqlite3.Row
-        self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.executescript(SCHEMA)
 
     def __enter__(self) -> Self:

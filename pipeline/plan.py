@@ -254,6 +254,16 @@ def _published(endpoint: str, order: Order) -> Standing | None:
     return destinations.standing(endpoint, order.repo_id or "", order.fingerprint)
 
 
+def standing(job: Job, order: Order) -> Standing | None:
+    """What makes an order of a job superfluous by now; None also while the Hub doesn't answer."""
+    if job.destination is None:
+        return _local(order, Path(job.workspace), job.verification)
+    try:
+        return _published(job.destination.endpoint, order)
+    except HubUnavailable:
+        return None
+
+
 def _local(order: Order, workspace: Path, verification: Verification) -> Standing | None:
     """The artifact in the workspace, if it passed today's gates on today's text."""
     try:

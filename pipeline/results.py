@@ -167,6 +167,8 @@ def _artifact(cell: PlannedArtifact, job: JobRun | None, run: ArtifactRun | None
 def _status(cell: PlannedArtifact, job: JobRun | None, run: ArtifactRun) -> tuple[Status, str | None]:
     if cell.skipped:
         return "skipped", cell.reason
+    if run.elsewhere:
+        return "skipped", "made by another run meanwhile"
     if run.failure is not None:
         return "failed", " ".join(run.failure.message.split())
     if run.manifest is not None and not run.manifest.verdict.accepted:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from pipeline.demand import demands
+from pipeline.leases import ASK_SECONDS, RENEW_SECONDS, Holder
 from pipeline.placement import Claim, Node, Room, gigabytes, lacking, unmatched
 from pipeline.plan import Plan
 from pipeline.retry import Again, Choices, How, decide
@@ -40,7 +41,7 @@ LOOK_AHEAD = 64
 URGENCY = {Stage.PUBLISH: 1, Stage.VERIFY: 2, Stage.QUANTIZE: 3, Stage.FETCH: 4}
 
 Key = tuple[int, Stage, str | None]
-Probed = dict[str, dict[str | None, Facts]]
+Probed = dict[str, dict[str | None, Facts | str]]
 
 
 class Watcher(Protocol):
@@ -60,7 +61,10 @@ class Fleet(Protocol):
         """The nodes that are alive now."""
 
     def probe(self, nodes: Sequence[Node], environments: Iterable[str | None]) -> Probed:
-        """What each node has, by node id and environment; what doesn't answer is left out."""
+        """What each node has, by node id and environment, or why that can't be used; None is the driver's own.
+
+        Nodes that don't answer are left out.
+        """
 
     def start(self, step: Step, job: Job, node: Node, claim: Claim, seconds: float) -> None:
         """Start a step, which is ended after so many seconds."""
@@ -74,7 +78,7 @@ class Site:
     """A node, what is placed there, and what is ready to start."""
 
     room: Room
-    facts: dict[str | None, Facts]
+    facts: dict[str | None, Facts | str]
     kind: int
     load: int = 0
     backlog: set[int] = field(default_factory=set)  # jobs that haven't begun to compute
@@ -93,10 +97,13 @@ class Site:
         return len(self.backlog) < self.room.node.slots
 
 
-def _kind(room: Room, facts: dict[str | None, Facts]) -> object:
+def _kind(room: Room, facts: dict[str | None, Facts | str]) -> object:
     """What a node has in common with those that the same jobs fit."""
     node = room.node
-    packages = tuple((name, tuple(sorted(found.packages.items()))) for name, found in facts.items())
+    packages = tuple(
+        (name, found if isinstance(found, str) else tuple(sorted(found.packages.items())))
+        for name, found in sorted(facts.items(), key=str)
+    )
     labels = tuple(sorted(entry for entry in node.labels.items() if entry[0] != "ray.io/node-id"))
     return node.cpus, node.gpus, room.host_memory >> 28, room.facts.devices, labels, packages
 
@@ -110,6 +117,16 @@ class Flight:
     how: How
 
 
+@dataclass(frozen=True)
+class Pulse:
+    """How a run goes at this moment."""
+
+    queued: int
+    running: dict[Stage, int]
+    gpus: int
+    busy_gpus: float
+
+
 class Driver:
     """Runs a plan's jobs on a cluster."""
 
@@ -120,12 +137,15 @@ class Driver:
         watchers: Sequence[Watcher],
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
+        holder: Holder | None = None,
     ) -> None:
         self.jobs = [JobRun(index, job) for index, job in enumerate(plan.jobs)]
         self._demands = demands(plan)
         self._fleet = fleet
-        self._watchers = watchers
+        self.watchers = list(watchers)
         self._clock, self._sleep = clock, sleep
+        self._holder, self._renewed = holder, 0.0
+        self._held_elsewhere: list[tuple[float, int]] = []  # when to ask again, job
         self._sites: dict[str, Site] = {}
         self._kinds: dict[object, int] = {}
         self._members: dict[int, list[str]] = {}
@@ -155,8 +175,9 @@ class Driver:
             if self._flying:
                 for step, result in self._fleet.wait(POLL_SECONDS):
                     self._land(step, result)
-            elif self._delayed:
-                self._sleep(max(0.0, min(self._delayed[0][0] - self._clock(), POLL_SECONDS)))
+            elif self._delayed or self._held_elsewhere:
+                due = [entry[0] for entry in self._delayed[:1]] + [when for when, _ in self._held_elsewhere[:1]]
+                self._sleep(max(0.0, min(min(due) - self._clock(), POLL_SECONDS)))
             elif self._queued:
                 self._refuse_rest()
             else:
@@ -164,10 +185,38 @@ class Driver:
             if self._queued and self._clock() - self._surveyed > SURVEY_SECONDS:
                 self._survey()
 
+    def pulse(self) -> Pulse:
+        """How the run goes now."""
+        return Pulse(
+            queued=len(self._queued) + len(self._held_elsewhere),
+            running=dict(Counter(step.stage for step in self._flying)),
+            gpus=sum(site.room.node.gpus for site in self._sites.values()),
+            busy_gpus=sum(flight.claim.gpus for flight in self._flying.values()),
+        )
+
     def _wake(self) -> None:
         while self._delayed and self._delayed[0][0] <= self._clock():
             _, _, step, how = heapq.heappop(self._delayed)
             self._make_ready(step, how)
+        if self._holder is None:
+            return
+        if self._clock() - self._renewed > RENEW_SECONDS:
+            self._renewed = self._clock()
+            self._holder.renew()
+        while self._held_elsewhere and self._held_elsewhere[0][0] <= self._clock():
+            self._ask_again(self._holder, self.jobs[heapq.heappop(self._held_elsewhere)[1]])
+
+    def _ask_again(self, holder: Holder, run: JobRun) -> None:
+        """A job that another driver was at: what it made needn't be made, the rest is asked for again."""
+        if not holder.hold(run.index, run.job):
+            heapq.heappush(self._held_elsewhere, (self._clock() + ASK_SECONDS, run.index))
+            return
+        run.made_elsewhere(holder.made(run.job))
+        if run.job.orders:
+            self._offer(run.index)
+            self._stirred |= set(self._sites)
+        else:
+            holder.let_go(run.index)
 
     def _fill(self) -> None:
         """Give work to the nodes where something changed, until nothing more fits."""
@@ -196,8 +245,8 @@ class Driver:
         if new:
             wanted = sorted({None, *(_environment(run.job) for run in self.jobs)}, key=str)
             for name, facts in self._fleet.probe(new, wanted).items():
-                if None in facts:
-                    room = Room(nodes[name], facts[None])
+                if isinstance(own := facts.get(None), Facts):
+                    room = Room(nodes[name], own)
                     kind = self._kinds.setdefault(_kind(room, facts), len(self._kinds))
                     self._sites[name] = Site(room, facts, kind)
         before, self._members = set(self._members), {}
@@ -225,10 +274,9 @@ class Driver:
     def _problems(self, index: int, site: Site) -> list[str]:
         """All that the site lacks for a job, whatever else runs there."""
         job, demand, room = self.jobs[index].job, self._demands[index], site.room
-        environment, node = _environment(job), room.facts.node
-        facts = site.facts.get(environment)
-        if facts is None:
-            return [f"environment {environment!r} isn't there on {node}; run `quantmill env create {environment}`"]
+        node, facts = room.facts.node, site.facts.get(_environment(job), "no answer")
+        if isinstance(facts, str):
+            return [f"{node}: {facts}"]
         found = [line for order in job.orders for line in self._lacks_for(site, order.recipe, facts)]
         found += lacking(room, demand.largest, demand.disk, f"{job.model.id!r}")
         how, outgrown = self._outgrown.get(index, (How.SAME, room))
@@ -272,6 +320,9 @@ class Driver:
 
     def _place(self, run: JobRun, name: str) -> None:
         self._queued.discard(run.index)
+        if self._holder and not self._holder.hold(run.index, run.job):
+            heapq.heappush(self._held_elsewhere, (self._clock() + ASK_SECONDS, run.index))
+            return
         site, demand = self._sites[name], self._demands[run.index]
         run.node = name
         site.backlog.add(run.index)
@@ -374,7 +425,7 @@ class Driver:
         work = demand.pass_work + demand.own_work if step.stage == Stage.QUANTIZE else demand.own_work
         seconds = deadline_seconds(step.stage, demand.source_bytes, work, node.cpus_per_stage, node.gpus)
         self._fleet.start(step, run.job, node, claim, seconds)
-        for watcher in self._watchers:
+        for watcher in self.watchers:
             watcher.started(run.job, step, self._attempts[_key(step)])
 
     # ------------------------------------------------------------------------------------ what came of it
@@ -391,7 +442,7 @@ class Driver:
         if step.generation != run.generation:
             return
         again = self._again(step, result.failure, flight) if result.failure else None
-        for watcher in self._watchers:
+        for watcher in self.watchers:
             watcher.ended(run.job, step, attempts, result, again.seconds if again else None)
         if again is not None:
             self._repeat(run, step, again)
@@ -402,6 +453,11 @@ class Driver:
             self._make_ready(later, How.SAME)
         if not self._open[run.index]:
             self._unplace(run)
+            self._let_go(run)
+
+    def _let_go(self, run: JobRun) -> None:
+        if self._holder:
+            self._holder.let_go(run.index)
 
     def _again(self, step: Step, failure: Failure, flight: Flight) -> Again | None:
         history = self._failed[_key(step)]
@@ -456,10 +512,11 @@ class Driver:
 
     def _fail(self, run: JobRun, failure: Failure) -> None:
         result = StageResult(stage=Stage.FETCH, failure=failure)
-        for watcher in self._watchers:
+        for watcher in self.watchers:
             watcher.ended(run.job, run.first(), 1, result, None)
         run.node = ""
         run.follow(run.first(), result, 1)
+        self._let_go(run)
 
 
 def _key(step: Step) -> Key:

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from pipeline import plan as planning
 from pipeline import results as contract
 from pipeline.collecting import collect
+from pipeline.leases import Holder, new_owner, of_this_machine
 from pipeline.ledger import Attempt, Ledger, now
 from pipeline.logbook import Logbook
 from pipeline.plan import Plan
@@ -27,6 +29,9 @@ from workers import hub
 from workers.content import write_text
 from workers.errors import ZooError
 from workers.job import Job, StageResult
+
+if TYPE_CHECKING:
+    from pipeline.cluster import Cluster
 
 LOOPBACK = "loopback"
 RESULTS = "results.json"
@@ -108,13 +113,16 @@ def run(plan: Plan, out: Path, address: str | None, watchers: Sequence[Watcher])
         jobs, interrupted = [], False
         if plan.jobs:
             from pipeline.cluster import Cluster
+            from pipeline.metrics import Metrics
 
-            stack.enter_context(_terminable())
             try:
-                with Cluster(address, out.resolve()) as cluster:
+                # Ray puts a handler of its own in place of ours.
+                with Cluster(address, out.resolve()) as cluster, _terminable():
                     folder.mkdir(parents=True)
                     log = stack.enter_context(closing(Logbook(folder, run_id)))
-                    driver = Driver(cluster, plan, [LedgerWatcher(ledger, run_id), log, *watchers])
+                    entered: list[Watcher] = [LedgerWatcher(ledger, run_id), log, *watchers]
+                    driver = Driver(cluster, plan, entered, holder=_holder(cluster, address, run_id))
+                    driver.watchers.append(Metrics(plan.zoo, driver.pulse))
                     jobs = driver.jobs
                     driver.run()
             except KeyboardInterrupt:
@@ -126,6 +134,11 @@ def run(plan: Plan, out: Path, address: str | None, watchers: Sequence[Watcher])
     write_report(folder)
     problem = None if interrupted else _collect(plan, made)
     return Finished(made, folder / RESULTS, folder / REPORT, interrupted, problem)
+
+
+def _holder(cluster: Cluster, address: str | None, run_id: str) -> Holder:
+    """Leases of all drivers that could be at the same: those of the cluster, or of this machine."""
+    return Holder(cluster.leases() if address else of_this_machine(), new_owner(run_id), planning.standing)
 
 
 def _collect(plan: Plan, made: contract.Results) -> str | None:

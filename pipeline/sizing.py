@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from pipeline.placement import Need
@@ -17,8 +19,23 @@ from workers.job import Calibration, Stage, Verification
 from workers.recipes import BitsAndBytesRecipe, FourBitFloatScheme, Recipe
 
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")
-# A process with torch, transformers and their CPU kernels loaded; measured 0.6 GB, with room for allocators.
-RUNTIME_BYTES = 1_000_000_000
+# A process with torch and transformers, and the second one that checks the runtime; measured 0.5 to 0.65 GB each.
+RUNTIME_BYTES, LOADER_BYTES = 700_000_000, 700_000_000
+# The same on a card: the CUDA context and kernels. Not measured yet.
+DEVICE_BYTES = 1_000_000_000
+# Bytes for each weight of the largest layer: as it was read, the next one, the model's float32 and a method's own.
+LAYER_BYTES = 12
+# Bytes for each logit of a sequence: both models' and their logarithms.
+LOGITS_BYTES = 16
+# What a micro-batch holds at most (workers.reference.MICRO_BATCH_TOKENS, which this side can't import).
+MICRO_BATCH_TOKENS = 4096
+# What a model's config says of its sizes.
+CONFIG = ("model_type", "hidden_size", "n_embd", "vocab_size", "num_attention_heads", "n_head")
+# Projections that lead out of their module have an input of their own.
+OUTWARD = re.compile(r"^(o|out|down|c|dense|fc2|w2|wo)(_proj|_lin|_4h_to_h)?$|^dense|^fc_?out")
+EXPERT_ONE = re.compile(r"experts\.(?!0\.)\d+\.")
+# A pattern that may mean some layers and not others.
+ONE_LAYER = re.compile(r"\d\\?\.|\[|\.\d|^re:")
 # What a shard holds at most (workers.shards.MAX_SHARD_BYTES, which this side can't import).
 SHARD_BYTES = 2_000_000_000
 # Below these a stage isn't slow, it hangs: a tenth or less of what was ever measured.
@@ -57,22 +74,41 @@ class Estimate:
 
 def estimate(source: Source, recipe: Recipe, calibration: Calibration | None, verification: Verification) -> Estimate:
     """Sizes for one model under one recipe; zeros for a pickled checkpoint, whose headers can't be read."""
-    artifact = sum(_stored_bytes(tensor, source, recipe) for tensor in source.tensors)
-    making = _peak_bytes(source, recipe, calibration, verification)
-    # The runtime check loads the whole model as its users do, in float32 on a CPU, beside the verifying process.
-    loaded = RUNTIME_BYTES + sum(4 * tensor.numel for tensor in source.tensors)
-    verifying = loaded + _peak_bytes(source, recipe, None, verification)
+    shape = shape_of(source)
+    artifact = sum(count * _stored_bytes(tensor, source, recipe) for tensor, count in _tensors(shape, recipe))
+    calibrated = _calibration_tokens(recipe, calibration)
+    hidden = 4 * _size(source, "hidden_size", "n_embd")
     return Estimate(
-        source_bytes=sum(t.bytes for t in source.tensors),
+        source_bytes=shape.bytes,
         artifact_bytes=artifact,
-        quantize=Need(making),
-        verify=Need(verifying),
+        quantize=_quantizing(source, shape, recipe, calibration, verification),
+        verify=_verifying(source, shape, verification),
         # A shard is written from its spool; the state of a pass beside the one before it.
         spool_bytes=min(artifact, SHARD_BYTES),
-        state_bytes=2 * _hidden_bytes(source, recipe, calibration, verification),
-        pass_work=_weights(source) * (verification.tokens + _calibration_tokens(recipe, calibration)),
-        own_work=_weights(source) * verification.tokens,
+        state_bytes=2 * hidden * (verification.tokens + calibrated),
+        pass_work=shape.weights * (verification.tokens + calibrated),
+        own_work=shape.weights * verification.tokens,
     )
+
+
+class Estimates:
+    """Estimates for a plan; models of the same shape, such as finetunes, are estimated once."""
+
+    def __init__(self, calibration: Calibration | None, verification: Verification) -> None:
+        self._calibration, self._verification = calibration, verification
+        self._known: dict[tuple[object, ...], Estimate] = {}
+
+    def of(self, source: Source, recipe: Recipe) -> Estimate:
+        """As ``estimate`` says."""
+        key = (*alike(source), recipe.name)
+        if key not in self._known:
+            self._known[key] = estimate(source, recipe, self._calibration, self._verification)
+        return self._known[key]
+
+
+def alike(source: Source) -> tuple[object, ...]:
+    """What sources have in common that are sized, and fit recipes, alike; tensors have to be the same object."""
+    return id(source.tensors), *(str(source.config.get(name)) for name in CONFIG)
 
 
 def deadline_seconds(stage: Stage, source_bytes: int, work: int, cpus: int, gpus: int) -> float:
@@ -82,18 +118,12 @@ def deadline_seconds(stage: Stage, source_bytes: int, work: int, cpus: int, gpus
     return STARTING_SECONDS + work / (CRAWLING_ON_A_GPU if gpus else CRAWLING_ON_A_CORE * cpus)
 
 
-def _weights(source: Source) -> int:
-    return sum(tensor.numel for tensor in source.tensors)
-
-
 def _calibration_tokens(recipe: Recipe, calibration: Calibration | None) -> int:
     return calibration.samples * calibration.sequence_length if calibration and recipe.calibrated else 0
 
 
-def _hidden_bytes(source: Source, recipe: Recipe, calibration: Calibration | None, verification: Verification) -> int:
-    """Hidden states of all tokens, float32."""
-    hidden = int(source.config.get("hidden_size") or source.config.get("n_embd") or 0)
-    return 4 * hidden * (verification.tokens + _calibration_tokens(recipe, calibration))
+def _size(source: Source, *names: str) -> int:
+    return next((int(value) for name in names if isinstance(value := source.config.get(name), int)), 0)
 
 
 def quantizable(tensor: TensorHeader, recipe: Recipe) -> bool:
@@ -125,22 +155,124 @@ def _stored_bytes(tensor: TensorHeader, source: Source, recipe: Recipe) -> int:
     return round(tensor.numel * scheme.bits_per_weight / 8) + scales
 
 
-def _peak_bytes(source: Source, recipe: Recipe, calibration: Calibration | None, verification: Verification) -> int:
-    """Peak of one streaming process: all outside the layers and one layer in float32, its Hessians, hidden states."""
-    layers: dict[str, int] = defaultdict(int)
-    outside = 0
-    hessians: dict[str, int] = defaultdict(int)
-    for tensor in source.tensors:
+@dataclass(frozen=True)
+class Shape:
+    """The tensors of a checkpoint, with layers that are alike counted instead of repeated."""
+
+    outside: tuple[TensorHeader, ...]
+    layers: tuple[tuple[tuple[TensorHeader, ...], int], ...]  # one of each kind, and how many there are
+    every: tuple[TensorHeader, ...]
+    bytes: int
+    weights: int
+
+
+@lru_cache(maxsize=4096)
+def _shape(tensors: _Same) -> Shape:
+    outside: list[TensorHeader] = []
+    layers: dict[str, list[TensorHeader]] = defaultdict(list)
+    for tensor in tensors.tensors:
         match = LAYER.search(tensor.name)
         if match is None:
-            outside += 4 * tensor.numel
-            continue
-        layers[match.group(1)] += 4 * tensor.numel
-        if recipe.calibrated and quantizable(tensor, recipe):
-            hessians[match.group(1)] += 4 * in_features(tensor, source.config) ** 2
-    hidden = _hidden_bytes(source, recipe, calibration, verification)
-    logits = 4 * int(source.config.get("vocab_size") or 0) * verification.sequence_length
-    # A layer as it was read, the one that is read ahead, the model's own copy and a method's; two times the Hessians,
-    # for their factors.
-    largest = 4 * max(layers.values(), default=0) + 2 * max(hessians.values(), default=0)
-    return RUNTIME_BYTES + outside + largest + 2 * hidden + 4 * logits
+            outside.append(tensor)
+        else:
+            layers[match.group(1)].append(tensor)
+    kinds: dict[tuple[tuple[str, tuple[int, ...], str], ...], list[tuple[TensorHeader, ...]]] = defaultdict(list)
+    for layer in layers.values():
+        # The name after the layer's number tells them apart.
+        signature = sorted((LAYER.split(t.name, maxsplit=1)[-1], t.shape, t.dtype) for t in layer)
+        kinds[tuple(signature)].append(tuple(layer))
+    return Shape(
+        outside=tuple(outside),
+        layers=tuple((found[0], len(found)) for found in kinds.values()),
+        every=tensors.tensors,
+        bytes=sum(tensor.bytes for tensor in tensors.tensors),
+        weights=sum(tensor.numel for tensor in tensors.tensors),
+    )
+
+
+@dataclass(frozen=True)
+class _Same:
+    """Tensors that are told apart by being the same object: a model has hundreds."""
+
+    tensors: tuple[TensorHeader, ...]
+
+    def __hash__(self) -> int:
+        return id(self.tensors)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.tensors is self.tensors
+
+
+def shape_of(source: Source) -> Shape:
+    """The shape of a model's checkpoint."""
+    return _shape(_Same(source.tensors))
+
+
+def _tensors(shape: Shape, recipe: Recipe) -> Iterable[tuple[TensorHeader, int]]:
+    """Tensors and how many of each there are; all of them where a recipe's patterns may name single layers."""
+    if any(ONE_LAYER.search(pattern) for pattern in recipe.ignore):
+        return [(tensor, 1) for tensor in shape.every]
+    inside = [(tensor, count) for layer, count in shape.layers for tensor in layer]
+    return [*((tensor, 1) for tensor in shape.outside), *inside]
+
+
+def _quantizing(
+    source: Source, shape: Shape, recipe: Recipe, calibration: Calibration | None, verification: Verification
+) -> Need:
+    """One pass: what lies outside the layers, two layers, statistics and their factors, hidden states, activations."""
+    tokens = verification.tokens + _calibration_tokens(recipe, calibration)
+    longest = max(verification.sequence_length, calibration.sequence_length if calibration else 0)
+    hessians = max((_hessian_bytes(layer, source, recipe) for layer, _ in shape.layers), default=0)
+    outside = sum(tensor.numel for tensor in shape.outside)
+    layer = max((sum(tensor.numel for tensor in layer) for layer, _ in shape.layers), default=0)
+    working = _activations(source, shape, longest, tokens)
+    kept = (1 + recipe.own_stream) * tokens * _bytes_for_each_token(source, shape, longest)
+    host = RUNTIME_BYTES + 4 * outside + LAYER_BYTES * layer + 2 * hessians + kept + working
+    # On a card in half precision; hidden states of waiting micro-batches rest on the host.
+    device = DEVICE_BYTES + 2 * outside + (LAYER_BYTES // 2) * layer + 2 * hessians + working
+    return Need(host, device)
+
+
+def _verifying(source: Source, shape: Shape, verification: Verification) -> Need:
+    """Both models streamed side by side; and a process beside it that loads the whole artifact as users do, which a
+    CPU mostly decodes to float32."""
+    outside = sum(tensor.numel for tensor in shape.outside)
+    layer = max((sum(tensor.numel for tensor in layer) for layer, _ in shape.layers), default=0)
+    logits = _size(source, "vocab_size") * verification.sequence_length
+    working = _activations(source, shape, verification.sequence_length, verification.tokens) + LOGITS_BYTES * logits
+    hidden = _size(source, "hidden_size", "n_embd") * verification.tokens
+    host = RUNTIME_BYTES + 8 * outside + LAYER_BYTES * layer + 8 * hidden + working + LOADER_BYTES + 4 * shape.weights
+    device = 2 * DEVICE_BYTES + 4 * outside + (LAYER_BYTES // 2) * layer + working + 2 * shape.weights
+    return Need(host, device)
+
+
+def _hessian_bytes(layer: tuple[TensorHeader, ...], source: Source, recipe: Recipe) -> int:
+    """Float32 statistics of all distinct inputs of a layer: projections of one module and width share theirs, but for
+    those that lead out of it."""
+    if not recipe.calibrated:
+        return 0
+    inputs: dict[tuple[str, int, bool], int] = {}
+    for tensor in layer:
+        if quantizable(tensor, recipe):
+            module, _, leaf = tensor.name.removesuffix(".weight").rpartition(".")
+            width = in_features(tensor, source.config)
+            inputs[module, width, OUTWARD.search(leaf) is not None] = 4 * width**2
+    return sum(inputs.values())
+
+
+def _bytes_for_each_token(source: Source, shape: Shape, longest: int) -> int:
+    """What waits between two layers: hidden states, the mask, rotary embeddings. With experts several times as much:
+    their tokens are gathered in pieces of all sizes, which allocators don't give back."""
+    experts = any(EXPERT_ONE.search(tensor.name) for layer, _ in shape.layers for tensor in layer)
+    return 4 * (9 if experts else 1) * _size(source, "hidden_size", "n_embd") + longest + 512
+
+
+def _activations(source: Source, shape: Shape, longest: int, tokens: int) -> int:
+    """One micro-batch in the widest layer, attention scores included (as ``workers.batching`` counts them)."""
+    widths = [
+        sum(sum(tensor.shape) for tensor in layer if len(tensor.shape) == 2 and EXPERT_ONE.search(tensor.name) is None)
+        for layer, _ in shape.layers
+    ]
+    heads = _size(source, "num_attention_heads", "n_head")
+    at_once = min(max(MICRO_BATCH_TOKENS, longest), tokens)
+    return 4 * at_once * (max(widths, default=0) + 2 * heads * longest)

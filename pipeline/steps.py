@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from workers.job import ArtifactMade, Failure, Job, Manifest, Stage, StageResult
@@ -32,11 +32,16 @@ class ArtifactRun:
     host_bytes: int = 0
     device_bytes: int = 0
     attempts: int = 1
+    elsewhere: bool = False
 
     @property
     def finished(self) -> bool:
         """Whether it's published, or never will be."""
-        return self.commit is not None or (self.manifest is not None and not self.manifest.verdict.accepted)
+        return (
+            self.elsewhere
+            or self.commit is not None
+            or (self.manifest is not None and not self.manifest.verdict.accepted)
+        )
 
 
 class JobRun:
@@ -62,9 +67,18 @@ class JobRun:
         Steps that were given out before don't count any more.
         """
         self.generation += 1
+        self._leave_out_finished()
+        return self.first()
+
+    def made_elsewhere(self, made: Mapping[str, tuple[Manifest, str | None]]) -> None:
+        """Another driver has made these: manifest and commit, by recipe."""
+        for name, (manifest, commit) in made.items():
+            self.artifacts[name] = ArtifactRun(manifest=manifest, commit=commit, elsewhere=True)
+        self._leave_out_finished()
+
+    def _leave_out_finished(self) -> None:
         left = tuple(order for order in self.job.orders if not self.artifacts[order.recipe.name].finished)
         self.job = self.job.model_copy(update={"orders": left})
-        return self.first()
 
     def _step(self, stage: Stage, recipe: str | None = None) -> Step:
         return Step(self.index, stage, recipe, self.generation)

@@ -90,7 +90,7 @@ class SimulatedFleet:
 
     def probe(self, nodes: Sequence[Node], environments: Iterable[str | None]) -> Probed:
         wanted = list(environments)
-        return {node.id: dict.fromkeys(wanted, self._facts(node)) for node in nodes}
+        return {node.id: {name: self._facts(node) for name in wanted} for node in nodes}
 
     def _facts(self, node: Node) -> Facts:
         devices = (self._card,) * node.gpus

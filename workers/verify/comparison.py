@@ -143,6 +143,7 @@ class Comparison:
             # Not the largest: half-precision noise sends a token to another expert now and then.
             relative_logit_difference=difference.square().mean().sqrt().item() / max(ours.std().item(), 1e-9),
             generated=self.tokenizer.decode(answer.generated[0]) if answer.generated else "",
+            host_bytes=answer.host_bytes,
         )
         return found, answer.problems
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from workers.errors import OutOfMemory, WorkerDied
+from workers.memory import peak_host_bytes
 
 NAME = "transformers"
 PR_SET_PDEATHSIG = 1
@@ -44,6 +45,7 @@ class RuntimeAnswer:
     infeasible: tuple[str, ...] = ()
     generated: tuple[tuple[int, ...], ...] = ()
     logits: Any = None
+    host_bytes: int = 0
 
 
 def ask(artifact: Path, tokens: Any, prompts: Any, scratch: Path, trust_remote_code: bool) -> RuntimeAnswer:
@@ -87,7 +89,7 @@ def ask(artifact: Path, tokens: Any, prompts: Any, scratch: Path, trust_remote_c
         return _failed(said["error"])
     logits = load_file(scratch / "logits.safetensors")["logits"]
     generated = tuple(tuple(row) for row in said["generated"])
-    return RuntimeAnswer(NAME, said["version"], tuple(said["problems"]), (), generated, logits)
+    return RuntimeAnswer(NAME, said["version"], tuple(said["problems"]), (), generated, logits, said["host_bytes"])
 
 
 def _failed(what: str) -> RuntimeAnswer:
@@ -147,7 +149,12 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         logits = torch.cat([model(row[None], use_cache=False).logits.float().cpu() for row in given["tokens"]])
         generated = [_continued(model, prompt[None]) for prompt in given["prompts"]]
     save_file({"logits": logits.contiguous()}, scratch / "logits.safetensors")
-    return {"version": transformers.__version__, "problems": _loading_problems(loading), "generated": generated}
+    return {
+        "version": transformers.__version__,
+        "problems": _loading_problems(loading),
+        "generated": generated,
+        "host_bytes": peak_host_bytes(),
+    }
 
 
 def _continued(model: Any, prompt: Any) -> list[int]:
