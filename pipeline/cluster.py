@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import shlex
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,10 @@ from workers.environment import Facts, host_memory
 from workers.errors import OutOfMemory, PreflightError, QuantmillError, WorkerDied, ZooError
 from workers.job import Failure, Job, Stage, StageResult
 from workers.pace import LocalPace
+
+
+# A process that computed ends, which frees its card; one that moved files may move more.
+TRANSFERS_OF_A_PROCESS = 32
 
 
 class Cluster:
@@ -105,13 +110,15 @@ class Cluster:
         return {"runtime_env": {"py_executable": shlex.quote(self._interpreters[node.id, environment])}}
 
     def start(self, step: Step, job: Job, node: Node, claim: Claim, seconds: float) -> None:
-        """Start a stage on a node, which ends it after so long; its process ends with it, Ray never repeats it."""
+        """Start a stage on a node, which ends it after so long; Ray never repeats it."""
         if self._pace is None:
             # One for the run: the limits are the account's, whatever process spends them.
             limits = job.destination.limits if job.destination else None
             self._pace = self._ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(LocalPace).remote(limits)
         computing = step.stage not in NETWORK_STAGES
-        call = self._ray.remote(max_calls=1, max_retries=0)(_run).options(
+        stage, more = self.stage(step)
+        calls = 1 if computing else TRANSFERS_OF_A_PROCESS
+        call = self._ray.remote(max_calls=calls, max_retries=0)(stage).options(
             name=f"{step.stage} {Path(job.model.id).name}" + (f" {step.recipe}" if step.recipe else ""),
             num_cpus=claim.cpus,
             num_gpus=claim.gpus,
@@ -121,7 +128,11 @@ class Cluster:
         )
         told = job.model_copy(update={"lean": True}) if claim.alone else job
         sent = told.model_dump_json(), step.stage.value, step.recipe
-        self._flying[call.remote(*sent, self._pace, seconds, node.cpus_per_stage if computing else 1)] = step
+        self._flying[call.remote(*sent, self._pace, seconds, node.cpus_per_stage if computing else 1, *more)] = step
+
+    def stage(self, step: Step) -> tuple[Callable[..., str], tuple[Any, ...]]:
+        """What runs a step on its node, and what it's told beyond what every stage is."""
+        return _run, ()
 
     def leases(self) -> Leases:
         """The leases of all drivers of this cluster: an actor that outlives each of them."""
@@ -239,6 +250,8 @@ class _SharedPace:
 def _run(job: str, stage: str, recipe: str | None, pace: Any, seconds: float, threads: int) -> str:
     # Ray's own setting follows the share of the node; the bytes of an artifact mustn't.
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(threads)
     from workers.run import run_stage
 
     told = Job.model_validate_json(job)

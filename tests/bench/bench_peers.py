@@ -2,7 +2,7 @@
 
 python -m tests.bench.bench_peers --gptqmodel ENV --llmcompressor ENV [--model FOLDER ...] [--only WORDS]
 
-ENV is a virtual environment with the library (tests/bench/peers/*.txt say how they are made). Every tool runs in a
+ENV is a virtual environment with the library (tests/bench/peers/README.md says how they are made). Every tool runs in a
 process of its own with two threads; seconds are those of quantizing, without loading, saving or imports.
 """
 

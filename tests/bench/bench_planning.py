@@ -94,7 +94,9 @@ def main() -> None:
     driver.run()
     seconds = time.perf_counter() - begun
     stages = sum(event == "started" for _, event, _, _ in fleet.log)
-    print(f"  decisions for {stages} stages on 1,000 GPUs: {seconds:.1f} s, {1000 * seconds / count:.2f} ms for each job")
+    print(
+        f"  decisions for {stages} stages on 1,000 GPUs: {seconds:.1f} s, {1000 * seconds / count:.2f} ms for each job"
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,120 @@
+"""How busy the GPUs of a real Ray cluster are: 40 jobs of mixed length on 4 logical GPUs, with stages that sleep.
+
+python -m tests.bench.bench_fleet [--jobs N] [--seconds S]
+
+Two nodes with two logical GPUs each. Stages sleep for their estimate (fetch and publish, too), so what is measured is
+the driver and Ray: processes that start, answers that travel, decisions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from pipeline.cluster import Cluster
+from pipeline.placement import Claim, Node
+from pipeline.scheduler import Driver
+from pipeline.steps import Step
+from tests.bench import models
+from tests.pipeline.simulated import plan_of, size
+from tests.pipeline.test_decisions import made, manifest
+from workers.job import Job, Stage, StageResult
+
+RECIPES = ("bnb-nf4", "bnb-int8")
+GPUS = 4
+
+
+def seconds_of(stage: Stage, work: int, scale: float) -> float:
+    """Verifying an artifact takes a tenth of the pass, transfers a fifth."""
+    return scale * work * {Stage.QUANTIZE: 1.0, Stage.VERIFY: 0.1, Stage.FETCH: 0.2, Stage.PUBLISH: 0.2}[stage]
+
+
+def sleep(job: str, stage: str, recipe: str | None, pace: Any, seconds: float, threads: int, nap: float) -> str:
+    """A stage that passes time, and ends well."""
+    time.sleep(nap)
+    of, at = Job.model_validate_json(job), Stage(stage)
+    match at:
+        case Stage.QUANTIZE:
+            result = made(*(order.recipe.name for order in of.orders))
+        case Stage.VERIFY:
+            assert recipe is not None
+            result = StageResult(stage=at, recipe=recipe, manifest=manifest(of, recipe, accepted=True))
+        case _:
+            result = StageResult(stage=at, recipe=recipe, commit="c" if at == Stage.PUBLISH else None)
+    return result.model_dump_json()
+
+
+class SleepingCluster(Cluster):
+    """Ray, and stages that sleep; keeps when each held a GPU."""
+
+    def __init__(self, address: str, workspace: Path, naps: dict[tuple[int, Stage], float]) -> None:
+        super().__init__(address, workspace)
+        self._naps = naps
+        self.spans: list[tuple[float, float, float]] = []  # begin, end, GPUs
+        self._begun: dict[Step, tuple[float, float]] = {}
+
+    def stage(self, step: Step) -> tuple[Any, tuple[Any, ...]]:
+        return sleep, (self._naps[step.job, step.stage],)
+
+    def start(self, step: Step, job: Job, node: Node, claim: Claim, seconds: float) -> None:
+        self._begun[step] = time.monotonic(), claim.gpus
+        super().start(step, job, node, claim, seconds)
+
+    def wait(self, seconds: float) -> list[tuple[Step, StageResult]]:
+        ended = super().wait(seconds)
+        for step, _ in ended:
+            begun, gpus = self._begun.pop(step)
+            if gpus:
+                self.spans.append((begun, time.monotonic(), gpus))
+        return ended
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--jobs", type=int, default=40)
+    parser.add_argument("--seconds", type=float, default=30.0, help="mean length of a pass")
+    arguments = parser.parse_args()
+    draw = random.Random(0)
+    works = [round(1000 * draw.lognormvariate(0.0, 0.7)) for _ in range(arguments.jobs)]
+    scale = arguments.seconds / (sum(works) / len(works))
+    naps = {(index, stage): seconds_of(stage, work, scale) for index, work in enumerate(works) for stage in Stage}
+    print(models.machine())
+    from ray.cluster_utils import Cluster as Nodes
+
+    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 8, "num_gpus": 2})
+    nodes.add_node(num_cpus=8, num_gpus=2)
+    try:
+        with tempfile.TemporaryDirectory() as out, SleepingCluster(nodes.address, Path(out), naps) as cluster:
+            driver = Driver(cluster, plan_of([size(work) for work in works], *RECIPES), [])
+            driver.run()
+            commits = [artifact.commit for run in driver.jobs for artifact in run.artifacts.values()]
+            assert commits == ["c"] * len(commits)
+            report(cluster, naps, arguments.jobs)
+    finally:
+        nodes.shutdown()
+
+
+def report(cluster: SleepingCluster, naps: dict[tuple[int, Stage], float], jobs: int) -> None:
+    """Print the idle share while work was left, and the makespan beside its lower bound."""
+    begun, ended = min(span[0] for span in cluster.spans), max(span[1] for span in cluster.spans)
+    held = sum((end - begin) * gpus for begin, end, gpus in cluster.spans)
+    asleep = sum(naps[job, stage] * (len(RECIPES) if stage == Stage.VERIFY else 1)
+                 for job in range(jobs) for stage in (Stage.QUANTIZE, Stage.VERIFY))  # fmt: skip
+    # While stages were left that hadn't begun: until the last one was given a GPU.
+    last = max(span[0] for span in cluster.spans)
+    until = sum((min(end, last) - min(begin, last)) * gpus for begin, end, gpus in cluster.spans)
+    print(f"  {len(cluster.spans)} computing stages, {ended - begun:.1f} s on {GPUS} GPUs")
+    print(f"  GPUs idle while work was left: {1 - until / ((last - begun) * GPUS):.1%}")
+    longest = max(naps[job, Stage.QUANTIZE] + naps[job, Stage.VERIFY] for job in range(jobs))
+    bound = max(asleep / GPUS, longest)
+    print(f"  makespan {ended - begun:.1f} s, lower bound {bound:.1f} s: {(ended - begun) / bound:.3f} times")
+    print(f"  of the time that GPUs were held, stages slept {asleep / held:.1%}; the rest is processes starting")
+
+
+if __name__ == "__main__":
+    main()
