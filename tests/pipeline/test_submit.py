@@ -18,10 +18,11 @@ import venv
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 from click.testing import CliRunner
@@ -101,11 +102,11 @@ def head() -> Iterator[RealHead]:
             assert wait_for(lambda: answers(real.address), 60), (folder / "head.log").read_text()
             yield real
         finally:
-            process.terminate()
-            process.wait(60)
-            wait_for(lambda: not marked_processes(folder.name), 15)
+            # `ray stop` and SIGTERM take five seconds more, for nobody.
             for number in marked_processes(folder.name):
                 os.kill(number, signal.SIGKILL)
+            process.wait(60)
+            assert wait_for(lambda: not marked_processes(folder.name), 15)
 
 
 def answers(address: str) -> bool:
@@ -127,6 +128,21 @@ def quantmill(*arguments: object, seconds: float = 120) -> subprocess.CompletedP
     )
 
 
+@contextmanager
+def followed(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], TextIO, TextIO]]:
+    """A command that goes on, with what it prints; killed at the end if it's still there."""
+    command = [sys.executable, "-m", "pipeline.cli", *map(str, arguments), "--follow"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            yield process, process.stdout, process.stderr
+        finally:
+            process.kill()
+
+
 def results(out: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(out.glob("*/results.json"))]
 
@@ -138,7 +154,7 @@ class Cable:
         host, _, port = to.removeprefix("http://").partition(":")
         self._to = (host, int(port))
         self._server = socket.create_server(("127.0.0.1", 0))
-        self._threads = [threading.Thread(target=self._accept)]
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
         self.address = f"http://127.0.0.1:{self._server.getsockname()[1]}"
         self.cut = False
         self._threads[0].start()
@@ -174,28 +190,22 @@ class Cable:
 
 def test_a_run_is_submitted_once_followed_over_a_cut_line_and_repeated(head: RealHead, tmp_path: Path) -> None:
     zoo, out = write_zoo(tmp_path / "zoo"), tmp_path / "runs"
-    cable = Cable(head.address)
-    asked = ("submit", zoo, "--address", cable.address, "--out", out)
-    command = [sys.executable, "-m", "pipeline.cli", *map(str, asked), "--follow"]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as following:
-        assert following.stdout is not None
-        assert following.stderr is not None
-        name = following.stdout.readline().split()[1]
-        again = quantmill("submit", zoo, "--address", head.address, "--out", out)
-        assert f"{name} is at work already; nothing new was started" in again.stdout
-        printed = ""
-        for line in following.stdout:
-            printed += line
-            if "quantizing" in line:
-                cable.cut = True
-                break
-        assert "trying again" in following.stderr.readline()
-        cable.cut = False
-        printed += following.stdout.read()
-        assert following.wait(60) == 0, following.stderr.read()
-    cable.close()
+    with closing(Cable(head.address)) as cable:
+        asked = ("submit", zoo, "--address", cable.address, "--out", out)
+        with followed(*asked) as (following, says, tells):
+            name = says.readline().split()[1]
+            again = quantmill("submit", zoo, "--address", head.address, "--out", out)
+            assert f"{name} is at work already; nothing new was started" in again.stdout
+            printed = ""
+            for line in says:
+                printed += line
+                if "quantizing" in line:
+                    cable.cut = True
+                    break
+            assert "trying again" in tells.readline(), printed
+            cable.cut = False
+            printed += says.read()
+            assert following.wait(60) == 0, tells.read()
 
     ending = f"{name}: succeeded, exit code 0\n"
     assert printed == quantmill("logs", name, "--address", head.address).stdout + ending
@@ -223,22 +233,22 @@ def test_a_run_is_submitted_once_followed_over_a_cut_line_and_repeated(head: Rea
 def test_the_exit_code_is_the_runs_own(head: RealHead, tmp_path: Path) -> None:
     broken = tmp_path / "no-tokenizer"
     shutil.copytree(MODELS / "llama-tiny", broken, ignore=shutil.ignore_patterns("tokenizer*"))
-    failing = quantmill(
-        "submit", write_zoo(tmp_path / "a", str(broken)), "--address", head.address, "--out", tmp_path / "a", "--follow"
-    )
-    assert failing.returncode == 1, failing.stdout + failing.stderr
-    assert [entry["status"] for entry in results(tmp_path / "a")[0]["artifacts"]] == ["failed"]
-    assert failing.stdout.splitlines()[-1].endswith(": failed, exit code 1")
 
-    long = write_zoo(tmp_path / "b", length=1 << 20)
-    refused = quantmill("submit", long, "--address", head.address, "--out", tmp_path / "b", "--follow")
+    def follow(name: str, zoo: Path, *options: str) -> subprocess.CompletedProcess[str]:
+        return quantmill(
+            "submit", zoo, "--address", head.address, "--out", tmp_path / name / "runs", "--follow", *options
+        )
+
+    with ThreadPoolExecutor(3) as pool:
+        fails = pool.submit(follow, "a", write_zoo(tmp_path / "a", str(broken)))
+        refuses = pool.submit(follow, "b", write_zoo(tmp_path / "b", length=1 << 20))
+        misses = pool.submit(follow, "c", write_zoo(tmp_path / "c"), "--python", "no-such-python")
+        failing, refused, missing = fails.result(), refuses.result(), misses.result()
+    assert failing.returncode == 1, failing.stdout + failing.stderr
+    assert [entry["status"] for entry in results(tmp_path / "a" / "runs")[0]["artifacts"]] == ["failed"]
+    assert failing.stdout.splitlines()[-1].endswith(": failed, exit code 1")
     assert refused.returncode == 2, refused.stdout + refused.stderr
     assert "positions; set at most" in refused.stdout
-
-    missing = quantmill(
-        "submit", write_zoo(tmp_path / "c"), "--address", head.address, "--out", tmp_path / "c", "--follow",
-        "--python", "no-such-python",
-    )  # fmt: skip
     assert missing.returncode == 1
     assert "no such Python on the head" in missing.stdout
 
@@ -248,15 +258,11 @@ def test_following_can_end_before_the_run_and_the_run_by_cancelling(head: RealHe
     name = quantmill(
         "submit", write_zoo(tmp_path / "zoo"), "--address", head.address, "--out", out
     ).stdout.split()[1]  # fmt: skip
-    command = [sys.executable, "-m", "pipeline.cli", "logs", name, "--address", head.address, "--follow"]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as following:
-        assert following.stdout is not None
-        assert any("quantizing" in line for line in following.stdout)
+    with followed("logs", name, "--address", head.address) as (following, says, tells):
+        assert any("quantizing" in line for line in says)
         following.send_signal(signal.SIGINT)
-        _, told = following.communicate(timeout=30)
-    assert following.returncode == 130
+        told = tells.read()
+        assert following.wait(30) == 130
     assert f"{name} goes on; follow it again: quantmill logs {name} --address {head.address} --follow" in told
     assert f"quantmill cancel {name}" in told
     assert submit.find(Head(head.address), name).status == "RUNNING"
@@ -264,9 +270,9 @@ def test_following_can_end_before_the_run_and_the_run_by_cancelling(head: RealHe
     ended = quantmill("cancel", name, "--address", head.address)
     assert (ended.returncode, ended.stdout) == (0, f"{name}: stopped, exit code 130\n"), ended.stderr
     assert quantmill("cancel", name, "--address", head.address).stdout == ended.stdout
-    followed = quantmill("logs", name, "--address", head.address, "--follow")
-    assert followed.returncode == 130
-    assert "interrupted; run the same command again to go on" in followed.stdout
+    after = quantmill("logs", name, "--address", head.address, "--follow")
+    assert after.returncode == 130
+    assert "interrupted; run the same command again to go on" in after.stdout
     assert "interrupted before it was finished" in results(out)[0]["artifacts"][0]["reason"]
 
     unknown = quantmill("logs", "quantmill-none", "--address", head.address)
