@@ -9,7 +9,7 @@ from workers.checkpoint import Source
 from workers.errors import UnsupportedRecipe
 from workers.job import Job, Order
 from workers.loading import StreamedModel
-from workers.makers import LayerWork, Maker, MakerState
+from workers.makers import LayerWork, Maker
 from workers.methods import bitsandbytes
 from workers.methods.linear import require_finite
 from workers.recipes import BitsAndBytesRecipe
@@ -18,16 +18,8 @@ from workers.recipes import BitsAndBytesRecipe
 class BitsAndBytesMaker(Maker):
     """bitsandbytes' own kernels over the tensors that the library would convert."""
 
-    def __init__(
-        self,
-        job: Job,
-        order: Order,
-        streamed: StreamedModel,
-        source: Source,
-        partial: Path,
-        state: MakerState | None = None,
-    ) -> None:
-        super().__init__(job, order, streamed, source, partial, state)
+    def __init__(self, job: Job, order: Order, streamed: StreamedModel, source: Source, partial: Path) -> None:
+        super().__init__(job, order, streamed, source, partial)
         recipe = order.recipe
         assert isinstance(recipe, BitsAndBytesRecipe)
         self._recipe = recipe

@@ -15,7 +15,7 @@ from workers.codes import CodedWeight
 from workers.formats import awq, compressed_tensors, fp8, gptq
 from workers.job import ArtifactMade, Job, Order
 from workers.loading import QuantizableWeight, StreamedModel
-from workers.makers import LayerWork, Maker, MakerState, folds_folder
+from workers.makers import LayerWork, Maker, folds_folder
 from workers.methods import linear, schemes
 from workers.methods.scaling import Scaling, some
 from workers.numerics.precision import coarse_products
@@ -47,16 +47,8 @@ FORMATS: dict[str, LinearFormat] = {
 class LinearMaker(Maker):
     """Codes of linear layers."""
 
-    def __init__(
-        self,
-        job: Job,
-        order: Order,
-        streamed: StreamedModel,
-        source: Source,
-        partial: Path,
-        state: MakerState | None = None,
-    ) -> None:
-        super().__init__(job, order, streamed, source, partial, state)
+    def __init__(self, job: Job, order: Order, streamed: StreamedModel, source: Source, partial: Path) -> None:
+        super().__init__(job, order, streamed, source, partial)
         assert not isinstance(order.recipe, BitsAndBytesRecipe)
         self._recipe = order.recipe
         self._format = FORMATS[order.recipe.format]
@@ -64,9 +56,6 @@ class LinearMaker(Maker):
         self._weights = {weight.key: weight for weight in streamed.weights}
         self._conv1d = [weight.module for weight in streamed.weights if weight.transposed]
         self.quantization_config()  # refuses what the format can't hold
-        if state is not None:
-            self.fallbacks = dict.fromkeys(state.fallbacks)
-            return
         self.fallbacks = dict.fromkeys(schemes.deviations(self._recipe, streamed.weights, self._schemes))
         unknown = self._other_matrices()
         if unknown:
@@ -166,9 +155,11 @@ class LinearMaker(Maker):
         target = folds_folder(self.place)
         shutil.rmtree(target, ignore_errors=True)
         if self._folds.is_dir():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self._folds.rename(target)
-        return super().finish()
+            # Copied: a kill before the artifact is in its place leaves them to the next attempt.
+            shutil.copytree(self._folds, target)
+        made = super().finish()
+        shutil.rmtree(self._folds, ignore_errors=True)
+        return made
 
     def discard(self) -> None:
         """Remove what was written so far."""

@@ -6,11 +6,11 @@ import json
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from workers.job import ArtifactMade, Job, Order, artifact_folder
 from workers.loading import StreamedModel
 from workers.methods.factors import Factors
 from workers.recipes import Frozen
-from workers.shards import Journal, ShardWriter
+from workers.shards import Journal, ShardWriter, Spooled
 from workers.statistics import Observer
 
 
@@ -40,6 +40,13 @@ class LayerWork:
     factors: Factors = field(default_factory=Factors)
 
 
+class TensorWriter(Protocol):
+    """Where the tensors of an artifact go."""
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor, of any device."""
+
+
 class MakerState(Frozen):
     """What a maker needs to go on after a kill."""
 
@@ -49,24 +56,17 @@ class MakerState(Frozen):
 
 
 class Maker(ABC):
-    """One artifact in the making. ``layer`` takes one layer after the other, ``finish`` the rest.
+    """One artifact in the making. After ``begin``, ``layer`` takes one layer after the other, ``finish`` the rest.
+
+    Where the layers are spread over workers, each calls ``layer_into``, and one ``adopt`` for all of them.
 
     Raises:
         UnsupportedRecipe: on construction, before anything dear has started, if the model can't take the recipe.
-        FileNotFoundError: ``state`` names files that aren't there.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        order: Order,
-        streamed: StreamedModel,
-        source: Source,
-        partial: Path,
-        state: MakerState | None = None,
-    ) -> None:
+    def __init__(self, job: Job, order: Order, streamed: StreamedModel, source: Source, partial: Path) -> None:
         self.order = order
-        self.seconds = state.seconds if state else 0.0
+        self.seconds = 0.0
         self.fallbacks: dict[str, None] = {}
         # The layer as the artifact holds it, by checkpoint key: for recipes that calibrate on their own activations.
         self.decoded: dict[str, Tensor] = {}
@@ -74,9 +74,20 @@ class Maker(ABC):
         self._source = source
         self.place = artifact_folder(job.workspace, order)
         self._partial = partial
+        self._shards: ShardWriter | None = None
+        self._writer: TensorWriter | None = None
+
+    def begin(self, state: MakerState | None = None) -> None:
+        """Begin to write the artifact, or go on with it.
+
+        Raises:
+            FileNotFoundError: ``state`` names files that aren't there.
+        """
         if state is None:
-            shutil.rmtree(partial, ignore_errors=True)
-        self._writer = ShardWriter(partial, journal=state.journal if state else None)
+            shutil.rmtree(self._partial, ignore_errors=True)
+        else:
+            self.seconds, self.fallbacks = state.seconds, dict.fromkeys(state.fallbacks)
+        self._shards = self._writer = ShardWriter(self._partial, journal=state.journal if state else None)
 
     @abstractmethod
     def layer(self, work: LayerWork) -> None:
@@ -86,15 +97,32 @@ class Maker(ABC):
     def quantization_config(self) -> dict[str, Any]:
         """The ``quantization_config`` of config.json."""
 
+    def layer_into(self, writer: TensorWriter, work: LayerWork) -> tuple[str, ...]:
+        """One layer, of any number, written elsewhere than into the artifact; the fallbacks that it took."""
+        self._writer, self.fallbacks = writer, {}
+        self.layer(work)
+        return tuple(self.fallbacks)
+
+    def adopt(self, entries: Iterable[Spooled], fallbacks: Iterable[str], seconds: float) -> None:
+        """Take in the layer that comes next, as ``layer_into`` has left it; its file has to stay until ``finish``."""
+        self._begun.adopt(entries)
+        self.fallbacks.update(dict.fromkeys(fallbacks))
+        self.seconds += seconds
+
     def state(self) -> MakerState:
         """What was made so far, surely on the disk."""
-        return MakerState(journal=self._writer.journal(), fallbacks=tuple(self.fallbacks), seconds=self.seconds)
+        return MakerState(journal=self._begun.journal(), fallbacks=tuple(self.fallbacks), seconds=self.seconds)
+
+    @property
+    def _begun(self) -> ShardWriter:
+        assert self._shards is not None, "begin comes first"
+        return self._shards
 
     def finish(self) -> ArtifactMade:
         """Write what belongs to no layer, and put the artifact in its place."""
         for key in self._streamed.outside_keys:
             self.copy({key: self._source.read(key)})
-        self._writer.close()
+        self._begun.close()
         folder = self._source.folder
         config = json.loads((folder / "config.json").read_text())
         config["quantization_config"] = self.quantization_config()
@@ -115,7 +143,8 @@ class Maker(ABC):
 
     def release(self) -> None:
         """Let go of open files; what was written stays for the next attempt."""
-        self._writer.release()
+        if self._shards is not None:
+            self._shards.release()
 
     def discard(self) -> None:
         """Remove what was written so far."""
@@ -134,12 +163,16 @@ class Maker(ABC):
     def copy(self, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors as they are."""
         for key, tensor in tensors.items():
-            self._writer.add(key, tensor)
+            self._write(key, tensor)
 
     def put(self, module: str, tensors: Mapping[str, Tensor]) -> None:
         """Write the stored tensors of a quantized module."""
         for suffix, tensor in tensors.items():
-            self._writer.add(f"{module}.{suffix}", tensor)
+            self._write(f"{module}.{suffix}", tensor)
+
+    def _write(self, key: str, tensor: Tensor) -> None:
+        assert self._writer is not None, "begin comes first"
+        self._writer.add(key, tensor)
 
 
 def record_path(place: Path) -> Path:

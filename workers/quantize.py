@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +20,7 @@ from workers.environment import versions
 from workers.errors import OutOfMemory, StageHung
 from workers.folding import Fold, find_folds
 from workers.forward import Lanes, LoadedLayer, Streaming
-from workers.job import ArtifactMade, Job, Order, artifact_folder
+from workers.job import ArtifactMade, Calibration, Failure, Job, Order, artifact_folder
 from workers.loading import StreamedModel
 from workers.makers import LayerWork, Maker, MakerState, record_path
 from workers.numerics.precision import coarse_forwards
@@ -56,23 +58,27 @@ def quantize(job: Job, folder: Path) -> tuple[tuple[ArtifactMade, ...], int]:
     Raises:
         QuantmillError: what fails all of them: the model, the calibration text, the device.
     """
-    done = {order.recipe.name: made for order in job.orders if (made := _made_before(job, order))}
+    done, missing = made_before(job)
     with Source(folder, allow_pickle=job.model.allow_pickle) as source:
-        missing = [order for order in job.orders if order.recipe.name not in done]
         if missing:
             done |= _Pass(job, folder, source, missing).run()
         return tuple(done[order.recipe.name] for order in job.orders), source.bytes
 
 
-def _made_before(job: Job, order: Order) -> ArtifactMade | None:
-    place = artifact_folder(job.workspace, order)
-    record = record_path(place)
-    if not place.is_dir() or not record.is_file():
-        return None
-    return ArtifactMade.model_validate_json(record.read_text())
+def made_before(job: Job) -> tuple[dict[str, ArtifactMade], list[Order]]:
+    """The artifacts of a job that are there, by recipe, and the orders of those that aren't."""
+    done, missing = dict[str, ArtifactMade](), list[Order]()
+    for order in job.orders:
+        place = artifact_folder(job.workspace, order)
+        record = record_path(place)
+        if place.is_dir() and record.is_file():
+            done[order.recipe.name] = ArtifactMade.model_validate_json(record.read_text())
+        else:
+            missing.append(order)
+    return done, missing
 
 
-def _maker_class(recipe: Recipe) -> type[Maker]:
+def maker_class(recipe: Recipe) -> type[Maker]:
     """The maker for a recipe; a library is only imported where a recipe needs it."""
     if isinstance(recipe, BitsAndBytesRecipe):
         from workers.bnb_maker import BitsAndBytesMaker
@@ -83,41 +89,36 @@ def _maker_class(recipe: Recipe) -> type[Maker]:
     return LinearMaker
 
 
+def open_model(job: Job, folder: Path, source: Source) -> StreamedModel:
+    """The job's model, on the meta device, to be streamed where ``compute_device`` says."""
+    device, dtype = compute_device()
+    return StreamedModel(
+        folder,
+        source,
+        dtype=dtype or checkpoint_dtype(source),
+        device=device,
+        trust_remote_code=job.model.trust_remote_code,
+    )
+
+
 class _Pass:
     """One pass over one model; taken up where a killed attempt left it."""
 
     def __init__(self, job: Job, folder: Path, source: Source, orders: list[Order]) -> None:
-        device, dtype = compute_device()
         self._job = job
         self._source = source
         self._orders = orders
-        self._dtype = dtype or checkpoint_dtype(source)
-        self._streamed = StreamedModel(
-            folder, source, dtype=self._dtype, device=device, trust_remote_code=job.model.trust_remote_code
-        )
-        self._tokens = _Tokens(job, folder, orders, self._dtype)
+        self._streamed = open_model(job, folder, source)
+        self._tokens = Tokens(job, folder, orders, self._streamed.dtype)
         self._makers: list[Maker] = []
         self._results: dict[str, ArtifactMade] = {}
 
     def run(self) -> dict[str, ArtifactMade]:
         """Make the artifacts of the orders; results by the recipe's name."""
         with held(Path(self._job.workspace) / "passes" / self._tokens.digest) as folder:
-            state = folder.load()
             full = batching.micro_batch_tokens(self._streamed, self._tokens.longest)
-            size = state.micro_batch_tokens if state else full
-            while True:
-                try:
-                    self._attempt(folder, state, size, full)
-                    break
-                except NotResumable:
-                    state = None
-                except Exception as error:
-                    smaller = batching.halved(size, self._tokens.longest)
-                    if not batching.ran_out(error) or smaller is None:
-                        raise
-                    # Hidden states are kept by micro-batch, so the pass begins anew with the smaller ones.
-                    size, state = smaller, None
-                self._start_over()
+            sizes = Sizes(full, self._tokens.longest, self._job.lean)
+            attempts(folder, sizes, partial(self._attempt, folder, full), self._start_over)
             folder.clear()
         return self._results
 
@@ -125,18 +126,14 @@ class _Pass:
         for maker in self._makers:
             maker.discard()
         self._makers, self._results = [], {}
-        if self._streamed.device != "cpu":
-            torch.cuda.empty_cache()
 
-    def _attempt(self, folder: PassFolder, state: PassState | None, size: int, full: int) -> None:
+    def _attempt(self, folder: PassFolder, full: int, state: PassState | None, size: int) -> None:
         if state is None:
             folder.clear()
         self._make_makers(folder, state)
         if size < full:
             for maker in self._makers:
-                if maker.order.recipe.calibrated:
-                    said = f"calibrated in micro-batches of {size} tokens, for there was no memory for {full}"
-                    maker.fallbacks[said] = None
+                note_smaller(maker, size, full)
         try:
             self._go_through_layers(folder, state, size)
             for maker in list(self._makers):
@@ -162,18 +159,20 @@ class _Pass:
                 self._makers.append(self._maker(order, folder, made_so_far))
 
     def _maker(self, order: Order, folder: PassFolder, state: MakerState | None) -> Maker:
-        made = _maker_class(order.recipe)
+        place = folder.partial(order.fingerprint)
+        made = maker_class(order.recipe)(self._job, order, self._streamed, self._source, place)
         try:
-            return made(self._job, order, self._streamed, self._source, folder.partial(order.fingerprint), state)
+            made.begin(state)
         except FileNotFoundError as error:
             raise NotResumable(str(error)) from error
+        return made
 
     def _go_through_layers(self, folder: PassFolder, state: PassState | None, size: int) -> None:
         with Streaming(self._streamed) as streaming:
             groups = self._groups(streaming, size)
             if state is not None and groups:
                 folder.replay(state, groups)
-            keeping = _Keeping()
+            keeping = Keeping()
             for layer in streaming.layers(state.layers if state else 0):
                 self._visit(layer, groups)
                 if layer.index + 1 < len(self._streamed.layers) and keeping.worth_it():
@@ -202,7 +201,8 @@ class _Pass:
         observer, folds = None, list[Fold]()
         if CALIBRATION in groups:
             if PROBE in groups:
-                folds = self._folds(layer, groups[PROBE])
+                folds = folds_of(self._streamed, layer, groups[PROBE])
+                groups[PROBE].advance()
             observer = self._observer(maker.order.recipe for maker in self._makers)
             with observer.watch(self._streamed, layer.index), coarse_forwards():
                 groups[CALIBRATION].advance()
@@ -222,18 +222,8 @@ class _Pass:
                 del groups[name]  # its recipe has failed
 
     def _observer(self, recipes: Iterable[Recipe]) -> Observer:
-        said = self._job.calibration
-        assert said is not None
-        magnitudes = any(recipe.needs_magnitudes for recipe in recipes)
-        return Observer(said.experts, said.minimum_expert_tokens, magnitudes=magnitudes)
-
-    def _folds(self, layer: LoadedLayer, probe: Lanes) -> list[Fold]:
-        module = self._streamed.layers[layer.index]
-        prefix = f"{self._streamed.layers_name}.{layer.index}"
-        weights = [weight for weight in self._streamed.weights if weight.layer == layer.index]
-        found = find_folds(module, prefix, probe.rehearsal(), weights)
-        probe.advance()
-        return found
+        assert self._job.calibration is not None
+        return observer_of(self._job.calibration, magnitudes=any(recipe.needs_magnitudes for recipe in recipes))
 
     def _in_its_own_stream(self, maker: Maker, layer: LoadedLayer, lanes: Lanes) -> None:
         """Statistics from what the recipe's own quantized layers gave, and on through this one, quantized too."""
@@ -266,26 +256,87 @@ class _Pass:
 
     @contextmanager
     def _failing(self, order: Order, maker: Maker | None) -> Iterator[None]:
-        """An artifact's error ends that artifact alone. Memory and disk are everybody's: those errors go on upwards."""
         try:
             yield
-        except (OSError, NotResumable, StageHung):
-            raise
         except Exception as error:
-            if batching.ran_out(error):
-                raise OutOfMemory(
-                    f"recipe {order.recipe.name!r}: out of memory ({error}); use a larger machine"
-                ) from error
+            failure = failure_alone(order, error)
             if maker is not None:
                 self._makers.remove(maker)
                 maker.discard()
-            self._results[order.recipe.name] = ArtifactMade(
-                recipe=order.recipe.name,
-                path="",
-                bytes=0,
-                seconds=maker.seconds if maker else 0.0,
-                error=describe(error),
-            )
+            self._results[order.recipe.name] = not_made(order, failure, maker.seconds if maker else 0.0)
+
+
+def failure_alone(order: Order, error: Exception) -> Failure:
+    """An artifact's error ends that artifact alone. Memory and disk are everybody's: those errors are raised on."""
+    if isinstance(error, OSError | NotResumable | StageHung):
+        raise error
+    if batching.ran_out(error):
+        raise OutOfMemory(f"recipe {order.recipe.name!r}: out of memory ({error}); use a larger machine") from error
+    return describe(error)
+
+
+def not_made(order: Order, failure: Failure, seconds: float) -> ArtifactMade:
+    """The result of an order that failed."""
+    return ArtifactMade(recipe=order.recipe.name, path="", bytes=0, seconds=seconds, error=failure)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tokens of a micro-batch: at first ``full``; where memory runs out, half as many, down to the ``longest`` text.
+
+    A ``lean`` pass begins with the least, for memory has run out before.
+    """
+
+    full: int
+    longest: int
+    lean: bool
+
+    @property
+    def first(self) -> int:
+        return min(self.full, self.longest) if self.lean else self.full
+
+
+def attempts(
+    folder: PassFolder, sizes: Sizes, attempt: Callable[[PassState | None, int], None], start_over: Callable[[], None]
+) -> None:
+    """Call ``attempt`` with the state that is kept and the tokens of a micro-batch until it gets through."""
+    state = folder.load()
+    if state is not None and state.micro_batch_tokens > sizes.first:
+        state = None
+    size = state.micro_batch_tokens if state else sizes.first
+    while True:
+        try:
+            return attempt(state, size)
+        except NotResumable:
+            state = None
+        except Exception as error:
+            smaller = batching.halved(size, sizes.longest)
+            if not batching.ran_out(error) or smaller is None:
+                raise
+            # Hidden states are kept by micro-batch, so the pass begins anew with the smaller ones.
+            size, state = smaller, None
+        start_over()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def note_smaller(maker: Maker, size: int, full: int) -> None:
+    """Say in a calibrated artifact that memory for whole micro-batches was lacking."""
+    if maker.order.recipe.calibrated:
+        said = f"calibrated in micro-batches of {size} tokens, for there was no memory for {full}"
+        maker.fallbacks[said] = None
+
+
+def observer_of(said: Calibration, *, magnitudes: bool) -> Observer:
+    """An observer for a calibration."""
+    return Observer(said.experts, said.minimum_expert_tokens, magnitudes=magnitudes)
+
+
+def folds_of(streamed: StreamedModel, layer: LoadedLayer, probe: Lanes) -> list[Fold]:
+    """The folds of a layer that the lanes of the probe rest before."""
+    prefix = f"{streamed.layers_name}.{layer.index}"
+    weights = [weight for weight in streamed.weights if weight.layer == layer.index]
+    return find_folds(streamed.layers[layer.index], prefix, probe.rehearsal(), weights)
 
 
 OWN = "own:"
@@ -296,7 +347,7 @@ def _own(recipe: Recipe) -> str:
     return f"{OWN}{recipe.name}"
 
 
-class _Tokens:
+class Tokens:
     """The tokens of a pass, where its reference lies, and its identity."""
 
     def __init__(self, job: Job, folder: Path, orders: list[Order], dtype: torch.dtype) -> None:
@@ -321,7 +372,7 @@ class _Tokens:
         return max(lengths)
 
 
-class _Keeping:
+class Keeping:
     """Says when the state of a pass is worth keeping: enough was done since, and keeping it is cheap beside that."""
 
     def __init__(self) -> None:

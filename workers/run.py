@@ -18,23 +18,36 @@ from workers import destinations, hub
 from workers.content import folder_sha256
 from workers.deadline import ends_within
 from workers.errors import CheckpointError, DiskFull, HubUnavailable, OutOfMemory, QuantmillError
-from workers.job import Failure, Job, PeakMemory, Stage, StageResult, artifact_folder
+from workers.job import Failure, Job, Part, PeakMemory, Stage, StageResult, artifact_folder
 from workers.pace import LocalPace, Pace
 
 
 def run_stage(
-    job: Job, stage: Stage, recipe: str | None = None, pace: Pace | None = None, *, seconds: float = math.inf
+    job: Job,
+    stage: Stage,
+    recipe: str | None = None,
+    pace: Pace | None = None,
+    *,
+    seconds: float = math.inf,
+    part: Part | None = None,
 ) -> StageResult:
     """Run a stage; ``recipe`` names the artifact for verify and publish. Errors come back as ``failure``.
+
+    ``part`` is the one to run of a quantize stage that is spread over workers; the last, ``join``, has the artifacts.
 
     ``pace`` is the run's, which all of its processes share; left out, this process keeps its own. After ``seconds`` the
     stage counts as hanging, and is ended.
     """
     start = time.monotonic()
-    what = " ".join(filter(None, [stage.value, Path(job.model.id).name, recipe]))
+    named = f"{part.step} {part.index + 1}/{part.of}" if part else None
+    what = " ".join(filter(None, [stage.value, named, Path(job.model.id).name, recipe]))
     try:
         with ends_within(seconds, what):
-            result = _STAGES[stage](job, recipe, pace or pace_of(job))
+            if part is not None:
+                assert stage is Stage.QUANTIZE
+                result = _quantize_part(job, part)
+            else:
+                result = _STAGES[stage](job, recipe, pace or pace_of(job))
     except Exception as error:
         result = StageResult(stage=stage, recipe=recipe, failure=describe(error))
     return result.model_copy(
@@ -101,6 +114,21 @@ def _quantize(job: Job, recipe: str | None, pace: Pace) -> StageResult:
 
     artifacts, reference_bytes = quantize(job, model_folder(job))
     return StageResult(stage=Stage.QUANTIZE, artifacts=artifacts, reference_bytes=reference_bytes)
+
+
+def _quantize_part(job: Job, part: Part) -> StageResult:
+    from workers import spread
+
+    folder = model_folder(job)
+    match part.step:
+        case "gather":
+            spread.gather(job, folder, part.index, part.of)
+        case "solve":
+            spread.solve(job, folder, part.index, part.of)
+        case "join":
+            artifacts, reference_bytes = spread.join(job, folder, part.of)
+            return StageResult(stage=Stage.QUANTIZE, artifacts=artifacts, reference_bytes=reference_bytes)
+    return StageResult(stage=Stage.QUANTIZE)
 
 
 def _verify(job: Job, recipe: str | None, pace: Pace) -> StageResult:

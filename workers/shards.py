@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
+from contextlib import ExitStack
+from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -27,13 +30,14 @@ ALIGNMENT = 8
 
 
 class Spooled(Frozen):
-    """A tensor in a spool: where it lies, in bytes."""
+    """A tensor in a file: where it lies, in bytes. ``file`` is None in the writer's own spool."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     start: int
     size: int
+    file: str | None = None
 
 
 class Journal(Frozen):
@@ -58,6 +62,8 @@ class ShardWriter:
         self._shards = list(journal.shards)
         self._spooled = list(journal.spool)
         self._names = {name for shard in self._shards for name in shard} | {entry.name for entry in self._spooled}
+        self._shard_bytes = sum(entry.size for entry in self._spooled)
+        self._spool_bytes = sum(entry.size for entry in self._spooled if entry.file is None)
         self.total_bytes = journal.total_bytes
         self._spool: BinaryIO | None = None
         # Spools whose shards are whole: the last journal may name them still, so they outlive the next one.
@@ -77,17 +83,28 @@ class ShardWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append one tensor, of any device; it's copied to the host."""
+        self._make_room(name, tensor.numel() * tensor.element_size())
+        entry = append(self._open_spool(), self._spool_bytes, name, tensor)
+        self._spool_bytes += entry.size
+        self._take(entry)
+
+    def adopt(self, entries: Iterable[Spooled]) -> None:
+        """Take tensors in, in their order, that lie in other files; these have to stay until ``close``."""
+        for entry in entries:
+            assert entry.file is not None
+            self._make_room(entry.name, entry.size)
+            self._take(entry)
+
+    def _make_room(self, name: str, size: int) -> None:
         assert name not in self._names, f"{name} was written twice"
-        size = tensor.numel() * tensor.element_size()
-        if self._spooled and self._spool_bytes + size > self._limit:
+        if self._spooled and self._shard_bytes + size > self._limit:
             self._finish_shard()
-        data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-        self._open_spool().write(data.numpy().data)
-        shape = tuple(tensor.shape)
-        entry = Spooled(name=name, dtype=DTYPE_NAMES[tensor.dtype], shape=shape, start=self._spool_bytes, size=size)
+
+    def _take(self, entry: Spooled) -> None:
         self._spooled.append(entry)
-        self._names.add(name)
-        self.total_bytes += size
+        self._names.add(entry.name)
+        self._shard_bytes += entry.size
+        self.total_bytes += entry.size
 
     def journal(self) -> Journal:
         """What is on the disk by now, surely: a writer made from it goes on after the last tensor that it names.
@@ -124,10 +141,6 @@ class ShardWriter:
             self._spool.close()
             self._spool = None
 
-    @property
-    def _spool_bytes(self) -> int:
-        return self._spooled[-1].start + self._spooled[-1].size if self._spooled else 0
-
     def _partial(self, number: int) -> Path:
         return self._folder / f".shard-{number:05d}.partial"
 
@@ -149,7 +162,7 @@ class ShardWriter:
         missing = next((path for path in kept if not path.is_file()), None)
         if missing is not None:
             raise FileNotFoundError(f"{missing}: named in a journal, but not there")
-        if journal.spool:
+        if self._spool_bytes:
             kept.add(self._spool_path())
             os.truncate(self._spool_path(), self._spool_bytes)
         for path in (*self._folder.glob(".shard-*.partial"), *self._folder.glob(".shard-*.spool")):
@@ -161,15 +174,40 @@ class ShardWriter:
         number, spool = len(self._shards), self._spool_path()
         spool.touch()
         entries = sorted(self._spooled, key=lambda entry: (-_itemsize(entry), entry.name))
-        with spool.open("rb") as source, self._partial(number).open("wb") as target:
+        with ExitStack() as stack:
+            target = stack.enter_context(self._partial(number).open("wb"))
             target.write(_header(entries))
             target.flush()
+            sources: dict[str | None, BinaryIO] = {}
             for entry in entries:
-                _copy(source, target, entry.start, entry.size)
+                if entry.file not in sources:
+                    sources[entry.file] = stack.enter_context(Path(entry.file or spool).open("rb"))
+                _copy(sources[entry.file], target, entry.start, entry.size)
             os.fsync(target.fileno())
         self._shards.append(tuple(entry.name for entry in self._spooled))
-        self._spooled = []
+        self._spooled, self._shard_bytes, self._spool_bytes = [], 0, 0
         self._spent.append(spool)
+
+
+def append(stream: BinaryIO, start: int, name: str, tensor: Tensor) -> Spooled:
+    """Write a tensor, of any device, at the end of a stream, which is at ``start``."""
+    data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+    stream.write(data.numpy().data)
+    shape = tuple(tensor.shape)
+    return Spooled(name=name, dtype=DTYPE_NAMES[tensor.dtype], shape=shape, start=start, size=data.numel())
+
+
+def read_back(stream: BufferedReader, entry: Spooled) -> Tensor:
+    """A tensor that ``append`` has written, on the CPU.
+
+    Raises:
+        OSError: the file ends before it.
+    """
+    data = torch.empty(entry.size, dtype=torch.uint8)
+    stream.seek(entry.start)
+    if stream.readinto(data.numpy().data) != entry.size:
+        raise OSError(f"{stream.name}: ends within {entry.name}")
+    return data.view(DTYPES[entry.dtype]).view(entry.shape)
 
 
 def _itemsize(entry: Spooled) -> int:

@@ -6,6 +6,7 @@ found by the input being the same tensor.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -86,7 +87,87 @@ def _stride(width: int) -> int:
     return width if width < WIDE else -(-width // 4)
 
 
-class Observer:
+class Watcher(ABC):
+    """Sees the inputs of one layer's linear modules and fused experts, while it runs.
+
+    With ``all_tokens`` every expert is shown all tokens of its layer, else those that are sent to it.
+    """
+
+    def __init__(self, *, all_tokens: bool) -> None:
+        self._all_tokens = all_tokens
+        self._current: dict[int, tuple[Tensor, InputName]] = {}
+
+    @abstractmethod
+    def take(self, name: InputName, inputs: Tensor) -> None:
+        """An input comes: float [..., I]."""
+
+    @abstractmethod
+    def share(self, name: InputName, leader: InputName) -> None:
+        """The input that has come to ``leader`` comes to another weight."""
+
+    @contextmanager
+    def watching(self, streamed: StreamedModel, inputs: Iterable[InputName]) -> Iterator[None]:
+        """See these inputs of a loaded layer while the context lasts."""
+        self._current = {}
+        with ExitStack() as stack:
+            stack.callback(self._current.clear)
+            fused: dict[str, list[str]] = {}
+            for parameter, expert in inputs:
+                module, _, leaf = parameter.rpartition(".")
+                if expert is None:
+                    hook = self._hook((parameter, None))
+                    handle = streamed.model.get_submodule(module).register_forward_pre_hook(hook)
+                    stack.callback(handle.remove)
+                elif leaf not in fused.setdefault(module, []):
+                    fused[module].append(leaf)
+            for module, leaves in fused.items():
+                stack.enter_context(self._experts(streamed.model.get_submodule(module), module, leaves))
+            yield
+
+    def _hook(self, name: InputName) -> Any:
+        def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if inputs:
+                self._see(name, inputs[0])
+
+        return before
+
+    def _see(self, name: InputName, inputs: Tensor) -> None:
+        """Count an input once, whichever of those that share it comes first."""
+        held = self._current.get(id(inputs))
+        if held is not None and held[0] is inputs and held[1] != name:
+            self.share(name, held[1])
+            return
+        self.take(name, inputs)
+        # Holding the tensor keeps its id from being given to another.
+        self._current = {id(inputs): (inputs, name)}
+
+    @contextmanager
+    def _experts(self, module: nn.Module, name: str, leaves: list[str]) -> Iterator[None]:
+        """See the products with slices of 3-D parameters while the module's forward runs."""
+        plain = module.forward
+        parameters = {leaf: module.get_parameter(leaf) for leaf in leaves}
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if not self._all_tokens:
+                with _Products(self, name, parameters):
+                    return plain(*args, **kwargs)
+            with _Products(self, name, parameters):
+                plain(*_to_all_experts(module, name, args, kwargs))
+            return plain(*args, **kwargs)
+
+        module.forward = watched
+        try:
+            yield
+        finally:
+            del module.forward
+
+
+def inputs_of(streamed: StreamedModel, layer: int) -> list[InputName]:
+    """The inputs of a layer's quantizable weights."""
+    return list(dict.fromkeys(weight.input for weight in streamed.weights if weight.layer == layer))
+
+
+class Observer(Watcher):
     """Gathers the statistics of one layer at a time; ``of`` tells them after the layer has run.
 
     ``experts``: whether an expert learns from the tokens sent to it (``routed``) or from all of its layer (``all``).
@@ -97,12 +178,11 @@ class Observer:
     def __init__(
         self, experts: Literal["routed", "all"] = "routed", minimum_tokens: int = 0, *, magnitudes: bool = True
     ) -> None:
+        super().__init__(all_tokens=experts == "all")
         self._magnitudes = magnitudes
-        self._all_tokens = experts == "all"
         self._minimum = minimum_tokens
         self._groups: dict[InputName, InputStatistics] = {}
         self._leaders: list[InputName] = []
-        self._current: dict[int, tuple[Tensor, InputName]] = {}
         self._together: dict[str, InputStatistics] = {}
         self._borrowing: dict[InputName, int] = {}
 
@@ -146,66 +226,30 @@ class Observer:
     @contextmanager
     def watch(self, streamed: StreamedModel, layer: int) -> Iterator[None]:
         """Gather while the context lasts, from the layer's linear modules and fused experts."""
-        self._groups, self._leaders, self._current = {}, [], {}
-        self._together, self._borrowing = {}, {}
-        inputs = dict.fromkeys(weight.input for weight in streamed.weights if weight.layer == layer)
-        with ExitStack() as stack:
-            stack.callback(self._current.clear)
-            fused: dict[str, list[str]] = {}
-            for parameter, expert in inputs:
-                module, _, leaf = parameter.rpartition(".")
-                if expert is None:
-                    hook = self._hook((parameter, None))
-                    handle = streamed.model.get_submodule(module).register_forward_pre_hook(hook)
-                    stack.callback(handle.remove)
-                elif leaf not in fused.setdefault(module, []):
-                    fused[module].append(leaf)
-            for module, leaves in fused.items():
-                stack.enter_context(self._experts(streamed.model.get_submodule(module), module, leaves))
+        inputs = inputs_of(streamed, layer)
+        with self.gathering(inputs), self.watching(streamed, inputs):
             yield
-            for name in self._leaders:
-                self._groups[name].complete()
-            self._pool(inputs)
 
-    def _hook(self, name: InputName) -> Any:
-        def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if inputs:
-                self._see(name, inputs[0])
+    @contextmanager
+    def gathering(self, inputs: Iterable[InputName]) -> Iterator[None]:
+        """Gather what is shown while the context lasts, of a layer that has these inputs."""
+        self._groups, self._leaders = {}, []
+        self._together, self._borrowing = {}, {}
+        yield
+        for name in self._leaders:
+            self._groups[name].complete()
+        self._pool(inputs)
 
-        return before
-
-    def _see(self, name: InputName, inputs: Tensor) -> None:
-        """Count an input once, whichever of those that share it comes first."""
-        held = self._current.get(id(inputs))
-        if held is not None and held[0] is inputs and held[1] != name:
-            self._groups[name] = self._groups[held[1]]
-            return
+    def take(self, name: InputName, inputs: Tensor) -> None:
+        """Count an input."""
         if name not in self._groups:
             self._groups[name] = InputStatistics.empty(inputs.shape[-1], inputs.device)
             self._leaders.append(name)
         self._groups[name].add(inputs, magnitudes=self._magnitudes)
-        # Holding the tensor keeps its id from being given to another.
-        self._current = {id(inputs): (inputs, name)}
 
-    @contextmanager
-    def _experts(self, module: nn.Module, name: str, leaves: list[str]) -> Iterator[None]:
-        """See the products with slices of 3-D parameters while the module's forward runs."""
-        plain = module.forward
-        parameters = {leaf: module.get_parameter(leaf) for leaf in leaves}
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            if not self._all_tokens:
-                with _Products(self, name, parameters):
-                    return plain(*args, **kwargs)
-            with _Products(self, name, parameters):
-                plain(*_to_all_experts(module, name, args, kwargs))
-            return plain(*args, **kwargs)
-
-        module.forward = watched
-        try:
-            yield
-        finally:
-            del module.forward
+    def share(self, name: InputName, leader: InputName) -> None:
+        """An input that is counted already."""
+        self._groups[name] = self._groups[leader]
 
 
 def _to_all_experts(
@@ -230,11 +274,11 @@ def _to_all_experts(
 
 
 class _Products(TorchFunctionMode):
-    """Shows an observer every ``linear`` whose weight is a slice of one of the parameters."""
+    """Shows a watcher every ``linear`` whose weight is a slice of one of the parameters."""
 
-    def __init__(self, observer: Observer, module: str, parameters: dict[str, nn.Parameter]) -> None:
+    def __init__(self, watcher: Watcher, module: str, parameters: dict[str, nn.Parameter]) -> None:
         super().__init__()
-        self._observer = observer
+        self._watcher = watcher
         self._module = module
         self._starts = {p.untyped_storage().data_ptr(): (leaf, p) for leaf, p in parameters.items()}
 
@@ -245,5 +289,5 @@ class _Products(TorchFunctionMode):
             if found is not None:
                 leaf, parameter = found
                 expert = weight.storage_offset() // parameter.stride(0)
-                self._observer._see((f"{self._module}.{leaf}", expert), inputs)
+                self._watcher._see((f"{self._module}.{leaf}", expert), inputs)
         return func(*args, **(kwargs or {}))

@@ -121,6 +121,20 @@ def test_a_pass_without_memory_goes_on_with_smaller_batches(tmp_path: Path, monk
     assert made["bnb-nf4"].fallbacks == ()
 
 
+def test_a_lean_pass_takes_the_smallest_batches_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small(LLAMA, tmp_path / "model", 1)
+    plain, seen = Lanes.advance, set[int]()
+
+    def advance(self: Lanes) -> None:
+        seen.update(lane._batch.numel() for lane in self._lanes)
+        plain(self)
+
+    monkeypatch.setattr(Lanes, "advance", advance)
+    made = made_of(job(model, tmp_path, "fp8-static").model_copy(update={"lean": True}))
+    assert seen == {128}
+    assert "micro-batches of 128 tokens, for there was no memory for 4096" in " ".join(made["fp8-static"].fallbacks)
+
+
 def test_memory_that_is_never_enough_is_an_error_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small(LLAMA, tmp_path / "model", 1)
 

@@ -1,0 +1,45 @@
+"""How the pass over one model is split over workers: what can be, who does what, and how much of the disk it takes.
+
+Pure, and without torch: the driver plans with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from workers.job import Job
+
+
+def spreadable(job: Job) -> bool:
+    """Whether a job's pass can be split: no recipe calibrates on its own quantized layers, one after the other."""
+    return not sequential(job)
+
+
+def sequential(job: Job) -> list[str]:
+    """The recipes of a job that can't be spread over workers."""
+    return [order.recipe.name for order in job.orders if order.recipe.own_stream]
+
+
+def slice_of(count: int, part: int, parts: int) -> slice:
+    """The items of one part: neighbours, as many as the other parts have, or one more."""
+    return slice(part * count // parts, (part + 1) * count // parts)
+
+
+def layers_of(work: Sequence[int], part: int, parts: int) -> list[int]:
+    """The layers of one part, in their order, when each takes so much work: the largest first to whom has least."""
+    loads, shares = [0] * parts, [list[int]() for _ in range(parts)]
+    for layer in sorted(range(len(work)), key=lambda index: (-work[index], index)):
+        least = loads.index(min(loads))
+        loads[least] += work[layer]
+        shares[least].append(layer)
+    return sorted(shares[part])
+
+
+def gathered_bytes(tokens: int, widths: Iterable[int], itemsize: int) -> int:
+    """Bytes on the disk between gather and join, beside the artifacts' own, for so many calibration tokens.
+
+    ``widths``: of the distinct inputs of all layers (q, k and v share one, gate and up share one); of experts, of as
+    many as a token is sent to. The widths of all quantizable weights are an upper bound. ``itemsize``: bytes of an
+    activation; 2 on a GPU, at most 4 on a CPU.
+    """
+    return tokens * itemsize * sum(widths)
