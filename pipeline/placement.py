@@ -66,19 +66,27 @@ class Room:
         self._cards = [1.0] * node.gpus
 
     @property
+    def speed(self) -> float:
+        """Of one of its slots, in units that only compare: a generation of cards does about twice as much in a
+        multiprocessor as the one before."""
+        if not self.facts.devices:
+            return float(self.node.cpus_per_stage)
+        return min(device.processors * 2.0 ** (device.capability[0] - 3) for device in self.facts.devices)
+
+    @property
     def idle_cards(self) -> int:
         """Cards that nothing runs on."""
         return sum(free > 1 - 1e-9 for free in self._cards)
 
-    def compute(self, need: Need, *, share: bool) -> Claim | None:
-        """What a computing stage takes here: a whole card, or with ``share`` as many parts of one as can be had at a
-        time; None while there isn't room for it."""
+    def compute(self, need: Need, *, most: int = 1) -> Claim | None:
+        """What a computing stage takes here: a whole card, or a part of one that so many at ``most`` share; None while
+        there isn't room for it."""
         if need.host > self._memory:
             return None
         threads = self.node.cpus_per_stage
         if not self._cards:
             return Claim(threads, need.host) if threads <= self._cpus else None
-        parts = self.parts(need) if share else 1
+        parts = min(self.parts(need), most)
         threads_of_part = threads / parts
         # The fullest card that still has a part free: whole ones stay whole.
         fitting = [(free, card) for card, free in enumerate(self._cards) if free >= 1 / parts - 1e-9]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -85,9 +85,7 @@ def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None)
     problems += [problem for source in pinned for problem in _too_long(source, calibration, verification)]
     refused = {source.pin.id: problem for source in pinned if (problem := fitting.model_problem(source))}
     problems += refused.values()
-    for source, recipe in cells:
-        if source.pin.id not in refused:
-            problems += fitting.recipe_problems(source, recipe)
+    problems += _misfits(cells, refused)
     if problems:
         raise ZooError("\n".join(problems))
     orders = [
@@ -102,8 +100,9 @@ def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None)
         namespace = publish.namespace
         patiently(lambda: check_destination(endpoint, namespace))
     standing = _standing(orders, workspace, endpoint, verification)
+    estimates = sizing.Estimates(calibration, verification)
     artifacts = tuple(
-        PlannedArtifact(source, order, sizing.estimate(source, recipe, calibration, verification), *(there or ()))
+        PlannedArtifact(source, order, estimates.of(source, recipe), *(there or ()))
         for (source, recipe), order, there in zip(cells, orders, standing, strict=True)
     )
     destination, collection = None, None
@@ -119,8 +118,29 @@ def _resolve_all(zoo: Zoo, zoo_folder: Path) -> tuple[list[tuple[ModelEntry, sou
     with ThreadPoolExecutor(THREADS) as pool:
         results = list(pool.map(lambda entry: _try(lambda: sources.resolve(entry, zoo_folder)), zoo.models))
     pairs = zip(zoo.models, results, strict=True)
-    found = [(entry, result) for entry, result in pairs if isinstance(result, sources.Source)]
+    # The same headers are kept once: a zoo has many finetunes of few models.
+    known: dict[tuple[sources.TensorHeader, ...], tuple[sources.TensorHeader, ...]] = {}
+    found = [
+        (entry, replace(result, tensors=known.setdefault(result.tensors, result.tensors)))
+        for entry, result in pairs
+        if isinstance(result, sources.Source)
+    ]
     return found, [str(result) for result in results if isinstance(result, UserError)]
+
+
+def _misfits(cells: list[tuple[sources.Source, Recipe]], refused: Mapping[str, str]) -> list[str]:
+    """What is wrong with recipes for models; those of one shape, such as finetunes, are looked at once."""
+    fine: set[tuple[object, ...]] = set()
+    found: list[str] = []
+    for source, recipe in cells:
+        key = (*sizing.alike(source), recipe.name)
+        if source.pin.id in refused or key in fine:
+            continue
+        problems = list(fitting.recipe_problems(source, recipe))
+        found += problems
+        if not problems:
+            fine.add(key)
+    return found
 
 
 def _pin_data(zoo: Zoo, zoo_folder: Path) -> tuple[Calibration | None, str | None, Verification, list[str]]:

@@ -87,9 +87,14 @@ class Site:
     passed_over: int = 0
 
     @property
+    def speed(self) -> float:
+        """Of all of its slots together."""
+        return self.room.speed * self.room.node.slots
+
+    @property
     def relative_load(self) -> float:
-        """Work for each of its slots."""
-        return self.load / self.room.node.slots
+        """How long what it was given takes."""
+        return self.load / self.speed
 
     @property
     def wants_more(self) -> bool:
@@ -150,6 +155,9 @@ class Driver:
         self._kinds: dict[object, int] = {}
         self._members: dict[int, list[str]] = {}
         self._lacks: dict[tuple[int, str], list[str]] = {}
+        self._work_left = sum(demand.work for demand in self._demands)
+        self._speed = 1.0
+        self._fastest: dict[int, float] = {}  # of the nodes that a job fits
         self._queued: set[int] = set()
         self._queues: dict[int, list[tuple[int, int, int]]] = {}
         self._stirred: set[str] = set()
@@ -216,7 +224,7 @@ class Driver:
             self._offer(run.index)
             self._stirred |= set(self._sites)
         else:
-            holder.let_go(run.index)
+            self._let_go(run)
 
     def _fill(self) -> None:
         """Give work to the nodes where something changed, until nothing more fits."""
@@ -252,6 +260,7 @@ class Driver:
         before, self._members = set(self._members), {}
         for name, site in self._sites.items():
             self._members.setdefault(site.kind, []).append(name)
+        self._speed = sum(site.speed for site in self._sites.values())
         changed = first or before != set(self._members)
         if changed:
             self._queues = {kind: [] for kind in self._members}
@@ -268,6 +277,7 @@ class Driver:
             self._refuse(self.jobs[index], [line for lines in found.values() for line in lines])
             return
         self._queued.add(index)
+        self._fastest[index] = max(self._sites[self._members[kind][0]].room.speed for kind in fitting)
         for kind in fitting:
             heapq.heappush(self._queues[kind], (len(fitting), -self._demands[index].work, index))
 
@@ -284,6 +294,11 @@ class Driver:
             found.append(f"memory: no more on {node} than on {outgrown.facts.node}, where it ran out")
         return list(dict.fromkeys(found))
 
+    @property
+    def _horizon(self) -> float:
+        """How long all of the cluster takes for what is left."""
+        return self._work_left / self._speed
+
     def _lacks_for(self, site: Site, recipe: Recipe, facts: Facts) -> list[str]:
         """What sites of this kind lack for a recipe, whatever the model: packages, capabilities, labels."""
         key = site.kind, recipe.name
@@ -297,7 +312,7 @@ class Driver:
         return self._lacks[key]
 
     def _next_job(self, site: Site) -> int | None:
-        """Take the first job in the queue whose files fit the site's disk now."""
+        """Take the first job in the queue whose files fit the site's disk now, and that won't be the last to end."""
         queue, found = self._queues.get(site.kind, []), None
         set_aside: list[tuple[int, int, int]] = []
         while queue and found is None and len(set_aside) < LOOK_AHEAD:
@@ -305,6 +320,10 @@ class Driver:
             index = entry[2]
             if index not in self._queued:
                 continue
+            speed = site.room.speed
+            until = site.relative_load + self._demands[index].work / speed
+            if speed < self._fastest[index] and until > self._horizon:
+                continue  # a faster node has it in its queue; what's left only gets less
             if self._files_fit(index, site.room):
                 found = index
             else:
@@ -410,7 +429,11 @@ class Driver:
             return site.room.transfer(need) if site.transfers[step.stage] < TRANSFERS else None
         if step in self._alone:
             return site.room.alone(need)
-        return site.room.compute(need, share=computing > site.room.idle_cards)
+        if computing <= site.room.idle_cards:
+            return site.room.compute(need)
+        # In a share of a card it takes as many times as long, which mustn't make it the last to end.
+        alone = self._demands[step.job].work / site.room.speed
+        return site.room.compute(need, most=max(1, int(self._horizon / alone)))
 
     def _start(self, name: str, site: Site, step: Step, claim: Claim) -> None:
         run, node, demand = self.jobs[step.job], site.room.node, self._demands[step.job]
@@ -456,6 +479,7 @@ class Driver:
             self._let_go(run)
 
     def _let_go(self, run: JobRun) -> None:
+        self._work_left -= self._demands[run.index].work
         if self._holder:
             self._holder.let_go(run.index)
 

@@ -29,6 +29,7 @@ class Device(Frozen):
     name: str
     capability: tuple[int, int]
     memory: int
+    processors: int = 1
 
 
 class Facts(Frozen):
@@ -108,4 +109,7 @@ def _devices() -> tuple[Device, ...]:
     if not torch.cuda.is_available():
         return ()
     properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return tuple(Device(name=p.name, capability=(p.major, p.minor), memory=p.total_memory) for p in properties)
+    return tuple(
+        Device(name=p.name, capability=(p.major, p.minor), memory=p.total_memory, processors=p.multi_processor_count)
+        for p in properties
+    )

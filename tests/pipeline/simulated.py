@@ -23,7 +23,19 @@ from workers.job import Failure, Job, ModelPin, Stage, StageResult
 
 GIB = 1024**3
 PACKAGES = dict.fromkeys(
-    ("torch", "transformers", "safetensors", "datasets", "huggingface_hub", "greenlet", "accelerate", "bitsandbytes"),
+    (
+        "torch",
+        "transformers",
+        "safetensors",
+        "datasets",
+        "huggingface_hub",
+        "greenlet",
+        "accelerate",
+        "bitsandbytes",
+        "compressed-tensors",
+        "gptqmodel",
+        "optimum",
+    ),
     "1",
 )
 DIED = Failure(kind="WorkerDied", message="gone")
@@ -56,7 +68,8 @@ class SimulatedFleet:
         seconds: Seconds = lambda step, job, node: 1.0,
         fails: Fails = lambda step, job, node, claim: None,
         disk: int = 10**15,
-        card_gib: int = 80,
+        card_gib: int | Callable[[Node], int] = 80,
+        processors: Callable[[Node], int] = lambda node: 1,
     ) -> None:
         self.alive = {node.id: node for node in nodes}
         self.now = 0.0
@@ -65,7 +78,7 @@ class SimulatedFleet:
         self.most = Counter[tuple[str, Stage]]()
         self.lean: set[Step] = set()
         self.disks = defaultdict(lambda: disk)
-        self._card = Device(name="card", capability=(9, 0), memory=card_gib * GIB)
+        self._card_gib, self._processors = card_gib, processors
         self._seconds, self._fails = seconds, fails
         self._used: defaultdict[str, Used] = defaultdict(Used)
         self._running = Counter[tuple[str, Stage]]()
@@ -93,7 +106,9 @@ class SimulatedFleet:
         return {node.id: {name: self._facts(node) for name in wanted} for node in nodes}
 
     def _facts(self, node: Node) -> Facts:
-        devices = (self._card,) * node.gpus
+        gib = self._card_gib if isinstance(self._card_gib, int) else self._card_gib(node)
+        card = Device(name="card", capability=(9, 0), memory=gib * GIB, processors=self._processors(node))
+        devices = (card,) * node.gpus
         return Facts(
             node=node.id, python="3", packages=PACKAGES, devices=devices, host_memory=node.memory,
             disk_free=self.disks[node.id], cpus=node.cpus,
