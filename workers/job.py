@@ -158,20 +158,6 @@ class Part(Frozen):
         return self
 
 
-class Part(Frozen):
-    """One part of a quantize stage that is spread over workers (``workers.spread``); ``join`` has one part alone."""
-
-    step: Literal["gather", "solve", "join"]
-    index: int = Field(0, ge=0)
-    of: int = Field(ge=1, description="Parts of the job, the same in all three steps.")
-
-    @model_validator(mode="after")
-    def _one_of_them(self) -> Part:
-        if self.index >= (1 if self.step == "join" else self.of):
-            raise ValueError(f"part {self.index} of {self.of}: {self.step} has no such part")
-        return self
-
-
 class Stage(StrEnum):
     """The stages of a job, in order."""
 

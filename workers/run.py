@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import math
 import platform
-import resource
 import sys
 import time
 import traceback
@@ -19,6 +18,7 @@ from workers.content import folder_sha256
 from workers.deadline import ends_within
 from workers.errors import CheckpointError, DiskFull, HubUnavailable, OutOfMemory, QuantmillError
 from workers.job import Failure, Job, Part, PeakMemory, Stage, StageResult, artifact_folder
+from workers.memory import peak_host_bytes
 from workers.pace import LocalPace, Pace
 
 
@@ -50,9 +50,9 @@ def run_stage(
                 result = _STAGES[stage](job, recipe, pace or pace_of(job))
     except Exception as error:
         result = StageResult(stage=stage, recipe=recipe, failure=describe(error))
-    return result.model_copy(
-        update={"node": platform.node(), "seconds": time.monotonic() - start, "memory": peak_memory()}
-    )
+    peak = peak_memory()
+    memory = PeakMemory(host=peak.host + result.memory.host, device=peak.device)
+    return result.model_copy(update={"node": platform.node(), "seconds": time.monotonic() - start, "memory": memory})
 
 
 def describe(error: BaseException) -> Failure:
@@ -80,11 +80,10 @@ def classify(error: BaseException) -> BaseException:
 
 
 def peak_memory() -> PeakMemory:
-    """Peak bytes so far, on the host (this process, and the largest that it started) and on its CUDA device."""
-    host = sum(resource.getrusage(who).ru_maxrss * 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    """Peak bytes of this process so far, on the host and on its CUDA device."""
     torch = sys.modules.get("torch")
     device = torch.cuda.max_memory_allocated() if torch is not None and torch.cuda.is_initialized() else 0
-    return PeakMemory(host=host, device=device)
+    return PeakMemory(host=peak_host_bytes(), device=device)
 
 
 def pace_of(job: Job) -> Pace:
@@ -136,7 +135,10 @@ def _verify(job: Job, recipe: str | None, pace: Pace) -> StageResult:
 
     assert recipe is not None
     manifest = verify(job, job.order(recipe), model_folder(job))
-    return StageResult(stage=Stage.VERIFY, recipe=recipe, manifest=manifest)
+    # The process that loaded the artifact ran beside this one.
+    runtime = manifest.verdict.runtime
+    loader = PeakMemory(host=runtime.host_bytes if runtime else 0)
+    return StageResult(stage=Stage.VERIFY, recipe=recipe, manifest=manifest, memory=loader)
 
 
 def _publish(job: Job, recipe: str | None, pace: Pace) -> StageResult:
