@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.quantmill-setup
 OUT ?= runs
 
-.PHONY: help setup quickstart test test-gpu walk check lint types contracts bench constraints clean
+.PHONY: help setup quickstart test test-gpu walk chaos check lint types contracts bench constraints clean
 
 help:
 	@echo "make quickstart   two small models x three recipes: quantized, verified, published to a loopback Hub"
 	@echo "make test         the tests"
 	@echo "make walk         every causal language model that transformers knows: streamed, quantized, loaded (nightly)"
+	@echo "make chaos        a run whose processes are killed at random, beside a quiet one (nightly)"
 	@echo "make check        lint, types, import contracts, tests (what CI runs)"
 	@echo "make setup        the environment alone (the others make it if it's missing)"
 	@echo "make bench        measure; results go into tests/bench/RESULTS.md by hand"
@@ -34,6 +35,9 @@ test: $(STAMP)
 walk: $(STAMP)
 	$(BIN)/python -m pytest tests/walk -m 'walk or not walk'
 
+chaos: $(STAMP)
+	$(BIN)/python -m pytest tests/pipeline/test_chaos.py -m chaos -s
+
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
 
@@ -50,7 +54,7 @@ contracts: $(STAMP)
 	$(BIN)/lint-imports
 
 bench: $(STAMP)
-	for what in solver pass memory datafree publish; do $(BIN)/python -m tests.bench.bench_$$what || exit 1; done
+	for what in solver pass memory datafree publish sizing fleet planning night simulation; do $(BIN)/python -m tests.bench.bench_$$what || exit 1; done
 
 constraints:
 	( head -1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' ) > constraints.new

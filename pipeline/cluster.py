@@ -17,9 +17,8 @@ from pipeline.placement import Claim, Node
 from pipeline.steps import NETWORK_STAGES, Step
 from workers.environment import Facts, host_memory
 from workers.errors import OutOfMemory, PreflightError, QuantmillError, WorkerDied, ZooError
-from workers.job import Failure, Job, Stage, StageResult
+from workers.job import Failure, Job, Part, Stage, StageResult
 from workers.pace import LocalPace
-
 
 # A process that computed ends, which frees its card; one that moved files may move more.
 TRANSFERS_OF_A_PROCESS = 32
@@ -119,7 +118,7 @@ class Cluster:
         stage, more = self.stage(step)
         calls = 1 if computing else TRANSFERS_OF_A_PROCESS
         call = self._ray.remote(max_calls=calls, max_retries=0)(stage).options(
-            name=f"{step.stage} {Path(job.model.id).name}" + (f" {step.recipe}" if step.recipe else ""),
+            name=_name(step, job),
             num_cpus=claim.cpus,
             num_gpus=claim.gpus,
             memory=claim.memory if node.memory else None,
@@ -127,7 +126,8 @@ class Cluster:
             **self._inside(node, job.orders[0].recipe.environment if computing else None),
         )
         told = job.model_copy(update={"lean": True}) if claim.alone else job
-        sent = told.model_dump_json(), step.stage.value, step.recipe
+        part = step.part.model_dump_json() if step.part else None
+        sent = told.model_dump_json(), step.stage.value, step.recipe, part
         self._flying[call.remote(*sent, self._pace, seconds, node.cpus_per_stage if computing else 1, *more)] = step
 
     def stage(self, step: Step) -> tuple[Callable[..., str], tuple[Any, ...]]:
@@ -247,7 +247,13 @@ class _SharedPace:
         self._actor.pause.remote(hub, seconds)
 
 
-def _run(job: str, stage: str, recipe: str | None, pace: Any, seconds: float, threads: int) -> str:
+def _name(step: Step, job: Job) -> str:
+    """What Ray's dashboard calls a step."""
+    part = f"{step.part.step} {step.part.index + 1}/{step.part.of}" if step.part else None
+    return " ".join(filter(None, [step.stage.value, part, Path(job.model.id).name, step.recipe]))
+
+
+def _run(job: str, stage: str, recipe: str | None, part: str | None, pace: Any, seconds: float, threads: int) -> str:
     # Ray's own setting follows the share of the node; the bytes of an artifact mustn't.
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if torch := sys.modules.get("torch"):
@@ -255,4 +261,5 @@ def _run(job: str, stage: str, recipe: str | None, pace: Any, seconds: float, th
     from workers.run import run_stage
 
     told = Job.model_validate_json(job)
-    return run_stage(told, Stage(stage), recipe, _SharedPace(pace), seconds=seconds).model_dump_json()
+    of = Part.model_validate_json(part) if part else None
+    return run_stage(told, Stage(stage), recipe, _SharedPace(pace), seconds=seconds, part=of).model_dump_json()

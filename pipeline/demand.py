@@ -24,6 +24,7 @@ class Demand:
     source_bytes: int
     pass_work: int
     own_work: int
+    gathered: int  # bytes on the disk, while the pass is spread over workers
 
     @property
     def work(self) -> int:
@@ -64,4 +65,5 @@ def _demand(job: Job, cells: list[PlannedArtifact]) -> Demand:
         source_bytes=made[0].source_bytes,
         pass_work=max(estimate.pass_work for estimate in made),
         own_work=sum(estimate.own_work for estimate in made),
+        gathered=max(estimate.gathered_bytes for estimate in made),
     )

@@ -110,6 +110,11 @@ class Room:
             return 1
         return max(1, min(MOST_SHARES, self.device_memory // need.device))
 
+    @property
+    def idle_cpus(self) -> int:
+        """Cores that no stage holds."""
+        return int(self._cpus + 1e-9)
+
     def larger_than(self, other: Room) -> bool:
         """Whether there's more memory here: on the host or on the cards, and not less of either."""
         mine, theirs = (self.host_memory, self.device_memory), (other.host_memory, other.device_memory)

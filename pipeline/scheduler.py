@@ -13,20 +13,21 @@ import itertools
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
 
 from pipeline.demand import demands
 from pipeline.leases import ASK_SECONDS, RENEW_SECONDS, Holder
 from pipeline.placement import Claim, Node, Room, gigabytes, lacking, unmatched
 from pipeline.plan import Plan
 from pipeline.retry import Again, Choices, How, decide
-from pipeline.sizing import deadline_seconds
+from pipeline.sizing import deadline_seconds, typical_seconds
 from pipeline.steps import NETWORK_STAGES, JobRun, Step
 from workers.environment import Facts, problems
 from workers.errors import DiskFull, PreflightError, WorkerDied
-from workers.job import Failure, Job, Stage, StageResult
+from workers.job import Failure, Job, Part, PeakMemory, Stage, StageResult
 from workers.recipes import Recipe
+from workers.split import spreadable
 
 # Transfers of one kind at a time on one node: its line to the Hub is shared.
 TRANSFERS = 4
@@ -37,10 +38,14 @@ SURVEY_SECONDS = 60.0
 PATIENCE = 16
 # How many jobs are looked at for one whose files fit the disk.
 LOOK_AHEAD = 64
+# A pass shorter than this is over before its parts' processes have started and met three times.
+SPREAD_SECONDS = 300.0
 # What comes first on a node: the stages of jobs that are nearly done.
 URGENCY = {Stage.PUBLISH: 1, Stage.VERIFY: 2, Stage.QUANTIZE: 3, Stage.FETCH: 4}
 
-Key = tuple[int, Stage, str | None]
+DIED = WorkerDied.__name__
+
+Key = tuple[int, Stage, str | None, Part | None]
 Probed = dict[str, dict[str | None, Facts | str]]
 
 
@@ -113,6 +118,24 @@ def _kind(room: Room, facts: dict[str | None, Facts | str]) -> object:
     return node.cpus, node.gpus, room.host_memory >> 28, room.facts.devices, labels, packages
 
 
+@dataclass
+class Spread:
+    """The pass of one job over several slots of its node: in three steps, each of whose parts have to be through."""
+
+    whole: Step
+    parts: int
+    begun: float
+    out: set[Step] = field(default_factory=set)
+    host_bytes: int = 0
+    device_bytes: int = 0
+
+    def step(self, name: Literal["gather", "solve", "join"]) -> set[Step]:
+        """All parts of a step."""
+        count = 1 if name == "join" else self.parts
+        self.out = {replace(self.whole, part=Part(step=name, index=i, of=self.parts)) for i in range(count)}
+        return set(self.out)
+
+
 @dataclass(frozen=True)
 class Flight:
     """A step on its way."""
@@ -143,7 +166,9 @@ class Driver:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
         holder: Holder | None = None,
+        spread_seconds: float = SPREAD_SECONDS,
     ) -> None:
+        self.spread_seconds = spread_seconds
         self.jobs = [JobRun(index, job) for index, job in enumerate(plan.jobs)]
         self._demands = demands(plan)
         self._fleet = fleet
@@ -167,6 +192,7 @@ class Driver:
         self._open: Counter[int] = Counter()  # steps of a job that are ready, delayed or flying
         self._attempts: Counter[Key] = Counter()
         self._failed: defaultdict[Key, list[tuple[str, How]]] = defaultdict(list)
+        self._spreads: dict[int, Spread] = {}
         self._outgrown: dict[int, tuple[How, Room]] = {}  # where a job ran out of memory or disk
         self._order = itertools.count()
         self._surveyed = 0.0
@@ -371,6 +397,7 @@ class Driver:
 
     def _take_back(self, run: JobRun) -> None:
         self._unplace(run)
+        self._spreads.pop(run.index, None)
         run.node = ""
         run.restart()
         self._open[run.index] = 0
@@ -409,6 +436,10 @@ class Driver:
             if step.generation != self.jobs[step.job].generation:
                 continue
             network = step.stage in NETWORK_STAGES
+            if computing == 1 and self._spread(site, step):
+                # All of its parts are ready now instead.
+                computing += self._spreads[step.job].parts - 1
+                continue
             claim = None if waited_for and not network else self._claim(site, step, computing)
             if claim is None:
                 held.append(entry)
@@ -435,6 +466,41 @@ class Driver:
         alone = self._demands[step.job].work / site.room.speed
         return site.room.compute(need, most=max(1, int(self._horizon / alone)))
 
+    def _spread(self, site: Site, step: Step) -> bool:
+        """Spread a long pass over what else would be idle on its node; no job waits for it."""
+        run, demand, node = self.jobs[step.job], self._demands[step.job], site.room.node
+        slots = site.room.idle_cards if node.gpus else site.room.idle_cpus // node.cpus_per_stage
+        whole = step.stage == Stage.QUANTIZE and step.part is None and step not in self._alone
+        if not whole or slots < 2 or self._queued or self._held_elsewhere or not spreadable(run.job):
+            return False
+        long = typical_seconds(demand.pass_work, node.cpus_per_stage, node.gpus) >= self.spread_seconds
+        holds = slots * demand.quantize.host <= site.room.host_memory and demand.gathered <= site.room.free_disk
+        if not long or not holds:
+            return False
+        spread = self._spreads[step.job] = Spread(step, slots, self._clock())
+        for part in sorted(spread.step("gather"), key=str):
+            self._make_ready(part, How.SAME)
+        return True
+
+    def _land_part(self, run: JobRun, step: Step, result: StageResult) -> StageResult | None:
+        """Go on to the next part, or step; the whole stage's result once it's there, or one of its parts failed."""
+        spread = self._spreads[run.index]
+        spread.out.discard(step)
+        spread.host_bytes = max(spread.host_bytes, result.memory.host)
+        spread.device_bytes = max(spread.device_bytes, result.memory.device)
+        if result.failure is None:
+            if spread.out:
+                return None
+            assert step.part is not None
+            following: dict[str, Literal["solve", "join"]] = {"gather": "solve", "solve": "join"}
+            if step.part.step in following:
+                for part in sorted(spread.step(following[step.part.step]), key=str):
+                    self._make_ready(part, How.SAME)
+                return None
+        del self._spreads[run.index]
+        peak = PeakMemory(host=spread.host_bytes, device=spread.device_bytes)
+        return result.model_copy(update={"memory": peak, "seconds": self._clock() - spread.begun})
+
     def _start(self, name: str, site: Site, step: Step, claim: Claim) -> None:
         run, node, demand = self.jobs[step.job], site.room.node, self._demands[step.job]
         site.room.take(claim)
@@ -448,6 +514,8 @@ class Driver:
         work = demand.pass_work + demand.own_work if step.stage == Stage.QUANTIZE else demand.own_work
         seconds = deadline_seconds(step.stage, demand.source_bytes, work, node.cpus_per_stage, node.gpus)
         self._fleet.start(step, run.job, node, claim, seconds)
+        if step.part and step.part != Part(step="gather", of=step.part.of):
+            return  # one line for the whole pass
         for watcher in self.watchers:
             watcher.started(run.job, step, self._attempts[_key(step)])
 
@@ -462,13 +530,19 @@ class Driver:
                 site.transfers[step.stage] -= 1
             self._stirred.add(flight.site)
         run, attempts = self.jobs[step.job], self._attempts[_key(step)]
-        if step.generation != run.generation:
+        if step.generation != run.generation or (step.part and run.index not in self._spreads):
             return
         again = self._again(step, result.failure, flight) if result.failure else None
+        if step.part and (again is None or again.how is not How.SAME):
+            whole = self._land_part(run, step, result)
+            if whole is None:
+                return
+            # What doesn't fit beside its other parts is tried in one piece.
+            step, result = replace(step, part=None), whole
         for watcher in self.watchers:
             watcher.ended(run.job, step, attempts, result, again.seconds if again else None)
         if again is not None:
-            self._repeat(run, step, again)
+            self._repeat(run, step, again, died=result.failure is not None and result.failure.kind == DIED)
             return
         self._open[run.index] -= 1
         for later in run.follow(step, result, attempts):
@@ -500,12 +574,12 @@ class Driver:
             roomier=any(other.roomier_than(here.room) for other in others),
         )
 
-    def _repeat(self, run: JobRun, step: Step, again: Again) -> None:
+    def _repeat(self, run: JobRun, step: Step, again: Again, *, died: bool) -> None:
         if again.how in (How.LARGER, How.ROOMIER):
             self._outgrown[run.index] = again.how, self._sites[run.node].room
             self._begin_anew(run)
             return
-        if self._failed[_key(step)][-1][0] == WorkerDied.__name__:
+        if died:
             self._survey()
             if step.generation != run.generation:
                 return
@@ -545,7 +619,7 @@ class Driver:
 
 def _key(step: Step) -> Key:
     """Attempts count on, also when a job has moved to another node."""
-    return step.job, step.stage, step.recipe
+    return step.job, step.stage, step.recipe, step.part
 
 
 def _environment(job: Job) -> str | None:

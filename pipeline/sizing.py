@@ -14,9 +14,10 @@ from typing import Any
 
 from pipeline.placement import Need
 from pipeline.sources import Source, TensorHeader
-from workers.fits import CONV1D_MODEL_TYPES
+from workers.fits import CONV1D_MODEL_TYPES, EXPERT
 from workers.job import Calibration, Stage, Verification
 from workers.recipes import BitsAndBytesRecipe, FourBitFloatScheme, Recipe
+from workers.split import gathered_bytes
 
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 # A process with torch and transformers, and the second one that checks the runtime; measured 0.5 to 0.65 GB each.
@@ -42,6 +43,8 @@ SHARD_BYTES = 2_000_000_000
 STARTING_SECONDS = 3600.0
 CRAWLING_BYTES_PER_SECOND = 256 * 1024
 CRAWLING_ON_A_CORE, CRAWLING_ON_A_GPU = 1e9, 1e12
+# What is reached as a rule: on a core measured (4e10 with a calibrated recipe), on a GPU assumed.
+TYPICAL_ON_A_CORE, TYPICAL_ON_A_GPU = 4e10, 5e13
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Estimate:
     spool_bytes: int = 0
     state_bytes: int = 0
     # Multiply-adds: of the pass that all recipes of a model share, and of the artifact's own verification.
+    gathered_bytes: int = 0  # on the disk, while the pass is spread over workers
     pass_work: int = 0
     own_work: int = 0
 
@@ -86,6 +90,7 @@ def estimate(source: Source, recipe: Recipe, calibration: Calibration | None, ve
         # A shard is written from its spool; the state of a pass beside the one before it.
         spool_bytes=min(artifact, SHARD_BYTES),
         state_bytes=2 * hidden * (verification.tokens + calibrated),
+        gathered_bytes=gathered_bytes(calibrated, _widths(source, shape, recipe), 4),
         pass_work=shape.weights * (verification.tokens + calibrated),
         own_work=shape.weights * verification.tokens,
     )
@@ -116,6 +121,11 @@ def deadline_seconds(stage: Stage, source_bytes: int, work: int, cpus: int, gpus
     if stage in (Stage.FETCH, Stage.PUBLISH):
         return STARTING_SECONDS + source_bytes / CRAWLING_BYTES_PER_SECOND
     return STARTING_SECONDS + work / (CRAWLING_ON_A_GPU if gpus else CRAWLING_ON_A_CORE * cpus)
+
+
+def typical_seconds(work: int, cpus: int, gpus: int) -> float:
+    """About how long so many multiply-adds take on a slot."""
+    return work / (TYPICAL_ON_A_GPU if gpus else TYPICAL_ON_A_CORE * cpus)
 
 
 def _calibration_tokens(recipe: Recipe, calibration: Calibration | None) -> int:
@@ -251,13 +261,31 @@ def _hessian_bytes(layer: tuple[TensorHeader, ...], source: Source, recipe: Reci
     those that lead out of it."""
     if not recipe.calibrated:
         return 0
+    return sum(4 * width**2 for width in _inputs(layer, source, recipe))
+
+
+def _inputs(layer: tuple[TensorHeader, ...], source: Source, recipe: Recipe) -> list[int]:
+    """The widths of a layer's distinct inputs."""
     inputs: dict[tuple[str, int, bool], int] = {}
     for tensor in layer:
         if quantizable(tensor, recipe):
             module, _, leaf = tensor.name.removesuffix(".weight").rpartition(".")
             width = in_features(tensor, source.config)
-            inputs[module, width, OUTWARD.search(leaf) is not None] = 4 * width**2
-    return sum(inputs.values())
+            inputs[module, width, OUTWARD.search(leaf) is not None] = width
+    return list(inputs.values())
+
+
+def _widths(source: Source, shape: Shape, recipe: Recipe) -> list[int]:
+    """The widths of all layers' inputs; of experts, as many as a token is sent to."""
+    if not recipe.calibrated:
+        return []
+    sent_to = _size(source, "num_experts_per_tok", "num_experts_per_token", "moe_topk") or 1
+    found: list[int] = []
+    for layer, count in shape.layers:
+        plain = tuple(tensor for tensor in layer if EXPERT.search(tensor.name) is None)
+        first = tuple(tensor for tensor in layer if EXPERT.search(tensor.name) and not EXPERT_ONE.search(tensor.name))
+        found += count * _inputs(plain, source, recipe) + count * sent_to * _inputs(first, source, recipe)
+    return found
 
 
 def _bytes_for_each_token(source: Source, shape: Shape, longest: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from workers.job import ArtifactMade, Failure, Job, Manifest, Stage, StageResult
+from workers.job import ArtifactMade, Failure, Job, Manifest, Part, Stage, StageResult
 
 NETWORK_STAGES = frozenset({Stage.FETCH, Stage.PUBLISH})
 
@@ -18,6 +18,7 @@ class Step:
     stage: Stage
     recipe: str | None = None
     generation: int = 0
+    part: Part | None = None
 
 
 @dataclass

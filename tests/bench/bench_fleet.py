@@ -33,7 +33,9 @@ def seconds_of(stage: Stage, work: int, scale: float) -> float:
     return scale * work * {Stage.QUANTIZE: 1.0, Stage.VERIFY: 0.1, Stage.FETCH: 0.2, Stage.PUBLISH: 0.2}[stage]
 
 
-def sleep(job: str, stage: str, recipe: str | None, pace: Any, seconds: float, threads: int, nap: float) -> str:
+def sleep(
+    job: str, stage: str, recipe: str | None, part: str | None, pace: Any, seconds: float, threads: int, nap: float
+) -> str:
     """A stage that passes time, and ends well."""
     time.sleep(nap)
     of, at = Job.model_validate_json(job), Stage(stage)

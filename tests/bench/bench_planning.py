@@ -78,8 +78,8 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(sources, "resolve", at_hand),
-        mock.patch.object(planning.destinations, "standing", lambda *told: None),
-        mock.patch.object(planning, "check_destination", lambda *told: None),
+        mock.patch.object(planning.destinations, "standing", return_value=None),
+        mock.patch.object(planning, "check_destination", return_value=None),
     ):
         begun = time.perf_counter()
         plan = planning.make_plan(zoo, Path(folder), Path(folder), "https://hub.invalid")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -167,6 +168,8 @@ class SimulatedFleet:
         match step.stage:
             case Stage.FETCH:
                 return StageResult(stage=Stage.FETCH)
+            case Stage.QUANTIZE if step.part and step.part.step != "join":
+                return StageResult(stage=Stage.QUANTIZE)
             case Stage.QUANTIZE:
                 return made(*(order.recipe.name for order in of.orders))
             case Stage.VERIFY:
@@ -196,9 +199,9 @@ def size(work: int = 0, *, host: int = 0, device: int = 0, disk: int = 0) -> Est
     return Estimate(0, disk, need, need, pass_work=work)
 
 
-def drive(fleet: SimulatedFleet, plan: Plan) -> Driver:
-    """Run the plan in virtual time."""
-    driver = Driver(fleet, plan, [], clock=lambda: fleet.now, sleep=fleet.sleep)
+def drive(fleet: SimulatedFleet, plan: Plan, spread_seconds: float = math.inf) -> Driver:
+    """Run the plan in virtual time; without spreading a pass, unless it's asked for."""
+    driver = Driver(fleet, plan, [], clock=lambda: fleet.now, sleep=fleet.sleep, spread_seconds=spread_seconds)
     driver.run()
     return driver
 

@@ -196,6 +196,58 @@ def test_a_large_stage_is_not_passed_over_for_ever() -> None:
     assert begun.index(120) - fetched.index(120) < 3 * PATIENCE
 
 
+def parts_of(fleet: SimulatedFleet) -> list[tuple[str, int]]:
+    started = [step.part for _, event, _, step in fleet.log if event == "started" and step.part]
+    return [(part.step, part.index) for part in started]
+
+
+SPREAD = [*(("gather", index) for index in range(4)), *(("solve", index) for index in range(4)), ("join", 0)]
+
+
+def test_the_last_model_is_spread_over_the_cards_of_its_node() -> None:
+    fleet = SimulatedFleet([node("a", 32, gpus=4)], seconds=lambda step, of, at: 10.0)
+    driver = drive(fleet, plan_of([size(10**15)] * 5, "bnb-nf4"), spread_seconds=1.0)
+    assert commits(driver) == ["c"] * 5
+    assert len({step.job for step in fleet.claims if step.part}) == 1, "while others wait, every card has its own"
+    assert parts_of(fleet) == SPREAD
+    spread = next(step.job for step in fleet.claims if step.part)
+    assert driver.jobs[spread].seconds[Stage.QUANTIZE] == 30.0
+
+
+def test_a_part_that_dies_is_done_again_and_one_that_fails_fails_the_job() -> None:
+    def fails(step: Step, of: Job, at: Node, claim: Claim) -> Failure | None:
+        if step.part and step.part.step == "solve" and step.part.index == 2 and next(counts) <= deaths:
+            return failure
+        return None
+
+    plan = plan_of([size(10**15)], "bnb-nf4")
+    for failure, deaths, commit in (
+        (DIED, 1, "c"),
+        (DIED, 9, None),
+        (Failure(kind="NumericalError", message="nan"), 1, None),
+    ):
+        counts = iter(range(1, 99))
+        fleet = SimulatedFleet([node("a", 32, gpus=4)], fails=fails)
+        driver = drive(fleet, plan, spread_seconds=1.0)
+        assert commits(driver) == [commit]
+        assert ("join", 0) in parts_of(fleet) or commit is None
+    counts, failure, deaths = iter(range(1, 99)), OUT_OF_MEMORY, 1
+    fleet = SimulatedFleet([node("a", 32, gpus=4)], fails=fails)
+    assert commits(drive(fleet, plan, spread_seconds=1.0)) == ["c"]
+    whole = [step for _, event, _, step in fleet.log
+             if event == "started" and step.stage == Stage.QUANTIZE and not step.part]  # fmt: skip
+    assert len(whole) == 1
+    assert whole[0] in fleet.lean, "what doesn't fit beside its other parts is tried in one piece, alone"
+
+
+def test_a_node_that_vanishes_takes_all_parts_with_it() -> None:
+    fleet = SimulatedFleet([node("a", 32, gpus=4)], seconds=lambda step, of, at: 10.0)
+    fleet.at(25.0, lambda: fleet.vanish("a"))
+    fleet.at(24.0, lambda: fleet.alive.update(b=node("b", 32, gpus=4)))
+    assert commits(drive(fleet, plan_of([size(10**15)], "bnb-nf4"), spread_seconds=1.0)) == ["c"]
+    assert parts_of(fleet)[-9:] == SPREAD
+
+
 def test_labels_choose_nodes() -> None:
     fleet = SimulatedFleet([node("a", kind="T4"), node("b", kind="H100")])
     plan = plan_of([size()] * 4, "bnb-nf4")

@@ -1,0 +1,144 @@
+"""A run whose processes are killed at random, drivers included, makes what a quiet one makes, each artifact once."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.runs import MARK, MODELS, TEXT, command, marked_processes, wait_for
+
+RECIPES = (
+    "bnb-nf4, bnb-fp4, bnb-int8, rtn-w4-g128, fp8-dynamic, fp8-static, gptq-w4-g128, awq-w4-g128, mxfp4, w8a8-int8"
+)
+ZOO = """
+name: chaos
+models: [{{id: {models}/llama-tiny}}, {{id: {models}/gpt2-tiny, recipes: [bnb-nf4, bnb-fp4, bnb-int8]}},
+  {{id: {twin}}}, {{id: {other}, recipes: [bnb-nf4, bnb-fp4, bnb-int8, rtn-w4-g128, fp8-dynamic, gptq-w4-g128, mxfp4]}}]
+recipes: [{recipes}]
+calibration: {{dataset: {{path: text, data_files: [{text}/calibration.txt]}}, samples: 8, sequence_length: 128}}
+verify:
+  dataset: {{path: text, data_files: [{text}/heldout.txt]}}
+  tokens: 1024
+  sequence_length: 128
+  gates: {{{gates}}}
+publish: {{endpoint: {endpoint!r}, namespace: acme}}
+"""
+FAMILIES = ("nf4", "fp4", "llm-int8", "w4", "w8a8", "fp8", "mxfp4")
+WIDE = "{kl_mean: 99, top1_agreement: 0.001, perplexity_ratio: 99, runtime_logit_difference: 9}"
+ARTIFACTS = 30
+MOST_RUNS = 60
+
+
+def retrained(source: Path, place: Path, seed: int) -> Path:
+    """A model like another, with other weights."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, place)
+    torch.manual_seed(seed)
+    for path in place.glob("*.safetensors"):
+        tensors = {
+            name: tensor * (1 + 0.02 * torch.randn(1)).to(tensor.dtype) for name, tensor in load_file(path).items()
+        }
+        save_file(tensors, path, metadata={"format": "pt"})
+    return place
+
+
+def zoo_file(folder: Path, endpoint: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "zoo.yaml"
+    gates = ", ".join(f"{family}: {WIDE}" for family in FAMILIES)
+    path.write_text(
+        ZOO.format(
+            models=MODELS, twin=folder.parent / "llama-twin", other=folder.parent / "llama-other", recipes=RECIPES,
+            text=TEXT, gates=gates, endpoint=endpoint,
+        )
+    )  # fmt: skip
+    return path
+
+
+class Killer(threading.Thread):
+    """Ends a random process of a run every few seconds: a worker, its child, Ray's own, or the driver."""
+
+    def __init__(self, mark: str, draw: random.Random) -> None:
+        super().__init__(daemon=True)
+        self.killed: list[str] = []
+        self._mark, self._draw = mark, draw
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        while not self._over.wait(self._draw.uniform(2.0, 8.0)):
+            if victims := marked_processes(self._mark):
+                victim = self._draw.choice(victims)
+                try:
+                    title = Path(f"/proc/{victim}/cmdline").read_bytes().replace(b"\0", b" ").decode()[:80]
+                    os.kill(victim, signal.SIGKILL)
+                except OSError:
+                    continue
+                self.killed.append(title)
+
+    def stop(self) -> None:
+        self._over.set()
+        self.join(20)
+
+
+def weights_published(hub: Path) -> dict[str, dict[str, str]]:
+    """sha256 of every file but the card and what differs between runs, by repository."""
+    manifests = sorted(hub.rglob("quantmill.json"))
+    found = {}
+    for path in manifests:
+        manifest = json.loads(path.read_text())
+        found[f"{manifest['model']} {manifest['recipe']['name']}"] = {
+            name: entry["sha256"] for name, entry in manifest["files"].items() if name != "README.md"
+        }
+    return found
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(5400)
+def test_a_run_in_chaos_makes_what_a_quiet_one_makes(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    retrained(MODELS / "llama-tiny", tmp_path / "llama-twin", 1)
+    retrained(MODELS / "llama-tiny", tmp_path / "llama-other", 2)
+    published = {}
+    for name in ("quiet", "chaos"):
+        folder = tmp_path / name
+        target = f"file://{folder}/published"
+        zoo, runs, killed = zoo_file(folder, target), 0, list[str]()
+        code = None
+        while code != 0 and runs < (1 if name == "quiet" else MOST_RUNS):
+            mark = uuid.uuid4().hex
+            killer = Killer(mark, draw)
+            begun = time.monotonic()
+            process = subprocess.Popen(
+                command(zoo, folder / "runs"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                env={**os.environ, MARK: mark},
+            )  # fmt: skip
+            if name == "chaos":
+                killer.start()
+            said, _ = process.communicate()
+            code, runs = process.returncode, runs + 1
+            if name == "chaos":
+                killer.stop()
+            killed += killer.killed
+            print(f"{name} run {runs}: {code} after {time.monotonic() - begun:.0f} s, {len(killer.killed)} killed")
+            if code not in (0, -signal.SIGKILL):
+                print(said[-1500:])
+            assert wait_for(lambda mark=mark: not marked_processes(mark), 150), marked_processes(mark)  # type: ignore[misc]
+        assert code == 0, f"{name}: not done after {runs} runs"
+        published[name] = weights_published(folder / "published")
+        print(f"{name}: {len(published[name])} artifacts in {runs} runs, {len(killed)} processes killed")
+        print("\n".join(killed))
+        assert len(published[name]) == ARTIFACTS
+    assert published["chaos"] == published["quiet"]
