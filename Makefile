@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.quantmill-setup
 OUT ?= runs
 
-.PHONY: help setup quickstart test test-gpu walk chaos check lint types contracts bench constraints clean
+.PHONY: help setup quickstart test test-gpu test-slow walk chaos check lint types contracts bench constraints clean
 
 help:
 	@echo "make quickstart   two small models x three recipes: quantized, verified, published to a loopback Hub"
@@ -41,7 +41,10 @@ chaos: $(STAMP)
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
 
-check: lint types contracts test
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+check: lint types contracts test test-slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -27,6 +27,7 @@ from pipeline.loopback import LoopbackHub
 from tests.bench import models
 from tests.pipeline.test_decisions import manifest
 from workers.job import MANIFEST
+from workers.revisions import tag_name
 
 RECIPES = ("bnb-fp4", "bnb-int8", "bnb-nf4", "fp8-dynamic", "gptq-w4-g128", "gptq-w8-g128", "mxfp4", "nvfp4",
            "rtn-w4-g128", "w8a8-int8")  # fmt: skip
@@ -59,6 +60,7 @@ def publish(zoo_path: Path, out: Path, endpoint: str) -> int:
             content = said.model_dump_json().encode()
             operation = CommitOperationAdd(path_in_repo=MANIFEST, path_or_fileobj=content)
             api.create_commit(order.repo_id, [operation], commit_message="made")
+            api.create_tag(order.repo_id, tag=tag_name(order.fingerprint))
     return len(plan.artifacts)
 
 

@@ -214,30 +214,39 @@ def test_the_last_model_is_spread_over_the_cards_of_its_node() -> None:
     assert driver.jobs[spread].seconds[Stage.QUANTIZE] == 30.0
 
 
-def test_a_part_that_dies_is_done_again_and_one_that_fails_fails_the_job() -> None:
-    def fails(step: Step, of: Job, at: Node, claim: Claim) -> Failure | None:
-        if step.part and step.part.step == "solve" and step.part.index == 2 and next(counts) <= deaths:
-            return failure
-        return None
+class FailingPart:
+    """The third part of solving fails so many times."""
 
-    plan = plan_of([size(10**15)], "bnb-nf4")
-    for failure, deaths, commit in (
-        (DIED, 1, "c"),
-        (DIED, 9, None),
-        (Failure(kind="NumericalError", message="nan"), 1, None),
-    ):
-        counts = iter(range(1, 99))
-        fleet = SimulatedFleet([node("a", 32, gpus=4)], fails=fails)
-        driver = drive(fleet, plan, spread_seconds=1.0)
-        assert commits(driver) == [commit]
-        assert ("join", 0) in parts_of(fleet) or commit is None
-    counts, failure, deaths = iter(range(1, 99)), OUT_OF_MEMORY, 1
-    fleet = SimulatedFleet([node("a", 32, gpus=4)], fails=fails)
-    assert commits(drive(fleet, plan, spread_seconds=1.0)) == ["c"]
-    whole = [step for _, event, _, step in fleet.log
-             if event == "started" and step.stage == Stage.QUANTIZE and not step.part]  # fmt: skip
+    def __init__(self, failure: Failure, times: int) -> None:
+        self._failure, self._times = failure, times
+
+    def __call__(self, step: Step, of: Job, at: Node, claim: Claim) -> Failure | None:
+        if step.part is None or (step.part.step, step.part.index) != ("solve", 2) or not self._times:
+            return None
+        self._times -= 1
+        return self._failure
+
+
+@pytest.mark.parametrize(
+    ("failure", "times", "commit"),
+    [(DIED, 1, "c"), (DIED, 9, None), (Failure(kind="NumericalError", message="nan"), 1, None)],
+)
+def test_a_part_that_dies_is_done_again_and_one_that_fails_fails_the_job(
+    failure: Failure, times: int, commit: str | None
+) -> None:
+    fleet = SimulatedFleet([node("a", 32, gpus=4)], fails=FailingPart(failure, times))
+    driver = drive(fleet, plan_of([size(10**15)], "bnb-nf4"), spread_seconds=1.0)
+    assert commits(driver) == [commit]
+    assert (("join", 0) in parts_of(fleet)) == (commit is not None)
+
+
+def test_what_does_not_fit_beside_its_other_parts_is_tried_in_one_piece() -> None:
+    fleet = SimulatedFleet([node("a", 32, gpus=4)], fails=FailingPart(OUT_OF_MEMORY, 1))
+    assert commits(drive(fleet, plan_of([size(10**15)], "bnb-nf4"), spread_seconds=1.0)) == ["c"]
+    started = [step for _, event, _, step in fleet.log if event == "started" and step.stage == Stage.QUANTIZE]
+    whole = [step for step in started if not step.part]
     assert len(whole) == 1
-    assert whole[0] in fleet.lean, "what doesn't fit beside its other parts is tried in one piece, alone"
+    assert whole[0] in fleet.lean
 
 
 def test_a_node_that_vanishes_takes_all_parts_with_it() -> None:

@@ -188,6 +188,7 @@ class Cable:
                         (near if source is far else far).sendall(piece)
 
 
+@pytest.mark.slow
 def test_a_run_is_submitted_once_followed_over_a_cut_line_and_repeated(head: RealHead, tmp_path: Path) -> None:
     zoo, out = write_zoo(tmp_path / "zoo"), tmp_path / "runs"
     with closing(Cable(head.address)) as cable:
@@ -230,6 +231,7 @@ def test_a_run_is_submitted_once_followed_over_a_cut_line_and_repeated(head: Rea
     assert THEIRS not in said
 
 
+@pytest.mark.slow
 def test_the_exit_code_is_the_runs_own(head: RealHead, tmp_path: Path) -> None:
     broken = tmp_path / "no-tokenizer"
     shutil.copytree(MODELS / "llama-tiny", broken, ignore=shutil.ignore_patterns("tokenizer*"))
@@ -253,6 +255,7 @@ def test_the_exit_code_is_the_runs_own(head: RealHead, tmp_path: Path) -> None:
     assert "no such Python on the head" in missing.stdout
 
 
+@pytest.mark.slow
 def test_following_can_end_before_the_run_and_the_run_by_cancelling(head: RealHead, tmp_path: Path) -> None:
     out = tmp_path / "runs"
     name = quantmill(
@@ -282,6 +285,7 @@ def test_following_can_end_before_the_run_and_the_run_by_cancelling(head: RealHe
         submit.follow(Head(head.address), "quantmill-none", print, print)
 
 
+@pytest.mark.slow
 def test_an_answer_that_is_lost_starts_nothing_twice(head: RealHead, tmp_path: Path) -> None:
     zoo = write_zoo(tmp_path / "zoo")
     loaded = zoos.load(zoo)
@@ -298,6 +302,7 @@ def test_an_answer_that_is_lost_starts_nothing_twice(head: RealHead, tmp_path: P
     assert [name for name in found if name and name.startswith(there.name)] == [there.name]
 
 
+@pytest.mark.slow
 def test_many_who_submit_the_same_at_once_start_it_once(head: RealHead, tmp_path: Path) -> None:
     zoo = write_zoo(tmp_path / "zoo")
     loaded, waiting = zoos.load(zoo), tmp_path / "waiting"

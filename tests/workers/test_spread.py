@@ -140,6 +140,7 @@ def dies(monkeypatch: pytest.MonkeyPatch, where: type, name: str, call: int) -> 
     monkeypatch.setattr(where, name, deadly)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_steps_that_died_go_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small(ZOO / "models" / "llama-tiny", tmp_path / "model", 3)
@@ -196,6 +197,7 @@ def run_part(of: Job, part: Part, results: Any, killed: bool = False) -> None:
     results.put(run_stage(of, Stage.QUANTIZE, part=part).model_dump_json())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_processes_at_once_one_of_them_killed(tmp_path: Path) -> None:
     model = small(ZOO / "models" / "llama-tiny", tmp_path / "model", 2)
@@ -261,6 +263,7 @@ def test_a_step_before_its_time_is_refused(tmp_path: Path) -> None:
         spread.join(of, model, 2)
 
 
+@pytest.mark.slow
 def test_what_fails_alone_fails_as_in_one_pass(tmp_path: Path) -> None:
     model = small(ZOO / "models" / "llama-tiny", tmp_path / "model", 2)
     tensors = load_file(model / "model.safetensors")
@@ -288,6 +291,7 @@ def test_what_fails_alone_fails_as_in_one_pass(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------- odd splits, no memory
 
 
+@pytest.mark.slow
 def test_more_parts_than_micro_batches(tmp_path: Path) -> None:
     model = small(ZOO / "models" / "llama-tiny", tmp_path / "model", 1)
     plain, parted = (job(model, tmp_path / place, "fp8-static", samples=2) for place in ("plain", "parted"))
@@ -304,6 +308,7 @@ def test_more_parts_than_micro_batches(tmp_path: Path) -> None:
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+@pytest.mark.slow
 def test_a_part_without_memory_takes_smaller_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small(ZOO / "models" / "llama-tiny", tmp_path / "model", 1)
     of = job(model, tmp_path, "fp8-static", "bnb-nf4")
