@@ -79,14 +79,20 @@ def run(zoo: Path, out: Path, address: str | None, dry_run: bool, webhook: str |
 @main.command()
 @ZOO
 @OUT
-def plan(zoo: Path, out: Path) -> None:
-    """Show what would be made, what is skipped and why, with sizes and memory."""
-    from pipeline import session
+@click.option("--address", help="A running Ray cluster to judge by; left out: this machine.")
+def plan(zoo: Path, out: Path, address: str | None) -> None:
+    """Show what would be made, what is skipped and why, with sizes and memory, and what fits on no node."""
+    from pipeline import feasibility, session
     from pipeline import zoo as zoos
 
     loaded = zoos.load(zoo)
     with session.destination(loaded, out) as endpoint:
-        _print_plan(session.make_plan(loaded, zoo, out, endpoint), loaded, endpoint)
+        made = session.make_plan(loaded, zoo, out, endpoint)
+        _print_plan(made, loaded, endpoint)
+        lines = feasibility.infeasible(made, out, address)
+    for line in lines:
+        click.echo(line)
+    sys.exit(FAILED if lines else 0)
 
 
 @main.command()
@@ -470,6 +476,7 @@ def _print_plan(plan: Plan, zoo: Zoo, endpoint: str | None) -> None:
             "source": f"{cell.estimate.source_bytes / 1e6:.1f} MB",
             "artifact": f"{cell.estimate.artifact_bytes / 1e6:.1f} MB",
             "host memory": f"{cell.estimate.host_bytes / 1e9:.1f} GB",
+            "on a GPU": f"{cell.estimate.device_bytes / 1e9:.1f} GB",
         }
         for cell in plan.artifacts
     ]

@@ -219,6 +219,13 @@ class Driver:
             if self._queued and self._clock() - self._surveyed > SURVEY_SECONDS:
                 self._survey()
 
+    def infeasible(self) -> list[tuple[JobRun, str]]:
+        """The jobs that fit on no node there is, and why; starts nothing."""
+        self._queued = {run.index for run in self.jobs}
+        self._survey()
+        failures = [(run, artifact.failure) for run in self.jobs for artifact in run.artifacts.values()]
+        return [(run, failure.message) for run, failure in failures if failure]
+
     def pulse(self) -> Pulse:
         """How the run goes now."""
         return Pulse(
@@ -593,7 +600,7 @@ class Driver:
 
     def _refuse(self, run: JobRun, lines: Sequence[str]) -> None:
         lines = list(dict.fromkeys(lines)) or ["no node of the cluster answers; start one"]
-        message = f"preflight: {len(lines)} problem(s) for {run.job.model.id!r}: " + "; ".join(lines)
+        message = f"INFEASIBLE: {len(lines)} problem(s) for {run.job.model.id!r}: " + "; ".join(lines)
         self._fail(run, Failure(kind=PreflightError.__name__, message=message))
 
     def _refuse_rest(self) -> None:

@@ -251,3 +251,15 @@ def test_a_family_that_is_not_supported_is_refused_with_its_reason(tmp_path: Pat
         UserError, match=r"model_type 'zamba2' isn't supported: its layers share the weights .* leave it out"
     ):
         make(tmp_path, write(tmp_path, model=f"id: {folder}"))
+
+
+def test_a_plan_tells_what_this_machine_has_no_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zoo = write_zoo(tmp_path, [str(MODELS / "llama-tiny")], "bnb-nf4")
+    runner = CliRunner()
+    fits = runner.invoke(main, ["plan", str(zoo), "--out", str(tmp_path / "runs")])
+    assert fits.exit_code == 0, fits.output
+    monkeypatch.setattr("workers.environment.host_memory", lambda: 10**9)
+    lacks = runner.invoke(main, ["plan", str(zoo), "--out", str(tmp_path / "runs")])
+    assert lacks.exit_code == 1
+    assert "INFEASIBLE: 1 problem(s) for" in lacks.output
+    assert "host memory: 1.0 GB" in lacks.output

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.placement import Claim, Need, Node, Room, unmatched
-from pipeline.scheduler import PATIENCE, TRANSFERS
+from pipeline.scheduler import PATIENCE, TRANSFERS, Driver
 from pipeline.sizing import STARTING_SECONDS, deadline_seconds
 from pipeline.steps import Step
 from tests.pipeline.simulated import (
@@ -327,3 +327,12 @@ def test_a_stage_gets_as_long_as_its_work_takes_at_a_crawl() -> None:
     assert deadline_seconds(Stage.FETCH, 10**9, 0, 1, 0) > 4000
     slow, fast = (deadline_seconds(Stage.QUANTIZE, 0, 10**15, 4, gpus) for gpus in (0, 1))
     assert slow > 200_000 > fast > STARTING_SECONDS
+
+
+def test_what_fits_nowhere_is_told_without_starting_anything() -> None:
+    fleet = SimulatedFleet([node("a", gib=1), node("b", gib=2)])
+    driver = Driver(fleet, plan_of([size(), size(host=10**10)], "bnb-nf4"), [])
+    (run, message), = driver.infeasible()  # fmt: skip
+    assert run.index == 1
+    assert message.startswith("INFEASIBLE: 2 problem(s) for 'org/model-1': host memory: 1.1 GB on a")
+    assert not fleet.log
