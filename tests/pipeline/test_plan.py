@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from pipeline import plan, sizing, sources, zoo
+from pipeline.cli import main
 from pipeline.loopback import LoopbackHub
 from workers.errors import HubRefused, HubUnavailable, UserError
 
@@ -254,12 +256,12 @@ def test_a_family_that_is_not_supported_is_refused_with_its_reason(tmp_path: Pat
 
 
 def test_a_plan_tells_what_this_machine_has_no_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    zoo = write_zoo(tmp_path, [str(MODELS / "llama-tiny")], "bnb-nf4")
-    runner = CliRunner()
-    fits = runner.invoke(main, ["plan", str(zoo), "--out", str(tmp_path / "runs")])
+    write(tmp_path, "bnb-nf4")
+    command = ["plan", str(tmp_path / "zoo.yaml"), "--out", str(tmp_path / "runs")]
+    fits = CliRunner().invoke(main, command)
     assert fits.exit_code == 0, fits.output
     monkeypatch.setattr("workers.environment.host_memory", lambda: 10**9)
-    lacks = runner.invoke(main, ["plan", str(zoo), "--out", str(tmp_path / "runs")])
+    lacks = CliRunner().invoke(main, command)
     assert lacks.exit_code == 1
     assert "INFEASIBLE: 1 problem(s) for" in lacks.output
     assert "host memory: 1.0 GB" in lacks.output
