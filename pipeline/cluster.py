@@ -216,10 +216,13 @@ class _SharedLeases:
         self._actor = actor
 
     def take(self, owner: str, keys: Sequence[str]) -> bool:
-        """As ``Leases`` says."""
+        """As ``Leases`` says; while the actor's node is gone, nobody is kept waiting: publishing is idempotent."""
         import ray
 
-        return bool(ray.get(self._actor.take.remote(owner, keys)))
+        try:
+            return bool(ray.get(self._actor.take.remote(owner, keys)))
+        except ray.exceptions.RayError:
+            return True
 
     def drop(self, owner: str, keys: Sequence[str]) -> None:
         """As ``Leases`` says; nobody waits for it."""
