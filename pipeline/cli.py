@@ -92,7 +92,8 @@ def plan(zoo: Path, out: Path, address: str | None) -> None:
         lines = feasibility.infeasible(made, out, address)
     for line in lines:
         click.echo(line)
-    sys.exit(FAILED if lines else 0)
+    if lines:
+        sys.exit(FAILED)
 
 
 @main.command()
