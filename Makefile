@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.quantmill-setup
 OUT ?= runs
+# Tests of one file stay together, for they share what was made for them.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: help setup quickstart test test-gpu test-slow walk chaos check lint types contracts bench constraints clean
 
@@ -30,7 +32,7 @@ quickstart: $(STAMP)
 	$(BIN)/quantmill run configs/quickstart.yaml --out $(OUT)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 walk: $(STAMP)
 	$(BIN)/python -m pytest tests/walk -m 'walk or not walk'
@@ -42,7 +44,7 @@ test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 check: lint types contracts test test-slow
 

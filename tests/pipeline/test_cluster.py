@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from pipeline.loopback import LoopbackHub
 from tests.pipeline.runs import MODELS, by_key, command, write_zoo
 
@@ -20,6 +22,7 @@ cluster.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_jobs_go_to_the_nodes_of_a_cluster(tmp_path: Path) -> None:
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     zoo = write_zoo(tmp_path, [str(MODELS / "llama-tiny"), str(MODELS / "gpt2-tiny")], "bnb-fp4")

@@ -5,6 +5,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
 from pipeline.loopback import LoopbackHub
 from pipeline.loopback.faults import Fault, FaultRequest
 from tests.pipeline.runs import MODELS, by_key, command, write_zoo
@@ -15,6 +17,7 @@ def most_in(times: list[float], seconds: float) -> int:
     return max(sum(start <= at < start + seconds for at in times) for start in times)
 
 
+@pytest.mark.slow
 def test_the_publishers_of_a_run_share_its_limits(tmp_path: Path) -> None:
     seen: list[tuple[float, str]] = []
 

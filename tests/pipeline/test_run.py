@@ -168,6 +168,7 @@ def connect_card(endpoint: str, artifact: str) -> dict[str, Any]:
     return loaded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
 def test_a_stopped_run_leaves_no_process_and_is_finished_by_the_next(tmp_path: Path, number: signal.Signals) -> None:
     zoo = write_zoo(tmp_path, [str(MODELS / "llama-tiny")], "bnb-fp4, rtn-w4-g128")
