@@ -30,6 +30,7 @@ from workers.job import (
     fingerprint,
 )
 from workers.recipes import Recipe
+from workers.storage import Storage
 
 U = TypeVar("U")
 THREADS = 16  # requests at a time while planning
@@ -99,7 +100,9 @@ def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None)
     if endpoint and publish:
         namespace = publish.namespace
         patiently(lambda: check_destination(endpoint, namespace))
-    standing = _standing(orders, workspace, endpoint, verification)
+    if zoo.storage:
+        patiently(Storage(zoo.storage).check)
+    standing = _standing(orders, workspace, endpoint, verification, zoo.storage)
     estimates = sizing.Estimates(calibration, verification)
     artifacts = tuple(
         PlannedArtifact(source, order, estimates.of(source, recipe), *(there or ()))
@@ -110,7 +113,7 @@ def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None)
         destination = publish.destination(endpoint)
         if publish.collection:
             collection = Collection(publish.collection, publish.namespace, endpoint, publish.private)
-    jobs = _jobs(artifacts, calibration, verification, destination, workspace)
+    jobs = _jobs(artifacts, calibration, verification, destination, workspace, zoo.storage)
     return Plan(zoo.name, artifacts, jobs, collection)
 
 
@@ -261,12 +264,14 @@ Standing = tuple[Manifest, str | None]
 
 
 def _standing(
-    orders: list[Order], workspace: Path, endpoint: str | None, verification: Verification
+    orders: list[Order], workspace: Path, endpoint: str | None, verification: Verification, storage: str | None
 ) -> list[Standing | None]:
     """For each order, what makes it superfluous: at the destination, or here if nothing is published."""
-    if endpoint is None:
-        return [_local(order, workspace, verification) for order in orders]
     with ThreadPoolExecutor(THREADS) as pool:
+        if endpoint is None:
+            return list(
+                pool.map(lambda order: patiently(lambda: _local(order, workspace, verification, storage)), orders)
+            )
         return list(pool.map(lambda order: patiently(lambda: _published(endpoint, order)), orders))
 
 
@@ -276,19 +281,20 @@ def _published(endpoint: str, order: Order) -> Standing | None:
 
 def standing(job: Job, order: Order) -> Standing | None:
     """What makes an order of a job superfluous by now; None also while the Hub doesn't answer."""
-    if job.destination is None:
-        return _local(order, Path(job.workspace), job.verification)
     try:
+        if job.destination is None:
+            return _local(order, Path(job.workspace), job.verification, job.storage)
         return _published(job.destination.endpoint, order)
     except HubUnavailable:
         return None
 
 
-def _local(order: Order, workspace: Path, verification: Verification) -> Standing | None:
-    """The artifact in the workspace, if it passed today's gates on today's text."""
+def _local(order: Order, workspace: Path, verification: Verification, storage: str | None) -> Standing | None:
+    """The artifact in the workspace, or in the shared storage, if it passed today's gates on today's text."""
+    place = artifact_folder(workspace, order)
     try:
-        text = (artifact_folder(workspace, order) / MANIFEST).read_text()
-        manifest = Manifest.model_validate_json(text)
+        text = (place / MANIFEST).read_bytes() if storage is None else Storage(storage).manifest(place)
+        manifest = Manifest.model_validate_json(text or b"")
     except (OSError, ValueError):
         return None
     judged_alike = manifest.thresholds == order.thresholds and manifest.verification.same_as(verification)
@@ -301,6 +307,7 @@ def _jobs(
     verification: Verification,
     destination: Destination | None,
     workspace: Path,
+    storage: str | None,
 ) -> tuple[Job, ...]:
     missing: dict[tuple[str, str | None], list[PlannedArtifact]] = {}
     for artifact in artifacts:
@@ -315,6 +322,7 @@ def _jobs(
             verification=verification,
             destination=destination,
             workspace=str(workspace),
+            storage=storage,
         )
         for group in missing.values()
     )

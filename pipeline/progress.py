@@ -19,6 +19,7 @@ from workers.job import Job, Stage, StageResult
 DOING = {
     Stage.FETCH: "fetching",
     Stage.QUANTIZE: "quantizing",
+    Stage.KEEP: "copying to storage",
     Stage.VERIFY: "verifying",
     Stage.PUBLISH: "publishing",
 }
@@ -119,6 +120,8 @@ def outcome(result: StageResult, retry_in: float | None) -> str:
             return f"rejected: {'; '.join(result.manifest.verdict.reasons)} ({took})"
         case Stage.PUBLISH:
             return f"published as {(result.commit or '')[:12]} ({took})"
+        case Stage.KEEP:
+            return f"kept in storage ({took})"
         case Stage.FETCH:
             return f"fetched ({took})"
         case _:

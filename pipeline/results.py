@@ -18,6 +18,7 @@ class Seconds(Frozen):
 
     fetch: float = 0.0
     quantize: float = 0.0
+    keep: float = 0.0
     verify: float = 0.0
     publish: float = 0.0
 

@@ -41,7 +41,7 @@ LOOK_AHEAD = 64
 # A pass shorter than this is over before its parts' processes have started and met three times.
 SPREAD_SECONDS = 300.0
 # What comes first on a node: the stages of jobs that are nearly done.
-URGENCY = {Stage.PUBLISH: 1, Stage.VERIFY: 2, Stage.QUANTIZE: 3, Stage.FETCH: 4}
+URGENCY = {Stage.PUBLISH: 1, Stage.KEEP: 1, Stage.VERIFY: 2, Stage.QUANTIZE: 3, Stage.FETCH: 4}
 
 DIED = WorkerDied.__name__
 

@@ -118,7 +118,7 @@ def alike(source: Source) -> tuple[object, ...]:
 
 def deadline_seconds(stage: Stage, source_bytes: int, work: int, cpus: int, gpus: int) -> float:
     """When a stage counts as hanging: a generous time for what every stage does, and its work at a crawl."""
-    if stage in (Stage.FETCH, Stage.PUBLISH):
+    if stage not in (Stage.QUANTIZE, Stage.VERIFY):
         return STARTING_SECONDS + source_bytes / CRAWLING_BYTES_PER_SECOND
     return STARTING_SECONDS + work / (CRAWLING_ON_A_GPU if gpus else CRAWLING_ON_A_CORE * cpus)
 

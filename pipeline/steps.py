@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from workers.job import ArtifactMade, Failure, Job, Manifest, Part, Stage, StageResult
 
-NETWORK_STAGES = frozenset({Stage.FETCH, Stage.PUBLISH})
+NETWORK_STAGES = frozenset({Stage.FETCH, Stage.KEEP, Stage.PUBLISH})
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class ArtifactRun:
     device_bytes: int = 0
     attempts: int = 1
     elsewhere: bool = False
+    keeping: bool = False  # it's on its way to the shared storage
+    kept: bool = False  # with its verdict, or not to be had
 
     @property
     def finished(self) -> bool:
@@ -78,6 +80,8 @@ class JobRun:
         self._leave_out_finished()
 
     def _leave_out_finished(self) -> None:
+        for artifact in self.artifacts.values():
+            artifact.keeping = artifact.kept = False
         left = tuple(order for order in self.job.orders if not self.artifacts[order.recipe.name].finished)
         self.job = self.job.model_copy(update={"orders": left})
 
@@ -89,6 +93,8 @@ class JobRun:
         self.seconds[step.stage] = self.seconds.get(step.stage, 0.0) + result.seconds
         self.reference_bytes = result.reference_bytes or self.reference_bytes
         self.host = result.node or self.host
+        if step.stage is Stage.KEEP:
+            return list(self._after_keeping(step, result))
         for _, artifact in self._touched(step):
             artifact.attempts = max(artifact.attempts, attempts)
             artifact.host_bytes = max(artifact.host_bytes, result.memory.host)
@@ -110,8 +116,7 @@ class JobRun:
             case Stage.VERIFY:
                 artifact = self.artifacts[step.recipe or ""]
                 artifact.manifest = result.manifest
-                if result.manifest and result.manifest.verdict.accepted and self.job.destination:
-                    yield self._step(Stage.PUBLISH, step.recipe)
+                yield from self._after_verdict(step.recipe or "")
             case Stage.PUBLISH:
                 self.artifacts[step.recipe or ""].commit = result.commit
 
@@ -122,3 +127,27 @@ class JobRun:
             artifact.seconds[Stage.QUANTIZE] = made.seconds
             if made.error is None:
                 yield self._step(Stage.VERIFY, made.recipe)
+                if self.job.storage:
+                    artifact.keeping = True
+                    yield self._step(Stage.KEEP, made.recipe)
+
+    def _after_verdict(self, recipe: str) -> Iterator[Step]:
+        """Publish what's accepted; what stays here is kept with its verdict. One copy is made at a time."""
+        artifact = self.artifacts[recipe]
+        if artifact.keeping or artifact.manifest is None:
+            return
+        if artifact.manifest.verdict.accepted and self.job.destination:
+            yield self._step(Stage.PUBLISH, recipe)
+        elif self.job.storage and not artifact.kept:
+            artifact.keeping = artifact.kept = True
+            yield self._step(Stage.KEEP, recipe)
+
+    def _after_keeping(self, step: Step, result: StageResult) -> Iterator[Step]:
+        """A copy that fails costs nothing but safety, unless it's the one that stays."""
+        artifact = self.artifacts[step.recipe or ""]
+        artifact.keeping = False
+        artifact.seconds[step.stage] = artifact.seconds.get(step.stage, 0.0) + result.seconds
+        if not artifact.kept:
+            yield from self._after_verdict(step.recipe or "")
+        elif artifact.manifest and artifact.manifest.verdict.accepted:
+            artifact.failure = result.failure

@@ -99,9 +99,7 @@ class Publish(Frozen):
             raise ValueError(
                 "no URL, absolute path or 'loopback'; write file:///... or the path from / on for a folder"
             )
-        if "@" in value.partition("://")[2].partition("/")[0]:
-            raise ValueError("holds credentials, which manifests and reports would show; give them in the environment")
-        return value
+        return _without_credentials(value)
 
     @model_validator(mode="after")
     def _folders_have_no_gates(self) -> Self:
@@ -129,6 +127,12 @@ class Publish(Frozen):
         return f"{self.namespace}/{self.name.format(model=model_name, recipe=recipe)}"
 
 
+def _without_credentials(url: str) -> str:
+    if "@" in url.partition("://")[2].partition("/")[0]:
+        raise ValueError("holds credentials, which manifests and reports would show; give them in the environment")
+    return url
+
+
 NamedOrDefined = Annotated[
     Annotated[str, Tag("recipe-name")] | Annotated[Recipe, Tag("recipe-definition")],
     Discriminator(lambda value: "recipe-name" if isinstance(value, str) else "recipe-definition"),
@@ -144,6 +148,18 @@ class Zoo(Frozen):
     calibration: Calibration | None = None
     verify: Verify
     publish: Publish | None = None
+    storage: str | None = Field(
+        None, description="A folder or URL that all nodes see: what is made is kept there until it's published."
+    )
+
+    @field_validator("storage")
+    @classmethod
+    def _all_nodes_see_it(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if value.startswith(("http://", "https://")) or ("://" not in value and not value.startswith("/")):
+            raise ValueError("no absolute path, nor the URL of a folder (s3://..., gs://..., file:///...); name one")
+        return _without_credentials(value)
 
     @property
     def resolved_recipes(self) -> tuple[Recipe, ...]:

@@ -9,24 +9,20 @@ A revision's folder that holds other bytes is left alone: the new one gets the n
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import secrets
-from collections.abc import Iterator
 from datetime import date
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 from pydantic import Field, ValidationError
 
 from workers.artifact import Artifact, Recorded, recorded
-from workers.errors import CheckpointError, HubRefused, HubUnavailable, ZooError
+from workers.errors import HubRefused, HubUnavailable, ZooError
+from workers.filesystems import FileSystem
 from workers.job import MANIFEST, Destination
 from workers.recipes import Frozen
 from workers.revisions import day_tag, newest, tag_name
 
 MAIN = "main.json"
-CHUNK = 4 << 20
 REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -62,16 +58,7 @@ class FolderStore:
     """
 
     def __init__(self, url: str) -> None:
-        from fsspec.core import url_to_fs
-
-        try:
-            self._fs, root = url_to_fs(url, use_listings_cache=False)
-        except (ImportError, ValueError) as error:
-            raise ZooError(
-                f"publish.endpoint: no file system for {url!r} ({error}); install its package, or name another folder"
-            ) from error
-        self._root = str(root).rstrip("/")
-        self._local = "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
+        self._files = FileSystem(url, "publish.endpoint")
 
     def check(self) -> None:
         """Whether this user may write there, as far as it can be told without writing.
@@ -79,15 +66,7 @@ class FolderStore:
         Raises:
             HubRefused: not.
         """
-        if self._local:
-            nearest = next(path for path in (Path(self._root), *Path(self._root).parents) if path.exists())
-            if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-                raise HubRefused(f"publish.endpoint: {str(nearest)!r} is no folder that this user may write to")
-        else:
-            try:
-                self._fs.exists(self._root)
-            except OSError as error:
-                raise HubRefused(f"publish.endpoint: {self._root!r} can't be reached ({error})") from error
+        self._files.check()
 
     def current(self, repo_id: str) -> Main | None:
         """What ``main.json`` says; None if nothing is published there.
@@ -95,20 +74,21 @@ class FolderStore:
         Raises:
             HubRefused: a file of that name that isn't quantmill's.
         """
-        path = self._path(repo_id, MAIN)
-        text = self._read(path)
+        path = f"{repo_id}/{MAIN}"
+        text = self._files.read(path)
         if text is None:
             return None
         try:
             return Main.model_validate_json(text)
         except ValidationError as error:
             raise HubRefused(
-                f"publish {repo_id}: {path} isn't what quantmill wrote; remove it, or use --force (publish.force)"
+                f"publish {repo_id}: {self._files.shown(path)} isn't what quantmill wrote; remove it, or use --force "
+                "(publish.force)"
             ) from error
 
     def manifest(self, repo_id: str, revision: str) -> bytes | None:
         """The manifest of a revision, if the revision is whole."""
-        text = self._read(self._path(repo_id, revision, MANIFEST))
+        text = self._files.read(f"{repo_id}/{revision}/{MANIFEST}")
         meant = recorded(text) if text is not None else None
         return text if meant is not None and not self._odd(repo_id, revision, meant) else None
 
@@ -132,7 +112,7 @@ class FolderStore:
             manifest_sha256=artifact.sha256[MANIFEST],
             days={name: at for name, at in days.items() if at in kept},
         )
-        revisions = (name for name in self._names(repo_id) if name.startswith("quantmill-"))
+        revisions = (name for name in self._files.names(repo_id) if name.startswith("quantmill-"))
         gone = [name for name in revisions if name not in kept and self.manifest(repo_id, name) is not None]
         return FolderChange(
             revision=revision,
@@ -152,11 +132,12 @@ class FolderStore:
         try:
             change = self.decide(repo_id, artifact, to, today)
             for path in change.add:
-                self._copy(artifact, path, self._path(repo_id, change.revision, path))
+                check = partial(artifact.check, path)
+                self._files.copy(artifact.folder / path, f"{repo_id}/{change.revision}/{path}", check)
             if change.add:
-                self._clear(repo_id, change.revision)
+                self._files.clear(f"{repo_id}/{change.revision}")
             if change.main is not None:
-                self._replace(self._path(repo_id, MAIN), change.main.model_dump_json(indent=1).encode() + b"\n")
+                self._files.replace(f"{repo_id}/{MAIN}", change.main.model_dump_json(indent=1).encode() + b"\n")
             for revision in change.stale:
                 self._remove(repo_id, revision)
         except PermissionError as error:
@@ -176,14 +157,14 @@ class FolderStore:
         if force:
             return main
         if main is None:
-            foreign = [name for name in self._names(repo_id) if not name.startswith(("quantmill-", "."))]
+            foreign = [name for name in self._files.names(repo_id) if not name.startswith(("quantmill-", "."))]
             if foreign:
                 raise HubRefused(
                     f"publish {repo_id}: the folder holds what quantmill didn't publish, got {foreign[:5]}; "
                     "choose another publish.name, empty it, or use --force (publish.force)"
                 )
             return None
-        text = self._read(self._path(repo_id, main.revision, MANIFEST))
+        text = self._files.read(f"{repo_id}/{main.revision}/{MANIFEST}")
         if text is None or hashlib.sha256(text).hexdigest() != main.manifest_sha256:
             odd = [MANIFEST]
         else:
@@ -207,104 +188,28 @@ class FolderStore:
 
     def _missing(self, repo_id: str, revision: str, artifact: Artifact) -> list[str] | None:
         """The artifact's files that a folder lacks; None if it holds anything else."""
-        there = self._sizes(repo_id, revision)
+        there = self._files.sizes(f"{repo_id}/{revision}")
         if not set(there) <= set(artifact.sizes) or any(size != artifact.sizes[path] for path, size in there.items()):
             return None
         if MANIFEST in there:  # written last: then sizes and the manifest's bytes tell
             whole = len(there) == len(artifact.sizes)
-            return [] if whole and self._digest(repo_id, revision, MANIFEST) == artifact.sha256[MANIFEST] else None
-        if any(self._digest(repo_id, revision, path) != artifact.sha256[path] for path in there):
+            return (
+                []
+                if whole and self._files.sha256(f"{repo_id}/{revision}/{MANIFEST}") == artifact.sha256[MANIFEST]
+                else None
+            )
+        if any(self._files.sha256(f"{repo_id}/{revision}/{path}") != artifact.sha256[path] for path in there):
             return None
         return [*sorted(set(artifact.sizes) - set(there) - {MANIFEST}), MANIFEST]
 
     def _odd(self, repo_id: str, revision: str, meant: Recorded) -> list[str]:
         """Files whose presence or size isn't what the manifest says."""
-        there = self._sizes(repo_id, revision)
+        there = self._files.sizes(f"{repo_id}/{revision}")
         there.pop(MANIFEST, None)
         wanted = {path: entry.size for path, entry in meant.files.items()}
         return sorted(path for path in {*there, *wanted} if there.get(path) != wanted.get(path))
 
-    def _copy(self, artifact: Artifact, path: str, target: str) -> None:
-        """Copy a file; what isn't the verified bytes never gets its name where names can be given late."""
-        self._fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-        place = self._aside(target) if self._local else target
-        digest = hashlib.sha256()
-        try:
-            with (artifact.folder / path).open("rb") as source, self._fs.open(place, "wb") as sink:
-                while chunk := source.read(CHUNK):
-                    digest.update(chunk)
-                    sink.write(chunk)
-            artifact.check(path, digest.hexdigest())
-        except CheckpointError:
-            self._fs.rm_file(place)
-            raise
-        if self._local:
-            _settle(place, target)
-
-    def _replace(self, path: str, content: bytes) -> None:
-        """Atomically where the file system can: a rename on this machine, one PUT to an object store."""
-        place = self._aside(path) if self._local else path
-        self._fs.pipe_file(place, content)
-        if self._local:
-            _settle(place, path)
-
-    def _clear(self, repo_id: str, revision: str) -> None:
-        """Remove what a publisher that died left half-written in a revision that is whole by now."""
-        for path in self._fs.find(self._path(repo_id, revision)):
-            if path.endswith(".partial") and path.rsplit("/", 1)[1].startswith("."):
-                self._fs.rm_file(path)
-
     def _remove(self, repo_id: str, revision: str) -> None:
         """Delete a revision that is quantmill's alone; one in which somebody put or changed something stays."""
         if self.manifest(repo_id, revision) is not None:
-            self._fs.rm_file(self._path(repo_id, revision, MANIFEST))
-            self._fs.rm(self._path(repo_id, revision), recursive=True)
-
-    def _names(self, repo_id: str) -> list[str]:
-        try:
-            return sorted(
-                str(path).rstrip("/").rsplit("/", 1)[1] for path in self._fs.ls(self._path(repo_id), detail=False)
-            )
-        except FileNotFoundError:
-            return []
-
-    def _sizes(self, repo_id: str, revision: str) -> dict[str, int]:
-        """Files of a revision's folder with their sizes; without those that a dead publisher left half-written."""
-        folder = self._path(repo_id, revision)
-        found: dict[str, dict[str, Any]] = self._fs.find(folder, detail=True)
-        sizes = {path.split(f"{folder}/", 1)[1]: int(info["size"]) for path, info in found.items()}
-        return {path: size for path, size in sizes.items() if not path.rsplit("/", 1)[-1].startswith(".")}
-
-    def _digest(self, repo_id: str, revision: str, path: str) -> str:
-        digest = hashlib.sha256()
-        for chunk in self._chunks(self._path(repo_id, revision, path)):
-            digest.update(chunk)
-        return digest.hexdigest()
-
-    def _chunks(self, path: str) -> Iterator[bytes]:
-        with self._fs.open(path, "rb") as stream:
-            while chunk := stream.read(CHUNK):
-                yield chunk
-
-    def _read(self, path: str) -> bytes | None:
-        try:
-            return b"".join(self._chunks(path))
-        except FileNotFoundError:
-            return None
-
-    def _aside(self, path: str) -> str:
-        folder, name = path.rsplit("/", 1)
-        return f"{folder}/.{name}.{secrets.token_hex(4)}.partial"
-
-    def _path(self, *parts: str) -> str:
-        return "/".join((self._root, *parts))
-
-
-def _settle(place: str, target: str) -> None:
-    """Give a local file its name once its bytes are on the disk."""
-    descriptor = os.open(place, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    Path(place).replace(target)
+            self._files.remove(f"{repo_id}/{revision}", first=MANIFEST)

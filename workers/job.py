@@ -132,6 +132,7 @@ class Job(Frozen):
     verification: Verification
     destination: Destination | None
     workspace: str
+    storage: str | None = Field(None, description="Where made artifacts are kept for other nodes: a path, or a URL.")
     lean: bool = Field(False, description="Compute in the smallest micro-batches: more of them ran out of memory.")
 
     def order(self, recipe: str) -> Order:
@@ -142,6 +143,16 @@ class Job(Frozen):
 def artifact_folder(workspace: Path | str, order: Order) -> Path:
     """Where an artifact lies once it is whole; its name tells people the recipe, and machines the identity."""
     return Path(workspace) / "artifacts" / f"{order.recipe.name}-{order.fingerprint[:16]}"
+
+
+def record_path(place: Path) -> Path:
+    """Where the quantize stage notes what it made, beside the artifact: verify takes the fallbacks from there."""
+    return place.with_name(f"{place.name}.json")
+
+
+def folds_folder(place: Path) -> Path:
+    """Where the scales that were folded into an artifact's weights are kept, beside it: verify undoes them."""
+    return place.with_name(f"{place.name}.folds")
 
 
 class Part(Frozen):
@@ -163,6 +174,7 @@ class Stage(StrEnum):
 
     FETCH = "fetch"
     QUANTIZE = "quantize"
+    KEEP = "keep"
     VERIFY = "verify"
     PUBLISH = "publish"
 

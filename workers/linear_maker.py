@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from workers.checkpoint import Source
 from workers.codes import CodedWeight
 from workers.formats import awq, compressed_tensors, fp8, gptq
-from workers.job import ArtifactMade, Job, Order
+from workers.job import ArtifactMade, Job, Order, folds_folder
 from workers.loading import QuantizableWeight, StreamedModel
-from workers.makers import LayerWork, Maker, folds_folder
+from workers.makers import LayerWork, Maker
 from workers.methods import linear, schemes
 from workers.methods.scaling import Scaling, some
 from workers.numerics.precision import coarse_products

@@ -17,7 +17,7 @@ from torch import Tensor
 from workers.checkpoint import Source, copy_companions
 from workers.content import write_text
 from workers.folding import Fold
-from workers.job import ArtifactMade, Job, Order, artifact_folder
+from workers.job import ArtifactMade, Job, Order, artifact_folder, record_path
 from workers.loading import StreamedModel
 from workers.methods.factors import Factors
 from workers.recipes import Frozen
@@ -173,13 +173,3 @@ class Maker(ABC):
     def _write(self, key: str, tensor: Tensor) -> None:
         assert self._writer is not None, "begin comes first"
         self._writer.add(key, tensor)
-
-
-def record_path(place: Path) -> Path:
-    """Where the quantize stage notes what it made, beside the artifact: verify takes the fallbacks from there."""
-    return place.with_name(f"{place.name}.json")
-
-
-def folds_folder(place: Path) -> Path:
-    """Where the scales that were folded into an artifact's weights are kept, beside it: verify undoes them."""
-    return place.with_name(f"{place.name}.folds")

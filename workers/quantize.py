@@ -20,9 +20,9 @@ from workers.environment import versions
 from workers.errors import OutOfMemory, StageHung
 from workers.folding import Fold, find_folds
 from workers.forward import Lanes, LoadedLayer, Streaming
-from workers.job import ArtifactMade, Calibration, Failure, Job, Order, artifact_folder
+from workers.job import ArtifactMade, Calibration, Failure, Job, Order, artifact_folder, record_path
 from workers.loading import StreamedModel
-from workers.makers import LayerWork, Maker, MakerState, record_path
+from workers.makers import LayerWork, Maker, MakerState
 from workers.numerics.precision import coarse_forwards
 from workers.recipes import BitsAndBytesRecipe, Recipe
 from workers.resume import NotResumable, PassFolder, PassState, group_state, held

@@ -11,15 +11,17 @@ import platform
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from workers import destinations, hub
 from workers.content import folder_sha256
 from workers.deadline import ends_within
 from workers.errors import CheckpointError, DiskFull, HubUnavailable, OutOfMemory, QuantmillError
-from workers.job import Failure, Job, Part, PeakMemory, Stage, StageResult, artifact_folder
+from workers.job import Failure, Job, Part, PeakMemory, Stage, StageResult, artifact_folder, record_path
 from workers.memory import peak_host_bytes
 from workers.pace import LocalPace, Pace
+from workers.storage import Storage
 
 
 def run_stage(
@@ -105,6 +107,11 @@ def _fetch(job: Job, recipe: str | None, pace: Pace) -> StageResult:
             from workers.calibration import fetch_dataset
 
             fetch_dataset(text, where)
+    if job.storage is not None:
+        places = [artifact_folder(job.workspace, order) for order in job.orders]
+        for place in places:
+            if not (place.is_dir() and record_path(place).is_file()):
+                Storage(job.storage).restore(place)
     return StageResult(stage=Stage.FETCH)
 
 
@@ -130,6 +137,13 @@ def _quantize_part(job: Job, part: Part) -> StageResult:
     return StageResult(stage=Stage.QUANTIZE)
 
 
+def _keep(job: Job, recipe: str | None, pace: Pace) -> StageResult:
+    assert recipe is not None
+    assert job.storage is not None
+    Storage(job.storage).keep(artifact_folder(job.workspace, job.order(recipe)))
+    return StageResult(stage=Stage.KEEP, recipe=recipe)
+
+
 def _verify(job: Job, recipe: str | None, pace: Pace) -> StageResult:
     from workers.verify.stage import verify
 
@@ -146,7 +160,11 @@ def _publish(job: Job, recipe: str | None, pace: Pace) -> StageResult:
     order, destination = job.order(recipe), job.destination
     assert destination is not None
     assert order.repo_id is not None
-    commit = destinations.publish(destination, order.repo_id, artifact_folder(job.workspace, order), pace)
+    place = artifact_folder(job.workspace, order)
+    commit = destinations.publish(destination, order.repo_id, place, pace)
+    if job.storage is not None:
+        with suppress(QuantmillError):  # it's published: what can't be cleared away does no harm
+            Storage(job.storage).remove(place)
     return StageResult(stage=Stage.PUBLISH, recipe=recipe, commit=commit)
 
 
@@ -158,4 +176,10 @@ def model_folder(job: Job) -> Path:
     return hub.fetch(hub.connect(model.endpoint), model.id, model.revision, model.allow_pickle, offline=True)
 
 
-_STAGES = {Stage.FETCH: _fetch, Stage.QUANTIZE: _quantize, Stage.VERIFY: _verify, Stage.PUBLISH: _publish}
+_STAGES = {
+    Stage.FETCH: _fetch,
+    Stage.QUANTIZE: _quantize,
+    Stage.KEEP: _keep,
+    Stage.VERIFY: _verify,
+    Stage.PUBLISH: _publish,
+}

@@ -1,5 +1,7 @@
 """What follows what, and what is tried again: pure decisions, no Ray."""
 
+from typing import Any
+
 import pytest
 
 from pipeline import retry
@@ -92,6 +94,40 @@ def test_without_a_destination_nothing_is_published() -> None:
     run = JobRun(0, job("bnb-nf4", publish=False))
     result = StageResult(stage=Stage.VERIFY, recipe="bnb-nf4", manifest=manifest(run.job, "bnb-nf4", True))
     assert run.follow(Step(0, Stage.VERIFY, "bnb-nf4"), result, 1) == []
+
+
+def ended(stage: Stage, recipe: str, **more: Any) -> StageResult:
+    return StageResult(stage=stage, recipe=recipe, **more)
+
+
+@pytest.mark.parametrize("first", [Stage.KEEP, Stage.VERIFY])
+@pytest.mark.parametrize("safe", [True, False])
+def test_with_storage_an_artifact_is_published_once_its_copy_is_through(first: Stage, safe: bool) -> None:
+    run = JobRun(0, job("bnb-nf4").model_copy(update={"storage": "/shared"}))
+    keep, verify = Step(0, Stage.KEEP, "bnb-nf4"), Step(0, Stage.VERIFY, "bnb-nf4")
+    assert run.follow(Step(0, Stage.QUANTIZE), made("bnb-nf4"), 1) == [verify, keep]
+    failure = None if safe else Failure(kind="HubUnavailable", message="no")
+    results = {
+        Stage.KEEP: (keep, ended(Stage.KEEP, "bnb-nf4", failure=failure)),
+        Stage.VERIFY: (verify, ended(Stage.VERIFY, "bnb-nf4", manifest=manifest(run.job, "bnb-nf4", True))),
+    }
+    assert run.follow(*results.pop(first), 1) == []
+    assert run.follow(*results.popitem()[1], 1) == [Step(0, Stage.PUBLISH, "bnb-nf4")]
+    assert run.artifacts["bnb-nf4"].failure is None, "a copy is for safety alone"
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_what_is_not_published_stays_in_the_storage_with_its_verdict(accepted: bool) -> None:
+    run = JobRun(0, job("bnb-nf4", publish=not accepted).model_copy(update={"storage": "/shared"}))
+    keep, verify = Step(0, Stage.KEEP, "bnb-nf4"), Step(0, Stage.VERIFY, "bnb-nf4")
+    run.follow(Step(0, Stage.QUANTIZE), made("bnb-nf4"), 1)
+    assert run.follow(keep, ended(Stage.KEEP, "bnb-nf4"), 1) == []
+    judged = ended(Stage.VERIFY, "bnb-nf4", manifest=manifest(run.job, "bnb-nf4", accepted))
+    assert run.follow(verify, judged, 1) == [keep]
+    failure = Failure(kind="HubUnavailable", message="no")
+    assert run.follow(keep, ended(Stage.KEEP, "bnb-nf4", failure=failure), 1) == []
+    # What should be found there and isn't has failed; what's rejected is rejected, wherever it lies.
+    assert (run.artifacts["bnb-nf4"].failure == failure) == accepted
 
 
 def test_one_failed_recipe_leaves_the_others_alone() -> None:

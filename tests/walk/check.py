@@ -16,9 +16,8 @@ from tests.workers.jobs import job, recipe
 from workers.checkpoint import Source
 from workers.formats.decoded import Decoded, open_decoded
 from workers.forward import Head, stream
-from workers.job import ArtifactMade, Job, artifact_folder
+from workers.job import ArtifactMade, Job, artifact_folder, folds_folder
 from workers.loading import StreamedModel, find_layers
-from workers.makers import folds_folder
 from workers.quantize import quantize
 from workers.verify.activations import rounded_inputs
 

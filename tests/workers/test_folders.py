@@ -14,6 +14,7 @@ from tests.workers.published import artifact, seal
 from workers import destinations
 from workers.artifact import open_accepted
 from workers.errors import CheckpointError, HubRefused, ZooError
+from workers.filesystems import FileSystem
 from workers.folders import MAIN, FolderStore
 from workers.job import MANIFEST, Destination
 
@@ -49,9 +50,13 @@ def main(root: str) -> dict[str, Any]:
     return dumped
 
 
+def below(root: str) -> FileSystem:
+    return FileSystem(root, "publish.endpoint")
+
+
 def files(root: str, revision: str) -> dict[str, bytes]:
-    found = store(root)
-    return {path: found._read(found._path(REPO, revision, path)) for path in found._sizes(REPO, revision)}
+    found = below(root)
+    return {path: found.read(f"{REPO}/{revision}/{path}") or b"" for path in found.sizes(f"{REPO}/{revision}")}
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -99,8 +104,7 @@ def test_other_bytes_never_go_into_a_revision_that_stands(root: str, tmp_path: P
 
 def test_a_publish_that_died_is_completed_in_its_place(root: str, tmp_path: Path) -> None:
     folder = artifact(tmp_path / "a")
-    there = store(root)
-    there._copy(open_accepted(folder), "config.json", there._path(REPO, OURS, "config.json"))
+    below(root).copy(folder / "config.json", f"{REPO}/{OURS}/config.json")
     assert destinations.standing(root, REPO, "f" * 64) is None
     assert destinations.preview(Destination(endpoint=root), REPO, folder)[:3] == [
         f"upload {OURS}/README.md ({(folder / 'README.md').stat().st_size} bytes)",
@@ -133,24 +137,22 @@ def test_what_was_rejected_or_changed_stays_here(root: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("change", ["edited", "added", "removed", MANIFEST, MAIN, "foreign"])
 def test_what_somebody_else_changed_is_not_replaced_without_force(root: str, tmp_path: Path, change: str) -> None:
-    there = store(root)
+    there = below(root)
     if change != "foreign":
         publish(root, artifact(tmp_path / "a"))
     match change:
         case "edited":
             name = "config.json"
-            there._fs.pipe_file(there._path(REPO, OURS, name), b"{}")
+            there.replace(f"{REPO}/{OURS}/{name}", b"{}")
         case "added" | "foreign":
             name = "notes.txt"
-            at = (REPO, OURS, name) if change == "added" else (REPO, name)
-            there._fs.makedirs(there._path(*at[:-1]), exist_ok=True)
-            there._fs.pipe_file(there._path(*at), b"mine")
+            there.replace(f"{REPO}/{OURS}/{name}" if change == "added" else f"{REPO}/{name}", b"mine")
         case "removed":
             name = "README.md"
-            there._fs.rm_file(there._path(REPO, OURS, name))
+            there.remove_file(f"{REPO}/{OURS}/{name}")
         case _:
             name = change
-            there._fs.pipe_file(there._path(*((REPO, name) if name == MAIN else (REPO, OURS, name))), b"{}")
+            there.replace(f"{REPO}/{name}" if name == MAIN else f"{REPO}/{OURS}/{name}", b"{}")
     later = artifact(tmp_path / "b", "two", "e" * 64)
     with pytest.raises(HubRefused, match=rf"{name}.*--force"):
         publish(root, later)

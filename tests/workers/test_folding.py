@@ -16,9 +16,8 @@ from workers.checkpoint import Source
 from workers.folding import Fold, find_folds, fold_source
 from workers.formats.folded import Folded
 from workers.forward import Head, Streaming, stream
-from workers.job import artifact_folder
+from workers.job import artifact_folder, folds_folder
 from workers.loading import QuantizableWeight, StreamedModel
-from workers.makers import folds_folder
 from workers.quantize import quantize
 
 GATED = {"mlp.up_proj": ["mlp.down_proj"]}

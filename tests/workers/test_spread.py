@@ -24,9 +24,9 @@ from workers.checkpoint import Source
 from workers.errors import TransientError, UnsupportedRecipe
 from workers.forward import Lanes, Streaming
 from workers.gathered import Log, Recorder, replay
-from workers.job import ArtifactMade, Job, Part, Stage, artifact_folder
+from workers.job import ArtifactMade, Job, Part, Stage, artifact_folder, folds_folder
 from workers.loading import StreamedModel
-from workers.makers import Maker, folds_folder
+from workers.makers import Maker
 from workers.quantize import quantize
 from workers.run import run_stage
 from workers.solved import LayerWriter, SolvedFolder

@@ -25,9 +25,10 @@ from workers.job import (
     Verdict,
     Verification,
     artifact_folder,
+    folds_folder,
+    record_path,
 )
 from workers.loading import StreamedModel
-from workers.makers import folds_folder, record_path
 from workers.methods.schemes import schemes_of
 from workers.recipes import BitsAndBytesRecipe, Recipe
 from workers.verify import gates, integrity
