@@ -172,6 +172,8 @@ class SimulatedFleet:
                 return StageResult(stage=Stage.QUANTIZE)
             case Stage.QUANTIZE:
                 return made(*(order.recipe.name for order in of.orders))
+            case Stage.KEEP:
+                return StageResult(stage=Stage.KEEP, recipe=step.recipe)
             case Stage.VERIFY:
                 name = step.recipe or ""
                 return StageResult(stage=Stage.VERIFY, recipe=name, manifest=manifest(of, name, accepted=True))

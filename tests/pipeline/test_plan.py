@@ -12,7 +12,10 @@ from click.testing import CliRunner
 from pipeline import plan, sizing, sources, zoo
 from pipeline.cli import main
 from pipeline.loopback import LoopbackHub
+from tests.pipeline import test_decisions as decisions
 from workers.errors import HubRefused, HubUnavailable, UserError
+from workers.job import MANIFEST, artifact_folder
+from workers.storage import Storage
 
 ROOT = Path(__file__).parents[2]
 LLAMA = ROOT / "tests/zoo/models/llama-tiny"
@@ -224,6 +227,27 @@ def test_layers_that_a_format_does_not_take_are_refused_with_what_does(
 ) -> None:
     with pytest.raises(UserError, match=rf"recipe '{recipe}', .*{said}.*models: \[\{{id: \.\.\., recipes: "):
         make(tmp_path, write(tmp_path, recipe, model=f"id: {model}"))
+
+
+def test_what_no_node_has_stands_in_the_storage(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    asked = write(tmp_path, "bnb-nf4", extra=f"storage: {shared}\n")
+    first = make(tmp_path, asked).jobs[0]
+    assert first.storage == str(shared)
+    order, verification = first.orders[0], first.verification
+    place = artifact_folder(first.workspace, order)
+    place.mkdir(parents=True)
+    done = decisions.manifest(first, "bnb-nf4", True)
+    done = done.model_copy(update={"thresholds": order.thresholds, "verification": verification})
+    (place / MANIFEST).write_text(done.model_dump_json())
+    assert make(tmp_path, asked).jobs, "it's here, and nowhere else"
+    Storage(str(shared)).keep(place)
+    shutil.rmtree(place)
+    assert not make(tmp_path, asked).jobs
+    assert make(tmp_path, write(tmp_path, "bnb-nf4")).jobs
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HubRefused, match=r"storage: .*no folder that this user may write to"):
+        make(tmp_path, write(tmp_path, "bnb-nf4", extra=f"storage: {tmp_path}/file\n"))
 
 
 def test_a_model_can_have_recipes_of_its_own(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -247,6 +248,18 @@ def test_what_does_not_fit_beside_its_other_parts_is_tried_in_one_piece() -> Non
     whole = [step for step in started if not step.part]
     assert len(whole) == 1
     assert whole[0] in fleet.lean
+
+
+def test_copies_to_the_storage_are_made_while_the_slots_compute() -> None:
+    plan = plan_of([size(1), size(1), size(1)], "bnb-nf4", "bnb-int8")
+    seconds = {}
+    for storage in (None, "/shared"):
+        fleet = SimulatedFleet([node("a", cpus=2)], seconds=lambda step, job, node: 10.0)
+        jobs = tuple(job.model_copy(update={"storage": storage}) for job in plan.jobs)
+        assert commits(drive(fleet, replace(plan, jobs=jobs))) == ["c"] * 6
+        assert sorted(fleet.order_of(Stage.KEEP)) == ([0, 0, 1, 1, 2, 2] if storage else [])
+        seconds[storage] = fleet.now
+    assert seconds["/shared"] == seconds[None]
 
 
 def test_a_node_that_vanishes_takes_all_parts_with_it() -> None:

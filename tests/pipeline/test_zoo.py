@@ -68,6 +68,9 @@ def test_a_recipe_can_be_defined_in_place(tmp_path: Path) -> None:
         (("name: small", "name: small\nname: again"), ["key 'name' is given twice"]),
         (("name: small", "name: Not a Slug"), ["name", "got 'Not a Slug'"]),
         (("verify:", "publish: {namespace: a, name: x}\nverify:"), ["publish.name", "{model}"]),
+        (("name: small", "name: small\nstorage: runs/shared"), ["storage", "got 'runs/shared'", "absolute path"]),
+        (("name: small", "name: small\nstorage: https://x.y/z"), ["storage", "got 'https://x.y/z'", "s3://"]),
+        (("name: small", "name: small\nstorage: s3://key:word@x/y"), ["storage", "holds credentials"]),
     ],
 )
 def test_a_mistake_is_named_with_its_value(tmp_path: Path, change: tuple[str, str], said: list[str]) -> None:
