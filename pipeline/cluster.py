@@ -6,6 +6,7 @@ import os
 import secrets
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,10 @@ from workers.pace import LocalPace
 
 # A process that computed ends, which frees its card; one that moved files may move more.
 TRANSFERS_OF_A_PROCESS = 32
+# A call to a host whose cable was pulled ends after minutes, though Ray knows within seconds that the host is gone.
+LOOK_SECONDS = 5.0
+# What answers at once, or never: an actor, a look at a node (an environment's first start takes a while).
+ACTOR_SECONDS, PROBE_SECONDS = 60.0, 300.0
 
 
 class Cluster:
@@ -33,7 +38,8 @@ class Cluster:
 
         self._ray = ray
         self._workspace = workspace
-        self._flying: dict[Any, Step] = {}
+        self._flying: dict[Any, tuple[Step, str]] = {}  # by call: the step, and its node
+        self._looked = 0.0
         self._interpreters: dict[tuple[str, str], str] = {}  # by node and environment
         self._pace: Any = None
         try:
@@ -85,13 +91,15 @@ class Cluster:
             asked = [(node, task.options(num_cpus=0, **_pinned(node.id)).remote(named)) for node in nodes]
             for node, call in asked:
                 with suppress(self._ray.exceptions.RayError):
-                    paths, problems = self._ray.get(call)
+                    paths, problems = self._ray.get(call, timeout=PROBE_SECONDS)
                     found[node.id] = dict(problems)
                     self._interpreters |= {(node.id, name): path for name, path in paths.items()}
                     calls |= {(node.id, name): self._look(node, name) for name in paths}
         for (node_id, environment), call in calls.items():
             try:
-                found.setdefault(node_id, {})[environment] = Facts.model_validate_json(self._ray.get(call))
+                found.setdefault(node_id, {})[environment] = Facts.model_validate_json(
+                    self._ray.get(call, timeout=PROBE_SECONDS)
+                )
             except self._ray.exceptions.RayError as error:
                 if environment is not None:
                     found[node_id][environment] = _does_not_start(environment, error)
@@ -128,7 +136,8 @@ class Cluster:
         told = job.model_copy(update={"lean": True}) if claim.alone else job
         part = step.part.model_dump_json() if step.part else None
         sent = told.model_dump_json(), step.stage.value, step.recipe, part
-        self._flying[call.remote(*sent, self._pace, seconds, node.cpus_per_stage if computing else 1, *more)] = step
+        sent_to = call.remote(*sent, self._pace, seconds, node.cpus_per_stage if computing else 1, *more)
+        self._flying[sent_to] = step, node.id
 
     def stage(self, step: Step) -> tuple[Callable[..., str], tuple[Any, ...]]:
         """What runs a step on its node, and what it's told beyond what every stage is."""
@@ -145,7 +154,15 @@ class Cluster:
         if not self._flying:
             return []
         done, _ = self._ray.wait(list(self._flying), num_returns=1, timeout=seconds)
-        return [(step := self._flying.pop(call), self._collect(call, step)) for call in done]
+        ended = [(step := self._flying.pop(call)[0], self._collect(call, step)) for call in done]
+        if time.monotonic() - self._looked > LOOK_SECONDS:
+            self._looked = time.monotonic()
+            alive = {node.id for node in self.nodes()}
+            for call in [call for call, (_, node) in self._flying.items() if node not in alive]:
+                step, node = self._flying.pop(call)
+                failure = Failure(kind=WorkerDied.__name__, message=f"{step.stage}: its node is gone ({node[:12]})")
+                ended.append((step, StageResult(stage=step.stage, recipe=step.recipe, failure=failure)))
+        return ended
 
     def _collect(self, call: Any, step: Step) -> StageResult:
         exceptions = self._ray.exceptions
@@ -220,7 +237,7 @@ class _SharedLeases:
         import ray
 
         try:
-            return bool(ray.get(self._actor.take.remote(owner, keys)))
+            return bool(ray.get(self._actor.take.remote(owner, keys), timeout=ACTOR_SECONDS))
         except ray.exceptions.RayError:
             return True
 
@@ -241,7 +258,7 @@ class _SharedPace:
         import ray
 
         try:
-            return float(ray.get(self._actor.ask.remote(hub, commit_to)))
+            return float(ray.get(self._actor.ask.remote(hub, commit_to), timeout=ACTOR_SECONDS))
         except ray.exceptions.RayError:
             return self._own.ask(hub, commit_to)
 
