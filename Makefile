@@ -7,13 +7,13 @@ OUT ?= runs
 # Tests of one file stay together, for they share what was made for them.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help setup quickstart test test-gpu test-slow walk chaos check lint types contracts bench constraints clean
+.PHONY: help setup quickstart test test-gpu test-slow walk night check lint types contracts bench constraints clean
 
 help:
 	@echo "make quickstart   two small models x three recipes: quantized, verified, published to a loopback Hub"
 	@echo "make test         the tests"
 	@echo "make walk         every causal language model that transformers knows: streamed, quantized, loaded (nightly)"
-	@echo "make chaos        a run whose processes are killed at random, beside a quiet one (nightly)"
+	@echo "make night        long runs, one of them with processes killed at random, beside a quiet one"
 	@echo "make check        lint, types, import contracts, tests (what CI runs)"
 	@echo "make setup        the environment alone (the others make it if it's missing)"
 	@echo "make bench        measure; results go into tests/bench/RESULTS.md by hand"
@@ -37,8 +37,8 @@ test: $(STAMP)
 walk: $(STAMP)
 	$(BIN)/python -m pytest tests/walk -m 'walk or not walk'
 
-chaos: $(STAMP)
-	$(BIN)/python -m pytest tests/pipeline/test_chaos.py -m chaos -s
+night: $(STAMP)
+	$(BIN)/python -m pytest -m night -s
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu

@@ -14,9 +14,8 @@ import pytest
 from pipeline.loopback import LoopbackHub
 from tests.pipeline.runs import MODELS, by_key, command, write_zoo
 
-pytestmark = pytest.mark.slow
 
-
+@pytest.mark.slow
 def test_two_drivers_at_the_same_zoo_make_every_artifact_once(tmp_path: Path) -> None:
     zoo = write_zoo(tmp_path, [str(MODELS / "llama-tiny")], "bnb-fp4, rtn-w4-g128")
     with LoopbackHub(tmp_path / "hub") as hub:
@@ -63,6 +62,7 @@ for run in driver.jobs:
 """
 
 
+@pytest.mark.night
 def test_the_last_model_spread_over_processes_has_the_bytes_of_one_pass(tmp_path: Path) -> None:
     zoo = write_zoo(tmp_path, [str(MODELS / "llama-tiny")], "gptq-w4-g128, bnb-nf4")
     zoo.write_text("\n".join(line for line in zoo.read_text().splitlines() if not line.startswith("publish")))
@@ -110,6 +110,7 @@ nodes.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_metrics_arrive_at_rays_endpoint() -> None:
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     done = subprocess.run(

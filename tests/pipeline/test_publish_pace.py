@@ -17,7 +17,7 @@ def most_in(times: list[float], seconds: float) -> int:
     return max(sum(start <= at < start + seconds for at in times) for start in times)
 
 
-@pytest.mark.slow
+@pytest.mark.night
 def test_the_publishers_of_a_run_share_its_limits(tmp_path: Path) -> None:
     seen: list[tuple[float, str]] = []
 
