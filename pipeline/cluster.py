@@ -253,14 +253,14 @@ class _SharedPace:
         self._actor = actor
         self._own = LocalPace()
 
-    def ask(self, hub: str, commit_to: str | None) -> float:
+    def ask(self, hub: str, commit_to: str | None, file: bool = False) -> float:
         """As ``Pace`` says; while the actor's node is gone, each process keeps to the usual limits by itself."""
         import ray
 
         try:
-            return float(ray.get(self._actor.ask.remote(hub, commit_to), timeout=ACTOR_SECONDS))
+            return float(ray.get(self._actor.ask.remote(hub, commit_to, file), timeout=ACTOR_SECONDS))
         except ray.exceptions.RayError:
-            return self._own.ask(hub, commit_to)
+            return self._own.ask(hub, commit_to, file)
 
     def pause(self, hub: str, seconds: float) -> None:
         """As ``Pace`` says; nobody waits for the answer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,8 +32,10 @@ from workers.job import (
 from workers.recipes import Recipe
 from workers.storage import Storage
 
+T = TypeVar("T")
 U = TypeVar("U")
 THREADS = 16  # requests at a time while planning
+BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,7 @@ def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None)
 
 
 def _resolve_all(zoo: Zoo, zoo_folder: Path) -> tuple[list[tuple[ModelEntry, sources.Source]], list[str]]:
-    with ThreadPoolExecutor(THREADS) as pool:
-        results = list(pool.map(lambda entry: _try(lambda: sources.resolve(entry, zoo_folder)), zoo.models))
+    results = _at_once(lambda entry: _try(lambda: sources.resolve(entry, zoo_folder)), zoo.models)
     pairs = zip(zoo.models, results, strict=True)
     # The same headers are kept once: a zoo has many finetunes of few models.
     known: dict[tuple[sources.TensorHeader, ...], tuple[sources.TensorHeader, ...]] = {}
@@ -129,6 +130,14 @@ def _resolve_all(zoo: Zoo, zoo_folder: Path) -> tuple[list[tuple[ModelEntry, sou
         if isinstance(result, sources.Source)
     ]
     return found, [str(result) for result in results if isinstance(result, UserError)]
+
+
+def _at_once(look: Callable[[T], U], things: Sequence[T]) -> list[U]:
+    """What ``look`` makes of each, many at a time; in batches, for handing one out costs more than a short look."""
+    size = max(1, min(BATCH, len(things) // (4 * THREADS)))
+    batches = [things[at : at + size] for at in range(0, len(things), size)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        return [found for batch in pool.map(lambda batch: [look(thing) for thing in batch], batches) for found in batch]
 
 
 def _misfits(cells: list[tuple[sources.Source, Recipe]], refused: Mapping[str, str]) -> list[str]:
@@ -267,12 +276,11 @@ def _standing(
     orders: list[Order], workspace: Path, endpoint: str | None, verification: Verification, storage: str | None
 ) -> list[Standing | None]:
     """For each order, what makes it superfluous: at the destination, or here if nothing is published."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        if endpoint is None:
-            return list(
-                pool.map(lambda order: patiently(lambda: _local(order, workspace, verification, storage)), orders)
-            )
-        return list(pool.map(lambda order: patiently(lambda: _published(endpoint, order)), orders))
+
+    def find(order: Order) -> Standing | None:
+        return _published(endpoint, order) if endpoint else _local(order, workspace, verification, storage)
+
+    return _at_once(lambda order: patiently(lambda: find(order)), orders)
 
 
 def _published(endpoint: str, order: Order) -> Standing | None:

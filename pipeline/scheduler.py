@@ -272,7 +272,7 @@ class Driver:
                 if site.wants_more and (index := self._next_job(site)) is not None:
                     self._place(self.jobs[index], name)
                     heapq.heappush(hungry, (site.relative_load, name))
-            for name in stirred:
+            for name in sorted(stirred):
                 self._start_ready(name)
 
     # ------------------------------------------------------------------------------- which job goes where

@@ -7,7 +7,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.zoo import ModelEntry
 from workers import hub
@@ -23,8 +23,7 @@ DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F8_E
 CAUSAL_LM = re.compile(r"(ForCausalLM|LMHeadModel|LMHead)$")
 
 
-@dataclass(frozen=True)
-class TensorHeader:
+class TensorHeader(NamedTuple):
     """A tensor as a safetensors header tells of it."""
 
     name: str

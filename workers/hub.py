@@ -121,7 +121,8 @@ class _Meter:
         hub = self._hubs.get(request.url.netloc.decode())
         if hub is None:
             return
-        while (wait := self._pace.ask(hub, _committed_to(request.method, request.url.path))) > 0:
+        path = request.url.path
+        while (wait := self._pace.ask(hub, _committed_to(request.method, path), file="/resolve/" in path)) > 0:
             if wait > SHORT_WAIT_SECONDS:
                 raise HubUnavailable(f"{hub}: its limit is used up, or it asked to wait; free in {wait:.0f} s", wait)
             time.sleep(wait)

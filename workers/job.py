@@ -85,7 +85,8 @@ class Verification(Frozen):
 class HubLimits(Frozen):
     """How much of a Hub one account may use; the defaults are what the public one was seen to allow."""
 
-    requests: int = Field(1000, ge=1, description="In any request_seconds.")
+    requests: int = Field(1000, ge=1, description="Of the API, in any request_seconds.")
+    files: int = Field(5000, ge=1, description="Requests for files (/resolve/), in any request_seconds.")
     request_seconds: float = Field(300.0, gt=0)
     commits: int = Field(1000, ge=1, description="To all repositories together, in any commit_seconds.")
     commits_to_a_repository: int = Field(128, ge=1)

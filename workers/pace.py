@@ -22,8 +22,11 @@ UNNAMED_PAUSE_SECONDS = 5.0
 class Pace(Protocol):
     """Hands out permits for requests to a Hub."""
 
-    def ask(self, hub: str, commit_to: str | None) -> float:
-        """0 for a permit, which is counted at once; else the seconds after which to ask again."""
+    def ask(self, hub: str, commit_to: str | None, file: bool = False) -> float:
+        """0 for a permit, which is counted at once; else the seconds after which to ask again.
+
+        ``file``: the request is for a file's content, of which a Hub allows more than of those to its API.
+        """
 
     def pause(self, hub: str, seconds: float) -> None:
         """Nobody gets a permit for that Hub for so long."""
@@ -56,9 +59,9 @@ class Counters:
         self._windows: dict[tuple[str, ...], Window] = {}
         self._paused_until: dict[str, float] = {}
 
-    def ask(self, hub: str, commit_to: str | None, now: float) -> float:
+    def ask(self, hub: str, commit_to: str | None, now: float, file: bool = False) -> float:
         """As ``Pace.ask`` says: all windows have room and count it, or none does."""
-        windows = [self._window(key) for key in _keys(hub, commit_to)]
+        windows = [self._window(key) for key in _keys(hub, commit_to, file)]
         wait = max(self._paused_until.get(hub, now) - now, *(window.wait(now) for window in windows))
         if wait <= 0:
             for window in windows:
@@ -75,6 +78,8 @@ class Counters:
             match key:
                 case (_, "requests"):
                     made = Window(limits.requests, limits.request_seconds)
+                case (_, "files"):
+                    made = Window(limits.files, limits.request_seconds)
                 case (_, "commits"):
                     made = Window(limits.commits, limits.commit_seconds)
                 case _:
@@ -83,8 +88,8 @@ class Counters:
         return self._windows[key]
 
 
-def _keys(hub: str, commit_to: str | None) -> list[tuple[str, ...]]:
-    requests: tuple[str, ...] = (hub, "requests")
+def _keys(hub: str, commit_to: str | None, file: bool) -> list[tuple[str, ...]]:
+    requests: tuple[str, ...] = (hub, "files" if file else "requests")
     return [requests] if commit_to is None else [requests, (hub, "commits"), (hub, "commits", commit_to)]
 
 
@@ -96,10 +101,10 @@ class LocalPace:
         self._clock = clock
         self._lock = threading.Lock()
 
-    def ask(self, hub: str, commit_to: str | None) -> float:
+    def ask(self, hub: str, commit_to: str | None, file: bool = False) -> float:
         """As ``Pace`` says."""
         with self._lock:
-            return self._counters.ask(hub, commit_to, self._clock())
+            return self._counters.ask(hub, commit_to, self._clock(), file)
 
     def pause(self, hub: str, seconds: float) -> None:
         """As ``Pace`` says."""

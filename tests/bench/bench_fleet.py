@@ -84,7 +84,12 @@ def main() -> None:
     draw = random.Random(0)
     works = [round(1000 * draw.lognormvariate(0.0, 0.7)) for _ in range(arguments.jobs)]
     scale = arguments.seconds / (sum(works) / len(works))
-    naps = {(index, stage): seconds_of(stage, work, scale) for index, work in enumerate(works) for stage in Stage}
+    naps = {
+        (index, stage): seconds_of(stage, work, scale)
+        for index, work in enumerate(works)
+        for stage in Stage
+        if stage is not Stage.KEEP
+    }
     print(models.machine())
     from ray.cluster_utils import Cluster as Nodes
 

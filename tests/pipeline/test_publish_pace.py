@@ -27,7 +27,7 @@ def test_the_publishers_of_a_run_share_its_limits(tmp_path: Path) -> None:
 
     zoo = write_zoo(tmp_path, [str(MODELS / "llama-tiny")], "bnb-nf4, bnb-fp4")
     with LoopbackHub(tmp_path / "hub", fault=note) as server:
-        where = f"endpoint: {server.endpoint!r}, limits: {{requests: 6, request_seconds: 2}}"
+        where = f"endpoint: {server.endpoint!r}, limits: {{requests: 3, files: 3, request_seconds: 2}}"
         zoo.write_text(zoo.read_text().replace("endpoint: loopback", where))
         # What was verified stands in the workspace: the second run does nothing but publish, both at once.
         published = zoo.read_text()

@@ -77,7 +77,7 @@ def test_a_429_pauses_whoever_shares_the_pace(server: LoopbackHub, faults: Fault
 
 
 def test_requests_and_commits_are_counted(server: LoopbackHub) -> None:
-    pace = LocalPace(HubLimits(requests=20, commits_to_a_repository=1))
+    pace = LocalPace(HubLimits(requests=20, files=20, commits_to_a_repository=1))
     api = hub.connect(server.endpoint, pace)
     api.create_repo("acme/model")
     api.upload_file(path_or_fileobj=b"1", path_in_repo="a.txt", repo_id="acme/model")
@@ -85,6 +85,9 @@ def test_requests_and_commits_are_counted(server: LoopbackHub) -> None:
         api.upload_file(path_or_fileobj=b"2", path_in_repo="a.txt", repo_id="acme/model")
     assert caught.value.retry_after == pytest.approx(3600, abs=60)
     while pace.ask(server.endpoint, None) == 0:
+        pass
+    assert hub.read_file(api, "acme/model", "a.txt"), "files are counted apart"
+    while pace.ask(server.endpoint, None, file=True) == 0:
         pass
     with pytest.raises(HubUnavailable, match="limit is used up"):
         hub.read_file(api, "acme/model", "a.txt")

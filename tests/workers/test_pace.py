@@ -47,6 +47,12 @@ def test_a_permit_is_counted_in_all_windows_or_in_none() -> None:
     assert counters.ask(HUB, None, 300) == 0
 
 
+def test_files_have_a_limit_of_their_own() -> None:
+    counters = Counters(HubLimits(requests=1, files=2))
+    assert [counters.ask(HUB, None, 0), counters.ask(HUB, None, 1)] == [0, 299]
+    assert [counters.ask(HUB, None, at, file=True) for at in (0, 1, 2)] == [0, 0, 298]
+
+
 def test_a_pause_holds_everybody_and_a_shorter_one_does_not_end_it() -> None:
     counters = Counters(HubLimits())
     counters.pause(HUB, until=50)
