@@ -33,34 +33,38 @@ def seconds_of(stage: Stage, work: int, scale: float) -> float:
     return scale * work * {Stage.QUANTIZE: 1.0, Stage.VERIFY: 0.1, Stage.FETCH: 0.2, Stage.PUBLISH: 0.2}[stage]
 
 
-def sleep(
-    job: str, stage: str, recipe: str | None, part: str | None, pace: Any, seconds: float, threads: int, nap: float
-) -> str:
-    """A stage that passes time, and ends well."""
+def sleep(*told: Any) -> str:
+    """A stage that passes time, and gives the answer that it was told at the end."""
+    *_, nap, answer = told
     time.sleep(nap)
-    of, at = Job.model_validate_json(job), Stage(stage)
-    match at:
+    return str(answer)
+
+
+def answer(step: Step, of: Job) -> str:
+    """What a stage that ends well answers."""
+    match step.stage:
         case Stage.QUANTIZE:
             result = made(*(order.recipe.name for order in of.orders))
         case Stage.VERIFY:
-            assert recipe is not None
-            result = StageResult(stage=at, recipe=recipe, manifest=manifest(of, recipe, accepted=True))
+            assert step.recipe is not None
+            result = StageResult(stage=step.stage, recipe=step.recipe, manifest=manifest(of, step.recipe, True))
         case _:
-            result = StageResult(stage=at, recipe=recipe, commit="c" if at == Stage.PUBLISH else None)
+            commit = "c" if step.stage == Stage.PUBLISH else None
+            result = StageResult(stage=step.stage, recipe=step.recipe, commit=commit)
     return result.model_dump_json()
 
 
 class SleepingCluster(Cluster):
     """Ray, and stages that sleep; keeps when each held a GPU."""
 
-    def __init__(self, address: str, workspace: Path, naps: dict[tuple[int, Stage], float]) -> None:
+    def __init__(self, address: str, workspace: Path, naps: dict[tuple[int, Stage], float], jobs: list[Job]) -> None:
         super().__init__(address, workspace)
-        self._naps = naps
+        self._naps, self._jobs = naps, jobs
         self.spans: list[tuple[float, float, float]] = []  # begin, end, GPUs
         self._begun: dict[Step, tuple[float, float]] = {}
 
     def stage(self, step: Step) -> tuple[Any, tuple[Any, ...]]:
-        return sleep, (self._naps[step.job, step.stage],)
+        return sleep, (self._naps[step.job, step.stage], answer(step, self._jobs[step.job]))
 
     def start(self, step: Step, job: Job, node: Node, claim: Claim, seconds: float) -> None:
         self._begun[step] = time.monotonic(), claim.gpus
@@ -96,8 +100,12 @@ def main() -> None:
     nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 8, "num_gpus": 2})
     nodes.add_node(num_cpus=8, num_gpus=2)
     try:
-        with tempfile.TemporaryDirectory() as out, SleepingCluster(nodes.address, Path(out), naps) as cluster:
-            driver = Driver(cluster, plan_of([size(work) for work in works], *RECIPES), [])
+        plan = plan_of([size(work) for work in works], *RECIPES)
+        with (
+            tempfile.TemporaryDirectory() as out,
+            SleepingCluster(nodes.address, Path(out), naps, list(plan.jobs)) as cluster,
+        ):
+            driver = Driver(cluster, plan, [])
             driver.run()
             commits = [artifact.commit for run in driver.jobs for artifact in run.artifacts.values()]
             assert commits == ["c"] * len(commits)

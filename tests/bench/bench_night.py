@@ -53,7 +53,7 @@ def publish(zoo_path: Path, out: Path, endpoint: str) -> int:
     """Put a manifest where each artifact would be; how many there are."""
     plan = planning.make_plan(zoos.load(zoo_path), zoo_path.parent, out, endpoint)
     # What is published here took many nights; the run that is measured keeps to a Hub's usual limits.
-    hub.connect(endpoint, LocalPace(HubLimits(requests=10**6, commits=10**6)))
+    hub.connect(endpoint, LocalPace(HubLimits(requests=10**6, files=10**6, commits=10**6)))
     api = HfApi(endpoint=endpoint, token="hf_bench")
     for job in plan.jobs:
         for order in job.orders:

@@ -139,7 +139,7 @@ def storm(folder: Path, repositories: int, revisions: int, share: float, seed: i
     with LoopbackHub(folder / "hub", fault=day) as server, short_reads():
         to = Destination(endpoint=server.endpoint)
         # The Hub's own limits would make these minutes hours; what holds to them is tested by itself.
-        hub.connect(server.endpoint, LocalPace(HubLimits(requests=10**6, commits=10**6)))
+        hub.connect(server.endpoint, LocalPace(HubLimits(requests=10**6, files=10**6, commits=10**6)))
 
         def all_of(repo_id: str) -> None:
             for one in meant[repo_id]:
