@@ -101,14 +101,14 @@ class Killer(threading.Thread):
 
 
 def weights_published(hub: Path) -> dict[str, dict[str, str]]:
-    """sha256 of every file but the card and what differs between runs, by repository."""
+    """sha256 of every file but the card and what differs between runs, by artifact; each was published once."""
     manifests = sorted(hub.rglob("quantmill.json"))
     found = {}
     for path in manifests:
         manifest = json.loads(path.read_text())
-        found[f"{manifest['model']} {manifest['recipe']['name']}"] = {
-            name: entry["sha256"] for name, entry in manifest["files"].items() if name != "README.md"
-        }
+        artifact = f"{manifest['model']} {manifest['recipe']['name']}"
+        assert artifact not in found, f"{artifact} was published twice"
+        found[artifact] = {name: entry["sha256"] for name, entry in manifest["files"].items() if name != "README.md"}
     return found
 
 

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +17,7 @@ import pytest
 from tests.pipeline.runs import MARK, MODELS, command, marked_processes, wait_for, write_zoo
 
 RAY = str(Path(sys.executable).with_name("ray"))
+SESSIONS = Path("/tmp/ray")
 # A host that doesn't answer is given up within seconds, not half a minute.
 IMPATIENT = {
     "RAY_health_check_period_ms": "1000",
@@ -40,7 +40,7 @@ pytestmark = [
 
 
 class Host:
-    """A network, a disk below ``out`` and a name of its own; the rest of the file system is shared."""
+    """A network, disks at ``out`` and for Ray, and a name of its own; the rest of the file system is shared."""
 
     def __init__(self, name: str, address: str, disk: Path, out: Path) -> None:
         self.name, self.address, self.disk = name, address, disk
@@ -51,8 +51,10 @@ class Host:
         assert self.process.stdout is not None
         self.process.stdout.readline()
         self.process.stdout.close()
-        disk.mkdir()
-        self.run("mount", "--bind", str(disk), str(out))
+        for own, at in ((disk, out), (disk.with_name(f"ray-{name}"), SESSIONS)):
+            own.mkdir()
+            at.mkdir(exist_ok=True)
+            self.run("mount", "--bind", str(own), str(at))
 
     def inside(self, *words: str) -> list[str]:
         """A command line that runs there."""
@@ -79,7 +81,6 @@ class Host:
 @contextmanager
 def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
     with ExitStack() as stack:
-        (folder / "out").mkdir()
         hosts = []
         for number, name in enumerate("ab", 1):
             hosts.append(Host(name, f"10.77.0.{number}", folder / f"disk-{name}", folder / "out"))
@@ -101,6 +102,7 @@ def kept_on(first: Host, second: Host) -> list[dict[str, object]]:
     return [e for e in events(first) if (e["event"], e["stage"], e.get("node")) == ("ended", "keep", second.name)]
 
 
+@pytest.mark.timeout(700)
 def test_a_host_whose_cable_is_pulled_loses_no_artifact_that_was_kept(tmp_path: Path) -> None:
     mark = uuid.uuid4().hex
     zoo = write_zoo(tmp_path, [str(MODELS / "llama-tiny"), str(MODELS / "gpt2-tiny")], "bnb-fp4, bnb-nf4")
@@ -117,17 +119,15 @@ def test_a_host_whose_cable_is_pulled_loses_no_artifact_that_was_kept(tmp_path: 
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         try:
-            assert wait_for(lambda: bool(kept_on(first, second)) or run.poll() is not None, 150), events(first)
+            assert wait_for(lambda: bool(kept_on(first, second)) or run.poll() is not None, 250), events(first)
             second.unplug()
             lost = [event for event in kept_on(first, second) if event["event"] == "ended"]
-            cut = time.monotonic()
-            said = run.communicate(timeout=200)[0]
+            said = run.communicate(timeout=400)[0]
         finally:
             run.kill()
             for process in marked_processes(mark):
                 os.kill(process, 9)
         assert run.returncode == 0, said
-        assert time.monotonic() - cut < 200
     assert lost, said
     results = json.loads(next(first.disk.glob("*/results.json")).read_text())
     assert {entry["status"] for entry in results["artifacts"]} == {"published"}, said
