@@ -18,7 +18,7 @@ from pipeline.placement import Claim, Node
 from pipeline.steps import NETWORK_STAGES, Step
 from workers.environment import Facts, host_memory
 from workers.errors import OutOfMemory, PreflightError, QuantmillError, WorkerDied, ZooError
-from workers.job import Failure, Job, Part, Stage, StageResult
+from workers.job import Failure, Job, Part, Stage, StageResult, spoken
 from workers.pace import LocalPace
 
 # A process that computed ends, which frees its card; one that moved files may move more.
@@ -126,7 +126,7 @@ class Cluster:
         stage, more = self.stage(step)
         calls = 1 if computing else TRANSFERS_OF_A_PROCESS
         call = self._ray.remote(max_calls=calls, max_retries=0)(stage).options(
-            name=_name(step, job),
+            name=spoken(step.stage, step.part, job.model, step.recipe),
             num_cpus=claim.cpus,
             num_gpus=claim.gpus,
             memory=claim.memory if node.memory else None,
@@ -265,12 +265,6 @@ class _SharedPace:
     def pause(self, hub: str, seconds: float) -> None:
         """As ``Pace`` says; nobody waits for the answer."""
         self._actor.pause.remote(hub, seconds)
-
-
-def _name(step: Step, job: Job) -> str:
-    """What Ray's dashboard calls a step."""
-    part = f"{step.part.step} {step.part.index + 1}/{step.part.of}" if step.part else None
-    return " ".join(filter(None, [step.stage.value, part, Path(job.model.id).name, step.recipe]))
 
 
 def _run(job: str, stage: str, recipe: str | None, part: str | None, pace: Any, seconds: float, threads: int) -> str:

@@ -34,8 +34,7 @@ def infeasible(plan: Plan, out: Path, address: str | None) -> list[str]:
 
 
 def _judged(plan: Plan, fleet: Fleet) -> list[str]:
-    found = {message: None for _, message in Driver(fleet, plan, []).infeasible()}
-    return list(found)
+    return list(dict.fromkeys(message for _, message in Driver(fleet, plan, []).infeasible()))
 
 
 class ThisMachine:

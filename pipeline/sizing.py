@@ -60,8 +60,8 @@ class Estimate:
     verify: Need
     spool_bytes: int = 0
     state_bytes: int = 0
+    gathered_bytes: int = 0  # while the pass is spread over workers
     # Multiply-adds: of the pass that all recipes of a model share, and of the artifact's own verification.
-    gathered_bytes: int = 0  # on the disk, while the pass is spread over workers
     pass_work: int = 0
     own_work: int = 0
 

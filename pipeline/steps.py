@@ -35,7 +35,7 @@ class ArtifactRun:
     attempts: int = 1
     elsewhere: bool = False
     keeping: bool = False  # it's on its way to the shared storage
-    kept: bool = False  # with its verdict, or not to be had
+    kept: bool = False  # the copy that has its verdict was begun
 
     @property
     def finished(self) -> bool:
@@ -124,6 +124,7 @@ class JobRun:
         for made in result.artifacts:
             artifact = self.artifacts[made.recipe]
             artifact.made, artifact.failure = made, made.error
+            artifact.manifest = None  # what a lost node said of its copy isn't this one's
             artifact.seconds[Stage.QUANTIZE] = made.seconds
             if made.error is None:
                 yield self._step(Stage.VERIFY, made.recipe)

@@ -151,6 +151,11 @@ def record_path(place: Path) -> Path:
     return place.with_name(f"{place.name}.json")
 
 
+def is_made(place: Path) -> bool:
+    """Whether an artifact lies there whole, as the quantize stage has made it."""
+    return place.is_dir() and record_path(place).is_file()
+
+
 def folds_folder(place: Path) -> Path:
     """Where the scales that were folded into an artifact's weights are kept, beside it: verify undoes them."""
     return place.with_name(f"{place.name}.folds")
@@ -178,6 +183,12 @@ class Stage(StrEnum):
     KEEP = "keep"
     VERIFY = "verify"
     PUBLISH = "publish"
+
+
+def spoken(stage: Stage, part: Part | None, model: ModelPin, recipe: str | None) -> str:
+    """What people read of a stage: in Ray's dashboard, in an error."""
+    of = f"{part.step} {part.index + 1}/{part.of}" if part else None
+    return " ".join(filter(None, [stage.value, of, Path(model.id).name, recipe]))
 
 
 # ----------------------------------------------------------------------------------------- what comes back

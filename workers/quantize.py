@@ -20,7 +20,7 @@ from workers.environment import versions
 from workers.errors import OutOfMemory, StageHung
 from workers.folding import Fold, find_folds
 from workers.forward import Lanes, LoadedLayer, Streaming
-from workers.job import ArtifactMade, Calibration, Failure, Job, Order, artifact_folder, record_path
+from workers.job import ArtifactMade, Calibration, Failure, Job, Order, artifact_folder, is_made, record_path
 from workers.loading import StreamedModel
 from workers.makers import LayerWork, Maker, MakerState
 from workers.numerics.precision import coarse_forwards
@@ -70,9 +70,8 @@ def made_before(job: Job) -> tuple[dict[str, ArtifactMade], list[Order]]:
     done, missing = dict[str, ArtifactMade](), list[Order]()
     for order in job.orders:
         place = artifact_folder(job.workspace, order)
-        record = record_path(place)
-        if place.is_dir() and record.is_file():
-            done[order.recipe.name] = ArtifactMade.model_validate_json(record.read_text())
+        if is_made(place):
+            done[order.recipe.name] = ArtifactMade.model_validate_json(record_path(place).read_text())
         else:
             missing.append(order)
     return done, missing

@@ -18,7 +18,7 @@ from workers import destinations, hub
 from workers.content import folder_sha256
 from workers.deadline import ends_within
 from workers.errors import CheckpointError, DiskFull, HubUnavailable, OutOfMemory, QuantmillError
-from workers.job import Failure, Job, Part, PeakMemory, Stage, StageResult, artifact_folder, record_path
+from workers.job import Failure, Job, Part, PeakMemory, Stage, StageResult, artifact_folder, is_made, spoken
 from workers.memory import peak_host_bytes
 from workers.pace import LocalPace, Pace
 from workers.storage import Storage
@@ -41,10 +41,8 @@ def run_stage(
     stage counts as hanging, and is ended.
     """
     start = time.monotonic()
-    named = f"{part.step} {part.index + 1}/{part.of}" if part else None
-    what = " ".join(filter(None, [stage.value, named, Path(job.model.id).name, recipe]))
     try:
-        with ends_within(seconds, what):
+        with ends_within(seconds, spoken(stage, part, job.model, recipe)):
             if part is not None:
                 assert stage is Stage.QUANTIZE
                 result = _quantize_part(job, part)
@@ -108,10 +106,10 @@ def _fetch(job: Job, recipe: str | None, pace: Pace) -> StageResult:
 
             fetch_dataset(text, where)
     if job.storage is not None:
-        places = [artifact_folder(job.workspace, order) for order in job.orders]
-        for place in places:
-            if not (place.is_dir() and record_path(place).is_file()):
-                Storage(job.storage).restore(place)
+        storage = Storage(job.storage)
+        for order in job.orders:
+            if not is_made(place := artifact_folder(job.workspace, order)):
+                storage.restore(place)
     return StageResult(stage=Stage.FETCH)
 
 

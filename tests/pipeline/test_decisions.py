@@ -116,6 +116,18 @@ def test_with_storage_an_artifact_is_published_once_its_copy_is_through(first: S
     assert run.artifacts["bnb-nf4"].failure is None, "a copy is for safety alone"
 
 
+def test_a_verdict_of_a_lost_node_publishes_nothing_of_the_next() -> None:
+    run = JobRun(0, job("bnb-nf4").model_copy(update={"storage": "/shared"}))
+    run.follow(Step(0, Stage.QUANTIZE), made("bnb-nf4"), 1)
+    accepted = ended(Stage.VERIFY, "bnb-nf4", manifest=manifest(run.job, "bnb-nf4", True))
+    assert run.follow(Step(0, Stage.VERIFY, "bnb-nf4"), accepted, 1) == []
+    run.restart()
+    run.follow(Step(0, Stage.QUANTIZE, generation=1), made("bnb-nf4"), 1)
+    assert run.follow(Step(0, Stage.KEEP, "bnb-nf4", 1), ended(Stage.KEEP, "bnb-nf4"), 1) == []
+    publish = run.follow(Step(0, Stage.VERIFY, "bnb-nf4", 1), accepted, 1)
+    assert publish == [Step(0, Stage.PUBLISH, "bnb-nf4", 1)]
+
+
 @pytest.mark.parametrize("accepted", [True, False])
 def test_what_is_not_published_stays_in_the_storage_with_its_verdict(accepted: bool) -> None:
     run = JobRun(0, job("bnb-nf4", publish=not accepted).model_copy(update={"storage": "/shared"}))
