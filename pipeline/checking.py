@@ -20,7 +20,8 @@ from pipeline.problems import explain
 from pipeline.zoo import ModelEntry
 from workers import errors, hub
 from workers.errors import CheckpointError, ModelNotFound, QuantmillError, WorkerDied, ZooError
-from workers.job import Dataset, Failure, ModelPin, Thresholds, Verification
+from workers.spec.formats import recognised
+from workers.spec.job import Dataset, Failure, ModelPin, ReasonCode, Thresholds, Verification
 
 # What is compared on if no text is named: the field's usual held-out text.
 WIKITEXT = Dataset(path="Salesforce/wikitext", name="wikitext-2-raw-v1", split="test")
@@ -140,32 +141,15 @@ def _quantization(folder: Path) -> Mapping[str, Any]:
 
 def declared_family(config: Mapping[str, Any]) -> str:
     """The family of gates for what a ``quantization_config`` declares; w8 for a checkpoint that declares nothing."""
-    match config.get("quant_method"):
-        case "gptq" | "awq":
-            return f"w{config.get('bits', 4)}"
-        case "bitsandbytes":
-            return "llm-int8" if config.get("load_in_8bit") else str(config.get("bnb_4bit_quant_type", "nf4"))
-        case "fp8":
-            return "fp8"
-        case "compressed-tensors":
-            groups = [group for group in config.get("config_groups", {}).values() if isinstance(group, dict)]
-            families = [_group_family(group, str(group.get("format") or config.get("format"))) for group in groups]
-            # Of mixed precision the coarsest part sets what can be expected.
-            return min(families, key=lambda family: shipped.gates()["default"][family].top1_agreement, default="w8")
-        case None:
-            return "w8"
-        case _:
-            return "w4"
-
-
-def _group_family(group: Mapping[str, Any], form: str) -> str:
-    weights, inputs = group.get("weights") or {}, group.get("input_activations")
-    for name in ("nvfp4", "mxfp4"):
-        if form.startswith(name):
-            return name
-    if weights.get("type") == "float":
-        return "fp8"
-    return "w8a8" if inputs and weights.get("num_bits") == 8 else f"w{weights.get('num_bits', 4)}"
+    if not config.get("quant_method"):
+        return "w8"
+    row = recognised(config)
+    known = shipped.gates()["default"]
+    families = row.family(config) if row else ["w4"]
+    if unknown := [family for family in families if family not in known]:
+        return unknown[0]
+    # Of mixed precision the coarsest part sets what can be expected.
+    return min(families, key=lambda family: known[family].top1_agreement, default="w8")
 
 
 def _thresholds(family: str, said: Path | None) -> Thresholds:
@@ -175,9 +159,10 @@ def _thresholds(family: str, said: Path | None) -> Thresholds:
     if said is None:
         return known[family]
     try:
-        gates = TypeAdapter(Gates).validate_python(yaml.safe_load(said.read_text()) or {})
+        content = yaml.safe_load(said.read_text()) or {}
+        gates = TypeAdapter(Gates).validate_python(content)
     except ValidationError as error:
-        raise ZooError(explain(error, str(said))) from error
+        raise ZooError(explain(error, str(said), content)) from error
     except (OSError, yaml.YAMLError) as error:
         raise ZooError(f"--gates: not a readable YAML file, got {str(said)!r} ({error})") from error
     chosen = gates.get(family, Gate())
@@ -187,17 +172,17 @@ def _thresholds(family: str, said: Path | None) -> Thresholds:
 def rows(report: Mapping[str, Any], thresholds: Thresholds) -> list[dict[str, str]]:
     """The table that a person reads: what was looked at, what was found, what is expected."""
     verdict = report["verdict"]
-    reasons = verdict["reasons"]
-    broken = [reason for reason in reasons if reason.startswith("integrity:")]
-    found = [_row("integrity", "ok" if not broken else f"{len(broken)} problem(s), see below", "", not broken)]
+    codes = [ReasonCode(code) for code in verdict.get("codes", ())]
+    broken = codes.count(ReasonCode.INTEGRITY)
+    found = [_row("integrity", "ok" if not broken else f"{broken} problem(s), see below", "", not broken)]
     if report["bytes"]:
         size = f"{report['bytes'] / 1e6:.1f} MB of {report['reference_bytes'] / 1e6:.1f} MB"
         found.append(_row("quantized", f"{report['quantized']} of {report['linear']} linear layers, {size}", "", True))
     metrics = verdict["metrics"]
     if metrics:
-        found += _measured(metrics, thresholds, reasons)
+        found += _measured(metrics, thresholds, codes)
     runtime = verdict["runtime"]
-    refused = [reason for reason in reasons if reason.startswith("runtime")]
+    refused = {ReasonCode.RUNTIME, ReasonCode.RUNTIME_LOGITS} & set(codes)
     if runtime:
         said = f"{runtime['name']} {runtime['version']}, logits differ by {runtime['relative_logit_difference']:.2g}"
         found.append(_row("runtime", said, f"<= {thresholds.runtime_logit_difference:g} deviations", not refused))
@@ -237,8 +222,7 @@ def remarks(report: Mapping[str, Any]) -> list[str]:
     return [*notes, *report["verdict"]["reasons"]]
 
 
-def _measured(metrics: Mapping[str, Any], bounds: Thresholds, reasons: list[str]) -> list[dict[str, str]]:
-    kept = {name: not any(r.startswith(name) for r in reasons) for name in ("KL", "top-1", "perplexity", "eval")}
+def _measured(metrics: Mapping[str, Any], bounds: Thresholds, codes: list[ReasonCode]) -> list[dict[str, str]]:
     ratio = metrics["perplexity"] / metrics["reference_perplexity"]
     interval = f"[{float(metrics['perplexity_ratio_lower']):.4f}, {float(metrics['perplexity_ratio_upper']):.4f}]"
     kl_bound = f"95 % bound {float(metrics['kl_mean_upper']):.5f}; p99 {metrics['kl_p99']:.4f}"
@@ -247,21 +231,21 @@ def _measured(metrics: Mapping[str, Any], bounds: Thresholds, reasons: list[str]
             "KL divergence",
             f"{metrics['kl_mean']:.5f} nats ({kl_bound})",
             f"<= {bounds.kl_mean:g}",
-            kept["KL"],
+            ReasonCode.KL not in codes,
         ),
         _row(
             "top-1 agreement",
             f"{metrics['top1_agreement']:.4f} (95 % bound {metrics['top1_agreement_lower']:.4f})",
             f">= {bounds.top1_agreement:g}",
-            kept["top-1"],
+            ReasonCode.TOP1 not in codes,
         ),
         _row(
             "perplexity",
             f"{metrics['perplexity']:.4f} of {metrics['reference_perplexity']:.4f}, {ratio:.4f} times {interval}",
             f"<= {bounds.perplexity_ratio:g} times",
-            kept["perplexity"],
+            ReasonCode.PERPLEXITY not in codes,
         ),
-        _row("tokens", str(metrics["eval_tokens"]), "", kept["eval"]),
+        _row("tokens", str(metrics["eval_tokens"]), "", ReasonCode.EVAL_TOKENS not in codes),
     ]
 
 

@@ -311,7 +311,7 @@ def publish(
 ) -> None:
     """Publish the verified artifact in the folder ARTIFACT: one commit, then its tags."""
     from pipeline import publishing
-    from workers.job import Destination
+    from workers.spec.job import Destination
 
     place = publishing.place(endpoint)
     to = Destination(endpoint=place, private=private, gated=gated or False, keep=keep, force=force)

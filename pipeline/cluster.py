@@ -18,8 +18,8 @@ from pipeline.placement import Claim, Node
 from pipeline.steps import NETWORK_STAGES, Step
 from workers.environment import Facts, host_memory
 from workers.errors import OutOfMemory, PreflightError, QuantmillError, WorkerDied, ZooError
-from workers.job import Failure, Job, Part, Stage, StageResult, spoken
 from workers.pace import LocalPace
+from workers.spec.job import Failure, Job, Part, Stage, StageResult, spoken
 
 # A process that computed ends, which frees its card; one that moved files may move more.
 TRANSFERS_OF_A_PROCESS = 32

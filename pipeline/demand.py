@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pipeline.placement import Need
 from pipeline.plan import Plan, PlannedArtifact
 from pipeline.steps import NETWORK_STAGES
-from workers.job import Job, Stage
+from workers.spec.job import Job, Stage
 
 # A process that moves files, without torch; measured 0.15 GB.
 TRANSFER = Need(220_000_000)

@@ -11,7 +11,7 @@ from pipeline import zoo as zoos
 from workers import environment, environments
 from workers.environment import Facts
 from workers.errors import PreflightError, ZooError
-from workers.recipes import Recipe
+from workers.spec.recipes import Recipe
 
 
 def recipes(names: Sequence[str], zoo: Path | None) -> list[Recipe]:

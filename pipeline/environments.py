@@ -35,8 +35,7 @@ from workers import environments
 from workers.content import write_text
 from workers.environments import RECORD, Built
 from workers.errors import PreflightError, ZooError
-from workers.job import canonical_json
-from workers.recipes import Frozen
+from workers.spec.base import Frozen, canonical_json
 
 LOCK_LIST = "requirements.lock"
 LOG = "pip.log"
@@ -199,10 +198,9 @@ def _read(path: Path) -> Definition:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ZooError(f"{path}: not a readable YAML file ({error})") from error
     try:
-        found = Definition.model_validate(raw)
+        return Definition.model_validate(raw)
     except ValidationError as error:
-        raise ZooError(explain(error, str(path))) from error
-    return found
+        raise ZooError(explain(error, str(path), raw)) from error
 
 
 def _check_python(name: str, wanted: Definition) -> None:

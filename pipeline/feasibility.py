@@ -14,7 +14,7 @@ from pipeline.steps import Step
 from workers import environment, environments
 from workers.environment import Facts
 from workers.errors import PreflightError
-from workers.job import Job, StageResult
+from workers.spec.job import Job, StageResult
 
 CARD = Path("/dev/nvidia0")
 

@@ -8,8 +8,9 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from workers.errors import ZooError
-from workers.job import Thresholds
-from workers.recipes import Frozen, Recipe
+from workers.spec.base import Frozen
+from workers.spec.job import Thresholds
+from workers.spec.recipes import Recipe
 
 
 class Gate(Frozen):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from workers.job import Job, Manifest, Order
+from workers.spec.job import Job, Manifest, Order
 
 # A lease ends this long after its driver was last heard of, and a driver is heard of this often.
 LEASE_SECONDS, RENEW_SECONDS = 90.0, 15.0

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from workers.job import StageResult
+from workers.spec.job import StageResult
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from pipeline.ledger import now
 from pipeline.steps import Step
-from workers.job import Job, StageResult
+from workers.spec.job import Job, StageResult
 
 LOG = "log.jsonl"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.scheduler import Pulse
 from pipeline.steps import Step
-from workers.job import Job, Stage, StageResult
+from workers.spec.job import Job, Stage, StageResult
 
 SECONDS = [1.0, 10.0, 60.0, 300.0, 1200.0, 3600.0, 4 * 3600.0, 12 * 3600.0]
 

@@ -23,7 +23,8 @@ from pipeline.sources import BUILDERS
 from pipeline.zoo import ModelEntry, Zoo
 from workers.content import file_sha256
 from workers.errors import ZooError
-from workers.job import Dataset, canonical_json
+from workers.spec.base import canonical_json
+from workers.spec.job import Dataset
 
 # The head's dashboard takes no larger request (DASHBOARD_CLIENT_MAX_SIZE, 100 MiB), and keeps what it gets in memory.
 LIMIT = 96 * 2**20

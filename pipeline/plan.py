@@ -12,24 +12,13 @@ from typing import TypeVar
 from pipeline import fitting, sizing, sources
 from pipeline.collecting import Collection
 from pipeline.retry import wait_before_retry
-from pipeline.tokens import check_token
 from pipeline.zoo import ModelEntry, Zoo
 from workers import destinations
 from workers.errors import HubUnavailable, UserError, ZooError
-from workers.folders import FolderStore, is_folder
-from workers.job import (
-    MANIFEST,
-    Calibration,
-    Destination,
-    Failure,
-    Job,
-    Manifest,
-    Order,
-    Verification,
-    artifact_folder,
-    fingerprint,
-)
-from workers.recipes import Recipe
+from workers.spec.job import Calibration, Destination, Failure, Job, Manifest, Order, Verification, fingerprint
+from workers.spec.recipes import Recipe
+from workers.spec.tensors import TensorHeader
+from workers.spec.workspace import MANIFEST, artifact_folder
 from workers.storage import Storage
 
 T = TypeVar("T")
@@ -101,7 +90,7 @@ def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None)
     publish = zoo.publish
     if endpoint and publish:
         namespace = publish.namespace
-        patiently(lambda: check_destination(endpoint, namespace))
+        patiently(lambda: destinations.check(endpoint, namespace))
     if zoo.storage:
         patiently(Storage(zoo.storage).check)
     standing = _standing(orders, workspace, endpoint, verification, zoo.storage)
@@ -123,7 +112,7 @@ def _resolve_all(zoo: Zoo, zoo_folder: Path) -> tuple[list[tuple[ModelEntry, sou
     results = _at_once(lambda entry: _try(lambda: sources.resolve(entry, zoo_folder)), zoo.models)
     pairs = zip(zoo.models, results, strict=True)
     # The same headers are kept once: a zoo has many finetunes of few models.
-    known: dict[tuple[sources.TensorHeader, ...], tuple[sources.TensorHeader, ...]] = {}
+    known: dict[tuple[TensorHeader, ...], tuple[TensorHeader, ...]] = {}
     found = [
         (entry, replace(result, tensors=known.setdefault(result.tensors, result.tensors)))
         for entry, result in pairs
@@ -254,19 +243,6 @@ def _check_repositories(orders: Iterable[Order]) -> None:
             )
         if order.repo_id:
             seen.add(order.repo_id)
-
-
-def check_destination(endpoint: str, namespace: str | None = None) -> None:
-    """Whether artifacts may be written there, as far as it can be told before there are any.
-
-    Raises:
-        HubRefused: no token, or one that may not write to the namespace; a folder of somebody else's.
-        HubUnavailable: no answer.
-    """
-    if is_folder(endpoint):
-        FolderStore(endpoint).check()
-    else:
-        check_token(endpoint, namespace)
 
 
 Standing = tuple[Manifest, str | None]

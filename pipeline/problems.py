@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-_TAGS = {"gptq", "rtn", "bitsandbytes", "int", "nf4", "fp4", "llm-int8", "recipe-name", "recipe-definition"}
 
+def explain(error: ValidationError, where: str, content: object, root: type[BaseModel] | None = None) -> str:
+    """One line for each finding: the path in the file, what was got, what was expected.
 
-def explain(error: ValidationError, where: str, root: type[BaseModel] | None = None) -> str:
-    """One line for each finding: the path in the file, what was got, what was expected."""
+    ``content`` is what was validated: of pydantic's paths, only what stands in it is shown, not the tags of unions.
+    """
     findings = error.errors(include_url=False)
     # A tuple with one bad item is also reported as too short: keep the innermost finding.
     inner = [finding for finding in findings if not any(_is_prefix(finding["loc"], other["loc"]) for other in findings)]
-    lines = [_line(finding, root) for finding in inner]
+    lines = [_line(finding, root, content) for finding in inner]
     return "\n".join([f"{where}: {len(lines)} problem{'s' if len(lines) > 1 else ''}:", *dict.fromkeys(lines)])
 
 
@@ -24,8 +26,8 @@ def _is_prefix(loc: tuple[int | str, ...], other: tuple[int | str, ...]) -> bool
     return len(loc) < len(other) and other[: len(loc)] == loc
 
 
-def _line(finding: Any, root: type[BaseModel] | None) -> str:
-    path = ".".join(str(part) for part in finding["loc"] if not _is_union_tag(part)) or "the zoo"
+def _line(finding: Any, root: type[BaseModel] | None, content: object) -> str:
+    path = ".".join(_path(finding["loc"], finding["type"], content)) or "the zoo"
     got = finding["input"]
     match finding["type"]:
         case "extra_forbidden":
@@ -38,8 +40,16 @@ def _line(finding: Any, root: type[BaseModel] | None) -> str:
             return f"  {path}: {message}, got {_short(got)}"
 
 
-def _is_union_tag(part: object) -> bool:
-    return isinstance(part, str) and (part in _TAGS or "[" in part)
+def _path(loc: tuple[int | str, ...], kind: str, content: object) -> Iterator[str]:
+    """The parts of a finding's path that stand in the file; one that is missing there ends it."""
+    here = content
+    for position, part in enumerate(loc):
+        in_list = isinstance(here, list | tuple) and isinstance(part, int) and part < len(here)
+        if in_list or (isinstance(here, Mapping) and part in here):
+            here = here[part]  # type: ignore[index]
+        elif kind != "missing" or position < len(loc) - 1:
+            continue  # a union's tag
+        yield str(part)
 
 
 def _suggest(key: str, root: type[BaseModel] | None) -> str:

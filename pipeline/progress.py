@@ -14,7 +14,7 @@ from rich.text import Text
 
 from pipeline.plan import Plan
 from pipeline.steps import Step
-from workers.job import Job, Stage, StageResult
+from workers.spec.job import Job, Stage, StageResult
 
 DOING = {
     Stage.FETCH: "fetching",

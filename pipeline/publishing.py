@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.plan import check_destination, patiently
+from pipeline.plan import patiently
 from workers import destinations, hub
 from workers.artifact import open_accepted
 from workers.errors import ZooError
-from workers.folders import is_folder
-from workers.job import Destination
 from workers.pace import LocalPace
+from workers.spec.job import Destination
 
 
 def place(endpoint: str | None) -> str:
@@ -31,10 +30,11 @@ def publish(artifact: Path, repo_id: str, to: Destination, *, dry_run: bool) -> 
     namespace, _, name = repo_id.partition("/")
     if not namespace or not name or "/" in name:
         raise ZooError(f"--to: expected NAMESPACE/NAME, got {repo_id!r}")
-    if is_folder(to.endpoint) and to.gated:
-        raise ZooError(f"--gated: a folder has no gate, got --endpoint {to.endpoint!r}; leave it out")
+    if destinations.settings_lacking(to.endpoint, {"gated": to.gated}):
+        kind = destinations.kind_of(to.endpoint).name
+        raise ZooError(f"--gated: a {kind} has no gate, got --endpoint {to.endpoint!r}; leave it out")
     open_accepted(artifact)  # before anything is asked of a Hub
-    patiently(lambda: check_destination(to.endpoint, namespace))
+    patiently(lambda: destinations.check(to.endpoint, namespace))
     if dry_run:
         lines = destinations.preview(to, repo_id, artifact)
         yield f"{to.endpoint}/{repo_id}: " + ("would change:" if lines else "shows this artifact already")

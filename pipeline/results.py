@@ -7,8 +7,9 @@ from typing import Literal
 
 from pipeline.plan import PlannedArtifact
 from pipeline.steps import ArtifactRun, JobRun
-from workers.job import Generation, Manifest, Outcome, PeakMemory, Stage, artifact_folder
-from workers.recipes import Frozen
+from workers.spec.base import Frozen
+from workers.spec.job import Generation, Manifest, Outcome, PeakMemory, Stage
+from workers.spec.workspace import artifact_folder
 
 Status = Literal["published", "verified", "skipped", "rejected", "failed"]
 

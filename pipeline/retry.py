@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from workers.errors import DiskFull, HubUnavailable, OutOfMemory, StageHung, WorkerDied
-from workers.job import Failure
+from workers.spec.job import Failure
 
 # Attempts in all, by error class. Whatever isn't named here, or below, would fail the same way again.
 ATTEMPTS = {HubUnavailable.__name__: 6, WorkerDied.__name__: 3, StageHung.__name__: 2}

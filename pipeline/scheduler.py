@@ -25,9 +25,9 @@ from pipeline.sizing import deadline_seconds, typical_seconds
 from pipeline.steps import NETWORK_STAGES, JobRun, Step
 from workers.environment import Facts, problems
 from workers.errors import DiskFull, PreflightError, WorkerDied
-from workers.job import Failure, Job, Part, PeakMemory, Stage, StageResult
-from workers.recipes import Recipe
-from workers.split import spreadable
+from workers.spec.job import Failure, Job, Part, PeakMemory, Stage, StageResult
+from workers.spec.recipes import Recipe
+from workers.spec.split import spreadable
 
 # Transfers of one kind at a time on one node: its line to the Hub is shared.
 TRANSFERS = 4

@@ -28,7 +28,7 @@ from pipeline.zoo import Zoo
 from workers import hub
 from workers.content import write_text
 from workers.errors import ZooError
-from workers.job import Job, StageResult
+from workers.spec.job import Job, StageResult
 
 if TYPE_CHECKING:
     from pipeline.cluster import Cluster

@@ -12,8 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.problems import explain
 from workers.errors import ZooError
-from workers.job import Thresholds
-from workers.recipes import Recipe
+from workers.spec.job import Thresholds
+from workers.spec.recipes import Recipe
 
 _RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
 
@@ -44,10 +44,11 @@ def recipe(name: str) -> Recipe:
             "Name one of them, or define the recipe in place (name, method, scheme, format)."
         )
     path = configs() / "recipes" / f"{name}.yaml"
+    content = {"name": name, **yaml.safe_load(path.read_text())}
     try:
-        return _RECIPE.validate_python({"name": name, **yaml.safe_load(path.read_text())})
+        return _RECIPE.validate_python(content)
     except ValidationError as error:
-        raise ZooError(explain(error, str(path))) from error
+        raise ZooError(explain(error, str(path), content)) from error
 
 
 @cache

@@ -10,16 +10,17 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from pipeline.placement import Need
-from pipeline.sources import Source, TensorHeader
-from workers.fits import CONV1D_MODEL_TYPES, EXPERT
-from workers.job import Calibration, Stage, Verification
-from workers.recipes import BitsAndBytesRecipe, FourBitFloatScheme, Recipe
-from workers.split import gathered_bytes
+from pipeline.sources import Source
+from workers.spec.formats import FORMATS
+from workers.spec.job import Calibration, Stage, Verification
+from workers.spec.layers import EXPERT, LAYER, out_in_shape, quantizable, scheme_for
+from workers.spec.recipes import Recipe
+from workers.spec.split import gathered_bytes
+from workers.spec.tensors import TensorHeader
+from workers.spec.workspace import MAX_SHARD_BYTES, MICRO_BATCH_TOKENS
 
-LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 # A process with torch and transformers, and the second one that checks the runtime; measured 0.5 to 0.65 GB each.
 RUNTIME_BYTES, LOADER_BYTES = 720_000_000, 690_000_000
 # The same on a card: the CUDA context and kernels. Not measured yet.
@@ -28,8 +29,6 @@ DEVICE_BYTES = 1_000_000_000
 LAYER_BYTES = 12
 # Bytes for each logit of a sequence: both models', their logarithms, what the loading process computes and sends.
 LOGITS_BYTES = 36
-# What a micro-batch holds at most (workers.reference.MICRO_BATCH_TOKENS, which this side can't import).
-MICRO_BATCH_TOKENS = 4096
 # What a model's config says of its sizes.
 CONFIG = ("model_type", "hidden_size", "n_embd", "vocab_size", "num_attention_heads", "n_head")
 # Projections that lead out of their module have an input of their own.
@@ -37,8 +36,6 @@ OUTWARD = re.compile(r"^(o|out|down|c|dense|fc2|w2|wo)(_proj|_lin|_4h_to_h)?$|^d
 EXPERT_ONE = re.compile(r"experts\.(?!0\.)\d+\.")
 # A pattern that may mean some layers and not others.
 ONE_LAYER = re.compile(r"\d\\?\.|\[|\.\d|^re:")
-# What a shard holds at most (workers.shards.MAX_SHARD_BYTES, which this side can't import).
-SHARD_BYTES = 2_000_000_000
 # Below these a stage isn't slow, it hangs: a tenth or less of what was ever measured.
 STARTING_SECONDS = 3600.0
 CRAWLING_BYTES_PER_SECOND = 256 * 1024
@@ -88,7 +85,7 @@ def estimate(source: Source, recipe: Recipe, calibration: Calibration | None, ve
         quantize=_quantizing(source, shape, recipe, calibration, verification),
         verify=_verifying(source, shape, verification),
         # A shard is written from its spool; the state of a pass beside the one before it.
-        spool_bytes=min(artifact, SHARD_BYTES),
+        spool_bytes=min(artifact, MAX_SHARD_BYTES),
         state_bytes=2 * hidden * (verification.tokens + calibrated),
         gathered_bytes=gathered_bytes(calibrated, _widths(source, shape, recipe), 4),
         pass_work=shape.weights * (verification.tokens + calibrated),
@@ -136,33 +133,22 @@ def _size(source: Source, *names: str) -> int:
     return next((int(value) for name in names if isinstance(value := source.config.get(name), int)), 0)
 
 
-def quantizable(tensor: TensorHeader, recipe: Recipe) -> bool:
-    """Whether the recipe turns this tensor into codes: a matrix inside a decoder layer that isn't ignored."""
-    module, _, leaf = tensor.name.rpartition(".")
-    if isinstance(recipe, BitsAndBytesRecipe) and ".experts." in module:
-        return False  # fused in memory, and left alone by the library
-    return (
-        leaf == "weight"
-        and len(tensor.shape) == 2
-        and LAYER.search(tensor.name) is not None
-        and not recipe.ignores(module)
-    )
-
-
-def in_features(tensor: TensorHeader, config: dict[str, Any]) -> int:
+def _in_features(tensor: TensorHeader, source: Source) -> int:
     """The width along which a weight's groups run."""
-    return tensor.shape[0] if config.get("model_type") in CONV1D_MODEL_TYPES else tensor.shape[1]
+    return out_in_shape(tensor, conv1d=source.family.conv1d)[1]
 
 
 def _stored_bytes(tensor: TensorHeader, source: Source, recipe: Recipe) -> int:
+    """Bytes of a tensor in the artifact, its entries in the header of its file included."""
+    as_it_is = tensor.bytes + tensor.header_bytes
     if not quantizable(tensor, recipe):
-        return tensor.bytes
-    scheme = recipe.scheme
-    if isinstance(scheme, FourBitFloatScheme):
-        return round(tensor.numel * scheme.bits_per_weight / 8) + 1500  # quant map and quant state of each weight
-    width = in_features(tensor, source.config)
-    scales = 4 * (tensor.numel // width)
-    return round(tensor.numel * scheme.bits_per_weight / 8) + scales
+        return as_it_is
+    module, shape_OI = tensor.name.removesuffix(".weight"), out_in_shape(tensor, conv1d=source.family.conv1d)
+    scheme = scheme_for(recipe, module, shape_OI).scheme
+    if scheme is None:
+        return as_it_is
+    stored = FORMATS[recipe.format].stored(scheme, tensor._replace(shape=shape_OI))
+    return sum(part.bytes + part.header_bytes + len(module) + 1 for part in stored)
 
 
 @dataclass(frozen=True)
@@ -220,7 +206,7 @@ def shape_of(source: Source) -> Shape:
 
 def _tensors(shape: Shape, recipe: Recipe) -> Iterable[tuple[TensorHeader, int]]:
     """Tensors and how many of each there are; all of them where a recipe's patterns may name single layers."""
-    if any(ONE_LAYER.search(pattern) for pattern in recipe.ignore):
+    if any(ONE_LAYER.search(pattern) for pattern in recipe.patterns):
         return [(tensor, 1) for tensor in shape.every]
     inside = [(tensor, count) for layer, count in shape.layers for tensor in layer]
     return [*((tensor, 1) for tensor in shape.outside), *inside]
@@ -236,7 +222,7 @@ def _quantizing(
     outside = sum(tensor.numel for tensor in shape.outside)
     layer = max((sum(tensor.numel for tensor in layer) for layer, _ in shape.layers), default=0)
     working = _activations(source, shape, longest, tokens)
-    kept = (1 + recipe.own_stream) * tokens * _bytes_for_each_token(source, shape, longest)
+    kept = (1 + recipe.needs.own_stream) * tokens * _bytes_for_each_token(source, shape, longest)
     host = RUNTIME_BYTES + 4 * outside + LAYER_BYTES * layer + 2 * hessians + kept + working
     # On a card in half precision; hidden states of waiting micro-batches rest on the host.
     device = DEVICE_BYTES + 2 * outside + (LAYER_BYTES // 2) * layer + 2 * hessians + working
@@ -270,7 +256,7 @@ def _inputs(layer: tuple[TensorHeader, ...], source: Source, recipe: Recipe) -> 
     for tensor in layer:
         if quantizable(tensor, recipe):
             module, _, leaf = tensor.name.removesuffix(".weight").rpartition(".")
-            width = in_features(tensor, source.config)
+            width = _in_features(tensor, source)
             inputs[module, width, OUTWARD.search(leaf) is not None] = width
     return list(inputs.values())
 

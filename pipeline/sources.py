@@ -7,39 +7,22 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from pipeline.zoo import ModelEntry
 from workers import hub
 from workers.content import file_sha256, folder_sha256
 from workers.errors import CalibrationError, CheckpointError, ModelNotFound, UnsupportedModel
-from workers.job import Dataset, ModelPin, canonical_json
+from workers.spec.base import canonical_json
+from workers.spec.families import Family, family_of
+from workers.spec.job import Dataset, ModelPin
+from workers.spec.tensors import TensorHeader
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 BUILDERS = frozenset({"text", "json", "csv", "parquet", "arrow", "pandas", "xml", "webdataset"})
-DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
 CAUSAL_LM = re.compile(r"(ForCausalLM|LMHeadModel|LMHead)$")
-
-
-class TensorHeader(NamedTuple):
-    """A tensor as a safetensors header tells of it."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def numel(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-    @property
-    def bytes(self) -> int:
-        return self.numel * DTYPE_BYTES.get(self.dtype, 2)
 
 
 @dataclass(frozen=True)
@@ -49,6 +32,11 @@ class Source:
     pin: ModelPin
     config: dict[str, Any]
     tensors: tuple[TensorHeader, ...]
+
+    @property
+    def family(self) -> Family:
+        """What is known of the model's family."""
+        return family_of(self.config.get("model_type"))
 
     @property
     def name(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from workers.job import ArtifactMade, Failure, Job, Manifest, Part, Stage, StageResult
+from workers.spec.job import ArtifactMade, Failure, Job, Manifest, Part, Stage, StageResult
 
 NETWORK_STAGES = frozenset({Stage.FETCH, Stage.KEEP, Stage.PUBLISH})
 

@@ -23,7 +23,7 @@ from pipeline.ray_jobs import Head, RayJob
 from pipeline.session import LOOPBACK
 from pipeline.zoo import Zoo
 from workers.errors import TransientError, ZooError
-from workers.job import canonical_json
+from workers.spec.base import canonical_json
 
 PREFIX = "quantmill-"
 ATTEMPTS = 4

@@ -12,9 +12,11 @@ from pydantic import Discriminator, Field, Tag, ValidationError, field_validator
 from pipeline import gating, shipped
 from pipeline.gating import Gates
 from pipeline.problems import explain
+from workers import destinations
 from workers.errors import ZooError
-from workers.job import Calibration, Dataset, Destination, HubLimits, Thresholds, Verification
-from workers.recipes import SLUG, Frozen, Recipe
+from workers.spec.base import SLUG, Frozen
+from workers.spec.job import Calibration, Dataset, Destination, HubLimits, Thresholds, Verification
+from workers.spec.recipes import Recipe
 
 
 class ModelEntry(Frozen):
@@ -103,11 +105,12 @@ class Publish(Frozen):
 
     @model_validator(mode="after")
     def _folders_have_no_gates(self) -> Self:
-        place = self.endpoint or ""
-        if place not in ("", "loopback") and not place.startswith(("http://", "https://")):
-            hubs_alone = [name for name in ("gated", "collection") if getattr(self, name)]
-            if hubs_alone:
-                raise ValueError(f"{hubs_alone[0]}: a folder has none, got the endpoint {place!r}; remove it")
+        endpoint = self.endpoint or "loopback"
+        if endpoint != "loopback":
+            lacking = destinations.settings_lacking(endpoint, {"gated": self.gated, "collection": self.collection})
+            if lacking:
+                kind = destinations.kind_of(endpoint).name
+                raise ValueError(f"{lacking[0]}: a {kind} has none, got the endpoint {endpoint!r}; remove it")
         return self
 
     @field_validator("name")
@@ -217,7 +220,7 @@ def load(path: Path) -> Zoo:
     try:
         zoo = Zoo.model_validate(raw)
     except ValidationError as error:
-        raise ZooError(explain(error, str(path), Zoo)) from error
+        raise ZooError(explain(error, str(path), raw, Zoo)) from error
     for where, gates in _gates(zoo):
         if unknown := gating.unknown_keys(gates, zoo.resolved_recipes):
             families = sorted({recipe.scheme.family for recipe in zoo.resolved_recipes})

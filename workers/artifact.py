@@ -11,7 +11,8 @@ from pydantic import BaseModel, ValidationError
 
 from workers.content import file_sha256
 from workers.errors import CheckpointError, HubRefused
-from workers.job import MANIFEST, FileEntry, Manifest
+from workers.spec.job import FileEntry, Manifest
+from workers.spec.workspace import MANIFEST
 
 # Above, a file is never kept in git itself, and so never called by its git identity.
 LARGEST_IN_GIT = 64 << 20

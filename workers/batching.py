@@ -10,7 +10,7 @@ import torch
 from workers.environment import host_memory
 from workers.errors import OutOfMemory
 from workers.loading import StreamedModel
-from workers.reference import MICRO_BATCH_TOKENS
+from workers.spec.workspace import MICRO_BATCH_TOKENS
 
 # Share of the device's whole memory that one micro-batch's activations may take. Not of what is free: the size of the
 # micro-batches shows in the last bits of the statistics, and the same job on the same machine makes the same bytes.

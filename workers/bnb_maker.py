@@ -7,12 +7,13 @@ from typing import Any
 
 from workers.checkpoint import Source
 from workers.errors import UnsupportedRecipe
-from workers.job import Job, Order
 from workers.loading import StreamedModel
-from workers.makers import LayerWork, Maker
+from workers.makers import Maker
 from workers.methods import bitsandbytes
-from workers.methods.linear import require_finite
-from workers.recipes import BitsAndBytesRecipe
+from workers.methods.layer import LayerWork, require_finite
+from workers.spec.job import Job, Order
+from workers.spec.layers import Layout
+from workers.spec.recipes import BitsAndBytesRecipe
 
 
 class BitsAndBytesMaker(Maker):
@@ -33,6 +34,11 @@ class BitsAndBytesMaker(Maker):
         if kept:
             said = f"left in half precision, for bitsandbytes converts linear modules alone: {_summary(kept)}"
             self.fallbacks[said] = None
+
+    def layout(self) -> Layout:
+        """The one scheme for what the library converts."""
+        converted = [w.module for w in self._streamed.weights if self._modules[w.key] in self._plan.converted]
+        return Layout.of(dict.fromkeys(converted, self._recipe.scheme))
 
     def quantization_config(self) -> dict[str, Any]:
         """As ``save_pretrained`` writes it."""

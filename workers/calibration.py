@@ -11,7 +11,7 @@ import torch
 
 from workers.errors import CalibrationError, UnsupportedModel
 from workers.hub import hub_errors
-from workers.job import Calibration, Dataset, ModelPin, Verification
+from workers.spec.job import Calibration, Dataset, ModelPin, Verification
 
 # Sequences are drawn from the first POOL times as many: spread over the text, without tokenizing a whole corpus.
 POOL = 4

@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel
 
-from workers.job import Dataset, Job, Order, Verdict
-from workers.recipes import Float8Scheme, FourBitFloatScheme, IntScheme, LlmInt8Scheme, MicroscalingScheme, Recipe
+from workers.spec.job import Dataset, Job, Order, Verdict
+from workers.spec.layers import LayerKinds
+from workers.spec.recipes import Recipe, words
+from workers.spec.runtimes import RUNTIMES, checking
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags")
-INSTALL = {
-    "compressed-tensors": "pip install transformers compressed-tensors",
-    "gptq": "pip install transformers optimum gptqmodel",
-    "gptq-v2": "pip install transformers optimum gptqmodel",
-    "awq": "pip install transformers gptqmodel",
-    "fp8": "pip install transformers",
-    "bitsandbytes": "pip install transformers bitsandbytes accelerate",
-}
 
 
 def render_card(
-    job: Job, order: Order, source: Path, verdict: Verdict, environment: Mapping[str, str], fallbacks: tuple[str, ...]
+    job: Job,
+    order: Order,
+    source: Path,
+    verdict: Verdict,
+    environment: Mapping[str, str],
+    fallbacks: tuple[str, ...],
+    kinds: LayerKinds,
 ) -> str:
-    """``README.md`` of an artifact; metadata that the card in the ``source`` folder has is inherited."""
+    """``README.md`` of an artifact; metadata that the card in the ``source`` folder has is inherited.
+
+    ``kinds`` are those of the layers that were quantized: what other runtimes read depends on them.
+    """
     metadata = card_metadata(job, order, read_metadata(source / "README.md"), verdict)
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
-    return f"---\n{front}---\n\n{_body(job, order, verdict, environment, fallbacks)}"
+    return f"---\n{front}---\n\n{_body(job, order, verdict, environment, fallbacks, kinds)}"
 
 
 def read_metadata(card: Path) -> dict[str, Any]:
@@ -94,55 +97,26 @@ def _model_index(job: Job, order: Order, verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def describe_scheme(recipe: Recipe) -> str:
-    """The scheme in a person's words."""
-    match recipe.scheme:
-        case IntScheme() as scheme:
-            groups = (
-                f"one scale for each {scheme.group_size} inputs" if scheme.group_size else "one scale for each output"
-            )
-            symmetry = "symmetric" if scheme.symmetric else "asymmetric"
-            others = sorted({override.scheme.bits for override in getattr(recipe, "overrides", ())} - {scheme.bits})
-            some = f" ({' and '.join(map(str, others))} bits for some layers)" if others else ""
-            inputs = ", activations in 8-bit integers" if scheme.activations == "int8" else ""
-            return f"{scheme.bits}-bit integers{some}, {symmetry}, {groups}{inputs}"
-        case Float8Scheme() as scheme:
-            each = {"tensor": "tensor", "channel": "output", "block": "block of 128 x 128"}[scheme.scales]
-            also = {"none": "", "dynamic": ", activations too", "static": ", activations too, by fixed scales"}
-            return f"FP8 (E4M3), one scale for each {each}{also[scheme.activations]}"
-        case MicroscalingScheme() as scheme:
-            return f"{scheme.type.upper()}, one scale for each {scheme.group_size} inputs"
-        case scheme:
-            return recipe.description or scheme.type
-
-
-def read_by_vllm(recipe: Recipe) -> bool:
-    """Whether vLLM's own tables name the recipe's scheme and format; nothing here was run with it."""
-    match recipe.scheme:
-        case IntScheme(activations="none", bits=bits) if recipe.format == "compressed-tensors":
-            return bits in (4, 8)
-        case FourBitFloatScheme() | LlmInt8Scheme():
-            return False
-        case _:
-            return True
-
-
-def _body(job: Job, order: Order, verdict: Verdict, environment: Mapping[str, str], fallbacks: tuple[str, ...]) -> str:
+def _body(
+    job: Job,
+    order: Order,
+    verdict: Verdict,
+    environment: Mapping[str, str],
+    fallbacks: tuple[str, ...],
+    kinds: LayerKinds,
+) -> str:
     name = Path(job.model.id).name
     recipe = order.recipe
     repo = order.repo_id or f"{name}-{recipe.name}"
     parts = [
         f"# {name}, {recipe.name}\n",
-        f"{name} at `{job.model.revision[:12]}`, quantized by quantmill: {describe_scheme(recipe)} "
+        f"{name} at `{job.model.revision[:12]}`, quantized by quantmill: {words(recipe)} "
         f"(method {recipe.method}, format {recipe.format}).\n",
         "## Measured\n",
         _measured(verdict),
         "## Load it\n",
-        f"```\n{INSTALL[recipe.format]}\n```\n",
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{repo}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n```\n',
-        _in_vllm(recipe, repo),
+        _loading(recipe, repo),
+        *_other_runtimes(recipe, repo, kinds),
     ]
     if fallbacks:
         parts += ["## Deviations from the recipe\n", "".join(f"- {line}\n" for line in fallbacks)]
@@ -155,13 +129,25 @@ def _body(job: Job, order: Order, verdict: Verdict, environment: Mapping[str, st
     return "\n".join(parts)
 
 
-def _in_vllm(recipe: Recipe, repo: str) -> str:
-    if not read_by_vllm(recipe):
-        return f"vLLM's own tables don't name this scheme in the format {recipe.format}: load it with transformers.\n"
-    return (
-        f"vLLM reads the same files: `vllm serve {repo}`, or\n\n"
-        f'```python\nfrom vllm import LLM\n\nllm = LLM("{repo}")\n```\n'
-    )
+def _loading(recipe: Recipe, repo: str) -> str:
+    """How to load it in the runtime that it was checked in."""
+    runtime = checking(recipe.format)
+    return f"```\n{runtime.install(recipe.format)}\n```\n\n```python\n{runtime.snippet(repo)}```\n"
+
+
+def _other_runtimes(recipe: Recipe, repo: str, kinds: LayerKinds) -> Iterator[str]:
+    """What is known of the runtimes that it wasn't checked in."""
+    for runtime in RUNTIMES.values():
+        if runtime is checking(recipe.format):
+            continue
+        why = runtime.reads(recipe.format, recipe.scheme, kinds)
+        if why:
+            yield f"{runtime.name}: the quantized layers {why}.\n"
+        else:
+            yield (
+                f"Not checked in {runtime.name}; files of this scheme and format were read by {runtime.tried}:\n\n"
+                f"```\n{runtime.install(recipe.format)}\n```\n\n```python\n{runtime.snippet(repo)}```\n"
+            )
 
 
 def _made_with(job: Job, order: Order, environment: Mapping[str, str]) -> str:

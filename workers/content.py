@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from workers.job import canonical_json
+from workers.spec.base import canonical_json
 
 
 def file_sha256(path: Path) -> str:

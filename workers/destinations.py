@@ -1,20 +1,63 @@
-"""One door to where artifacts go: a Hub, or a folder. What stands there, what would change, and publishing itself."""
+"""The destinations of artifacts, one row for each kind: what stands there, what would change, publishing itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from workers import hub, publishing
-from workers.artifact import open_accepted
-from workers.errors import HubRefused
-from workers.folders import FolderStore, is_folder
-from workers.job import Destination, Manifest
+from workers import folders, publishing
+from workers.artifact import Artifact, open_accepted
 from workers.pace import Pace
-from workers.revisions import tag_name
+from workers.spec.job import Destination, Manifest
+from workers.transfer import tokens
+
+Today = Callable[[], date]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of destination.
+
+    ``takes`` recognises its endpoints. ``check`` says before anything is made whether this user may write there (to a
+    namespace). ``publish`` returns the commit, or revision, that then is current; ``preview`` what it would do, one
+    action a line; ``standing`` the manifest and commit of the artifact that stands, if it has a fingerprint and is
+    whole. ``settings`` are those of ``publish`` in a zoo that only some kinds have.
+    """
+
+    name: str
+    takes: Callable[[str], bool]
+    check: Callable[[str, str | None], None]
+    publish: Callable[[Destination, str, Artifact, Pace | None, Today], str]
+    preview: Callable[[Destination, str, Artifact, date], list[str]]
+    standing: Callable[[str, str, str], tuple[Manifest, str] | None]
+    settings: frozenset[str] = frozenset()
+
+
+HUB = Kind(
+    name="Hub",
+    takes=publishing.takes,
+    check=tokens.check_token,
+    publish=publishing.publish_to,
+    preview=publishing.preview_of,
+    standing=publishing.standing,
+    settings=frozenset({"gated", "collection"}),
+)
+FOLDER = Kind(
+    name="folder",
+    takes=folders.takes,
+    check=folders.check,
+    publish=folders.publish,
+    preview=folders.preview,
+    standing=folders.standing,
+)
+KINDS = (HUB, FOLDER)
+
+
+def kind_of(endpoint: str) -> Kind:
+    """The kind of destination that an endpoint is."""
+    return next(kind for kind in KINDS if kind.takes(endpoint))
 
 
 def today_utc() -> date:
@@ -22,61 +65,36 @@ def today_utc() -> date:
     return datetime.now(UTC).date()
 
 
-def publish(
-    to: Destination, repo_id: str, folder: Path, pace: Pace | None = None, today: Callable[[], date] = today_utc
-) -> str:
+def publish(to: Destination, repo_id: str, folder: Path, pace: Pace | None = None, today: Today = today_utc) -> str:
     """Publish the accepted artifact in a folder; return the commit, or the revision's folder, that then is current.
 
     Raises:
         CheckpointError, HubRefused, HubUnavailable: as the destinations say.
     """
-    artifact = open_accepted(folder)
-    if is_folder(to.endpoint):
-        return FolderStore(to.endpoint).publish(repo_id, artifact, to, today())
-    api = hub.connect(to.endpoint, pace)
-    return publishing.publish(api, repo_id, artifact, to, today=today)
+    return kind_of(to.endpoint).publish(to, repo_id, open_accepted(folder), pace, today)
 
 
 def preview(to: Destination, repo_id: str, folder: Path) -> list[str]:
     """What ``publish`` would do now, in words, one action a line; writes nothing."""
-    artifact, today = open_accepted(folder), today_utc()
-    if is_folder(to.endpoint):
-        change = FolderStore(to.endpoint).decide(repo_id, artifact, to, today)
-        new_days = change.main.days if change.main else {}
-        return [
-            *(f"upload {change.revision}/{path} ({artifact.sizes[path]:,} bytes)" for path in change.add),
-            *([f"point main.json to {change.revision}"] if change.main else []),
-            *(f"tag {day}" for day, revision in new_days.items() if revision == change.revision),
-            *(f"delete {revision}" for revision in change.stale),
-        ]
-    todo = publishing.preview(hub.connect(to.endpoint), repo_id, artifact, to, today)
-    return [
-        *([f"create {repo_id} ({'private' if to.private else 'public'})"] if todo.create else []),
-        *([f"set gated to {to.gated}"] if todo.gate else []),
-        *(f"upload {path} ({artifact.sizes[path]:,} bytes)" for path in todo.add),
-        *(f"delete {path}" for path in todo.delete),
-        *(["commit once"] if todo.commits else []),
-        *(f"tag {tag}" for tag in todo.tags),
-        *(f"delete tag {tag}" for tag in todo.stale_tags),
-    ]
+    return kind_of(to.endpoint).preview(to, repo_id, open_accepted(folder), today_utc())
 
 
 def standing(endpoint: str, repo_id: str, fingerprint: str) -> tuple[Manifest, str] | None:
-    """The artifact of that fingerprint as it stands, if it's whole: its manifest and commit (or folder).
+    """The artifact of that fingerprint as it stands, if it's whole: its manifest and commit (or folder)."""
+    return kind_of(endpoint).standing(endpoint, repo_id, fingerprint)
 
-    On a Hub it's whole with the tag that comes after the commit; what somebody changed on ``main`` later isn't in it.
+
+def check(endpoint: str, namespace: str | None = None) -> None:
+    """Whether artifacts may be written there, as far as it can be told before there are any.
+
+    Raises:
+        HubRefused: no token, or one that may not write to the namespace; a folder of somebody else's.
+        HubUnavailable: no answer.
     """
-    if is_folder(endpoint):
-        store = FolderStore(endpoint)
-        try:
-            main = store.current(repo_id)
-            text = store.manifest(repo_id, main.revision) if main and main.fingerprint == fingerprint else None
-            return (Manifest.model_validate_json(text), main.revision) if main and text is not None else None
-        except (HubRefused, ValidationError):
-            return None  # somebody else's, or another version's: the publish itself says so
-    api = hub.connect(endpoint)
-    there = hub.read_manifest(api, repo_id)
-    if there is None or there[0].fingerprint != fingerprint:
-        return None
-    tagged = hub.read_manifest(api, repo_id, tag_name(fingerprint))
-    return tagged if tagged and tagged[0].fingerprint == fingerprint else None
+    kind_of(endpoint).check(endpoint, namespace)
+
+
+def settings_lacking(endpoint: str, settings: dict[str, object]) -> list[str]:
+    """Which of these settings of a zoo's ``publish`` have a value that a destination of this kind has no use for."""
+    special = frozenset(name for kind in KINDS for name in kind.settings)
+    return [name for name, value in settings.items() if value and name in special - kind_of(endpoint).settings]

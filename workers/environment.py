@@ -8,19 +8,14 @@ import platform
 import shutil
 from pathlib import Path
 
-from workers.recipes import BitsAndBytesRecipe, Frozen, Recipe
+from workers.spec.base import Frozen
+from workers.spec.engines import ENGINES
+from workers.spec.formats import FORMATS
+from workers.spec.recipes import Recipe
+from workers.spec.runtimes import RUNTIMES, checking
 
-# What each engine needs to be installed: distribution -> the command that mends its absence.
+# Distributions that every stage needs.
 BASE_PACKAGES = ("torch", "transformers", "safetensors", "datasets", "huggingface_hub", "greenlet", "accelerate")
-RUNTIME_PACKAGES: dict[str, tuple[str, ...]] = {
-    "compressed-tensors": ("compressed-tensors",),
-    "gptq": ("gptqmodel", "optimum"),
-    "gptq-v2": ("gptqmodel", "optimum"),
-    "awq": ("gptqmodel", "optimum"),
-    "fp8": (),
-    "bitsandbytes": ("bitsandbytes",),
-}
-EXTRA_OF = {"gptqmodel": "quantmill[gptq]", "optimum": "quantmill[gptq]"}
 
 
 class Device(Frozen):
@@ -46,11 +41,10 @@ class Facts(Frozen):
 
 def probe(workspace: Path, with_devices: bool = True) -> Facts:
     """Look at this machine. ``with_devices`` imports torch, which takes seconds."""
-    names = {*BASE_PACKAGES, *(name for names in RUNTIME_PACKAGES.values() for name in names)}
     return Facts(
         node=platform.node(),
         python=platform.python_version(),
-        packages={name: version for name in sorted(names) if (version := _version(name))},
+        packages={name: version for name in sorted(_named()) if (version := _version(name))},
         devices=_devices() if with_devices else (),
         host_memory=host_memory(),
         disk_free=shutil.disk_usage(_existing(workspace)).free,
@@ -60,25 +54,41 @@ def probe(workspace: Path, with_devices: bool = True) -> Facts:
 
 def versions() -> dict[str, str]:
     """Versions of all that shapes an artifact, for its manifest."""
-    names = {*BASE_PACKAGES, *(name for names in RUNTIME_PACKAGES.values() for name in names), "quantmill"}
-    found = {name: version for name in sorted(names) if (version := _version(name))}
+    found = {name: version for name in sorted({*_named(), "quantmill"}) if (version := _version(name))}
     return {"python": platform.python_version(), "platform": platform.machine(), **found}
 
 
 def problems(facts: Facts, recipe: Recipe) -> list[str]:
     """All that the machine lacks for a recipe, each with the command that mends it. Pure."""
-    needed = [*BASE_PACKAGES, *RUNTIME_PACKAGES[recipe.format]]
-    missing = [name for name in needed if name not in facts.packages]
+    engine, runtime = ENGINES[recipe.engine], checking(recipe.format)
+    needed = [*BASE_PACKAGES, *engine.packages, *FORMATS[recipe.format].needs]
+    lacking = [name for name in needed if name not in facts.packages]
+    if runtime.environment is None:
+        lacking += runtime.lacks(recipe.format, facts.packages)
     found = [
         f"package {name} is not installed, expected for recipe {recipe.name!r}; run "
-        f"`pip install '{EXTRA_OF.get(name, name)}'`"
-        for name in missing
+        f"`pip install '{runtime.extras.get(name, name)}'`"
+        for name in dict.fromkeys(lacking)
     ]
-    old = [device for device in facts.devices if device.capability < (6, 0)]
-    if isinstance(recipe, BitsAndBytesRecipe) and old:
-        got = ".".join(map(str, old[0].capability))
-        found.append(f"compute capability {got} of {old[0].name}: bitsandbytes expects 6.0 or more; use the CPU")
-    return found
+    return (
+        found
+        + [
+            f"compute capability {'.'.join(map(str, device.capability))} of {device.name}: {engine.name} expects "
+            f"{'.'.join(map(str, engine.least_capability))} or more; use the CPU"
+            for device in facts.devices
+            if device.capability < engine.least_capability
+        ][:1]
+    )
+
+
+def _named() -> set[str]:
+    """The distributions that any row names, and those that every stage needs."""
+    made_with = {name for row in ENGINES.values() for name in row.packages}
+    stored_with = {name for row in FORMATS.values() for name in row.needs}
+    # Of a runtime in an environment of its own, this process can't tell.
+    here = [row for row in RUNTIMES.values() if row.module and row.environment is None]
+    read_with = {name for row in here for names in row.packages.values() for name in (row.distribution, *names)}
+    return {*BASE_PACKAGES, *made_with, *stored_with, *read_with}
 
 
 def _version(distribution: str) -> str | None:

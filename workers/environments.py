@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from workers.errors import PreflightError
-from workers.recipes import SLUG, Frozen
+from workers.spec.base import SLUG, Frozen
 
 RECORD = "quantmill-environment.json"
 

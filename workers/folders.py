@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from datetime import date
 from functools import partial
 
@@ -18,9 +19,11 @@ from pydantic import Field, ValidationError
 from workers.artifact import Artifact, Recorded, recorded
 from workers.errors import HubRefused, HubUnavailable, ZooError
 from workers.filesystems import FileSystem
-from workers.job import MANIFEST, Destination
-from workers.recipes import Frozen
+from workers.pace import Pace
 from workers.revisions import day_tag, newest, tag_name
+from workers.spec.base import Frozen
+from workers.spec.job import Destination, Manifest
+from workers.spec.workspace import MANIFEST
 
 MAIN = "main.json"
 REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -43,11 +46,6 @@ class FolderChange(Frozen):
     add: tuple[str, ...]
     main: Main | None
     stale: tuple[str, ...]
-
-
-def is_folder(endpoint: str) -> bool:
-    """Whether a destination is a folder (a path, or a URL of fsspec's) and not a Hub."""
-    return not endpoint.startswith(("http://", "https://"))
 
 
 class FolderStore:
@@ -213,3 +211,48 @@ class FolderStore:
         """Delete a revision that is quantmill's alone; one in which somebody put or changed something stays."""
         if self.manifest(repo_id, revision) is not None:
             self._files.remove(f"{repo_id}/{revision}", first=MANIFEST)
+
+
+# ----------------------------------------------------------------------------------- as a destination
+
+
+def takes(endpoint: str) -> bool:
+    """Whether an endpoint is a folder: a path, or a URL of fsspec's."""
+    return not endpoint.startswith(("http://", "https://"))
+
+
+def check(endpoint: str, namespace: str | None) -> None:
+    """Whether this user may write there.
+
+    Raises:
+        HubRefused: not.
+    """
+    FolderStore(endpoint).check()
+
+
+def publish(to: Destination, repo_id: str, artifact: Artifact, pace: Pace | None, today: Callable[[], date]) -> str:
+    """Make ``main.json`` name the artifact; return its revision. Errors as of ``FolderStore.publish``."""
+    return FolderStore(to.endpoint).publish(repo_id, artifact, to, today())
+
+
+def preview(to: Destination, repo_id: str, artifact: Artifact, today: date) -> list[str]:
+    """What ``publish`` would do now, one action a line."""
+    change = FolderStore(to.endpoint).decide(repo_id, artifact, to, today)
+    new_days = change.main.days if change.main else {}
+    return [
+        *(f"upload {change.revision}/{path} ({artifact.sizes[path]:,} bytes)" for path in change.add),
+        *([f"point main.json to {change.revision}"] if change.main else []),
+        *(f"tag {day}" for day, revision in new_days.items() if revision == change.revision),
+        *(f"delete {revision}" for revision in change.stale),
+    ]
+
+
+def standing(endpoint: str, repo_id: str, fingerprint: str) -> tuple[Manifest, str] | None:
+    """The manifest and the revision of the current artifact, if it has that fingerprint and is whole."""
+    store = FolderStore(endpoint)
+    try:
+        main = store.current(repo_id)
+        text = store.manifest(repo_id, main.revision) if main and main.fingerprint == fingerprint else None
+        return (Manifest.model_validate_json(text), main.revision) if main and text is not None else None
+    except (HubRefused, ValidationError):
+        return None  # somebody else's, or another version's: the publish itself says so

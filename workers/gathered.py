@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from workers.folding import Fold, FoldKind, Sink
-from workers.recipes import Frozen
 from workers.shards import Spooled, read_back
 from workers.solved import LayerWriter
+from workers.spec.base import Frozen
 from workers.statistics import InputName, Watcher
 
 

@@ -31,8 +31,9 @@ from workers.errors import (
     QuantmillError,
     ZooError,
 )
-from workers.job import MANIFEST, Manifest
 from workers.pace import LONGEST_PAUSE_SECONDS, UNNAMED_PAUSE_SECONDS, LocalPace, Pace
+from workers.spec.job import Manifest
+from workers.spec.workspace import MANIFEST
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

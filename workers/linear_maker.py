@@ -4,44 +4,26 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
 from workers.checkpoint import Source
-from workers.codes import CodedWeight
-from workers.formats import awq, compressed_tensors, fp8, gptq
-from workers.job import ArtifactMade, Job, Order, folds_folder
+from workers.formats.table import CODECS
 from workers.loading import QuantizableWeight, StreamedModel
-from workers.makers import LayerWork, Maker
+from workers.makers import Maker
 from workers.methods import linear, schemes
+from workers.methods.layer import Coded, Layer, LayerWork
 from workers.methods.scaling import Scaling, some
 from workers.numerics.precision import coarse_products
-from workers.recipes import BitsAndBytesRecipe, LinearScheme
+from workers.spec.job import ArtifactMade, Job, Order
+from workers.spec.layers import Layout
+from workers.spec.recipes import BitsAndBytesRecipe
+from workers.spec.schemes import LinearScheme
+from workers.spec.workspace import folds_folder
 from workers.statistics import InputStatistics
-
-
-class LinearFormat(Protocol):
-    """What a format of coded linear layers offers: the modules of ``workers.formats``."""
-
-    def encode(self, weight: CodedWeight, scheme: LinearScheme) -> dict[str, Tensor]:
-        """The stored tensors by their names within the module."""
-
-    def quantization_config(
-        self, schemes: Mapping[str, LinearScheme], kept: Iterable[str], conv1d: Iterable[str] = ()
-    ) -> dict[str, Any]:
-        """The ``quantization_config`` of config.json."""
-
-
-FORMATS: dict[str, LinearFormat] = {
-    "compressed-tensors": compressed_tensors,
-    "gptq": gptq.V1,
-    "gptq-v2": gptq.V2,
-    "awq": awq,
-    "fp8": fp8,
-}
 
 
 class LinearMaker(Maker):
@@ -51,7 +33,10 @@ class LinearMaker(Maker):
         super().__init__(job, order, streamed, source, partial)
         assert not isinstance(order.recipe, BitsAndBytesRecipe)
         self._recipe = order.recipe
-        self._format = FORMATS[order.recipe.format]
+        codec = CODECS[order.recipe.format]
+        assert codec.encode is not None, "the recipe names a format that linear layers are stored in"
+        assert codec.config is not None, "the recipe names a format that linear layers are stored in"
+        self._encode, self._config = codec.encode, codec.config
         self._schemes = schemes.schemes_of(self._recipe, streamed)
         self._weights = {weight.key: weight for weight in streamed.weights}
         self._conv1d = [weight.module for weight in streamed.weights if weight.transposed]
@@ -73,12 +58,17 @@ class LinearMaker(Maker):
             found += [key for key in large if key not in known and not self._recipe.ignores(key.rpartition(".")[0])]
         return found
 
+    def layout(self) -> Layout:
+        """The schemes of the method's modules, deviations included."""
+        return Layout.of(self._by_module())
+
+    def _by_module(self) -> dict[str, LinearScheme]:
+        return {self._weights[key].module: scheme for key, scheme in self._schemes.items()}
+
     def quantization_config(self) -> dict[str, Any]:
         """As the format defines it."""
-        weights = self._weights
-        by_module = {weights[key].module: scheme for key, scheme in self._schemes.items()}
-        conv1d = [weights[key].module for key in self._schemes if weights[key].transposed]
-        return self._format.quantization_config(by_module, self._kept(), conv1d)
+        conv1d = [self._weights[key].module for key in self._schemes if self._weights[key].transposed]
+        return self._config(self._by_module(), self._kept(), conv1d)
 
     def _kept(self) -> list[str]:
         """Every linear module that stays as it is, by its names in the model and in the checkpoint."""
@@ -93,7 +83,7 @@ class LinearMaker(Maker):
         keys = self._streamed.keys_of_layer(work.index)
         chosen = [(self._weights[key], self._schemes[key]) for key in keys if key in self._schemes]
         scaling = self._scaling(work)
-        layer = linear.Layer(
+        layer = Layer(
             read=lambda weight: scaling.weight(weight, self._matrix(work, weight)),
             statistics=lambda weight: scaling.statistics(weight, self._statistics(work, weight)),
             dtype=self._source.headers[chosen[0][0].key].dtype if chosen else self._streamed.dtype,
@@ -107,18 +97,18 @@ class LinearMaker(Maker):
         if scaling.changed:
             scaling.save(self._folds / f"{work.index:05d}.safetensors")
 
-    def _put(self, coded: linear.Coded, layer: linear.Layer) -> None:
+    def _put(self, coded: Coded, layer: Layer) -> None:
         weight = coded.weight
-        self.put(weight.module, self._format.encode(coded.codes, self._schemes[weight.key]))
+        self.put(weight.module, self._encode(coded.codes, self._schemes[weight.key]))
         self.fallbacks.update(dict.fromkeys(coded.fallbacks))
-        if self._recipe.own_stream:
+        if self._recipe.needs.own_stream:
             matrix_OI = coded.codes.dequantize().to("cpu", layer.dtype)
             self.decoded[weight.key] = matrix_OI.T.contiguous() if weight.transposed else matrix_OI
 
     def _scaling(self, work: LayerWork) -> Scaling:
         """The scales of the layer's inputs, chosen and folded, where the method has any."""
         scaling = Scaling(self._streamed, work, {key: s for key, s in self._schemes.items() if key in work.tensors})
-        if self._recipe.folds:
+        if self._recipe.needs.folds:
             with coarse_products():
                 scaling.choose(self._recipe)
             self.fallbacks.update(dict.fromkeys(scaling.notes))

@@ -6,9 +6,8 @@ import json
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,28 +15,13 @@ from torch import Tensor
 
 from workers.checkpoint import Source, copy_companions
 from workers.content import write_text
-from workers.folding import Fold
-from workers.job import ArtifactMade, Job, Order, artifact_folder, record_path
 from workers.loading import StreamedModel
-from workers.methods.factors import Factors
-from workers.recipes import Frozen
+from workers.methods.layer import LayerWork
 from workers.shards import Journal, ShardWriter, Spooled
-from workers.statistics import Observer
-
-
-@dataclass(frozen=True)
-class LayerWork:
-    """One layer as all makers get it: its checkpoint tensors, and what was seen of it.
-
-    ``observer`` is None in a pass without calibration; ``folds`` are those that a probe of the layer has proven;
-    ``factors`` are shared by the recipes that solve under the same statistics.
-    """
-
-    index: int
-    tensors: Mapping[str, Tensor]
-    observer: Observer | None = None
-    folds: Sequence[Fold] = ()
-    factors: Factors = field(default_factory=Factors)
+from workers.spec.base import Frozen
+from workers.spec.job import ArtifactMade, Job, Order
+from workers.spec.layers import Layout
+from workers.spec.workspace import artifact_folder, layout_path, record_path
 
 
 class TensorWriter(Protocol):
@@ -94,6 +78,10 @@ class Maker(ABC):
         """Write one layer's tensors; its statistics are complete."""
 
     @abstractmethod
+    def layout(self) -> Layout:
+        """What is decided: the scheme of every module that is quantized."""
+
+    @abstractmethod
     def quantization_config(self) -> dict[str, Any]:
         """The ``quantization_config`` of config.json."""
 
@@ -136,6 +124,7 @@ class Maker(ABC):
             fallbacks=tuple(self.fallbacks),
         )
         self.place.parent.mkdir(parents=True, exist_ok=True)
+        write_text(layout_path(self.place), self.layout().model_dump_json() + "\n")
         write_text(record_path(self.place), made.model_dump_json() + "\n")
         shutil.rmtree(self.place, ignore_errors=True)
         self._partial.rename(self.place)

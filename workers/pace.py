@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from workers.job import HubLimits
+from workers.spec.job import HubLimits
 
 # A pause that a Hub asks for is never taken for longer: what comes then is another 429, not a lost night.
 LONGEST_PAUSE_SECONDS = 300.0

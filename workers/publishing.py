@@ -12,12 +12,15 @@ from datetime import UTC, date, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from workers import hub
 from workers.artifact import Artifact, Recorded, recorded
 from workers.errors import HubRefused, HubUnavailable, ModelNotFound
 from workers.hub import hub_errors, read_file
-from workers.job import MANIFEST, Destination
+from workers.pace import Pace
 from workers.patience import PUBLISH_SECONDS, Patience, transfer_seconds
 from workers.revisions import OF_A_DAY, day_tag, stale, tag_name
+from workers.spec.job import Destination, Manifest
+from workers.spec.workspace import MANIFEST
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -328,3 +331,43 @@ class _Publisher:
                 return action()
 
         return self._patience.call(thing, told, extra_seconds)
+
+
+# ----------------------------------------------------------------------------------- as a destination
+
+
+def takes(endpoint: str) -> bool:
+    """Whether an endpoint is the URL of a Hub."""
+    return endpoint.startswith(("http://", "https://"))
+
+
+def publish_to(to: Destination, repo_id: str, artifact: Artifact, pace: Pace | None, today: Callable[[], date]) -> str:
+    """Make ``main`` show the artifact; return its commit. Errors as of ``publish``."""
+    return publish(hub.connect(to.endpoint, pace), repo_id, artifact, to, today=today)
+
+
+def preview_of(to: Destination, repo_id: str, artifact: Artifact, today: date) -> list[str]:
+    """What ``publish_to`` would do now, one action a line."""
+    todo = preview(hub.connect(to.endpoint), repo_id, artifact, to, today)
+    return [
+        *([f"create {repo_id} ({'private' if to.private else 'public'})"] if todo.create else []),
+        *([f"set gated to {to.gated}"] if todo.gate else []),
+        *(f"upload {path} ({artifact.sizes[path]:,} bytes)" for path in todo.add),
+        *(f"delete {path}" for path in todo.delete),
+        *(["commit once"] if todo.commits else []),
+        *(f"tag {tag}" for tag in todo.tags),
+        *(f"delete tag {tag}" for tag in todo.stale_tags),
+    ]
+
+
+def standing(endpoint: str, repo_id: str, fingerprint: str) -> tuple[Manifest, str] | None:
+    """The manifest and the commit of the artifact that stands, if it has that fingerprint and is whole.
+
+    It's whole with the tag that comes after the commit; what somebody changed on ``main`` later isn't in it.
+    """
+    api = hub.connect(endpoint)
+    there = hub.read_manifest(api, repo_id)
+    if there is None or there[0].fingerprint != fingerprint:
+        return None
+    tagged = hub.read_manifest(api, repo_id, tag_name(fingerprint))
+    return tagged if tagged and tagged[0].fingerprint == fingerprint else None

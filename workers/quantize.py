@@ -16,17 +16,22 @@ from torch import Tensor
 from workers import batching, reference
 from workers.calibration import calibration_tokens, held_out_tokens, load_tokenizer
 from workers.checkpoint import Source
+from workers.engines import whole
+from workers.engines.table import maker_class
 from workers.environment import versions
 from workers.errors import OutOfMemory, StageHung
 from workers.folding import Fold, find_folds
 from workers.forward import Lanes, LoadedLayer, Streaming
-from workers.job import ArtifactMade, Calibration, Failure, Job, Order, artifact_folder, is_made, record_path
 from workers.loading import StreamedModel
-from workers.makers import LayerWork, Maker, MakerState
+from workers.makers import Maker, MakerState
+from workers.methods.layer import LayerWork
 from workers.numerics.precision import coarse_forwards
-from workers.recipes import BitsAndBytesRecipe, Recipe
 from workers.resume import NotResumable, PassFolder, PassState, group_state, held
 from workers.run import describe
+from workers.spec.engines import ENGINES
+from workers.spec.job import ArtifactMade, Calibration, Failure, Job, Order
+from workers.spec.recipes import Recipe
+from workers.spec.workspace import artifact_folder, is_made, record_path
 from workers.statistics import Observer
 
 # Tokens of the short sequence that layers are probed with for foldable pairs.
@@ -59,10 +64,26 @@ def quantize(job: Job, folder: Path) -> tuple[tuple[ArtifactMade, ...], int]:
         QuantmillError: what fails all of them: the model, the calibration text, the device.
     """
     done, missing = made_before(job)
+    in_the_pass = [order for order in missing if ENGINES[order.recipe.engine].script is None]
     with Source(folder, allow_pickle=job.model.allow_pickle) as source:
-        if missing:
-            done |= _Pass(job, folder, source, missing).run()
+        if in_the_pass:
+            done |= _Pass(job, folder, source, in_the_pass).run()
+        for order in missing:
+            if order not in in_the_pass:
+                done[order.recipe.name] = _by_whole_engine(job, order, folder)
         return tuple(done[order.recipe.name] for order in job.orders), source.bytes
+
+
+def _by_whole_engine(job: Job, order: Order, folder: Path) -> ArtifactMade:
+    """An artifact that an engine makes in a process of its own; one that fails ends alone."""
+    begun, tokens = time.monotonic(), None
+    try:
+        if order.recipe.calibrated:
+            assert job.calibration is not None, "the plan refuses calibrated recipes without calibration data"
+            tokens = calibration_tokens(job.calibration, load_tokenizer(folder, job.model))
+        return whole.make(ENGINES[order.recipe.engine], job, order, folder, tokens)
+    except Exception as error:
+        return not_made(order, failure_alone(order, error), time.monotonic() - begun)
 
 
 def made_before(job: Job) -> tuple[dict[str, ArtifactMade], list[Order]]:
@@ -75,17 +96,6 @@ def made_before(job: Job) -> tuple[dict[str, ArtifactMade], list[Order]]:
         else:
             missing.append(order)
     return done, missing
-
-
-def maker_class(recipe: Recipe) -> type[Maker]:
-    """The maker for a recipe; a library is only imported where a recipe needs it."""
-    if isinstance(recipe, BitsAndBytesRecipe):
-        from workers.bnb_maker import BitsAndBytesMaker
-
-        return BitsAndBytesMaker
-    from workers.linear_maker import LinearMaker
-
-    return LinearMaker
 
 
 def open_model(job: Job, folder: Path, source: Source) -> StreamedModel:
@@ -186,10 +196,10 @@ class _Pass:
         tokens, recipes = self._tokens.calibration, [maker.order.recipe for maker in self._makers]
         if tokens is not None and any(recipe.calibrated for recipe in recipes):
             found[CALIBRATION] = streaming.lanes(reference.micro_batches(tokens, size))
-            if any(recipe.folds for recipe in recipes):
+            if any(recipe.needs.folds for recipe in recipes):
                 found[PROBE] = streaming.lanes([tokens[:1, :PROBE_TOKENS]])
             for recipe in recipes:
-                if recipe.own_stream:
+                if recipe.needs.own_stream:
                     found[_own(recipe)] = streaming.lanes(reference.micro_batches(tokens, size))
         if not self._tokens.place.exists:
             found[REFERENCE] = streaming.lanes(reference.micro_batches(self._tokens.held_out, size))
@@ -222,7 +232,7 @@ class _Pass:
 
     def _observer(self, recipes: Iterable[Recipe]) -> Observer:
         assert self._job.calibration is not None
-        return observer_of(self._job.calibration, magnitudes=any(recipe.needs_magnitudes for recipe in recipes))
+        return observer_of(self._job.calibration, magnitudes=any(recipe.needs.magnitudes for recipe in recipes))
 
     def _in_its_own_stream(self, maker: Maker, layer: LoadedLayer, lanes: Lanes) -> None:
         """Statistics from what the recipe's own quantized layers gave, and on through this one, quantized too."""

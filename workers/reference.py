@@ -17,10 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from workers.job import ModelPin
-
-# Tokens that pass a layer at a time: long enough for the matrix products, small enough for the logits.
-MICRO_BATCH_TOKENS = 4096
+from workers.spec.job import ModelPin
+from workers.spec.workspace import MICRO_BATCH_TOKENS
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from workers.content import write_text
 from workers.forward import Lanes
-from workers.job import ArtifactMade
 from workers.makers import MakerState
-from workers.recipes import Frozen
+from workers.spec.base import Frozen
+from workers.spec.job import ArtifactMade
 
 STATE = "state.json"
 LOCK = ".lock"

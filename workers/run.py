@@ -18,9 +18,10 @@ from workers import destinations, hub
 from workers.content import folder_sha256
 from workers.deadline import ends_within
 from workers.errors import CheckpointError, DiskFull, HubUnavailable, OutOfMemory, QuantmillError
-from workers.job import Failure, Job, Part, PeakMemory, Stage, StageResult, artifact_folder, is_made, spoken
 from workers.memory import peak_host_bytes
 from workers.pace import LocalPace, Pace
+from workers.spec.job import Failure, Job, Part, PeakMemory, Stage, StageResult, spoken
+from workers.spec.workspace import artifact_folder, is_made
 from workers.storage import Storage
 
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from workers.checkpoint import DTYPES, INDEX
 from workers.content import write_text
-from workers.recipes import Frozen
+from workers.spec.base import Frozen
+from workers.spec.workspace import MAX_SHARD_BYTES
 
-MAX_SHARD_BYTES = 2_000_000_000
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Headers are padded to a multiple of this, as the format's own writer does, so that readers can map the tensors.
 ALIGNMENT = 8

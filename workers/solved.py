@@ -10,9 +10,9 @@ from typing import Self
 from torch import Tensor
 
 from workers.content import write_text
-from workers.job import Failure
-from workers.recipes import Frozen
 from workers.shards import Spooled, append
+from workers.spec.base import Frozen
+from workers.spec.job import Failure
 
 
 class SolvedLayer(Frozen):

@@ -25,14 +25,15 @@ from torch import Tensor
 from workers import batching, reference
 from workers.checkpoint import Source
 from workers.content import write_text
+from workers.engines.table import maker_class
 from workers.environment import versions
 from workers.errors import TransientError, UnsupportedRecipe
 from workers.folding import Fold
 from workers.forward import Lanes, LoadedLayer, Streaming
 from workers.gathered import Log, Recorder, replay, tensors_of
-from workers.job import ArtifactMade, Job, Order, canonical_json
 from workers.loading import StreamedModel
-from workers.makers import LayerWork, Maker
+from workers.makers import Maker
+from workers.methods.layer import LayerWork
 from workers.numerics.precision import coarse_forwards
 from workers.quantize import (
     CALIBRATION,
@@ -46,17 +47,17 @@ from workers.quantize import (
     failure_alone,
     folds_of,
     made_before,
-    maker_class,
     not_made,
     note_smaller,
     observer_of,
     open_model,
 )
 from workers.read_ahead import ReadAhead
-from workers.recipes import Frozen
 from workers.resume import NotResumable, PassFolder, PassState, group_state, held
 from workers.solved import LayerWriter, SolvedFolder, SolvedLayer
-from workers.split import layers_of, sequential, slice_of
+from workers.spec.base import Frozen, canonical_json
+from workers.spec.job import ArtifactMade, Job, Order
+from workers.spec.split import layers_of, sequential, slice_of
 from workers.statistics import Observer, inputs_of
 
 
@@ -146,8 +147,8 @@ class _Home:
     def __init__(self, job: Job, parts: int) -> None:
         if names := sequential(job):
             raise UnsupportedRecipe(
-                f"recipes {names} calibrate on their own quantized layers (propagate: quantized), one after the other; "
-                "quantize them on one worker"
+                f"recipes {names} can't be spread: they calibrate on their own quantized layers (propagate: "
+                "quantized), one after the other, or an engine makes them whole; quantize them on one worker"
             )
         identity = {
             "model": job.model.model_dump(mode="json"),
@@ -284,7 +285,7 @@ class _Gathering:
         found: dict[str, Lanes] = {}
         if self._tokens.calibration is not None:
             found[CALIBRATION] = streaming.lanes(self._share(self._tokens.calibration, size))
-            if any(recipe.folds for recipe in self._recipes):
+            if any(recipe.needs.folds for recipe in self._recipes):
                 found[PROBE] = streaming.lanes([self._tokens.calibration[:1, :PROBE_TOKENS]])
         if not self._tokens.place.exists:
             found[REFERENCE] = streaming.lanes(self._share(self._tokens.held_out, size))
@@ -384,7 +385,7 @@ class _Solving:
     def _seen(self, layer: int, makers: Sequence[Maker]) -> tuple[Observer, list[Fold]]:
         """The statistics of a layer over all parts, in the order of the text, and its folds."""
         assert self._job.calibration is not None
-        magnitudes = any(maker.order.recipe.needs_magnitudes for maker in makers)
+        magnitudes = any(maker.order.recipe.needs.magnitudes for maker in makers)
         observer, folds = observer_of(self._job.calibration, magnitudes=magnitudes), list[Fold]()
         with observer.gathering(inputs_of(self._streamed, layer)), coarse_forwards():
             for part in range(self._home.parts):

@@ -19,8 +19,9 @@ from pydantic import ValidationError
 from workers.content import file_sha256
 from workers.errors import DiskFull, HubRefused, HubUnavailable
 from workers.filesystems import FileSystem
-from workers.job import MANIFEST, FileEntry, folds_folder, record_path
-from workers.recipes import Frozen
+from workers.spec.base import Frozen
+from workers.spec.job import FileEntry
+from workers.spec.workspace import MANIFEST, folds_folder, layout_path, record_path
 
 KEPT = "quantmill-kept.json"
 # Of an artifact's copy: its own files, and what stands beside it in the workspace.
@@ -155,5 +156,6 @@ def _files(place: Path) -> Iterator[tuple[str, Path]]:
         for path in sorted(root.rglob("*")):
             if path.is_file() and not path.name.startswith("."):
                 yield f"{name}/{path.relative_to(root)}", path
-    if record_path(place).is_file():
-        yield f"{BESIDE}/{record_path(place).name}", record_path(place)
+    for path in (layout_path(place), record_path(place)):
+        if path.is_file():
+            yield f"{BESIDE}/{path.name}", path

@@ -20,13 +20,13 @@ import torch
 from pipeline import shipped
 from tests.bench import models
 from workers.checkpoint import Source
-from workers.job import artifact_folder
-from workers.linear_maker import FORMATS
+from workers.formats.table import CODECS
 from workers.loading import StreamedModel
 from workers.methods import bitsandbytes, linear, schemes
-from workers.methods.factors import Factors
+from workers.methods.layer import Factors, Layer
 from workers.quantize import quantize
-from workers.recipes import BitsAndBytesRecipe, Recipe
+from workers.spec.recipes import BitsAndBytesRecipe, Recipe
+from workers.spec.workspace import artifact_folder
 
 RECIPES = ("bnb-nf4", "rtn-w4-g128", "fp8-dynamic", "fp8-block", "hqq-w4-g64", "mxfp4", "nvfp4")
 CHUNK = 1 << 24
@@ -60,10 +60,10 @@ def kernel(model: Path, recipe: Recipe) -> float:
                 bitsandbytes.quantize(tensor, recipe.scheme, transposed=False)
             return time.perf_counter() - begun
         chosen = schemes.schemes_of(recipe, streamed)
-        layer = linear.Layer(lambda w: tensors[w.key], lambda w: None, torch.bfloat16, Factors())
+        layer = Layer(lambda w: tensors[w.key], lambda w: None, torch.bfloat16, Factors())
         weights = [(weight, chosen[weight.key]) for weight in streamed.weights if weight.key in chosen]
         for coded in linear.code_layer(recipe, weights, layer):
-            FORMATS[recipe.format].encode(coded.codes, chosen[coded.weight.key])
+            CODECS[recipe.format].encode(coded.codes, chosen[coded.weight.key])
         return time.perf_counter() - begun
 
 

@@ -22,7 +22,7 @@ from pipeline.steps import Step
 from tests.bench import models
 from tests.pipeline.simulated import plan_of, size
 from tests.pipeline.test_decisions import made, manifest
-from workers.job import Job, Stage, StageResult
+from workers.spec.job import Job, Stage, StageResult
 
 RECIPES = ("bnb-nf4", "bnb-int8")
 GPUS = 4

@@ -27,9 +27,10 @@ from pipeline.loopback import LoopbackHub
 from tests.bench import models
 from tests.pipeline.test_decisions import manifest
 from workers import hub
-from workers.job import MANIFEST, HubLimits
 from workers.pace import LocalPace
 from workers.revisions import tag_name
+from workers.spec.job import HubLimits
+from workers.spec.workspace import MANIFEST
 
 RECIPES = ("bnb-fp4", "bnb-int8", "bnb-nf4", "fp8-dynamic", "gptq-w4-g128", "gptq-w8-g128", "mxfp4", "nvfp4",
            "rtn-w4-g128", "w8a8-int8")  # fmt: skip

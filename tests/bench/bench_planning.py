@@ -19,11 +19,12 @@ from pipeline import plan as planning
 from pipeline import shipped, sources
 from pipeline.demand import demands
 from pipeline.scheduler import Driver
-from pipeline.sources import Source, TensorHeader
+from pipeline.sources import Source
 from pipeline.zoo import ModelEntry, Zoo
 from tests.bench import models
 from tests.pipeline.simulated import SimulatedFleet, node
-from workers.job import ModelPin
+from workers.spec.job import ModelPin
+from workers.spec.tensors import TensorHeader
 
 RECIPES = (
     "awq-w4-g128", "bnb-fp4", "bnb-int8", "bnb-nf4", "fp8-dynamic", "fp8-static", "gptq-w4-g128", "gptq-w8-g128",
@@ -79,7 +80,7 @@ def main() -> None:
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(sources, "resolve", at_hand),
         mock.patch.object(planning.destinations, "standing", return_value=None),
-        mock.patch.object(planning, "check_destination", return_value=None),
+        mock.patch.object(planning.destinations, "check", return_value=None),
     ):
         begun = time.perf_counter()
         plan = planning.make_plan(zoo, Path(folder), Path(folder), "https://hub.invalid")

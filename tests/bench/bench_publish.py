@@ -31,8 +31,8 @@ from tests.workers.published import artifact
 from workers import destinations, hub
 from workers.artifact import Artifact, open_accepted
 from workers.errors import QuantmillError
-from workers.job import Destination, HubLimits
 from workers.pace import LocalPace
+from workers.spec.job import Destination, HubLimits
 
 # Only the reader names main like this: its own requests never fail, so that it misses as little as possible.
 READERS_MAIN = "refs%2Fheads%2Fmain"
@@ -188,7 +188,7 @@ PUBLISHER = """
 import sys
 from pathlib import Path
 from workers import destinations, hub, publishing, folders
-from workers.job import Destination
+from workers.spec.job import Destination
 to = Destination(endpoint=sys.argv[1])
 hub.connect(to.endpoint)
 from huggingface_hub.utils import disable_progress_bars

@@ -23,7 +23,7 @@ from pipeline.sizing import Estimate, Need
 from pipeline.steps import NETWORK_STAGES, Step
 from tests.bench import models
 from tests.pipeline.simulated import GIB, SimulatedFleet, drive, node, plan_of
-from workers.job import Failure, Job, Stage
+from workers.spec.job import Failure, Job, Stage
 
 RECIPES = ("gptq-w4-g128", "awq-w4-g128", "fp8-dynamic")
 FAILURES_IN_A_NODE_DAY = 6.5 / 1000

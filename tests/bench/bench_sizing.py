@@ -16,8 +16,8 @@ from pathlib import Path
 from pipeline import sizing, sources
 from pipeline.zoo import ModelEntry
 from tests.bench import models
-from workers.job import Stage
 from workers.run import run_stage
+from workers.spec.job import Stage
 
 RECIPES = ("gptq-w4-g128", "awq-w4-g128", "fp8-dynamic", "bnb-nf4")
 SHAPES = (

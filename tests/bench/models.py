@@ -12,8 +12,8 @@ import transformers
 
 from pipeline import shipped
 from tests.workers.families import save_tokenizer
-from workers.job import Calibration, Dataset, Job, ModelPin, Order, Thresholds, Verification
-from workers.recipes import Recipe
+from workers.spec.job import Calibration, Dataset, Job, ModelPin, Order, Thresholds, Verification
+from workers.spec.recipes import Recipe
 
 TEXT = Path(__file__).parents[1] / "zoo" / "text"
 

@@ -20,7 +20,7 @@ from pipeline.sources import Source
 from pipeline.steps import NETWORK_STAGES, Step
 from tests.pipeline.test_decisions import job, made, manifest
 from workers.environment import Device, Facts
-from workers.job import Failure, Job, ModelPin, Stage, StageResult
+from workers.spec.job import Failure, Job, ModelPin, Stage, StageResult
 
 GIB = 1024**3
 PACKAGES = dict.fromkeys(

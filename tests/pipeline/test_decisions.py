@@ -9,7 +9,7 @@ from pipeline.retry import Again, Choices, How
 from pipeline.shipped import recipe
 from pipeline.steps import JobRun, Step
 from workers import errors
-from workers.job import (
+from workers.spec.job import (
     ArtifactMade,
     Calibration,
     Dataset,

@@ -90,7 +90,7 @@ from ray.cluster_utils import Cluster as Nodes
 from pipeline.metrics import Metrics
 from pipeline.scheduler import Pulse
 from pipeline.steps import Step
-from workers.job import Failure, Stage, StageResult
+from workers.spec.job import Failure, Stage, StageResult
 
 nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 ray.init(nodes.address, log_to_driver=False, logging_level="ERROR")

@@ -13,7 +13,7 @@ from pipeline.scheduler import Driver
 from pipeline.steps import JobRun
 from tests.pipeline.simulated import SimulatedFleet, node, plan_of, size
 from tests.pipeline.test_decisions import manifest
-from workers.job import Job, Manifest, Order, Stage
+from workers.spec.job import Job, Manifest, Order, Stage
 
 
 class Clock:

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.notify import message, post
 from pipeline.results import ArtifactEntry, Results, Seconds
-from workers.job import PeakMemory
+from workers.spec.job import PeakMemory
 
 
 class Receiver(HTTPServer):

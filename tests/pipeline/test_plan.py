@@ -13,8 +13,9 @@ from pipeline import plan, sizing, sources, zoo
 from pipeline.cli import main
 from pipeline.loopback import LoopbackHub
 from tests.pipeline import test_decisions as decisions
+from workers import destinations
 from workers.errors import HubRefused, HubUnavailable, UserError
-from workers.job import MANIFEST, artifact_folder
+from workers.spec.workspace import MANIFEST, artifact_folder
 from workers.storage import Storage
 
 ROOT = Path(__file__).parents[2]
@@ -183,17 +184,17 @@ def test_a_token_that_is_missing_or_wrong_is_found_before_the_start(
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
     with pytest.raises(HubRefused, match="HF_TOKEN"):
-        plan.check_destination("https://huggingface.co")
+        destinations.check("https://huggingface.co")
     with LoopbackHub(tmp_path / "hub", token="right") as hub:
         monkeypatch.setenv("HF_TOKEN", "wrong")
         with pytest.raises(HubRefused, match="HF_TOKEN"):
-            plan.check_destination(hub.endpoint)
+            destinations.check(hub.endpoint)
         monkeypatch.setenv("HF_TOKEN", "right")
-        plan.check_destination(hub.endpoint)
+        destinations.check(hub.endpoint)
 
 
 def test_fingerprints_refuse_what_is_not_plain() -> None:
-    from workers.job import canonical_json
+    from workers.spec.base import canonical_json
 
     assert canonical_json({"b": 1, "a": [True, None]}) == '{"a":[true,null],"b":1}'
     with pytest.raises(TypeError):

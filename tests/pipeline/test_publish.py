@@ -16,12 +16,12 @@ from pipeline.cli import main
 from pipeline.collecting import Collection, collect
 from pipeline.loopback import LoopbackHub
 from pipeline.loopback.faults import Fault
-from pipeline.tokens import token_problem
 from tests.pipeline.runs import MODELS, TEXT
 from tests.workers.published import Faults, artifact
 from workers import destinations, hub
 from workers.errors import HubRefused, ZooError
-from workers.job import Destination, HubLimits
+from workers.spec.job import Destination, HubLimits
+from workers.transfer.tokens import token_problem
 
 REPO = "acme/model-bnb-nf4"
 
@@ -273,4 +273,4 @@ def test_a_rejected_artifact_is_refused_before_the_hub_is_asked(tmp_path: Path, 
 def test_a_folder_that_can_not_be_written_is_found_in_preflight(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(HubRefused, match="no folder that this user may write to"):
-        planning.check_destination(str(tmp_path / "file" / "models"), "acme")
+        destinations.check(str(tmp_path / "file" / "models"), "acme")

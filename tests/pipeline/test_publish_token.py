@@ -24,11 +24,11 @@ import logging, os, sys
 from pathlib import Path
 from pipeline.loopback import LoopbackHub
 from pipeline.loopback.faults import Fault
-from pipeline.plan import check_destination
+from workers.destinations import check as check_destination
 from tests.workers.published import Faults
 from workers import hub, publishing
 from workers.artifact import open_accepted
-from workers.job import Destination
+from workers.spec.job import Destination
 from workers.patience import Patience
 from workers.run import describe
 

@@ -26,7 +26,7 @@ from tests.pipeline.simulated import (
     size,
 )
 from workers.environment import Device, Facts
-from workers.job import Failure, Job, Stage
+from workers.spec.job import Failure, Job, Stage
 
 OUT_OF_MEMORY = Failure(kind="OutOfMemory", message="no memory")
 

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tests.workers.faults import PLANTED
 from tests.workers.jobs import ZOO, job
-from workers.job import Stage, artifact_folder
 from workers.run import run_stage
+from workers.spec.job import Stage
+from workers.spec.workspace import artifact_folder
 
 LLAMA, MOE = ZOO / "models" / "llama-tiny", ZOO / "models" / "qwen3-moe-tiny"
 TEXT = ZOO / "text" / "heldout.txt"

@@ -7,7 +7,8 @@ import pytest
 
 from pipeline import shipped, zoo
 from workers.errors import ZooError
-from workers.recipes import GptqRecipe, IntScheme
+from workers.spec.recipes import GptqRecipe
+from workers.spec.schemes import IntScheme
 
 GOOD = """
 name: small

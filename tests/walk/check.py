@@ -16,9 +16,10 @@ from tests.workers.jobs import job, recipe
 from workers.checkpoint import Source
 from workers.formats.decoded import Decoded, open_decoded
 from workers.forward import Head, stream
-from workers.job import ArtifactMade, Job, artifact_folder, folds_folder
 from workers.loading import StreamedModel, find_layers
 from workers.quantize import quantize
+from workers.spec.job import ArtifactMade, Job
+from workers.spec.workspace import artifact_folder, folds_folder
 from workers.verify.activations import rounded_inputs
 
 PACKED = {"bits": 4, "group_size": 32, "indivisible": "keep"}

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTr
 
 from workers.codes import CodedWeight, IntWeight
 from workers.formats.decoded import open_decoded
-from workers.recipes import IntScheme, LinearScheme
+from workers.spec.schemes import IntScheme, LinearScheme
 
 SMALL = {"vocab_size": 96, "initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
 DENSE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -9,8 +9,8 @@ from pydantic import TypeAdapter
 
 from pipeline import shipped
 from pipeline.sources import folder_sha256
-from workers.job import Calibration, Dataset, Job, ModelPin, Order, Thresholds, Verification, fingerprint
-from workers.recipes import Recipe
+from workers.spec.job import Calibration, Dataset, Job, ModelPin, Order, Thresholds, Verification, fingerprint
+from workers.spec.recipes import Recipe
 
 ZOO = Path(__file__).parents[1] / "zoo"
 LOOSE = Thresholds(kl_mean=5, top1_agreement=0.1, perplexity_ratio=20, runtime_logit_difference=0.1)

@@ -8,7 +8,8 @@ from pathlib import Path
 from pipeline.loopback.faults import Fault, FaultRequest
 from pipeline.shipped import recipe
 from workers.content import file_sha256
-from workers.job import MANIFEST, Dataset, FileEntry, Manifest, Thresholds, Verdict, Verification
+from workers.spec.job import Dataset, FileEntry, Manifest, Thresholds, Verdict, Verification
+from workers.spec.workspace import MANIFEST
 
 ACCEPTED = {"accepted": True, "reasons": (), "outcome": "ACCEPT"}
 REJECTED = {"accepted": False, "reasons": ("KL too high",), "outcome": "REGRESSION"}

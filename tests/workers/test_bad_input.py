@@ -13,10 +13,11 @@ from torch import Tensor
 from tests.workers.jobs import ZOO, job, recipe
 from tests.workers.test_pass import small
 from workers.formats.decoded import open_decoded
-from workers.job import Dataset, Job, artifact_folder
 from workers.quantize import quantize
-from workers.recipes import Recipe
 from workers.run import describe
+from workers.spec.job import Dataset, Job
+from workers.spec.recipes import Recipe
+from workers.spec.workspace import artifact_folder
 
 LLAMA = ZOO / "models" / "llama-tiny"
 MOE = ZOO / "models" / "qwen3-moe-tiny"

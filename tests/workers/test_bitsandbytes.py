@@ -25,7 +25,8 @@ from workers.checkpoint import Source
 from workers.formats import bitsandbytes as bnb_format
 from workers.formats.decoded import Decoded, open_decoded
 from workers.methods import bitsandbytes as method
-from workers.recipes import BitsAndBytesRecipe, FourBitFloatScheme, LlmInt8Scheme
+from workers.spec.recipes import BitsAndBytesRecipe
+from workers.spec.schemes import FourBitFloatScheme, LlmInt8Scheme
 
 NF4 = FourBitFloatScheme(type="nf4", double_quantization=True)
 SCHEMES: dict[str, tuple[FourBitFloatScheme | LlmInt8Scheme, dict[str, Any]]] = {

@@ -12,7 +12,9 @@ from pipeline.loopback import LoopbackHub
 from pipeline.zoo import Zoo
 from tests.workers import jobs
 from workers.card import read_metadata, render_card, zoo_of
-from workers.job import Dataset, Job, Metrics, ModelPin, Verdict
+from workers.spec.job import Dataset, Job, Metrics, ModelPin, Verdict
+from workers.spec.layers import LayerKinds
+from workers.spec.runtimes import TRANSFORMERS
 
 LLAMA = Path(__file__).parents[1] / "zoo/models/llama-tiny"
 METRICS = Metrics(
@@ -30,7 +32,7 @@ def job(recipe: str, tmp_path: Path, **model: Any) -> Job:
 
 
 def card(made: Job, source: Path, verdict: Verdict = VERDICT) -> str:
-    return render_card(made, made.orders[0], source, verdict, ENVIRONMENT, ("layer 3 in 8 bits",))
+    return render_card(made, made.orders[0], source, verdict, ENVIRONMENT, ("layer 3 in 8 bits",), LayerKinds())
 
 
 def source(tmp_path: Path, front: str) -> Path:
@@ -110,14 +112,26 @@ def test_what_it_says_makes_the_same_recipe_again(tmp_path: Path, recipe: str) -
     assert "pip install quantmill==0.1.0\nquantmill run again.yaml" in text
 
 
-@pytest.mark.parametrize(("recipe", "in_vllm"), [("gptq-w4-g128", True), ("fp8-dynamic", True), ("bnb-int8", False)])
-def test_how_to_load_it(tmp_path: Path, recipe: str, in_vllm: bool) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "kinds", "in_vllm"),
+    [
+        ("gptq-w4-g128", LayerKinds(), True),
+        ("gptq-w4-g128", LayerKinds(experts=True), False),
+        ("gptq-w3-g128", LayerKinds(), False),
+        ("gptq-mixed-4-8", LayerKinds(mixed=True), False),
+        ("hqq-w4-g64", LayerKinds(), False),
+        ("bnb-nf4", LayerKinds(), True),
+        ("bnb-nf4", LayerKinds(experts=True), False),
+    ],
+)
+def test_how_to_load_it(tmp_path: Path, recipe: str, kinds: LayerKinds, in_vllm: bool) -> None:
     made = job(recipe, tmp_path)
     order = made.orders[0].model_copy(update={"repo_id": "acme/llama-w4"})
-    text = render_card(made, order, tmp_path, VERDICT, ENVIRONMENT, ())
+    text = render_card(made, order, tmp_path, VERDICT, ENVIRONMENT, (), kinds)
     assert 'AutoModelForCausalLM.from_pretrained("acme/llama-w4")' in text
-    assert ("vllm serve acme/llama-w4" in text) is in_vllm
+    assert TRANSFORMERS.install(order.recipe.format) in text
     assert ('LLM("acme/llama-w4")' in text) is in_vllm
+    assert ("Not checked in vLLM" if in_vllm else "vLLM: the quantized layers ") in text
 
 
 def test_no_path_of_the_machine_is_in_it(tmp_path: Path) -> None:

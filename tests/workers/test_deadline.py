@@ -14,7 +14,7 @@ from tests.workers.jobs import ZOO, job
 from workers import run
 from workers.deadline import EXIT_CODE, ends_within
 from workers.errors import StageHung
-from workers.job import Stage
+from workers.spec.job import Stage
 
 
 def test_what_ends_in_time_is_left_alone() -> None:

@@ -12,8 +12,9 @@ from workers import environments
 from workers.environment import Facts, probe
 from workers.environments import RECORD, Built
 from workers.errors import PreflightError
-from workers.job import Calibration, Dataset, ModelPin, fingerprint
-from workers.recipes import BitsAndBytesRecipe, FourBitFloatScheme, GptqRecipe, IntScheme
+from workers.spec.job import Calibration, Dataset, ModelPin, fingerprint
+from workers.spec.recipes import BitsAndBytesRecipe, GptqRecipe
+from workers.spec.schemes import FourBitFloatScheme, IntScheme
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,8 @@ from workers.artifact import open_accepted
 from workers.errors import CheckpointError, HubRefused, ZooError
 from workers.filesystems import FileSystem
 from workers.folders import MAIN, FolderStore
-from workers.job import MANIFEST, Destination
+from workers.spec.job import Destination
+from workers.spec.workspace import MANIFEST
 
 REPO = "acme/model-bnb-nf4"
 DAY = date(2026, 11, 21)

@@ -16,9 +16,9 @@ from workers.checkpoint import Source
 from workers.folding import Fold, find_folds, fold_source
 from workers.formats.folded import Folded
 from workers.forward import Head, Streaming, stream
-from workers.job import artifact_folder, folds_folder
 from workers.loading import QuantizableWeight, StreamedModel
 from workers.quantize import quantize
+from workers.spec.workspace import artifact_folder, folds_folder
 
 GATED = {"mlp.up_proj": ["mlp.down_proj"]}
 ATTENTION = {"self_attn.v_proj": ["self_attn.o_proj"]}

@@ -29,7 +29,7 @@ from workers.errors import CheckpointError, UnsupportedRecipe
 from workers.formats import awq, compressed_tensors, ct_packed, gptq
 from workers.formats.compressed_tensors import Declarations, Declared
 from workers.formats.decoded import Decoded, open_decoded
-from workers.recipes import IntScheme
+from workers.spec.schemes import IntScheme
 
 
 @pytest.fixture(scope="module")

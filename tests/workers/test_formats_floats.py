@@ -25,7 +25,7 @@ from workers.loading import StreamedModel
 from workers.numerics import fp4 as fp4_numerics
 from workers.numerics import fp8 as fp8_numerics
 from workers.numerics import rounding
-from workers.recipes import Float8Scheme, IntScheme, LinearScheme, MicroscalingScheme
+from workers.spec.schemes import Float8Scheme, IntScheme, LinearScheme, MicroscalingScheme
 from workers.verify.activations import rounded_inputs
 
 SCHEMES: dict[str, LinearScheme] = {

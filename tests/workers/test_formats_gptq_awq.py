@@ -20,7 +20,7 @@ from tests.workers.artifacts import IDS, make_sources, random_weight, scheme, va
 from workers.codes import IntWeight
 from workers.errors import NumericalError, UnsupportedRecipe
 from workers.formats import awq, gptq
-from workers.recipes import IntScheme
+from workers.spec.schemes import IntScheme
 
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 4)).map(lambda s: (32 * s[0], 32 * s[1]))
 VERSIONS = [gptq.V1, gptq.V2]

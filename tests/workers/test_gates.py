@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from workers.job import Metrics, Outcome, Runtime, Thresholds, Verdict
+from workers.spec.job import Metrics, Outcome, Runtime, Thresholds, Verdict
 from workers.verify.gates import Facts, judge
 
 THRESHOLDS = Thresholds(

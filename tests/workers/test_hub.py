@@ -13,8 +13,8 @@ from pipeline.loopback.faults import Fault
 from tests.workers.published import Faults
 from workers import hub
 from workers.errors import CheckpointError, DiskFull, HubRefused, HubUnavailable, QuantmillError
-from workers.job import HubLimits
 from workers.pace import LocalPace
+from workers.spec.job import HubLimits
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workers.errors import HubUnavailable
-from workers.job import HubLimits
 from workers.pace import Counters, LocalPace, Window
 from workers.patience import Patience
 from workers.revisions import day_tag, stale
+from workers.spec.job import HubLimits
 
 HUB = "https://hub"
 

@@ -17,10 +17,11 @@ from workers import quantize as engine
 from workers.content import file_sha256
 from workers.formats.decoded import open_decoded
 from workers.forward import Lanes
-from workers.job import ArtifactMade, Job, artifact_folder
 from workers.quantize import quantize
-from workers.recipes import Recipe
 from workers.resume import PassFolder
+from workers.spec.job import ArtifactMade, Job
+from workers.spec.recipes import Recipe
+from workers.spec.workspace import artifact_folder
 
 LLAMA = ZOO / "models" / "llama-tiny"
 MOE = ZOO / "models" / "qwen3-moe-tiny"

@@ -9,9 +9,10 @@ import pytest
 
 from tests.workers.faults import PLANTED
 from tests.workers.jobs import ZOO, job, recipe
-from workers.job import Job, Manifest, Outcome, Stage, Thresholds, artifact_folder
-from workers.recipes import Recipe
 from workers.run import run_stage
+from workers.spec.job import Job, Manifest, Outcome, Stage, Thresholds
+from workers.spec.recipes import Recipe
+from workers.spec.workspace import artifact_folder
 
 GATES = Thresholds(kl_mean=0.2, top1_agreement=0.8, perplexity_ratio=1.2, runtime_logit_difference=0.1)
 OWN: dict[str, Recipe] = {

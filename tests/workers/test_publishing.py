@@ -14,9 +14,10 @@ from tests.workers.published import Faults, artifact, seal
 from workers import hub, publishing
 from workers.artifact import open_accepted
 from workers.errors import CheckpointError, HubRefused, HubUnavailable
-from workers.job import MANIFEST, Destination
 from workers.pace import LocalPace
 from workers.patience import Patience
+from workers.spec.job import Destination
+from workers.spec.workspace import MANIFEST
 
 REPO = "acme/model-bnb-nf4"
 DAY = date(2026, 11, 21)

@@ -24,13 +24,14 @@ from workers.checkpoint import Source
 from workers.errors import TransientError, UnsupportedRecipe
 from workers.forward import Lanes, Streaming
 from workers.gathered import Log, Recorder, replay
-from workers.job import ArtifactMade, Job, Part, Stage, artifact_folder, folds_folder
 from workers.loading import StreamedModel
 from workers.makers import Maker
 from workers.quantize import quantize
 from workers.run import run_stage
 from workers.solved import LayerWriter, SolvedFolder
-from workers.split import gathered_bytes, layers_of, slice_of, spreadable
+from workers.spec.job import ArtifactMade, Job, Part, Stage
+from workers.spec.split import gathered_bytes, layers_of, slice_of, spreadable
+from workers.spec.workspace import artifact_folder, folds_folder
 from workers.statistics import Observer, Watcher, inputs_of
 
 PARTS = 3

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from tests.workers.jobs import ZOO, job
 from workers.content import folder_sha256
 from workers.errors import DiskFull, HubRefused, HubUnavailable, ZooError
-from workers.job import MANIFEST, Destination, Job, Stage, artifact_folder, folds_folder, record_path
 from workers.run import run_stage
+from workers.spec.job import Destination, Job, Stage
+from workers.spec.workspace import MANIFEST, artifact_folder, folds_folder, record_path
 from workers.storage import KEPT, Storage
 
 LLAMA = ZOO / "models" / "llama-tiny"

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.checkpoint import Header
+from workers.checkpoint import Header, Source
 from workers.codes import CodedWeight, IntWeight
 from workers.errors import NumericalError, UnsupportedRecipe
+from workers.formats.decoder import Decoder
 from workers.formats.gptq import one_block, one_scheme
 from workers.numerics.packing import pack, unpack
-from workers.recipes import LinearScheme
+from workers.spec.formats import AWQ, others_that_hold
+from workers.spec.schemes import LinearScheme
 
 ANCHORS = ("qweight",)
 SUFFIXES = ("qweight", "qzeros", "scales")
-# What the kernels of gptqmodel 7.6 take.
-GROUP_SIZES = (16, 32, 64, 128)
 BITS = 4
 IN_WORD = 8
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -43,7 +43,7 @@ def encode(weight: CodedWeight, scheme: LinearScheme) -> dict[str, Tensor]:
     if rows % IN_WORD:
         raise UnsupportedRecipe(
             f"awq: a weight of {rows} outputs can't be packed, {IN_WORD} must divide them; ignore that layer, or "
-            "choose format: compressed-tensors"
+            f"choose {others_that_hold(AWQ.name, scheme)}"
         )
     scale_GO = weight.scale_OG.t().to(torch.float16).contiguous()
     if not scale_GO.isfinite().all():
@@ -93,13 +93,8 @@ def quantization_config(
         UnsupportedRecipe: Conv1D modules, quantized experts, modules outside of the decoder layers or with schemes of
             their own, a group size that no kernel reads.
     """
-    scheme = one_scheme("awq", schemes)
-    one_block("awq", schemes, conv1d)
-    if scheme.group_size not in GROUP_SIZES:
-        raise UnsupportedRecipe(
-            f"awq: group_size {scheme.group_size} is read by no kernel; choose one of {GROUP_SIZES}, or format: "
-            "compressed-tensors"
-        )
+    scheme = one_scheme(AWQ.name, schemes)
+    one_block(AWQ.name, schemes, conv1d)
     return {
         "bits": BITS,
         "group_size": scheme.group_size,
@@ -118,3 +113,19 @@ def _packed(values_XO: Tensor) -> Tensor:
 def _unpacked(words_XW: Tensor) -> Tensor:
     values = torch.unflatten(unpack(words_XW, BITS, words_XW.shape[1] * IN_WORD), 1, (-1, IN_WORD))
     return values[..., [ORDER.index(place) for place in range(IN_WORD)]].flatten(1)
+
+
+def open_(config: Mapping[str, Any], source: Source, trust_remote_code: bool) -> Decoder:
+    """What decodes a checkpoint with this ``quantization_config``.
+
+    Raises:
+        UnsupportedRecipe: as ``check_declared`` says.
+    """
+    check_declared(config)
+    return Decoder(
+        anchors=ANCHORS,
+        suffixes=SUFFIXES,
+        required=SUFFIXES,
+        header=lambda module, headers, read: header(headers),
+        decode=lambda module, stored: decode(stored),
+    )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
-from workers.checkpoint import Header
+from workers.checkpoint import Header, Source
+from workers.formats.decoder import Decoder
+from workers.loading import build_on_meta, owners_of_keys
 
 # The state of a 4-bit weight, in JSON, under the name of its codebook.
 STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
@@ -57,3 +61,20 @@ def _decode_4bit(codes: Tensor, state_tensors: dict[str, Tensor]) -> Tensor:
     state.shape = (shape.numel(),)
     flat: Tensor = bnb.functional.dequantize_4bit(codes, state)
     return flat.reshape(shape)
+
+
+def open_(config: Mapping[str, Any], source: Source, trust_remote_code: bool) -> Decoder:
+    """What decodes a checkpoint with this ``quantization_config``."""
+    # What is stored doesn't tell a Conv1D, which has to be turned back: the model does.
+    model = build_on_meta(source.folder, torch.float32, trust_remote_code)
+    conv1d = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    owners = owners_of_keys(model, source.headers)
+    stored_as = {key.removesuffix(".weight"): owner.removesuffix(".weight") for key, owner in owners.items()}
+    transposed = {name for name, owner in stored_as.items() if owner in conv1d}
+    return Decoder(
+        anchors=ANCHORS,
+        suffixes=SUFFIXES,
+        required=("weight",),
+        header=lambda module, headers, read: header(headers, read, transposed=module in transposed),
+        decode=lambda module, stored: decode(stored, transposed=module in transposed),
+    )

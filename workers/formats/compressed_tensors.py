@@ -7,10 +7,11 @@ The forms are in ``ct_packed``, ``ct_plain`` and ``ct_float4``, config.json is i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
-from workers.checkpoint import Header
+from workers.checkpoint import Header, Source
 from workers.codes import CodedWeight, Float4Weight, IntWeight
 from workers.errors import CheckpointError
 from workers.formats import ct_float4, ct_packed, ct_plain
@@ -20,8 +21,9 @@ from workers.formats.ct_config import Declarations as Declarations
 from workers.formats.ct_config import quantization_config as quantization_config
 from workers.formats.ct_config import some as some
 from workers.formats.ct_packed import check_words as check_words
+from workers.formats.decoder import Decoder
 from workers.numerics import activations
-from workers.recipes import LinearScheme
+from workers.spec.schemes import LinearScheme
 
 ANCHORS = ("weight_packed", "weight_scale")
 SUFFIXES = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_global_scale", "input_scale")
@@ -90,3 +92,16 @@ def input_rounding(module: str, said: Declared, stored: Mapping[str, Tensor]) ->
             return lambda x: activations.round_fp8_static(x, scale.to(x.device))
         case _:
             return None
+
+
+def open_(config: Mapping[str, Any], source: Source, trust_remote_code: bool) -> Decoder:
+    """What decodes a checkpoint with this ``quantization_config``."""
+    said = Declarations(config).of
+    return Decoder(
+        anchors=ANCHORS,
+        suffixes=SUFFIXES,
+        required=(),  # it depends on the module's group
+        header=lambda module, headers, read: header(headers, read, said(module)),
+        decode=lambda module, stored: decode(stored, said(module)),
+        rounding=lambda module, stored, _: input_rounding(module, said(module), stored),
+    )

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from workers.errors import UnsupportedRecipe
-from workers.fits import EXPERT as EXPERT
-from workers.fits import conv1d_misfit, experts_misfit
-from workers.recipes import Float8Scheme, IntScheme, LinearScheme, MicroscalingScheme
+from workers.spec.formats import COMPRESSED_TENSORS
+from workers.spec.layers import EXPERT as EXPERT
+from workers.spec.layers import LayerKinds
+from workers.spec.runtimes import misfit
+from workers.spec.schemes import Float8Scheme, IntScheme, LinearScheme, MicroscalingScheme
 
+NAME = COMPRESSED_TENSORS.name
 MIXED = "mixed-precision"
 PACKED, INT, FLOAT, NAIVE = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"
 MXFP4, NVFP4 = "mxfp4-pack-quantized", "nvfp4-pack-quantized"
@@ -69,13 +72,14 @@ def quantization_config(
         UnsupportedRecipe: Conv1D modules; experts that transformers loads wrongly.
     """
     kept = sorted(set(kept))
-    _refuse_conv1d(list(conv1d))
+    conv1d = list(conv1d)
     alike = {scheme: _stored_alike(scheme) for scheme in set(schemes.values())}
     schemes = {name: alike[scheme] for name, scheme in schemes.items()}
     experts = [name for name in schemes if EXPERT.search(name)]
     # transformers 5.23 takes the first group for experts, and with dequantize=True for every other module too.
     base = Counter(schemes[name] for name in experts or schemes).most_common(1)[0][0]
-    _refuse_unreadable_experts(experts, base)
+    _refuse_unreadable(conv1d, base, LayerKinds(conv1d=True))
+    _refuse_unreadable(experts, base, LayerKinds(experts=True))
     _refuse_uneven_experts([name for name in experts if schemes[name] != base], experts, kept, base)
     groups = [{"targets": ["Linear"], **_contents(base)}]
     for scheme in dict.fromkeys(schemes.values()):
@@ -89,9 +93,9 @@ def quantization_config(
         "global_compression_ratio": None,
         "ignore": kept,
         "kv_cache_scheme": None,
-        "quant_method": "compressed-tensors",
+        "quant_method": NAME,
         "quantization_status": "compressed",
-        "version": importlib.metadata.version("compressed-tensors"),
+        "version": importlib.metadata.version(NAME),
     }
 
 
@@ -197,16 +201,11 @@ def _inputs(scheme: LinearScheme) -> dict[str, Any] | None:
     }
 
 
-def _refuse_conv1d(modules: list[str]) -> None:
-    if modules:
-        raise UnsupportedRecipe(f"compressed-tensors: {some(modules)} {conv1d_misfit('compressed-tensors')}")
-
-
-def _refuse_unreadable_experts(experts: list[str], scheme: LinearScheme) -> None:
-    """What transformers 5.23 can't load for experts, though it does for other layers."""
-    misfit = experts_misfit("compressed-tensors", scheme)
-    if experts and misfit:
-        raise UnsupportedRecipe(f"compressed-tensors: {some(experts)} {misfit}")
+def _refuse_unreadable(modules: list[str], scheme: LinearScheme, kinds: LayerKinds) -> None:
+    """What the runtime that checks the format can't load for these modules, though it does for others."""
+    why = misfit(NAME, scheme, kinds) if modules else None
+    if why:
+        raise UnsupportedRecipe(f"{NAME}: {some(modules)} {why}")
 
 
 def _refuse_uneven_experts(uneven: list[str], experts: list[str], kept: list[str], base: LinearScheme) -> None:
@@ -216,7 +215,7 @@ def _refuse_uneven_experts(uneven: list[str], experts: list[str], kept: list[str
         uneven = uneven + [name for name in kept if EXPERT.search(name)]
     if uneven:
         raise UnsupportedRecipe(
-            f"compressed-tensors: the experts {some(uneven)} deviate (another scheme than other experts, or left as "
+            f"{NAME}: the experts {some(uneven)} deviate (another scheme than other experts, or left as "
             "they are); transformers loads experts only if all of them have one scheme, or, beside fp8, if all are "
             "left as they are; choose a group_size that divides their width, don't ignore them, or choose method: "
             "bitsandbytes"

@@ -7,47 +7,27 @@ forward reads an artifact as it reads its source.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from workers.checkpoint import Header, Source
 from workers.errors import CheckpointError, UnsupportedRecipe
-from workers.formats import awq, compressed_tensors, fp8, gptq
-from workers.loading import build_on_meta, owners_of_keys
-
-METHODS = ("awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq")
-
-
-@dataclass(frozen=True)
-class Codec:
-    """How one format is read; the functions get a module's name first.
-
-    A module is quantized if one of ``anchors`` stands in the checkpoint under its name; the tensors of its weight are
-    those of ``suffixes``, of which it has all that are ``required``. ``rounding`` also gets the kind of device.
-    """
-
-    anchors: tuple[str, ...]
-    suffixes: tuple[str, ...]
-    required: tuple[str, ...]
-    header: Callable[[str, Mapping[str, Header], Callable[[str], Tensor]], Header]
-    decode: Callable[[str, Mapping[str, Tensor]], Tensor]
-    rounding: Callable[[str, Mapping[str, Tensor], str], Callable[[Tensor], Tensor] | None] = lambda *_: None
+from workers.formats.decoder import Decoder
+from workers.formats.table import CODECS
+from workers.spec.formats import FORMATS, recognised
 
 
 class Decoded:
-    """An opened checkpoint (a ``checkpoint.TensorSource``) whose quantized weights are decoded by a codec."""
+    """An opened checkpoint (a ``checkpoint.TensorSource``) whose quantized weights are decoded by a decoder."""
 
-    def __init__(self, source: Source, codec: Codec) -> None:
+    def __init__(self, source: Source, decoder: Decoder) -> None:
         self._source = source
-        self._codec = codec
-        self._stored = _weights(source.headers, codec)
+        self._decoder = decoder
+        self._stored = _weights(source.headers, decoder)
         owners = {key: module for module, names in self._stored.items() for key in names.values()}
         self.headers: dict[str, Header] = {}
         for key, header in source.headers.items():
@@ -79,7 +59,7 @@ class Decoded:
         module = name.removesuffix(".weight")
         stored = {suffix: self._source.read(key) for suffix, key in names.items()}
         try:
-            return self._codec.decode(module, stored)
+            return self._decoder.decode(module, stored)
         except CheckpointError as error:
             raise CheckpointError(f"{module}: {error}") from error
 
@@ -87,7 +67,7 @@ class Decoded:
         """What transformers does to the input of a quantized module on a kind of device; None: nothing."""
         stored = self._stored[module]
         scales = {"input_scale": self._source.read(stored["input_scale"])} if "input_scale" in stored else {}
-        return self._codec.rounding(module, scales, device)
+        return self._decoder.rounding(module, scales, device)
 
     def __enter__(self) -> Self:
         return self
@@ -101,7 +81,7 @@ class Decoded:
         names = self._stored[module]
         headers = {suffix: self._source.headers[key] for suffix, key in names.items()}
         try:
-            return self._codec.header(module, headers, lambda suffix: self._source.read(names[suffix]))
+            return self._decoder.header(module, headers, lambda suffix: self._source.read(names[suffix]))
         except CheckpointError as error:
             raise CheckpointError(f"{module}: {error}") from error
 
@@ -119,98 +99,26 @@ def open_decoded(folder: Path, *, trust_remote_code: bool = False) -> Source | D
         raise CheckpointError(f"checkpoint {folder}: no readable config.json ({error})") from error
     if config is None:
         return Source(folder)
+    row = recognised(config)
+    if row is None:
+        raise UnsupportedRecipe(
+            f"checkpoint {folder}: quant_method {config.get('quant_method')!r} in config.json; can decode "
+            f"{', '.join(FORMATS)}"
+        )
     source = Source(folder)
-    match config.get("quant_method"):
-        case "awq":
-            return Decoded(source, _awq(config))
-        case "compressed-tensors":
-            return Decoded(source, _compressed_tensors(config))
-        case "fp8":
-            return Decoded(source, _fp8(config))
-        case "gptq":
-            return Decoded(source, _gptq(config))
-        case "bitsandbytes":
-            return Decoded(source, _bitsandbytes(source, trust_remote_code))
-        case other:
-            raise UnsupportedRecipe(
-                f"checkpoint {folder}: quant_method {other!r} in config.json; can decode {', '.join(METHODS)}"
-            )
+    return Decoded(source, CODECS[row.name].open(config, source, trust_remote_code))
 
 
-def _compressed_tensors(config: Mapping[str, Any]) -> Codec:
-    said = compressed_tensors.Declarations(config).of
-    return Codec(
-        anchors=compressed_tensors.ANCHORS,
-        suffixes=compressed_tensors.SUFFIXES,
-        required=(),  # it depends on the module's group
-        header=lambda module, headers, read: compressed_tensors.header(headers, read, said(module)),
-        decode=lambda module, stored: compressed_tensors.decode(stored, said(module)),
-        rounding=lambda module, stored, _: compressed_tensors.input_rounding(module, said(module), stored),
-    )
-
-
-def _fp8(config: Mapping[str, Any]) -> Codec:
-    fp8.check_declared(config)
-    return Codec(
-        anchors=fp8.ANCHORS,
-        suffixes=fp8.SUFFIXES,
-        required=fp8.SUFFIXES,
-        header=lambda module, headers, read: fp8.header(headers),
-        decode=lambda module, stored: fp8.decode(stored),
-        rounding=lambda module, stored, device: fp8.input_rounding(device),
-    )
-
-
-def _awq(config: Mapping[str, Any]) -> Codec:
-    awq.check_declared(config)
-    return Codec(
-        anchors=awq.ANCHORS,
-        suffixes=awq.SUFFIXES,
-        required=awq.SUFFIXES,
-        header=lambda module, headers, read: awq.header(headers),
-        decode=lambda module, stored: awq.decode(stored),
-    )
-
-
-def _gptq(config: Mapping[str, Any]) -> Codec:
-    version, bits = gptq.declared(config)
-    return Codec(
-        anchors=gptq.ANCHORS,
-        suffixes=gptq.SUFFIXES,
-        required=gptq.SUFFIXES,
-        header=lambda module, headers, read: gptq.header(headers),
-        decode=lambda module, stored: version.decode(stored, bits),
-    )
-
-
-def _bitsandbytes(source: Source, trust_remote_code: bool) -> Codec:
-    from workers.formats import bitsandbytes  # importing the library takes seconds
-
-    # What is stored doesn't tell a Conv1D, which has to be turned back: the model does.
-    model = build_on_meta(source.folder, torch.float32, trust_remote_code)
-    conv1d = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    owners = owners_of_keys(model, source.headers)
-    stored_as = {key.removesuffix(".weight"): owner.removesuffix(".weight") for key, owner in owners.items()}
-    transposed = {name for name, owner in stored_as.items() if owner in conv1d}
-    return Codec(
-        anchors=bitsandbytes.ANCHORS,
-        suffixes=bitsandbytes.SUFFIXES,
-        required=("weight",),
-        header=lambda module, headers, read: bitsandbytes.header(headers, read, transposed=module in transposed),
-        decode=lambda module, stored: bitsandbytes.decode(stored, transposed=module in transposed),
-    )
-
-
-def _weights(headers: Iterable[str], codec: Codec) -> dict[str, dict[str, str]]:
+def _weights(headers: Iterable[str], decoder: Decoder) -> dict[str, dict[str, str]]:
     """For each quantized module the keys of its weight, by their suffixes."""
     keys = set(headers)
-    found = {key.removesuffix(f".{end}") for key in headers for end in codec.anchors if key.endswith(f".{end}")}
+    found = {key.removesuffix(f".{end}") for key in headers for end in decoder.anchors if key.endswith(f".{end}")}
     weights = {
-        module: {suffix: f"{module}.{suffix}" for suffix in codec.suffixes if f"{module}.{suffix}" in keys}
+        module: {suffix: f"{module}.{suffix}" for suffix in decoder.suffixes if f"{module}.{suffix}" in keys}
         for module in found
     }
     for module, names in weights.items():
-        missing = [suffix for suffix in codec.required if suffix not in names]
+        missing = [suffix for suffix in decoder.required if suffix not in names]
         if missing:
             raise CheckpointError(f"{module}: quantized, but its {', '.join(missing)} isn't there; fetch it again")
     return weights

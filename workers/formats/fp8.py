@@ -12,20 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.checkpoint import Header
+from workers.checkpoint import Header, Source
 from workers.codes import CodedWeight, Float8Weight
 from workers.errors import CheckpointError, UnsupportedRecipe
-from workers.fits import conv1d_misfit
 from workers.formats.ct_config import EXPERT, some
+from workers.formats.decoder import Decoder
 from workers.numerics import activations, fp8
-from workers.recipes import LinearScheme
+from workers.spec.formats import FP8, others_that_hold
+from workers.spec.layers import LayerKinds
+from workers.spec.runtimes import misfit
+from workers.spec.schemes import Float8Scheme, LinearScheme
 
 ANCHORS = ("weight_scale_inv",)
 SUFFIXES = ("weight", "weight_scale_inv")
 CONFIG: dict[str, Any] = {
     "activation_scheme": "dynamic",
     "fmt": "e4m3",
-    "quant_method": "fp8",
+    "quant_method": FP8.name,
     "weight_block_size": [fp8.BLOCK, fp8.BLOCK],
 }
 # What can be read, and what a config.json means that doesn't say.
@@ -64,7 +67,7 @@ def check_sides(shape_OI: Iterable[int]) -> None:
     if rows % fp8.BLOCK or columns % fp8.BLOCK:
         raise UnsupportedRecipe(
             f"fp8: a weight of {rows} x {columns} isn't made of whole blocks, {fp8.BLOCK} must divide both; ignore "
-            "that layer, or choose format: compressed-tensors with scales: channel"
+            f"that layer, or choose scales: channel in {others_that_hold(FP8.name, Float8Scheme())}"
         )
 
 
@@ -122,8 +125,9 @@ def quantization_config(
         UnsupportedRecipe: Conv1D modules; experts of which some are quantized and others aren't.
     """
     conv1d, kept = sorted(conv1d), sorted(set(kept))
-    if conv1d:
-        raise UnsupportedRecipe(f"fp8: {some(conv1d)} {conv1d_misfit('fp8')}")
+    why = misfit(FP8.name, next(iter(schemes.values())), LayerKinds(conv1d=True)) if conv1d else None
+    if why:
+        raise UnsupportedRecipe(f"fp8: {some(conv1d)} {why}")
     # transformers replaces the experts of a layer as one module, which has to be named as such.
     left = {_experts_of(name): name for name in kept if EXPERT.search(name)}
     uneven = sorted(left[_experts_of(name)] for name in schemes if EXPERT.search(name) and _experts_of(name) in left)
@@ -137,3 +141,20 @@ def quantization_config(
 
 def _experts_of(module: str) -> str:
     return f"{module.rpartition('.experts.')[0]}.experts"
+
+
+def open_(config: Mapping[str, Any], source: Source, trust_remote_code: bool) -> Decoder:
+    """What decodes a checkpoint with this ``quantization_config``.
+
+    Raises:
+        UnsupportedRecipe: as ``check_declared`` says.
+    """
+    check_declared(config)
+    return Decoder(
+        anchors=ANCHORS,
+        suffixes=SUFFIXES,
+        required=SUFFIXES,
+        header=lambda module, headers, read: header(headers),
+        decode=lambda module, stored: decode(stored),
+        rounding=lambda module, stored, device: input_rounding(device),
+    )

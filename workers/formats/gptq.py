@@ -16,18 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.checkpoint import Header
+from workers.checkpoint import Header, Source
 from workers.codes import CodedWeight, IntWeight
 from workers.errors import NumericalError, UnsupportedRecipe
-from workers.fits import EXPERT, conv1d_misfit, experts_misfit
 from workers.formats.compressed_tensors import check_words, some
+from workers.formats.decoder import Decoder
 from workers.numerics.packing import pack_gptq, unpack_gptq
-from workers.recipes import IntScheme, LinearScheme
+from workers.spec.formats import (
+    FORMATS,
+    GPTQ,
+    GPTQ_V2,
+    formats_with_schemes_by_layer,
+    group_size_held,
+    others_that_hold,
+)
+from workers.spec.layers import EXPERT, LayerKinds
+from workers.spec.runtimes import misfit
+from workers.spec.schemes import IntScheme, LinearScheme
 
 ANCHORS = ("qweight",)
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
-# What the kernels of gptqmodel 7.6 take; 16 fails in its 4-bit CPU kernel.
-GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ class Version:
         if rows % 32 or columns % 32:
             raise UnsupportedRecipe(
                 f"gptq: a weight of {rows} x {columns} can't be packed, 32 must divide both; ignore that layer, or "
-                "choose format: compressed-tensors"
+                f"choose {others_that_hold(GPTQ.name, scheme)}"
             )
         scale_GO = weight.scale_OG.t().to(torch.float16).contiguous()
         if not scale_GO.isfinite().all():
@@ -92,8 +100,8 @@ class Version:
             UnsupportedRecipe: Conv1D modules, quantized experts, modules outside of the decoder layers or with schemes
                 of their own, a scheme that gptqmodel computes wrongly.
         """
-        scheme = _common_scheme(schemes)
-        blocks = one_block("gptq", schemes, conv1d)
+        scheme = one_scheme(GPTQ.name, schemes)
+        blocks = one_block(GPTQ.name, schemes, conv1d)
         inside = sorted({name for name in kept if _block(name) == blocks})
         return {
             "bits": scheme.bits,
@@ -138,15 +146,21 @@ def one_block(fmt: str, schemes: Mapping[str, LinearScheme], conv1d: Iterable[st
     Raises:
         UnsupportedRecipe: modules outside of it, Conv1D modules, or experts.
     """
-    _refuse(fmt, sorted(conv1d), conv1d_misfit(fmt))
-    experts = [name for name in schemes if EXPERT.search(name)]
-    _refuse(fmt, experts, experts_misfit(fmt, one_scheme(fmt, schemes)))
+    scheme, experts = one_scheme(fmt, schemes), [name for name in schemes if EXPERT.search(name)]
+    if not group_size_held(FORMATS[fmt], scheme):
+        raise UnsupportedRecipe(
+            f"{fmt}: group_size {scheme.group_size} is read by no kernel; choose another, or "
+            f"{others_that_hold(fmt, scheme)}"
+        )
+    _refuse(fmt, sorted(schemes), misfit(fmt, scheme, LayerKinds()))
+    _refuse(fmt, sorted(conv1d), misfit(fmt, scheme, LayerKinds(conv1d=True)))
+    _refuse(fmt, experts, misfit(fmt, scheme, LayerKinds(experts=True)))
     blocks = Counter(_block(name) for name in schemes).most_common(1)[0][0]
     _refuse(
         fmt,
         [name for name in schemes if _block(name) != blocks],
         f"are outside of the decoder layers {blocks!r}, where nothing may be quantized in this format; ignore them, or "
-        "choose format: compressed-tensors",
+        f"choose {formats_with_schemes_by_layer()}",
     )
     return blocks
 
@@ -163,7 +177,7 @@ def one_scheme(fmt: str, schemes: Mapping[str, LinearScheme]) -> IntScheme:
         fmt,
         [name for name, own in schemes.items() if own != scheme],
         f"deviate from the group size {scheme.group_size} of the others, and this format has one for all; choose "
-        "indivisible: keep, or format: compressed-tensors",
+        f"indivisible: keep, or {formats_with_schemes_by_layer()}",
     )
     return scheme
 
@@ -174,21 +188,6 @@ def _exceptions(quantized: list[str], kept: list[str]) -> dict[str, Any]:
         "modules_in_block_to_quantize": [quantized],
         "dynamic": {f"-:^{re.escape(name)}$": {} for name in kept},
     }
-
-
-def _common_scheme(schemes: Mapping[str, LinearScheme]) -> IntScheme:
-    scheme = one_scheme("gptq", schemes)
-    if scheme.group_size not in (None, *GROUP_SIZES):
-        raise UnsupportedRecipe(
-            f"gptq: group_size {scheme.group_size} is read by no kernel; choose one of {GROUP_SIZES} or null, or "
-            "format: compressed-tensors"
-        )
-    if scheme.bits == 4 and scheme.group_size is None and not scheme.symmetric:
-        raise UnsupportedRecipe(
-            "gptq: gptqmodel 7.6 computes wrongly on a CPU with 4 bits, group_size: null and symmetric: false; "
-            "choose a group_size, or symmetric: true"
-        )
-    return scheme
 
 
 def _block(module: str) -> str:
@@ -212,7 +211,7 @@ def _unsigned(weight: IntWeight, lowest_zero: int) -> tuple[Tensor, Tensor]:
     if codes_OI.max() >= 2 * middle:
         raise NumericalError(
             f"gptq: {int(lift_OG.sum())} groups without negative weights need the zero point 0, which can't be stored; "
-            "choose symmetric: true, or format: gptq-v2"
+            f"choose symmetric: true, or format: {GPTQ_V2.name}"
         )
     return codes_OI, zero_OG + lift_OG
 
@@ -220,3 +219,19 @@ def _unsigned(weight: IntWeight, lowest_zero: int) -> tuple[Tensor, Tensor]:
 def _refuse(fmt: str, modules: list[str], why: str | None) -> None:
     if modules and why:
         raise UnsupportedRecipe(f"{fmt}: {some(modules)} {why}")
+
+
+def open_(config: Mapping[str, Any], source: Source, trust_remote_code: bool) -> Decoder:
+    """What decodes a checkpoint with this ``quantization_config``, of either version.
+
+    Raises:
+        UnsupportedRecipe: as ``declared`` says.
+    """
+    version, bits = declared(config)
+    return Decoder(
+        anchors=ANCHORS,
+        suffixes=SUFFIXES,
+        required=SUFFIXES,
+        header=lambda module, headers, read: header(headers),
+        decode=lambda module, stored: version.decode(stored, bits),
+    )

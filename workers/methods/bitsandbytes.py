@@ -20,7 +20,8 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 
-from workers.recipes import BitsAndBytesRecipe, FourBitFloatScheme, LlmInt8Scheme
+from workers.spec.recipes import BitsAndBytesRecipe
+from workers.spec.schemes import FourBitFloatScheme, LlmInt8Scheme
 
 BLOCK = 64
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from workers.folding import Fold, fold_source
 from workers.formats.folded import scaled
 from workers.loading import QuantizableWeight, StreamedModel
-from workers.makers import LayerWork
-from workers.numerics import awq, smoothing
-from workers.recipes import AwqRecipe, IntScheme, LinearRecipe, LinearScheme, SmoothQuantRecipe
+from workers.methods.layer import FoldableInput, LayerWork
+from workers.methods.table import METHODS
+from workers.spec.recipes import LinearRecipe
+from workers.spec.schemes import LinearScheme
 from workers.statistics import InputName, InputStatistics
 
 
@@ -96,49 +97,13 @@ class Scaling:
 
     def _chosen(self, recipe: LinearRecipe, fold: Fold, sinks: Sequence[QuantizableWeight]) -> Tensor | None:
         """s of the sinks' input, float32 [I]; one value for all columns that come from one channel of the source."""
-        observer = self._work.observer
+        observer, choose = self._work.observer, METHODS[recipe.method].input_scales
         assert observer is not None, "a method that folds is calibrated"
+        assert choose is not None, "the recipe says that it folds"
         seen = [(weight, found) for weight in sinks if (found := observer.of(weight.input)) is not None]
         if not seen:
             return None
-        match recipe:
-            case SmoothQuantRecipe(options=options):
-                input_max_I = torch.stack([found.abs_max_I for _, found in seen]).amax(0)
-                weight_max_I = torch.stack([self._read(weight).abs().amax(0) for weight in sinks]).amax(0)
-                tied_input_I = _tied(fold.rows_I, input_max_I, "amax")
-                tied_weight_I = _tied(fold.rows_I, weight_max_I.float(), "amax")
-                return smoothing.scales(tied_input_I, tied_weight_I, options.strength)
-            case AwqRecipe(options=options):
-                return self._searched(fold, seen, options.grid)
-            case _:
-                raise AssertionError(f"{recipe.method} folds nothing")
-
-    def _searched(self, fold: Fold, seen: Sequence[tuple[QuantizableWeight, InputStatistics]], grid: int) -> Tensor:
-        problems: dict[InputName, list[tuple[QuantizableWeight, InputStatistics]]] = {}
-        for weight, found in seen:
-            name = weight.input if weight.input[1] is not None else ("", None)
-            problems.setdefault(name, []).append((weight, found))
-        tokens = sum(group[0][1].count for group in problems.values())
-        mean_I = torch.stack([group[0][1].abs_sum_I for group in problems.values()]).sum(0) / max(tokens, 1)
-        scheme = self._schemes[seen[0][0].key]
-        assert isinstance(scheme, IntScheme)
-        stacks: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
-        for group in problems.values():
-            w_OI = torch.cat([self._read(weight).float() for weight, _ in group])
-            stacks.setdefault(tuple(w_OI.shape), []).append((w_OI, group[0][1].gram_II))
-        stacked = [
-            (torch.stack([w for w, _ in stack]), torch.stack([h for _, h in stack])) for stack in stacks.values()
-        ]
-        weight_mean_I = awq.weight_means([w_BOI for w_BOI, _ in stacked], scheme.group_size)
-        return awq.input_scales(
-            stacked,
-            _tied(fold.rows_I, mean_I, "mean"),
-            _tied(fold.rows_I, weight_mean_I, "mean"),
-            bits=scheme.bits,
-            group_size=scheme.group_size,
-            symmetric=scheme.symmetric,
-            grid=grid,
-        )
+        return choose(recipe, FoldableInput(fold.rows_I, seen, sinks, self._schemes[seen[0][0].key], self._read))
 
     def _read(self, weight: QuantizableWeight) -> Tensor:
         matrix = self._work.tensors[weight.key].to(self._streamed.device)
@@ -211,13 +176,6 @@ class Scaling:
     def _now(self, key: str) -> Tensor:
         """A tensor that isn't quantized, with what was folded into it so far."""
         return self.replaced.get(key, self._work.tensors[key]).to(self._streamed.device)
-
-
-def _tied(rows_I: Tensor, values_I: Tensor, how: str) -> Tensor:
-    """One value for all columns that come from one channel of the source: their mean or their largest."""
-    rows_I = rows_I.to(values_I.device)
-    found = values_I.new_zeros(int(rows_I.max()) + 1).scatter_reduce_(0, rows_I, values_I, how, include_self=False)
-    return found[rows_I]
 
 
 def some(names: Sequence[str]) -> str:

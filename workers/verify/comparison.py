@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,16 +18,20 @@ from workers.calibration import held_out_tokens, load_tokenizer
 from workers.checkpoint import Source
 from workers.formats.decoded import Decoded
 from workers.forward import Head, stream
-from workers.job import Generation, Job, Metrics, ModelPin, Runtime, Verification
 from workers.loading import StreamedModel
 from workers.quantize import checkpoint_dtype, compute_device
-from workers.verify import fidelity, gates, runtime
+from workers.spec.families import family_of
+from workers.spec.formats import recognised
+from workers.spec.job import Generation, Job, Metrics, ModelPin, Runtime, Verification
+from workers.spec.runtimes import RuntimeRequest, checking
+from workers.verify import fidelity, gates
 from workers.verify.activations import rounded_inputs
 from workers.verify.integrity import Findings
+from workers.verify.runtimes.ask import RuntimeAnswer, ask
 
 RUNTIME_SEQUENCES, RUNTIME_TOKENS = 2, 128
-# Held-out sequences whose beginnings are gone on with.
-PROMPTS = 4
+# Held-out sequences to generate from, and tokens of each that make the prompt.
+PROMPTS, PROMPT_TOKENS = 4, 32
 
 
 @dataclass(frozen=True)
@@ -117,17 +122,27 @@ class Comparison:
             reference.store(place, stream(self.reference, reference.micro_batches(self.tokens)))
         return reference.load(place)
 
-    def _ask(self, place: Path) -> runtime.RuntimeAnswer:
+    def _ask(self, place: Path) -> RuntimeAnswer:
         """What the library that users have makes of the artifact, in a process of its own."""
         tokens = self.tokens[:RUNTIME_SEQUENCES, :RUNTIME_TOKENS].contiguous()
-        prompts = self.tokens[:PROMPTS, : runtime.PROMPT_TOKENS].contiguous()
+        prompts = self.tokens[:PROMPTS, :PROMPT_TOKENS].contiguous()
         scratch_root = self.workspace / "scratch"
         scratch_root.mkdir(parents=True, exist_ok=True)
+        config = json.loads((place / "config.json").read_text())
+        declared = config.get("quantization_config") or {}
+        row = recognised(declared)
         with tempfile.TemporaryDirectory(dir=scratch_root) as scratch:
-            return runtime.ask(place, tokens, prompts, Path(scratch), self.model.trust_remote_code)
+            request = RuntimeRequest(
+                artifact=str(place),
+                scratch=scratch,
+                trust_remote_code=self.model.trust_remote_code,
+                arithmetic=row.arithmetic(declared) if row else "any",
+                loader=family_of(config.get("model_type")).loader,
+            )
+            return ask(checking(row.name if row else None), request, tokens, prompts)
 
     def _agreement(
-        self, answer: runtime.RuntimeAnswer, head: Head, hidden: list[Tensor]
+        self, answer: RuntimeAnswer, head: Head, hidden: list[Tensor]
     ) -> tuple[Runtime | None, tuple[str, ...]]:
         """How far the runtime's logits are from ours, and what else is wrong with its answer."""
         if answer.logits is None:
@@ -147,7 +162,7 @@ class Comparison:
         )
         return found, answer.problems
 
-    def _generations(self, answer: runtime.RuntimeAnswer) -> tuple[Generation, ...]:
+    def _generations(self, answer: RuntimeAnswer) -> tuple[Generation, ...]:
         """The artifact's continuations beside its reference's, which one pass over them all tells.
 
         What the reference says after the first token that differs would take a pass for each further token.
@@ -155,7 +170,7 @@ class Comparison:
         made = [row for row in answer.generated if row]
         if not made or len(made) != len(answer.generated):
             return ()
-        prompts = self.tokens[: len(made), : runtime.PROMPT_TOKENS]
+        prompts = self.tokens[: len(made), :PROMPT_TOKENS]
         longest = max(map(len, made))
         padded = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in made])
         tokens = torch.cat([prompts, padded], dim=1)

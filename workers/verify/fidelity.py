@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from workers.job import Metrics
 from workers.numerics import divergence
+from workers.spec.job import Metrics
 
 
 def compare(pairs: Iterable[tuple[Tensor, Tensor]], tokens_NT: Tensor) -> Metrics:

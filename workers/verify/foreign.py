@@ -18,9 +18,10 @@ from workers.checkpoint import Source
 from workers.content import write_text
 from workers.errors import CheckpointError, NumericalError, UnsupportedRecipe, UserError
 from workers.formats.decoded import Decoded, open_decoded
-from workers.job import MANIFEST, Failure, ModelPin, Thresholds, Verdict, Verification
-from workers.recipes import Frozen
 from workers.run import describe
+from workers.spec.base import Frozen
+from workers.spec.job import Failure, ModelPin, Thresholds, Verdict, Verification
+from workers.spec.workspace import MANIFEST
 from workers.verify import gates
 from workers.verify.comparison import Comparison
 from workers.verify.integrity import QUANTIZERS_OWN, Findings, compare, differing_settings, listed

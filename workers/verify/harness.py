@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import Field
 
 from workers.errors import PreflightError, ZooError
-from workers.recipes import Frozen
+from workers.spec.base import Frozen
 
 
 class HarnessRequest(Frozen):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
@@ -10,27 +11,26 @@ from workers import hub
 from workers.card import render_card
 from workers.checkpoint import Source
 from workers.content import file_sha256, write_text
+from workers.engines.table import layout_of
 from workers.environment import versions
 from workers.errors import CheckpointError, NumericalError, UserError
 from workers.formats.decoded import Decoded, open_decoded
 from workers.formats.folded import Folded
-from workers.job import (
-    MANIFEST,
+from workers.spec.families import Family, family_of
+from workers.spec.job import (
     ArtifactMade,
     Calibration,
     FileEntry,
     Job,
     Manifest,
     Order,
+    ReasonCode,
     Verdict,
     Verification,
-    artifact_folder,
-    folds_folder,
-    record_path,
 )
-from workers.loading import StreamedModel
-from workers.methods.schemes import schemes_of
-from workers.recipes import BitsAndBytesRecipe, Recipe
+from workers.spec.layers import kinds_of
+from workers.spec.tensors import TensorHeader
+from workers.spec.workspace import MANIFEST, artifact_folder, folds_folder, record_path
 from workers.verify import gates, integrity
 from workers.verify.comparison import Comparison
 
@@ -51,7 +51,7 @@ def verify(job: Job, order: Order, source_folder: Path) -> Manifest:
     else:
         with Source(source_folder, allow_pickle=job.model.allow_pickle) as source:
             verdict = _verdict(job, order, source, place)
-    if any(reason.startswith("integrity:") for reason in verdict.reasons):
+    if ReasonCode.INTEGRITY in verdict.codes:
         # Kept to be looked at, but what isn't whole is made anew by the next run.
         record_path(place).unlink()
     return _seal(job, order, place, source_folder, made, verdict)
@@ -63,15 +63,14 @@ def _verified_before(place: Path, verification: Verification) -> Manifest | None
         manifest = hub.check_bytes(place)
     except CheckpointError:
         manifest = None
-    if manifest and manifest.verification.same_as(verification) and not _beyond_gates(manifest.verdict):
+    if (
+        manifest
+        and manifest.verification.same_as(verification)
+        and all(code.by_threshold for code in manifest.verdict.codes)
+    ):
         return manifest
     (place / MANIFEST).unlink(missing_ok=True)
     return None
-
-
-def _beyond_gates(verdict: Verdict) -> list[str]:
-    """Reasons that no threshold can lift: broken files, a runtime that doesn't load them."""
-    return [reason for reason in verdict.reasons if not reason.startswith(gates.MEASURED)]
 
 
 def _judged_again(verdict: Verdict, order: Order) -> Verdict:
@@ -83,17 +82,6 @@ def _judged_again(verdict: Verdict, order: Order) -> Verdict:
         generations=verdict.generations,
     )
     return gates.judge(facts, order.thresholds)
-
-
-def intended_modules(recipe: Recipe, streamed: StreamedModel) -> frozenset[str]:
-    """The checkpoint's names of the modules that a recipe quantizes in this model."""
-    if isinstance(recipe, BitsAndBytesRecipe):
-        from workers.methods import bitsandbytes
-
-        converted = bitsandbytes.plan(streamed.model, recipe).converted
-        return frozenset(w.module for w in streamed.weights if w.input[0].removesuffix(".weight") in converted)
-    schemes = schemes_of(recipe, streamed)
-    return frozenset(weight.module for weight in streamed.weights if weight.key in schemes)
 
 
 def _verdict(job: Job, order: Order, source: Source, place: Path) -> Verdict:
@@ -110,7 +98,7 @@ def _verdict(job: Job, order: Order, source: Source, place: Path) -> Verdict:
 
 def _facts(order: Order, comparison: Comparison, place: Path, artifact: Source | Decoded) -> gates.Facts:
     """What isn't whole is not measured: it's made anew, and its numbers would say nothing."""
-    intended = intended_modules(order.recipe, comparison.reference)
+    intended = frozenset(layout_of(place, order.recipe, comparison.reference).modules)
     meant = Folded(comparison.source, folds_folder(place), comparison.transposed)
     found = integrity.inspect(meant, artifact, place, intended)
     if found.problems:
@@ -133,14 +121,16 @@ def _seal(job: Job, order: Order, place: Path, source_folder: Path, made: Artifa
     """Write the card, then the manifest over all files: from here on the artifact is these very bytes."""
     (place / MANIFEST).unlink(missing_ok=True)
     environment = versions()
-    write_text(place / "README.md", render_card(job, order, source_folder, verdict, environment, made.fallbacks))
+    with Source(source_folder, allow_pickle=job.model.allow_pickle) as source:
+        reference_bytes = source.bytes
+        kinds = kinds_of(order.recipe, _headers(source), conv1d=_family(source_folder).conv1d)
+    card = render_card(job, order, source_folder, verdict, environment, made.fallbacks, kinds)
+    write_text(place / "README.md", card)
     files = {
         str(path.relative_to(place)): FileEntry(sha256=file_sha256(path), size=path.stat().st_size)
         for path in sorted(place.rglob("*"))
         if path.is_file() and not path.name.startswith(".")
     }
-    with Source(source_folder, allow_pickle=job.model.allow_pickle) as source:
-        reference_bytes = source.bytes
     manifest = Manifest(
         fingerprint=order.fingerprint,
         model=job.model.id,
@@ -159,3 +149,11 @@ def _seal(job: Job, order: Order, place: Path, source_folder: Path, made: Artifa
     )
     write_text(place / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
     return manifest
+
+
+def _headers(source: Source) -> list[TensorHeader]:
+    return [TensorHeader(name, tuple(header.shape), "") for name, header in source.headers.items()]
+
+
+def _family(folder: Path) -> Family:
+    return family_of(json.loads((folder / "config.json").read_text()).get("model_type"))

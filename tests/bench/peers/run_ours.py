@@ -13,8 +13,9 @@ def quantize(request: Request, answer: Answer) -> None:
     """``settings``: a recipe. The reference, which the peers don't make, is made before the clock starts."""
     from tests.bench import models
     from workers import quantize as stage
-    from workers.job import Job, artifact_folder
-    from workers.recipes import Recipe
+    from workers.spec.job import Job
+    from workers.spec.recipes import Recipe
+    from workers.spec.workspace import artifact_folder
 
     tokens = rows(request)
     stage.calibration_tokens = lambda calibration, tokenizer: tokens  # type: ignore[assignment]

@@ -6,17 +6,14 @@ Frozen, unknown keys refused, validated once at the edge (STYLE.md 1). No torch,
 from __future__ import annotations
 
 import hashlib
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from workers.recipes import NUMERICS_VERSION, Frozen, Recipe
-
-MANIFEST = "quantmill.json"
-
+from workers.spec.base import Frozen, canonical_json
+from workers.spec.recipes import Recipe
 
 # ----------------------------------------------------------------------------- data, gates, destination
 
@@ -141,26 +138,6 @@ class Job(Frozen):
         return next(order for order in self.orders if order.recipe.name == recipe)
 
 
-def artifact_folder(workspace: Path | str, order: Order) -> Path:
-    """Where an artifact lies once it is whole; its name tells people the recipe, and machines the identity."""
-    return Path(workspace) / "artifacts" / f"{order.recipe.name}-{order.fingerprint[:16]}"
-
-
-def record_path(place: Path) -> Path:
-    """Where the quantize stage notes what it made, beside the artifact: verify takes the fallbacks from there."""
-    return place.with_name(f"{place.name}.json")
-
-
-def is_made(place: Path) -> bool:
-    """Whether an artifact lies there whole, as the quantize stage has made it."""
-    return place.is_dir() and record_path(place).is_file()
-
-
-def folds_folder(place: Path) -> Path:
-    """Where the scales that were folded into an artifact's weights are kept, beside it: verify undoes them."""
-    return place.with_name(f"{place.name}.folds")
-
-
 class Part(Frozen):
     """One part of a quantize stage that is spread over workers (``workers.spread``); ``join`` has one part alone."""
 
@@ -232,6 +209,30 @@ class Outcome(StrEnum):
     INFEASIBLE = "INFEASIBLE"
 
 
+class ReasonCode(StrEnum):
+    """What kind of reason speaks against an artifact."""
+
+    INTEGRITY = "integrity"
+    RUNTIME = "runtime"
+    INFEASIBLE = "infeasible"
+    KL = "kl"
+    TOP1 = "top1"
+    PERPLEXITY = "perplexity"
+    EVAL_TOKENS = "eval-tokens"
+    RUNTIME_LOGITS = "runtime-logits"
+    UNSAID = "unsaid"
+
+    @property
+    def by_threshold(self) -> bool:
+        """Whether other thresholds could lift it: the files are whole, and a runtime loads them."""
+        return self in _BY_THRESHOLD
+
+
+_BY_THRESHOLD = frozenset(
+    {ReasonCode.KL, ReasonCode.TOP1, ReasonCode.PERPLEXITY, ReasonCode.EVAL_TOKENS, ReasonCode.RUNTIME_LOGITS}
+)
+
+
 class Generation(Frozen):
     """What an artifact and its reference go on with, greedily, after the same tokens."""
 
@@ -247,6 +248,7 @@ class Verdict(Frozen):
 
     accepted: bool
     reasons: tuple[str, ...]
+    codes: tuple[ReasonCode, ...] = Field((), description="What kind of reason each of them is.")
     outcome: Outcome
     metrics: Metrics | None = None
     runtime: Runtime | None = None
@@ -255,10 +257,20 @@ class Verdict(Frozen):
 
     @model_validator(mode="before")
     @classmethod
-    def _outcome_of_older_manifests(cls, value: Any) -> Any:
-        if isinstance(value, dict) and "outcome" not in value:
-            return {**value, "outcome": Outcome.ACCEPT if value.get("accepted") else Outcome.REGRESSION}
-        return value
+    def _of_older_manifests(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        outcome = Outcome.ACCEPT if value.get("accepted") else Outcome.REGRESSION
+        codes = [ReasonCode.UNSAID for _ in value.get("reasons", ())]
+        return {"outcome": outcome, "codes": codes, **value}
+
+    @model_serializer(mode="wrap")
+    def _without_empty_codes(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Accepted artifacts have no reasons, and their manifests the bytes that they had before there were codes."""
+        made: dict[str, Any] = serialize(self)
+        if not self.codes:
+            del made["codes"]
+        return made
 
 
 class FileEntry(Frozen):
@@ -337,15 +349,6 @@ StageResult.model_rebuild()
 # ---------------------------------------------------------------------------------------------- identity
 
 
-def canonical_json(value: object) -> str:
-    """The one JSON text of a value: sorted keys, no spaces, no NaN.
-
-    Raises:
-        TypeError: for anything that isn't plain JSON; identity is never ``str()`` of an object.
-    """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
-
-
 def fingerprint(model: ModelPin, recipe: Recipe, calibration: Calibration | None, data_sha256: str | None) -> str:
     """Identity of an artifact: sha256 over all that determines its content.
 
@@ -355,7 +358,7 @@ def fingerprint(model: ModelPin, recipe: Recipe, calibration: Calibration | None
     content: dict[str, Any] = {
         "model": {"revision": model.revision, **({} if model.folder else {"id": model.id})},
         "recipe": recipe.model_dump(mode="json", exclude={"name", "description", "environment", "labels"}),
-        "numerics": NUMERICS_VERSION[recipe.method],
+        "numerics": recipe.numerics,
     }
     if recipe.calibrated:
         assert calibration is not None, "the plan refuses calibrated recipes without calibration data"

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from workers.job import Job
+from workers.spec.engines import ENGINES
+from workers.spec.job import Job
 
 
 def spreadable(job: Job) -> bool:
@@ -16,8 +17,9 @@ def spreadable(job: Job) -> bool:
 
 
 def sequential(job: Job) -> list[str]:
-    """The recipes of a job that can't be spread over workers."""
-    return [order.recipe.name for order in job.orders if order.recipe.own_stream]
+    """The recipes of a job that can't be spread: by propagate: quantized, or an engine that makes whole artifacts."""
+    recipes = [order.recipe for order in job.orders]
+    return [recipe.name for recipe in recipes if recipe.needs.own_stream or ENGINES[recipe.engine].script]
 
 
 def slice_of(count: int, part: int, parts: int) -> slice:

@@ -1,0 +1,128 @@
+"""Engines that make a whole artifact in a process of their own: a library, in an environment of its own.
+
+The engine's script reads a ``WholeRequest`` as one line of JSON from its standard input, writes ``WholeProgress``
+lines to its standard output, and leaves weights and config.json in the output folder. What belongs to every artifact
+is done here: companion files, the record and the layout beside it, and putting it in its place at the end, whole.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from pydantic import ValidationError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from workers.checkpoint import copy_companions
+from workers.content import write_text
+from workers.environments import interpreter
+from workers.errors import OutOfMemory, UnsupportedRecipe, WorkerDied
+from workers.spec.engines import Engine, WholeProgress, WholeRequest
+from workers.spec.job import ArtifactMade, Job, Order
+from workers.spec.workspace import artifact_folder, layout_path, record_path
+
+WEIGHTS = "*.safetensors"
+
+
+def make(
+    engine: Engine,
+    job: Job,
+    order: Order,
+    source: Path,
+    calibration_NT: Tensor | None,
+    progress: Callable[[float], None] = lambda share: None,
+) -> ArtifactMade:
+    """Have an engine make the artifact of an order; ``source`` is the model's folder, tokens are int64 [N, T].
+
+    Raises:
+        UnsupportedRecipe: the engine says that it can't, or leaves no weights or no config.json.
+        WorkerDied: its process ended without an answer.
+        OutOfMemory: its process was killed.
+        PreflightError: its environment isn't built here.
+    """
+    begun, place = time.monotonic(), artifact_folder(job.workspace, order)
+    partial = place.with_name(f".{place.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            request = WholeRequest(
+                source=str(source),
+                out=str(partial),
+                recipe=order.recipe,
+                calibration=_stored(calibration_NT, Path(scratch)),
+                trust_remote_code=job.model.trust_remote_code,
+            )
+            last = _ask(engine, request, progress)
+        return _put_in_place(engine, order, source, partial, place, last, time.monotonic() - begun)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _stored(tokens_NT: Tensor | None, scratch: Path) -> str | None:
+    if tokens_NT is None:
+        return None
+    path = scratch / "tokens.safetensors"
+    save_file({"tokens": tokens_NT.contiguous()}, path)
+    return str(path)
+
+
+def _ask(engine: Engine, request: WholeRequest, progress: Callable[[float], None]) -> WholeProgress:
+    """The engine's last line."""
+    assert engine.script is not None, "engines without a script take part in the pass"
+    python = str(interpreter(engine.environment)) if engine.environment else sys.executable
+    last = WholeProgress()
+    with tempfile.TemporaryFile("w+") as complaints:
+        with subprocess.Popen(
+            [python, "-m", engine.script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, text=True
+        ) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(request.model_dump_json() + "\n")
+            process.stdin.close()
+            for last in _lines(process.stdout):
+                progress(last.share)
+        complaints.seek(0)
+        said = (complaints.read().strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+    if process.returncode == -9:
+        raise OutOfMemory(f"engine {engine.name!r}: its process was killed ({said}); use a larger machine")
+    if last.error is not None:
+        raise UnsupportedRecipe(f"recipe {request.recipe.name!r}: engine {engine.name!r}: {last.error}")
+    if process.returncode or last.layout is None:
+        raise WorkerDied(f"engine {engine.name!r}: its process ended with {process.returncode} ({said})")
+    return last
+
+
+def _lines(stream: Iterator[str]) -> Iterator[WholeProgress]:
+    """The engine's answers; what a library prints in between is passed over."""
+    for line in stream:
+        try:
+            yield WholeProgress.model_validate_json(line)
+        except ValidationError:
+            continue
+
+
+def _put_in_place(
+    engine: Engine, order: Order, source: Path, partial: Path, place: Path, last: WholeProgress, seconds: float
+) -> ArtifactMade:
+    size = sum(path.stat().st_size for path in partial.glob(WEIGHTS))
+    if not size or not (partial / "config.json").is_file():
+        raise UnsupportedRecipe(
+            f"recipe {order.recipe.name!r}: engine {engine.name!r} left no {WEIGHTS} or no config.json in its folder"
+        )
+    copy_companions(source, partial)
+    made = ArtifactMade(
+        recipe=order.recipe.name, path=str(place), bytes=size, seconds=seconds, fallbacks=last.fallbacks
+    )
+    assert last.layout is not None, "an answer without a layout was refused"
+    write_text(layout_path(place), last.layout.model_dump_json() + "\n")
+    write_text(record_path(place), made.model_dump_json() + "\n")
+    shutil.rmtree(place, ignore_errors=True)
+    partial.rename(place)
+    return made

@@ -1,0 +1,61 @@
+"""GPTQ (arXiv 2210.17323): columns solved one after the other under the Hessian of their inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from workers.errors import NumericalError
+from workers.methods.layer import Problem, Solved, Stack
+from workers.numerics import gptq, refine, rounding
+from workers.spec.recipes import GptqRecipe
+
+
+def solve(recipe: GptqRecipe, stack: Stack) -> Solved:
+    """Codes by GPTQ, refined if the recipe says so.
+
+    Raises:
+        NumericalError: statistics that no damping mends.
+    """
+    options, scheme, w_BOI, h_BII = recipe.options, stack.scheme, stack.w_BOI, stack.hessians
+    importance_BI = h_BII.diagonal(dim1=1, dim2=2) if options.scales == "mse" else None
+    search = rounding.minmax_params if importance_BI is None else rounding.mse_params
+    weighing = {} if importance_BI is None else {"importance_I": _nonzero(importance_BI)}
+    scale_BOG, zero_BOG = search(
+        w_BOI, scheme.bits, scheme.group_size, symmetric=scheme.symmetric, scale_dtype=stack.scale_dtype, **weighing
+    )
+    factor = _factor(recipe, stack, h_BII)
+    codes_BOI = gptq.solve(w_BOI, factor, scale_BOG, zero_BOG, bits=scheme.bits)
+    if options.refine:
+        codes_BOI, scale_BOG = refine.refine(
+            w_BOI, h_BII, codes_BOI, scale_BOG, zero_BOG, bits=scheme.bits, rounds=options.refine,
+            damping=options.damping,
+        )  # fmt: skip
+    notes = [_notes(recipe, problem, used) for problem, used in zip(stack.problems, factor.damping_B, strict=True)]
+    return Solved(codes_BOI, scale_BOG, zero_BOG, notes)
+
+
+def _factor(recipe: GptqRecipe, stack: Stack, h_BII: Tensor) -> gptq.Factor:
+    options = recipe.options
+    seen = tuple(problem.statistics for problem in stack.problems if problem.statistics is not None)
+    try:
+        if len(seen) == len(stack.problems):
+            return stack.factors.of(seen, h_BII, activation_order=options.activation_order, damping=options.damping)
+        return gptq.factorize(h_BII, activation_order=options.activation_order, damping=options.damping)
+    except gptq.NotPositiveDefinite as error:
+        key = stack.problems[0].weights[0].key
+        raise NumericalError(f"gptq: {key}: {error}; calibrate on other text") from error
+
+
+def _nonzero(importance_BI: Tensor) -> Tensor:
+    """Equal importance for inputs that nothing ever came to."""
+    return torch.where((importance_BI > 0).any(-1, keepdim=True), importance_BI, 1.0)
+
+
+def _notes(recipe: GptqRecipe, problem: Problem, damping: float) -> tuple[str, ...]:
+    wanted, name, said = recipe.options.damping, problem.weights[0].module, []
+    if damping > wanted:
+        said.append(f"damping raised from {wanted:g} to {damping:g} for {name}: H wasn't positive definite")
+    if problem.statistics is None or problem.statistics.count == 0:
+        said.append(f"rounded to nearest, for no calibration token came to it: {name}")
+    return tuple(said)

@@ -1,0 +1,17 @@
+"""Round to nearest: each weight to the closest code of its group's range."""
+
+from __future__ import annotations
+
+from workers.methods.layer import Solved, Stack
+from workers.numerics import rounding
+from workers.spec.recipes import RtnRecipe, SmoothQuantRecipe
+
+
+def solve(recipe: RtnRecipe | SmoothQuantRecipe, stack: Stack) -> Solved:
+    """Codes in the range that ``recipe.options.scales`` chooses; SmoothQuant's weights are scaled already."""
+    scheme = stack.scheme
+    params = rounding.mse_params if recipe.options.scales == "mse" else rounding.minmax_params
+    scale_BOG, zero_BOG = params(
+        stack.w_BOI, scheme.bits, scheme.group_size, symmetric=scheme.symmetric, scale_dtype=stack.scale_dtype
+    )
+    return Solved(rounding.quantize(stack.w_BOI, scale_BOG, zero_BOG, scheme.bits), scale_BOG, zero_BOG)

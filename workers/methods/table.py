@@ -1,0 +1,34 @@
+"""The methods: one row each of what chooses codes on an integer grid. What a method needs is said by its recipe.
+
+A new method is a recipe class (``spec.recipes``), its numerics, a module here with its solver, and a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from workers.methods import awq, gptq, hqq, rtn, smoothquant
+from workers.methods.layer import FoldableInput, Solved, Stack
+from workers.spec.recipes import AwqRecipe, GptqRecipe, HqqRecipe, RecipeBase, RtnRecipe, SmoothQuantRecipe
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method: its recipes, its solver, and what chooses the scales of inputs that can be folded, if it has any."""
+
+    recipe: type[RecipeBase]
+    solve: Callable[[Any, Stack], Solved]
+    input_scales: Callable[[Any, FoldableInput], Tensor] | None = None
+
+
+METHODS: dict[str, Method] = {
+    "gptq": Method(GptqRecipe, gptq.solve),
+    "rtn": Method(RtnRecipe, rtn.solve),
+    "awq": Method(AwqRecipe, awq.solve, awq.input_scales),
+    "smoothquant": Method(SmoothQuantRecipe, rtn.solve, smoothquant.input_scales),
+    "hqq": Method(HqqRecipe, hqq.solve),
+}

@@ -1,0 +1,350 @@
+"""The formats: one row each of how quantized weights are stored. What stores and reads the bytes is ``formats.table``.
+
+A new format is a row here, a codec under the same name in ``workers/formats/table.py``, and the runtimes that read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, WithJsonSchema
+
+from workers.spec.schemes import (
+    FP8_BLOCK,
+    Float8Scheme,
+    FourBitFloatScheme,
+    IntScheme,
+    LlmInt8Scheme,
+    MicroscalingScheme,
+    Scheme,
+)
+from workers.spec.tensors import TensorHeader
+
+# How a runtime computes with a format's weights: in any dtype that is asked for; in the format's own, whatever is asked
+# for; or decoded to float32 while they are loaded, beside layers that stay in half precision.
+Arithmetic = Literal["any", "own", "decoded"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """What is known of one format.
+
+    ``says`` ends an error message and stands in the README. ``stored`` names the tensors of one quantized module,
+    within the module, for a weight (O, I); shapes and dtypes decide on the size that is planned. ``multiple_OI`` is
+    what has to divide outputs and inputs; ``group_sizes`` are those that its readers have kernels for (None: any; a
+    scale for each output channel is None in it). ``experts`` says why a mixture's experts stay in half precision in
+    this format. ``without_weight`` says whether a module stored under a scheme lacks the plain ``weight`` that
+    transformers' initialization of some families reads. ``declares`` recognises a ``quantization_config`` of
+    config.json, and ``family`` says which family of gates such a config belongs to, the coarsest where it has
+    several.
+    """
+
+    name: str
+    says: str
+    holds: Callable[[Scheme], bool]
+    stored: Callable[[Scheme, TensorHeader], list[TensorHeader]]
+    declares: Callable[[Mapping[str, Any]], bool]
+    family: Callable[[Mapping[str, Any]], list[str]]
+    per_layer_schemes: bool = False
+    conv1d: bool = False
+    experts: Callable[[Scheme], str | None] = lambda scheme: None
+    scale_dtype: Literal["float16", "checkpoint"] = "checkpoint"
+    container: Literal["shards", "file"] = "shards"
+    multiple_OI: tuple[int, int] = (1, 1)
+    group_sizes: tuple[int | None, ...] | None = None
+    without_weight: Callable[[Scheme], bool] = lambda scheme: False
+    arithmetic: Callable[[Mapping[str, Any]], Arithmetic] = lambda config: "any"
+    needs: tuple[str, ...] = ()
+    method: str | None = None
+
+
+# ------------------------------------------------------------------------------------- compressed-tensors
+
+
+def _ct_holds(scheme: Scheme) -> bool:
+    match scheme:
+        case IntScheme(symmetric=symmetric):
+            # transformers 5.23 fails to load asymmetric pack-quantized (weight_zero_point size mismatch).
+            return symmetric
+        case Float8Scheme(scales=scales):
+            return scales != "block"
+        case _:
+            return isinstance(scheme, MicroscalingScheme)
+
+
+def _ct_without_weight(scheme: Scheme) -> bool:
+    return isinstance(scheme, MicroscalingScheme) or (isinstance(scheme, IntScheme) and scheme.activations == "none")
+
+
+def _ct_stored(scheme: Scheme, weight: TensorHeader) -> list[TensorHeader]:
+    rows, columns = weight.shape
+    match scheme:
+        case IntScheme(bits=bits) if _ct_without_weight(scheme):
+            groups = columns // (scheme.group_size or columns)
+            return [
+                TensorHeader("weight_packed", (rows, -(-columns * bits // 32)), "I32"),
+                TensorHeader("weight_scale", (rows, groups), weight.dtype),
+                TensorHeader("weight_shape", (2,), "I64"),
+            ]
+        case IntScheme():
+            scale = TensorHeader("weight_scale", (rows, 1), weight.dtype)
+            return [TensorHeader("weight", (rows, columns), "I8"), scale]
+        case Float8Scheme():
+            shape = (rows, 1) if scheme.scales == "channel" else (1,)
+            static = [TensorHeader("input_scale", (1,), weight.dtype)] if scheme.activations == "static" else []
+            scale = TensorHeader("weight_scale", shape, weight.dtype)
+            return [TensorHeader("weight", (rows, columns), "F8_E4M3"), scale, *static]
+        case MicroscalingScheme():
+            kind = "U8" if scheme.type == "mxfp4" else "F8_E4M3"
+            whole = [TensorHeader("weight_global_scale", (1,), "F32")] if scheme.type == "nvfp4" else []
+            return [
+                TensorHeader("weight_packed", (rows, columns // 2), "U8"),
+                TensorHeader("weight_scale", (rows, columns // scheme.group_size), kind),
+                *whole,
+            ]
+    raise AssertionError(f"{scheme.type} isn't held")
+
+
+def _ct_family(config: Mapping[str, Any]) -> list[str]:
+    groups = [group for group in config.get("config_groups", {}).values() if isinstance(group, dict)]
+    return [_ct_group_family(group, str(group.get("format") or config.get("format"))) for group in groups]
+
+
+def _ct_group_family(group: Mapping[str, Any], form: str) -> str:
+    weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    for name in ("nvfp4", "mxfp4"):
+        if form.startswith(name):
+            return name
+    if weights.get("type") == "float":
+        return "fp8"
+    return "w8a8" if inputs and weights.get("num_bits") == 8 else f"w{weights.get('num_bits', 4)}"
+
+
+COMPRESSED_TENSORS = Format(
+    name="compressed-tensors",
+    says="symmetric int of 2 to 8 bits, a scheme of its own for each layer, int8 activations, fp8 with scales for each "
+    "tensor or channel, mxfp4 and nvfp4",
+    holds=_ct_holds,
+    stored=_ct_stored,
+    declares=lambda config: config.get("quant_method") == "compressed-tensors",
+    family=_ct_family,
+    per_layer_schemes=True,
+    without_weight=_ct_without_weight,
+    # The library decodes fp4 to bfloat16 while the model runs, whatever the model computes in.
+    arithmetic=lambda config: "own" if "fp4" in str(config.get("format")) else "any",
+    needs=("compressed-tensors",),
+)
+
+
+# ------------------------------------------------------------------------------------------ gptq and awq
+
+
+def _plain_int(scheme: Scheme) -> IntScheme | None:
+    """An integer scheme that leaves activations alone, or None."""
+    return scheme if isinstance(scheme, IntScheme) and scheme.activations == "none" else None
+
+
+def _gptq_holds(scheme: Scheme) -> bool:
+    plain = _plain_int(scheme)
+    return plain is not None and plain.bits in (2, 3, 4, 8)
+
+
+def _gptq_stored(scheme: Scheme, weight: TensorHeader) -> list[TensorHeader]:
+    assert isinstance(scheme, IntScheme), "the format holds no other schemes"
+    rows, columns = weight.shape
+    groups = columns // (scheme.group_size or columns)
+    return [
+        TensorHeader("qweight", (columns * scheme.bits // 32, rows), "I32"),
+        TensorHeader("qzeros", (groups, rows * scheme.bits // 32), "I32"),
+        TensorHeader("scales", (groups, rows), "F16"),
+        TensorHeader("g_idx", (columns,), "I32"),
+    ]
+
+
+def _is_gptq_v2(config: Mapping[str, Any]) -> bool:
+    return (config.get("checkpoint_format") or config.get("format")) == "gptq_v2"
+
+
+def _gptq(name: str, declares: Callable[[Mapping[str, Any]], bool]) -> Format:
+    return Format(
+        name=name,
+        says="int of 2, 3, 4 or 8 bits, symmetric or not, one scheme for all layers, dense models",
+        holds=_gptq_holds,
+        stored=_gptq_stored,
+        declares=lambda config: config.get("quant_method") == "gptq" and declares(config),
+        family=lambda config: [f"w{config.get('bits', 4)}"],
+        scale_dtype="float16",
+        multiple_OI=(32, 32),
+        # What the kernels of gptqmodel 7.6 take; 16 fails in its 4-bit CPU kernel.
+        group_sizes=(32, 64, 128, 256, 512, 1024, None),
+    )
+
+
+GPTQ = _gptq("gptq", lambda config: not _is_gptq_v2(config))
+GPTQ_V2 = _gptq("gptq-v2", _is_gptq_v2)
+
+
+def _awq_stored(scheme: Scheme, weight: TensorHeader) -> list[TensorHeader]:
+    assert isinstance(scheme, IntScheme), "the format holds no other schemes"
+    rows, columns = weight.shape
+    groups = columns // (scheme.group_size or columns)
+    return [
+        TensorHeader("qweight", (columns, rows // 8), "I32"),
+        TensorHeader("qzeros", (groups, rows // 8), "I32"),
+        TensorHeader("scales", (groups, rows), "F16"),
+    ]
+
+
+def _awq_holds(scheme: Scheme) -> bool:
+    plain = _plain_int(scheme)
+    return plain is not None and plain.bits == 4 and not plain.symmetric
+
+
+AWQ = Format(
+    name="awq",
+    says="asymmetric int of 4 bits, one scheme for all layers, dense models",
+    holds=_awq_holds,
+    stored=_awq_stored,
+    declares=lambda config: config.get("quant_method") == "awq",
+    family=lambda config: [f"w{config.get('bits', 4)}"],
+    scale_dtype="float16",
+    multiple_OI=(8, 1),
+    # What the kernels of gptqmodel 7.6 take.
+    group_sizes=(16, 32, 64, 128),
+)
+
+
+# --------------------------------------------------------------------------------------------------- fp8
+
+
+def _fp8_stored(scheme: Scheme, weight: TensorHeader) -> list[TensorHeader]:
+    rows, columns = weight.shape
+    return [
+        TensorHeader("weight", (rows, columns), "F8_E4M3"),
+        TensorHeader("weight_scale_inv", (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)), "F32"),
+    ]
+
+
+FP8 = Format(
+    name="fp8",
+    says=f"fp8 with scales for each block of {FP8_BLOCK} x {FP8_BLOCK}",
+    holds=lambda scheme: isinstance(scheme, Float8Scheme) and scheme.scales == "block",
+    stored=_fp8_stored,
+    declares=lambda config: config.get("quant_method") == "fp8",
+    family=lambda config: ["fp8"],
+    arithmetic=lambda config: "decoded",
+)
+
+
+# ------------------------------------------------------------------------------------------ bitsandbytes
+
+# Elements of a block that share an absmax, and blocks whose absmax share one where they are quantized again.
+BNB_BLOCK, BNB_NESTED_BLOCK = 64, 256
+
+
+def _bnb_stored(scheme: Scheme, weight: TensorHeader) -> list[TensorHeader]:
+    count = weight.numel
+    if isinstance(scheme, LlmInt8Scheme):
+        rows = weight.shape[0]
+        codes = TensorHeader("weight", weight.shape, "I8")
+        return [codes, TensorHeader("SCB", (rows,), "F32"), TensorHeader("weight_format", (), "U8")]
+    assert isinstance(scheme, FourBitFloatScheme), "the format holds no other schemes"
+    blocks = -(-count // BNB_BLOCK)
+    # The state is JSON; its length depends on the shape's digits by a few bytes.
+    state = TensorHeader(f"weight.quant_state.bitsandbytes__{scheme.type}", (100,), "U8")
+    nested = [
+        TensorHeader("weight.nested_absmax", (-(-blocks // BNB_NESTED_BLOCK),), "F32"),
+        TensorHeader("weight.nested_quant_map", (256,), "F32"),
+    ]
+    return [
+        TensorHeader("weight", (-(-count // 2), 1), "U8"),
+        TensorHeader("weight.absmax", (blocks,), "U8" if scheme.double_quantization else "F32"),
+        TensorHeader("weight.quant_map", (16,), "F32"),
+        state,
+        *(nested if scheme.double_quantization else []),
+    ]
+
+
+def _bnb_family(config: Mapping[str, Any]) -> list[str]:
+    return ["llm-int8" if config.get("load_in_8bit") else str(config.get("bnb_4bit_quant_type", "nf4"))]
+
+
+BITSANDBYTES = Format(
+    name="bitsandbytes",
+    says="nf4, fp4 and llm-int8",
+    holds=lambda scheme: isinstance(scheme, FourBitFloatScheme | LlmInt8Scheme),
+    stored=_bnb_stored,
+    declares=lambda config: config.get("quant_method") == "bitsandbytes",
+    family=_bnb_family,
+    conv1d=True,
+    experts=lambda scheme: "the library converts linear modules alone, and transformers fuses experts",
+    arithmetic=lambda config: "own",
+    needs=("bitsandbytes",),
+    method="bitsandbytes",
+)
+
+FORMATS: dict[str, Format] = {row.name: row for row in (COMPRESSED_TENSORS, GPTQ, GPTQ_V2, AWQ, FP8, BITSANDBYTES)}
+
+
+# --------------------------------------------------------------------------------------- asking the rows
+
+
+def _known(name: str) -> str:
+    if name not in FORMATS:
+        raise ValueError(f"unknown format; known are {', '.join(FORMATS)}")
+    return name
+
+
+FormatName = Annotated[
+    str, AfterValidator(_known), WithJsonSchema({"type": "string", "enum": list(FORMATS), "title": "Format"})
+]
+
+
+def recognised(config: Mapping[str, Any]) -> Format | None:
+    """The format that a ``quantization_config`` declares; None if none of the rows does."""
+    return next((row for row in FORMATS.values() if row.declares(config)), None)
+
+
+def formats_that_hold(scheme: Scheme) -> list[str]:
+    """Names of the formats that hold a scheme, its group size included."""
+    return [row.name for row in FORMATS.values() if row.holds(scheme) and group_size_held(row, scheme)]
+
+
+def others_that_hold(fmt: str, scheme: Scheme) -> str:
+    """What to choose instead of a format for a scheme, to end an error message."""
+    names = [name for name in formats_that_hold(scheme) if name != fmt]
+    return f"format: {' or '.join(names)}" if names else "another scheme"
+
+
+def formats_with_schemes_by_layer() -> str:
+    """The formats in which layers may have schemes of their own, to end an error message."""
+    return f"format: {' or '.join(row.name for row in FORMATS.values() if row.per_layer_schemes)}"
+
+
+def group_size_held(row: Format, scheme: Scheme) -> bool:
+    """Whether the format's readers have kernels for the group size of an integer scheme."""
+    return row.group_sizes is None or not isinstance(scheme, IntScheme) or scheme.group_size in row.group_sizes
+
+
+def check_holds(name: str, fmt: str, scheme: Scheme) -> None:
+    """Refuse a scheme that the format can't hold; ``name`` is the recipe's.
+
+    Raises:
+        ValueError: naming both, and the formats that can.
+    """
+    row = FORMATS[fmt]
+    fits = formats_that_hold(scheme)
+    if fmt in fits:
+        return
+    if row.holds(scheme):
+        assert row.group_sizes is not None
+        sizes = ", ".join("null" if size is None else str(size) for size in row.group_sizes)
+        raise ValueError(
+            f"recipe {name!r}: format {fmt!r}: group_size {getattr(scheme, 'group_size', None)} is read by no kernel; "
+            f"choose one of {sizes}" + (f", or format: {' or '.join(fits)}" if fits else "")
+        )
+    wanted = scheme.model_dump_json(exclude={"indivisible"})
+    remedy = f"choose format: {' or '.join(fits)}" if fits else "no format that a runtime reads holds it"
+    raise ValueError(f"recipe {name!r}: format {fmt!r} can't hold the scheme {wanted} (it holds {row.says}); {remedy}")

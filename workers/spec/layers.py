@@ -1,0 +1,123 @@
+"""Which of a model's tensors a recipe quantizes, and to what, by names and shapes alone: for plan and worker."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+from workers.spec.base import Frozen
+from workers.spec.formats import FORMATS
+from workers.spec.recipes import Recipe
+from workers.spec.schemes import FP8_BLOCK, AnyScheme, Float8Scheme, IntScheme, MicroscalingScheme, Scheme
+from workers.spec.tensors import TensorHeader
+
+# A weight of one expert; transformers fuses them into one tensor for each layer while it loads.
+EXPERT = re.compile(r"\.experts\.\d+\.")
+# The number of a decoder layer in a tensor's name.
+LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+class LayerKinds(NamedTuple):
+    """Kinds of layers, beside plain linear ones, that a recipe quantizes in a model; what a runtime reads depends on
+    them.
+
+    ``conv1d``: stored (in, out), as GPT-2's. ``mixed``: more than one scheme.
+    """
+
+    experts: bool = False
+    conv1d: bool = False
+    mixed: bool = False
+
+
+@dataclass(frozen=True)
+class LayerScheme:
+    """What one weight gets: ``scheme``, None for half precision.
+
+    ``why`` says why that isn't what the recipe asks for; ``refused`` that the recipe wants no substitute for it.
+    """
+
+    wanted: Scheme
+    scheme: Scheme | None
+    why: str | None = None
+    refused: bool = False
+
+
+class Layout(Frozen):
+    """What an engine decided: the scheme of every quantized module, by its name in the checkpoint.
+
+    ``modules`` has indices into ``schemes``, for a mixture has tens of thousands of modules and few schemes.
+    """
+
+    schemes: tuple[AnyScheme, ...]
+    modules: dict[str, int]
+
+    @classmethod
+    def of(cls, schemes: Mapping[str, Scheme]) -> Self:
+        """That of modules with their schemes."""
+        distinct = list(dict.fromkeys(schemes.values()))
+        return cls(schemes=tuple(distinct), modules={name: distinct.index(scheme) for name, scheme in schemes.items()})
+
+
+def is_matrix_of_a_layer(tensor: TensorHeader) -> bool:
+    """Whether a tensor is the weight matrix of a module inside a decoder layer."""
+    return tensor.name.endswith(".weight") and len(tensor.shape) == 2 and LAYER.search(tensor.name) is not None
+
+
+def quantizable(tensor: TensorHeader, recipe: Recipe) -> bool:
+    """Whether the recipe turns this tensor into codes: a matrix inside a decoder layer that isn't ignored."""
+    if not is_matrix_of_a_layer(tensor):
+        return False
+    module = tensor.name.removesuffix(".weight")
+    return not recipe.ignores(module) and not (EXPERT.search(tensor.name) and experts_left(recipe))
+
+
+def experts_left(recipe: Recipe) -> str | None:
+    """Why a recipe's format leaves experts in half precision; None if it doesn't."""
+    return FORMATS[recipe.format].experts(recipe.scheme)
+
+
+def scheme_for(recipe: Recipe, module: str, shape_OI: tuple[int, int]) -> LayerScheme:
+    """What a module that the recipe doesn't ignore gets; ``shape_OI`` has outputs first, also for Conv1D."""
+    wanted = recipe.scheme_of(module)
+    rows, columns = shape_OI
+    if isinstance(wanted, Float8Scheme) and wanted.scales == "block":
+        whole = rows % FP8_BLOCK == columns % FP8_BLOCK == 0
+        return _kept(wanted, f"{FP8_BLOCK} doesn't divide both of {rows} x {columns}", whole)
+    multiple_O, multiple_I = FORMATS[recipe.format].multiple_OI
+    if rows % multiple_O or columns % multiple_I:
+        need = f"{multiple_O} must divide its outputs" + (f" and {multiple_I} its inputs" if multiple_I > 1 else "")
+        return LayerScheme(wanted, None, f"a weight of {rows} x {columns} can't be packed, {need}", refused=True)
+    size = wanted.group_size if isinstance(wanted, IntScheme | MicroscalingScheme) else None
+    if size is None or columns % size == 0:
+        return LayerScheme(wanted, wanted)
+    why = f"the group size {size} doesn't divide the width {columns}"
+    match wanted:
+        case IntScheme(indivisible="channel"):
+            return LayerScheme(wanted, wanted.model_copy(update={"group_size": None}), why)
+        case IntScheme(indivisible="keep"):
+            return LayerScheme(wanted, None, why)
+    return LayerScheme(wanted, None, why, refused=True)
+
+
+def _kept(wanted: Scheme, why: str, whole: bool) -> LayerScheme:
+    return LayerScheme(wanted, wanted) if whole else LayerScheme(wanted, None, why)
+
+
+def out_in_shape(tensor: TensorHeader, *, conv1d: bool) -> tuple[int, int]:
+    """Outputs and inputs of a weight matrix, which Conv1D stores the other way round."""
+    first, second = tensor.shape
+    return (second, first) if conv1d else (first, second)
+
+
+def kinds_of(recipe: Recipe, tensors: Iterable[TensorHeader], *, conv1d: bool) -> LayerKinds:
+    """Which kinds of layers a recipe quantizes among a checkpoint's tensors; ``conv1d`` is the family's."""
+    experts, schemes = False, set[Scheme]()
+    for tensor in tensors:
+        if quantizable(tensor, recipe):
+            experts = experts or EXPERT.search(tensor.name) is not None
+            chosen = scheme_for(recipe, tensor.name.removesuffix(".weight"), out_in_shape(tensor, conv1d=conv1d))
+            if chosen.scheme is not None:
+                schemes.add(chosen.scheme)
+    return LayerKinds(experts=experts, conv1d=conv1d, mixed=len(schemes) > 1)

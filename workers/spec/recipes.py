@@ -1,0 +1,332 @@
+"""What a recipe says: a method, a scheme and a format, and which of them go together.
+
+Method (how the codes are chosen), scheme (what the codes are) and format (how they are stored) are three things; a
+recipe names one of each. Frozen, unknown keys refused. No torch: the driver imports it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from workers.spec.base import SLUG, Frozen
+from workers.spec.formats import BITSANDBYTES, FORMATS, FormatName, check_holds
+from workers.spec.schemes import (
+    AnyLinearScheme,
+    Float8Scheme,
+    FourBitFloatScheme,
+    IntScheme,
+    LinearScheme,
+    LlmInt8Scheme,
+)
+
+# ------------------------------------------------------------------------------------------ methods
+
+
+class NoOptions(Frozen):
+    """A method without settings."""
+
+
+class RtnOptions(Frozen):
+    """Settings of rounding to nearest."""
+
+    scales: Literal["minmax", "mse"] = Field("minmax", description="How the range of an int group is chosen.")
+
+
+class GptqOptions(Frozen):
+    """Settings of GPTQ (arXiv 2210.17323)."""
+
+    scales: Literal["minmax", "mse"] = Field("mse", description="How a group's range is chosen.")
+    activation_order: bool = Field(True, description="Solve columns in order of falling diag(H); groups stay static.")
+    damping: float = Field(0.01, gt=0, lt=1, description="Added to diag(H), as a share of its mean.")
+    refine: int = Field(
+        3,
+        ge=0,
+        le=100,
+        description="After solving: rounds of least squares for the scales and coordinate descent for the codes, "
+        "both under the same Hessian; 0: none.",
+    )
+    propagate: Literal["original", "quantized"] = Field(
+        "original",
+        description="Which activations are calibrated on: the original model's (one stream for all recipes), or this "
+        "recipe's own, through the layers that it has quantized so far.",
+    )
+
+
+class AwqOptions(Frozen):
+    """Settings of AWQ (arXiv 2306.00978)."""
+
+    grid: int = Field(20, ge=1, le=1000, description="Exponents tried between 0 and 1 for the scales of the inputs.")
+    clip: bool = Field(True, description="Search the range of each group for the least error on the activations.")
+
+
+class SmoothQuantOptions(Frozen):
+    """Settings of SmoothQuant (arXiv 2211.10438)."""
+
+    strength: float = Field(
+        0.5, ge=0, le=1, description="alpha: how much of the activations' range moves into weights."
+    )
+    scales: Literal["minmax", "mse"] = Field("minmax", description="How the range of an output channel is chosen.")
+
+
+class HqqOptions(Frozen):
+    """Settings of half-quadratic quantization (Badri and Shaji, 2023)."""
+
+    iterations: int = Field(20, ge=1, le=1000)
+    norm: float = Field(0.7, gt=0, lt=2, description="p of the l_p norm of the error that is made small.")
+
+
+IGNORED_BY_DEFAULT = (
+    "lm_head",
+    "*.router",
+    "*.router.*",
+    "*.mlp.gate",
+    "*.block_sparse_moe.gate",
+    "*.shared_expert_gate",
+    "*.dt_proj",
+)
+
+
+class PassNeeds(NamedTuple):
+    """What a recipe needs of a pass over the model; without any of it, the weights alone.
+
+    ``statistics``: X^T X of the inputs of every layer, from the calibration text. ``magnitudes``: how large inputs are,
+    beside their products with one another. ``folds``: where scales of inputs can be moved into what comes before.
+    ``own_stream``: hidden states of its own, through the layers that it has quantized so far.
+    """
+
+    statistics: bool = False
+    magnitudes: bool = False
+    folds: bool = False
+    own_stream: bool = False
+
+
+class RecipeBase(Frozen):
+    """What every recipe has, whatever its method.
+
+    ``numerics`` is raised by one whenever a change alters the bytes that the method writes: old artifacts are then made
+    again. ``engine`` names the row of ``spec.engines`` that makes the artifact.
+    """
+
+    numerics: ClassVar[int] = 1
+    engine: ClassVar[str] = "linear"
+
+    name: str = Field(pattern=SLUG.pattern, max_length=64)
+    description: str = ""
+    environment: str | None = Field(
+        None,
+        pattern=SLUG.pattern,
+        max_length=64,
+        description="A prebuilt environment that it's made and verified in (`quantmill env create`).",
+    )
+    labels: dict[str, str] = Field(
+        {},
+        description="What a node has to meet, by Ray's labels, as {ray.io/accelerator-type: H100}: a value, !value, "
+        "in(a,b) or !in(a,b).",
+    )
+    ignore: tuple[str, ...] = Field(
+        IGNORED_BY_DEFAULT,
+        description="Modules left as they are: names, shell patterns, or re:REGEX. The default: head and routers, and "
+        "Mamba's dt_proj, whose weight isn't used as a linear layer's.",
+    )
+
+    @field_validator("ignore")
+    @classmethod
+    def _compiles(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return _compiled("ignore", value)
+
+    @property
+    def needs(self) -> PassNeeds:
+        """What the recipe needs of a pass over the model."""
+        return PassNeeds()
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the recipe needs statistics of a calibration text."""
+        return self.needs.statistics
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """All patterns of module names that the recipe has."""
+        return self.ignore
+
+    def ignores(self, module: str) -> bool:
+        """Whether the module named ``module`` stays in half precision."""
+        return any(matches(pattern, module) for pattern in self.ignore)
+
+
+class Override(Frozen):
+    """Another scheme for some of the modules."""
+
+    modules: tuple[str, ...] = Field(min_length=1, description="Names, shell patterns, or re:REGEX.")
+    scheme: IntScheme
+
+    @field_validator("modules")
+    @classmethod
+    def _compiles(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return _compiled("modules", value)
+
+
+class IntRecipe(RecipeBase):
+    """A recipe whose codes lie on an integer grid."""
+
+    scheme: IntScheme
+    overrides: tuple[Override, ...] = Field((), description="Schemes of their own; the first whose pattern fits.")
+    format: FormatName
+
+    @model_validator(mode="after")
+    def _readable(self) -> Self:
+        for scheme in (self.scheme, *(override.scheme for override in self.overrides)):
+            check_holds(self.name, self.format, scheme)
+        if self.overrides and not FORMATS[self.format].per_layer_schemes:
+            able = " or ".join(row.name for row in FORMATS.values() if row.per_layer_schemes)
+            raise ValueError(
+                f"recipe {self.name!r}: overrides need format: {able}, got {self.format!r}, which has one scheme for "
+                "all layers"
+            )
+        return self
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """All patterns of module names that the recipe has."""
+        return (*self.ignore, *(pattern for override in self.overrides for pattern in override.modules))
+
+    def scheme_of(self, module: str) -> IntScheme:
+        """The scheme that the recipe wants for a module."""
+        for override in self.overrides:
+            if any(matches(pattern, module) for pattern in override.modules):
+                return override.scheme
+        return self.scheme
+
+
+class GptqRecipe(IntRecipe):
+    """GPTQ: second-order error compensation from the calibration Hessian."""
+
+    numerics: ClassVar[int] = 2
+
+    method: Literal["gptq"]
+    options: GptqOptions = GptqOptions()
+
+    @property
+    def needs(self) -> PassNeeds:
+        """Statistics, from its own quantized layers if it propagates them."""
+        return PassNeeds(statistics=True, own_stream=self.options.propagate == "quantized")
+
+
+class AwqRecipe(IntRecipe):
+    """AWQ: input channels scaled by their activations before rounding, the scales folded into what comes before."""
+
+    method: Literal["awq"]
+    options: AwqOptions = AwqOptions()
+
+    @property
+    def needs(self) -> PassNeeds:
+        """Statistics, magnitudes and folds."""
+        return PassNeeds(statistics=True, magnitudes=True, folds=True)
+
+
+class SmoothQuantRecipe(IntRecipe):
+    """SmoothQuant: outliers of the activations moved into the weights, then both in int8."""
+
+    method: Literal["smoothquant"]
+    options: SmoothQuantOptions = SmoothQuantOptions()
+
+    @model_validator(mode="after")
+    def _both_in_int8(self) -> Self:
+        if self.scheme.activations != "int8":
+            raise ValueError(
+                f"recipe {self.name!r}: smoothquant is for activations in int8, got activations "
+                f"{self.scheme.activations!r}; set scheme: {{bits: 8, group_size: null, activations: int8}}"
+            )
+        return self
+
+    @property
+    def needs(self) -> PassNeeds:
+        """Statistics, magnitudes and folds."""
+        return PassNeeds(statistics=True, magnitudes=True, folds=True)
+
+
+class HqqRecipe(IntRecipe):
+    """HQQ: zero points that make an l_p norm of the weights' error small; no calibration text."""
+
+    method: Literal["hqq"]
+    options: HqqOptions = HqqOptions()
+
+    @model_validator(mode="after")
+    def _has_zero_points(self) -> Self:
+        if self.scheme.symmetric:
+            raise ValueError(f"recipe {self.name!r}: hqq chooses zero points; set scheme.symmetric: false")
+        return self
+
+
+class RtnRecipe(RecipeBase):
+    """Round to nearest."""
+
+    method: Literal["rtn"]
+    scheme: AnyLinearScheme
+    format: FormatName
+    options: RtnOptions = RtnOptions()
+
+    @model_validator(mode="after")
+    def _readable(self) -> Self:
+        check_holds(self.name, self.format, self.scheme)
+        return self
+
+    @property
+    def needs(self) -> PassNeeds:
+        """Static scales of activations need how large they are."""
+        static = isinstance(self.scheme, Float8Scheme) and self.scheme.activations == "static"
+        return PassNeeds(statistics=static, magnitudes=static)
+
+    def scheme_of(self, module: str) -> LinearScheme:
+        """The scheme that the recipe wants for a module."""
+        return self.scheme
+
+
+class BitsAndBytesRecipe(RecipeBase):
+    """bitsandbytes: the library's own kernels, its own serialized form."""
+
+    engine: ClassVar[str] = "bitsandbytes"
+
+    method: Literal["bitsandbytes"]
+    scheme: Annotated[FourBitFloatScheme | LlmInt8Scheme, Field(discriminator="type")]
+    format: FormatName = BITSANDBYTES.name
+    options: NoOptions = NoOptions()
+
+    @model_validator(mode="after")
+    def _readable(self) -> Self:
+        check_holds(self.name, self.format, self.scheme)
+        return self
+
+    def scheme_of(self, module: str) -> FourBitFloatScheme | LlmInt8Scheme:
+        """The scheme that the recipe wants for a module."""
+        return self.scheme
+
+
+LinearRecipe = GptqRecipe | RtnRecipe | AwqRecipe | SmoothQuantRecipe | HqqRecipe
+Recipe = Annotated[LinearRecipe | BitsAndBytesRecipe, Field(discriminator="method")]
+
+
+def words(recipe: Recipe) -> str:
+    """The scheme of a recipe as a person says it, with the bit widths that deviate from it."""
+    others = {override.scheme.bits for override in recipe.overrides} if isinstance(recipe, IntRecipe) else set()
+    return recipe.scheme.words(others) if isinstance(recipe.scheme, IntScheme) else recipe.scheme.words()
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a module name fits a pattern of a recipe."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def _compiled(field: str, patterns: tuple[str, ...]) -> tuple[str, ...]:
+    for pattern in patterns:
+        try:
+            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+        except re.error as error:
+            raise ValueError(f"{field}: {pattern!r} is no regular expression ({error}); mend it") from error
+    return patterns

@@ -1,0 +1,273 @@
+"""The runtimes: one row each of the libraries that users load checkpoints with.
+
+``module`` is run in a fresh process to check an artifact (``workers.verify.runtimes``); a runtime without one is
+known by what it was seen to read, and cards and tables say so. A new runtime is a row here, its module, and, where
+its packages conflict with ours, an environment file in configs/environments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from pydantic import Field
+
+from workers.spec.base import Frozen
+from workers.spec.families import DEFAULT_LOADER
+from workers.spec.formats import (
+    AWQ,
+    BITSANDBYTES,
+    COMPRESSED_TENSORS,
+    FORMATS,
+    FP8,
+    GPTQ,
+    GPTQ_V2,
+    Arithmetic,
+    formats_that_hold,
+)
+from workers.spec.layers import LayerKinds
+from workers.spec.schemes import Float8Scheme, FourBitFloatScheme, IntScheme, MicroscalingScheme, Scheme
+
+# Why a runtime doesn't read layers of these kinds under a scheme, what to do included; None if it does. Goes on after
+# the layers' names: "are experts, which ...".
+Rule = Callable[[Scheme, LayerKinds], str | None]
+
+
+class RuntimeRequest(Frozen):
+    """What a runtime's module is asked, as JSON, in a process of its own.
+
+    In the folder ``scratch`` lies ``tokens.safetensors`` (``tokens`` int64 [N, T], ``prompts`` int64 [P, T]); the
+    logits go there as ``logits.safetensors`` (float32 [N, T, V]). ``loader`` is transformers' class for the family.
+    """
+
+    artifact: str
+    scratch: str
+    trust_remote_code: bool = False
+    arithmetic: Arithmetic = "any"
+    loader: str = DEFAULT_LOADER
+    new_tokens: int = Field(24, ge=1, description="Tokens that are generated after each prompt.")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What is known of one runtime.
+
+    ``rules`` has the formats that it reads; ``packages`` what it needs installed for one, beside its own
+    distribution, and ``extras`` quantmill's extra that brings one of them. ``environment`` names the prebuilt
+    environment that its check runs in; None: the one that the artifact is verified in. ``snippet`` is the Python that
+    the card shows for a repository; ``tried`` says of a runtime without ``module`` what its rules were seen with.
+    """
+
+    name: str
+    distribution: str
+    rules: Mapping[str, Rule]
+    snippet: Callable[[str], str]
+    module: str | None = None
+    environment: str | None = None
+    packages: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    extras: Mapping[str, str] = field(default_factory=dict)
+    tried: str = ""
+
+    def reads(self, fmt: str, scheme: Scheme, kinds: LayerKinds) -> str | None:
+        """Why it doesn't read layers of these kinds; None if it does."""
+        rule = self.rules.get(fmt)
+        if rule is None:
+            return f"are stored in the format {fmt}, which {self.name} doesn't read; choose {_formats(self.rules)}"
+        return rule(scheme, kinds)
+
+    def lacks(self, fmt: str, packages: Mapping[str, str]) -> list[str]:
+        """The distributions among ``packages`` (name -> version) that it lacks to read a format."""
+        return [name for name in (self.distribution, *self.packages.get(fmt, ())) if name not in packages]
+
+    def install(self, fmt: str) -> str:
+        """The command that installs what reading a format takes."""
+        return " ".join(["pip install", self.distribution, *self.packages.get(fmt, ())])
+
+
+def _formats(names: Mapping[str, object] | list[str]) -> str:
+    return f"format: {' or '.join(names)}"
+
+
+# ------------------------------------------------------------------------------------------ transformers
+
+
+def _conv1d(kinds: LayerKinds) -> str | None:
+    if not kinds.conv1d:
+        return None
+    able = [f"method: {row.method}" if row.method else f"format: {row.name}" for row in FORMATS.values() if row.conv1d]
+    return f"are Conv1D, which transformers doesn't load in this format; choose {' or '.join(able)}"
+
+
+def _dense_alone(scheme: Scheme, kinds: LayerKinds) -> str | None:
+    if not kinds.experts:
+        return _conv1d(kinds)
+    return (
+        "are experts, which transformers loads wrongly in this format; ignore them ('*.experts.*'), or choose "
+        f"{_formats_for_experts(scheme)}"
+    )
+
+
+def _formats_for_experts(scheme: Scheme) -> str:
+    """The formats that take experts under a scheme, or what else to change."""
+    symmetric = scheme.model_copy(update={"symmetric": True}) if isinstance(scheme, IntScheme) else scheme
+    change = "" if symmetric == scheme else " with symmetric: true"
+    experts = LayerKinds(experts=True)
+    rules = {COMPRESSED_TENSORS.name: _ct_by_transformers, FP8.name: _fp8_by_transformers}
+    able = [fmt for fmt in formats_that_hold(symmetric) if fmt in rules and rules[fmt](symmetric, experts) is None]
+    return f"{_formats(able)}{change}" if able else "another scheme"
+
+
+def _gptq_by_transformers(scheme: Scheme, kinds: LayerKinds) -> str | None:
+    if isinstance(scheme, IntScheme) and scheme.bits == 4 and scheme.group_size is None and not scheme.symmetric:
+        return (
+            "have 4 bits, group_size: null and symmetric: false, with which gptqmodel 7.6 computes wrongly on a CPU; "
+            "choose a group_size, or symmetric: true"
+        )
+    return _dense_alone(scheme, kinds)
+
+
+def _ct_by_transformers(scheme: Scheme, kinds: LayerKinds) -> str | None:
+    if not kinds.experts:
+        return _conv1d(kinds)
+    match scheme:
+        case IntScheme(activations="int8"):
+            return (
+                "are experts, which transformers can't load with activations: int8 (torch.cat(): expected a non-empty "
+                "list); choose activations: none"
+            )
+        case Float8Scheme(activations="static"):
+            return (
+                "are experts, and transformers doesn't know the static scales of experts' inputs (unexpected keys); "
+                "choose activations: dynamic or none"
+            )
+        case MicroscalingScheme(type="nvfp4"):
+            return (
+                "are experts, of which transformers drops the global scale and computes with wrong weights, without an "
+                "error; choose type: mxfp4"
+            )
+    return None
+
+
+def _fp8_by_transformers(scheme: Scheme, kinds: LayerKinds) -> str | None:
+    return _conv1d(kinds)
+
+
+_TRANSFORMERS: dict[str, Rule] = {
+    COMPRESSED_TENSORS.name: _ct_by_transformers,
+    GPTQ.name: _gptq_by_transformers,
+    GPTQ_V2.name: _gptq_by_transformers,
+    AWQ.name: _dense_alone,
+    FP8.name: _fp8_by_transformers,
+    BITSANDBYTES.name: lambda scheme, kinds: None,
+}
+
+
+def _with_transformers(repo: str) -> str:
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{repo}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n'
+    )
+
+
+TRANSFORMERS = Runtime(
+    name="transformers",
+    distribution="transformers",
+    rules=_TRANSFORMERS,
+    snippet=_with_transformers,
+    module="workers.verify.runtimes.transformers",
+    # What its quantizers' validate_environment asks for (5.23).
+    packages={
+        COMPRESSED_TENSORS.name: ("compressed-tensors",),
+        GPTQ.name: ("optimum", "gptqmodel"),
+        GPTQ_V2.name: ("optimum", "gptqmodel"),
+        AWQ.name: ("gptqmodel", "accelerate"),
+        BITSANDBYTES.name: ("bitsandbytes", "accelerate"),
+    },
+    extras={"gptqmodel": "quantmill[gptq]", "optimum": "quantmill[gptq]"},
+)
+
+
+# -------------------------------------------------------------------------------------------------- vLLM
+
+
+_NOT_COMPARED = "their logits weren't compared, for the CPU lacked the kernel"
+
+
+def _ct_by_vllm(scheme: Scheme, kinds: LayerKinds) -> str | None:
+    match scheme:
+        case _ if kinds.experts:
+            return "are of a mixture of experts, whose routers are linear layers in vLLM that config.json doesn't name"
+        case _ if kinds.mixed:
+            return "have several schemes, and vLLM fuses q, k and v, and gate and up, which must have one"
+        case IntScheme(bits=bits, activations="none") if bits not in (4, 8):
+            return f"have {bits} bits, and vLLM has kernels for 4 and 8"
+        case Float8Scheme(activations="static"):
+            return f"have static scales of activations: they were loaded, but {_NOT_COMPARED}"
+        case MicroscalingScheme(type="nvfp4"):
+            return "have a global scale each, and vLLM keeps one for what it fuses: it computes with wrong weights"
+    return _not_conv1d(scheme, kinds)
+
+
+def _gptq_by_vllm(scheme: Scheme, kinds: LayerKinds) -> str | None:
+    if not isinstance(scheme, IntScheme) or scheme.bits not in (4, 8) or not scheme.symmetric:
+        return "aren't symmetric integers of 4 or 8 bits, the only ones that vLLM takes in this format"
+    return _not_conv1d(scheme, kinds)
+
+
+def _fp8_by_vllm(scheme: Scheme, kinds: LayerKinds) -> str | None:
+    if kinds.experts:
+        return "are of a mixture of experts, whose routers vLLM takes for quantized: it computes with wrong weights"
+    return f"were loaded, but {_NOT_COMPARED}"
+
+
+def _bnb_by_vllm(scheme: Scheme, kinds: LayerKinds) -> str | None:
+    if kinds.experts:
+        return "are of a mixture of experts, all of which vLLM's plugin takes for its own"
+    if isinstance(scheme, FourBitFloatScheme) and scheme.type != "nf4":
+        return f"are {scheme.type}, which wasn't tried with vLLM's plugin"
+    return _not_conv1d(scheme, kinds)
+
+
+def _not_conv1d(scheme: Scheme, kinds: LayerKinds) -> str | None:
+    return "are Conv1D, which weren't tried" if kinds.conv1d else None
+
+
+def _with_vllm(repo: str) -> str:
+    return f'from vllm import LLM\n\nllm = LLM("{repo}")\n'
+
+
+VLLM = Runtime(
+    name="vLLM",
+    distribution="vllm",
+    rules={
+        COMPRESSED_TENSORS.name: _ct_by_vllm,
+        GPTQ.name: _gptq_by_vllm,
+        GPTQ_V2.name: _gptq_by_vllm,
+        AWQ.name: _not_conv1d,
+        FP8.name: _fp8_by_vllm,
+        BITSANDBYTES.name: _bnb_by_vllm,
+    },
+    snippet=_with_vllm,
+    packages={BITSANDBYTES.name: ("vllm-bnb-plugin", "bitsandbytes")},
+    tried="vLLM 0.32 on a CPU, with small models",
+)
+
+RUNTIMES: dict[str, Runtime] = {row.name: row for row in (TRANSFORMERS, VLLM)}
+
+
+# --------------------------------------------------------------------------------------- asking the rows
+
+
+def checking(fmt: str | None) -> Runtime:
+    """The runtime that artifacts of a format are checked in: the first that can be asked and reads the format at all.
+
+    Foreign checkpoints in a format without a row (None) are shown to the first of all.
+    """
+    able = [row for row in RUNTIMES.values() if row.module]
+    return next((row for row in able if fmt in row.rules), able[0])
+
+
+def misfit(fmt: str, scheme: Scheme, kinds: LayerKinds) -> str | None:
+    """Why the runtime that checks a format doesn't read layers of these kinds under a scheme; None if it does."""
+    return checking(fmt).reads(fmt, scheme, kinds)

@@ -1,0 +1,153 @@
+"""What the codes of a quantized weight are: their grid, their scales, and what is done to activations."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Annotated, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from workers.spec.base import Frozen
+
+# Rows and columns of a block of weights that share an fp8 scale (DeepSeek-V3's).
+FP8_BLOCK = 128
+
+
+class IntScheme(Frozen):
+    """Weights on an integer grid with one scale for each group of input columns."""
+
+    type: Literal["int"] = "int"
+    bits: int = Field(ge=2, le=8)
+    group_size: int | None = Field(128, ge=1, description="Input columns that share a scale; null: a whole row.")
+    symmetric: bool = True
+    activations: Literal["none", "int8"] = Field(
+        "none", description="int8: each token's activations are rounded to 8 bits while the model runs."
+    )
+    indivisible: Literal["refuse", "channel", "keep"] = Field(
+        "refuse",
+        description="A layer whose width the group size doesn't divide: refuse the recipe, give that layer one "
+        "scale for each output channel, or keep it in half precision. Recorded as a fallback.",
+    )
+
+    @model_validator(mode="after")
+    def _eight_bit_activations(self) -> Self:
+        if self.activations == "int8" and (self.bits != 8 or self.group_size is not None or not self.symmetric):
+            raise ValueError(
+                "activations: int8 goes with bits: 8, group_size: null and symmetric: true alone, got "
+                f"bits {self.bits}, group_size {self.group_size}, symmetric {self.symmetric}"
+            )
+        return self
+
+    @property
+    def family(self) -> str:
+        return "w8a8" if self.activations == "int8" else f"w{self.bits}"
+
+    def words(self, others: Collection[int] = ()) -> str:
+        """The scheme as a person says it; ``others`` are bit widths of layers that deviate."""
+        groups = f"one scale for each {self.group_size} inputs" if self.group_size else "one scale for each output"
+        symmetry = "symmetric" if self.symmetric else "asymmetric"
+        deviating = sorted(set(others) - {self.bits})
+        some = f" ({' and '.join(map(str, deviating))} bits for some layers)" if deviating else ""
+        inputs = ", activations in 8-bit integers" if self.activations == "int8" else ""
+        return f"{self.bits}-bit integers{some}, {symmetry}, {groups}{inputs}"
+
+
+class Float8Scheme(Frozen):
+    """FP8 E4M3 (arXiv 2209.05433): eight bits with an exponent, a scale for each tensor, output channel or block."""
+
+    type: Literal["fp8"] = "fp8"
+    scales: Literal["tensor", "channel", "block"] = Field("channel", description="block: 128 x 128 weights.")
+    activations: Literal["none", "dynamic", "static"] = Field(
+        "dynamic",
+        description="dynamic: a scale for each token (with block scales: each 128 of its inputs) while the model "
+        "runs; static: one scale for each layer's input, from the calibration text.",
+    )
+
+    @model_validator(mode="after")
+    def _blocks_are_dynamic(self) -> Self:
+        if self.scales == "block" and self.activations != "dynamic":
+            raise ValueError(f"scales: block goes with activations: dynamic alone, got {self.activations!r}")
+        return self
+
+    @property
+    def family(self) -> str:
+        return "fp8"
+
+    def words(self) -> str:
+        """The scheme as a person says it."""
+        each = {"tensor": "tensor", "channel": "output", "block": f"block of {FP8_BLOCK} x {FP8_BLOCK}"}[self.scales]
+        also = {"none": "", "dynamic": ", activations too", "static": ", activations too, by fixed scales"}
+        return f"FP8 (E4M3), one scale for each {each}{also[self.activations]}"
+
+
+class MicroscalingScheme(Frozen):
+    """E2M1 weights with small groups: MXFP4 (OCP Microscaling 1.0) or NVFP4; activations stay as they are.
+
+    mxfp4: a power of two for each 32 weights. nvfp4: an E4M3 scale for each 16, and one float32 scale for the tensor.
+    """
+
+    type: Literal["mxfp4", "nvfp4"]
+
+    @property
+    def group_size(self) -> int:
+        return 32 if self.type == "mxfp4" else 16
+
+    @property
+    def family(self) -> str:
+        return self.type
+
+    def words(self) -> str:
+        """The scheme as a person says it."""
+        return f"{self.type.upper()}, one scale for each {self.group_size} inputs"
+
+
+class FourBitFloatScheme(Frozen):
+    """bitsandbytes' 4-bit codebooks: NF4 (arXiv 2305.14314) or FP4, one absmax for each block of 64."""
+
+    type: Literal["nf4", "fp4"]
+    double_quantization: bool = Field(True, description="Store the absmax values themselves in 8 bits.")
+
+    @property
+    def family(self) -> str:
+        return self.type
+
+    def words(self) -> str:
+        """The scheme as a person says it."""
+        return f"{self.type.upper()}{', double quantization' if self.double_quantization else ''}"
+
+
+class LlmInt8Scheme(Frozen):
+    """LLM.int8() (arXiv 2208.07339): int8 rows, outlier columns of the activations in half precision."""
+
+    type: Literal["llm-int8"] = "llm-int8"
+    outlier_threshold: float = Field(6.0, ge=0)
+
+    @property
+    def family(self) -> str:
+        return "llm-int8"
+
+    def words(self) -> str:
+        """The scheme as a person says it."""
+        return "LLM.int8(), rows of 8-bit integers"
+
+
+LinearScheme = IntScheme | Float8Scheme | MicroscalingScheme
+
+
+def _kind(value: object) -> str:
+    """Which class of schemes a value is for; int unless it says otherwise."""
+    found = value.get("type", "int") if isinstance(value, dict) else getattr(value, "type", "int")
+    return {"fp8": "fp8", "mxfp4": "microscaling", "nvfp4": "microscaling"}.get(found, "int")
+
+
+AnyLinearScheme = Annotated[
+    Annotated[IntScheme, Tag("int")]
+    | Annotated[Float8Scheme, Tag("fp8")]
+    | Annotated[MicroscalingScheme, Tag("microscaling")],
+    Discriminator(_kind),
+]
+Scheme = LinearScheme | FourBitFloatScheme | LlmInt8Scheme
+
+AnyScheme = Annotated[
+    IntScheme | Float8Scheme | MicroscalingScheme | FourBitFloatScheme | LlmInt8Scheme, Field(discriminator="type")
+]

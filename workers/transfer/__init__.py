@@ -1,0 +1,1 @@
+"""Moving bytes: the Hub, folders, shared storage, and where artifacts go. No torch."""

@@ -1,0 +1,95 @@
+"""Ask a runtime: load an artifact as its users will, in a fresh process, and say what came out."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from workers.environments import interpreter
+from workers.errors import OutOfMemory, WorkerDied
+from workers.spec.runtimes import Runtime, RuntimeRequest
+
+DEADLINE_SECONDS = 1800.0
+# Nothing is fetched; and gptqmodel's kernels compile for longer than the check takes.
+QUIET = {"HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"}
+
+
+@dataclass(frozen=True)
+class RuntimeAnswer:
+    """What the library made of the artifact; ``logits`` is None if it couldn't load it.
+
+    ``generated`` are the tokens after each prompt; ``infeasible`` says why it couldn't be tried on this machine.
+    """
+
+    name: str
+    version: str
+    problems: tuple[str, ...] = ()
+    infeasible: tuple[str, ...] = ()
+    generated: tuple[tuple[int, ...], ...] = ()
+    logits: Any = None
+    host_bytes: int = 0
+
+
+def ask(row: Runtime, request: RuntimeRequest, tokens_NT: Tensor, prompts_PT: Tensor) -> RuntimeAnswer:
+    """Load an artifact in a fresh process of a runtime and run tokens (int64) through it; logits are float32 [N, T, V].
+
+    It goes on greedily after each of the prompts. A crash of the library is a problem of the artifact,
+    not an exception.
+
+    Raises:
+        OutOfMemory: the process was killed, or says so: the machine's fault, not the artifact's.
+        WorkerDied: no answer within the deadline.
+    """
+    from safetensors.torch import load_file, save_file
+
+    assert row.module is not None, "only runtimes with a module are asked"
+    artifact, scratch = request.artifact, Path(request.scratch)
+    save_file({"tokens": tokens_NT, "prompts": prompts_PT}, scratch / "tokens.safetensors")
+    (scratch / "request.json").write_text(request.model_dump_json())
+    python = interpreter(row.environment) if row.environment else sys.executable
+    command = [python, "-m", row.module, str(scratch / "request.json")]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=scratch,
+            env={**os.environ, **QUIET, "PYTHONPATH": _import_path()},
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise WorkerDied(f"runtime check of {artifact}: no answer within {DEADLINE_SECONDS:.0f} s") from None
+    answer = scratch / "answer.json"
+    if done.returncode != 0 or not answer.is_file():
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        if done.returncode == -signal.SIGKILL or "OutOfMemory" in lines[-1] or "MemoryError" in lines[-1]:
+            raise OutOfMemory(f"runtime check of {artifact}: out of memory ({lines[-1]}); use a larger machine")
+        return _failed(row, f"the process ended with {done.returncode}: {lines[-1]}")
+    said = json.loads(answer.read_text())
+    if "error" in said:
+        if said["not_here"]:
+            return RuntimeAnswer(
+                row.name, "", infeasible=(f"runtime {row.name}: can't be tried here, {said['error']}",)
+            )
+        return _failed(row, said["error"])
+    logits = load_file(scratch / "logits.safetensors")["logits"]
+    generated = tuple(tuple(row) for row in said["generated"])
+    return RuntimeAnswer(row.name, said["version"], tuple(said["problems"]), (), generated, logits, said["host_bytes"])
+
+
+def _failed(row: Runtime, what: str) -> RuntimeAnswer:
+    return RuntimeAnswer(row.name, "", (f"runtime {row.name}: can't load the artifact, {what}",))
+
+
+def _import_path() -> str:
+    """This package's place first: a checkout is imported as itself, also from another folder."""
+    return os.pathsep.join(filter(None, [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]))
