@@ -20,7 +20,7 @@ from workers.spec.runtimes import RUNTIMES, Runtime, checking
 
 def recipes_table() -> str:
     """The shipped recipes: what they are, and which runtimes read what they make."""
-    others = [row for row in RUNTIMES.values() if row.module is None]
+    others = [row for row in RUNTIMES.values() if row.entry is None]
     rows = [
         (f"`{recipe.name}`", recipe.method, _scheme(recipe), recipe.format, _checked(recipe), _read_by(recipe, others))
         for recipe in map(shipped.recipe, shipped.recipe_names())

@@ -86,7 +86,7 @@ def _named() -> set[str]:
     made_with = {name for row in ENGINES.values() for name in row.packages}
     stored_with = {name for row in FORMATS.values() for name in row.needs}
     # Of a runtime in an environment of its own, this process can't tell.
-    here = [row for row in RUNTIMES.values() if row.module and row.environment is None]
+    here = [row for row in RUNTIMES.values() if row.entry and row.environment is None]
     read_with = {name for row in here for names in row.packages.values() for name in (row.distribution, *names)}
     return {*BASE_PACKAGES, *made_with, *stored_with, *read_with}
 

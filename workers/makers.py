@@ -17,7 +17,8 @@ from workers.checkpoint import Source, copy_companions
 from workers.content import write_text
 from workers.loading import StreamedModel
 from workers.methods.layer import LayerWork
-from workers.shards import Journal, ShardWriter, Spooled
+from workers.shards import WRITERS, Journal, ShardWriter, Spooled
+from workers.spec.formats import FORMATS
 from workers.spec.base import Frozen
 from workers.spec.job import ArtifactMade, Job, Order
 from workers.spec.layers import Layout
@@ -71,7 +72,8 @@ class Maker(ABC):
             shutil.rmtree(self._partial, ignore_errors=True)
         else:
             self.seconds, self.fallbacks = state.seconds, dict.fromkeys(state.fallbacks)
-        self._shards = self._writer = ShardWriter(self._partial, journal=state.journal if state else None)
+        writer = WRITERS[FORMATS[self.order.recipe.format].container]
+        self._shards = self._writer = writer(self._partial, journal=state.journal if state else None)
 
     @abstractmethod
     def layer(self, work: LayerWork) -> None:

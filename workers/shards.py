@@ -236,3 +236,7 @@ def _copy(source: BinaryIO, target: BinaryIO, start: int, size: int) -> None:
         if copied == 0:
             raise OSError(f"{source.name}: ends {size} bytes early")
         start, size = start + copied, size - copied
+
+
+# What writes the weights of an artifact, by the container of its format.
+WRITERS: dict[str, type[ShardWriter]] = {"shards": ShardWriter}

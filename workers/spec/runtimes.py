@@ -62,7 +62,7 @@ class Runtime:
     distribution: str
     rules: Mapping[str, Rule]
     snippet: Callable[[str], str]
-    module: str | None = None
+    entry: str | None = None
     environment: str | None = None
     packages: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     extras: Mapping[str, str] = field(default_factory=dict)
@@ -175,7 +175,7 @@ TRANSFORMERS = Runtime(
     distribution="transformers",
     rules=_TRANSFORMERS,
     snippet=_with_transformers,
-    module="workers.verify.runtimes.transformers",
+    entry="workers.verify.runtimes.transformers:answer",
     # What its quantizers' validate_environment asks for (5.23).
     packages={
         COMPRESSED_TENSORS.name: ("compressed-tensors",),
@@ -264,7 +264,7 @@ def checking(fmt: str | None) -> Runtime:
 
     Foreign checkpoints in a format without a row (None) are shown to the first of all.
     """
-    able = [row for row in RUNTIMES.values() if row.module]
+    able = [row for row in RUNTIMES.values() if row.entry]
     return next((row for row in able if fmt in row.rules), able[0])
 
 

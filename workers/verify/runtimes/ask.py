@@ -50,12 +50,12 @@ def ask(row: Runtime, request: RuntimeRequest, tokens_NT: Tensor, prompts_PT: Te
     """
     from safetensors.torch import load_file, save_file
 
-    assert row.module is not None, "only runtimes with a module are asked"
+    assert row.entry is not None, "only runtimes with an entry are asked"
     artifact, scratch = request.artifact, Path(request.scratch)
     save_file({"tokens": tokens_NT, "prompts": prompts_PT}, scratch / "tokens.safetensors")
     (scratch / "request.json").write_text(request.model_dump_json())
     python = interpreter(row.environment) if row.environment else sys.executable
-    command = [python, "-m", row.module, str(scratch / "request.json")]
+    command = [python, "-m", row.entry.partition(":")[0], str(scratch / "request.json")]
     try:
         done = subprocess.run(
             command,

@@ -1,0 +1,145 @@
+"""The rows name the same things in every room, and every place reads them."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from pipeline import shipped, sizing, sources, tables
+from pipeline.zoo import ModelEntry
+from tests.workers import jobs
+from workers.engines.table import MAKERS
+from workers.formats.table import CODECS
+from workers.methods.table import METHODS
+from workers.numerics import fp8
+from workers.quantize import quantize
+from workers.shards import WRITERS
+from workers.spec.engines import ENGINES
+from workers.spec.formats import BNB_BLOCK, FORMATS, recognised
+from workers.spec.job import Calibration, Dataset, ModelPin, fingerprint
+from workers.spec.layers import LayerKinds
+from workers.spec.recipes import LinearRecipe, Recipe
+from workers.spec.runtimes import RUNTIMES, checking, misfit
+from workers.spec.schemes import FP8_BLOCK
+
+ROOT = Path(__file__).parents[3]
+RECIPES = shipped.recipe_names()
+# What makes recipes quick, and leaves the sizes of their artifacts as they are.
+QUICK = {
+    "gptq": {"refine": 0, "scales": "minmax"},
+    "awq": {"grid": 1, "clip": False},
+    "hqq": {"iterations": 1},
+}
+
+
+def recipe_classes() -> list[type]:
+    return [*get_args(LinearRecipe), *(cls for cls in get_args(get_args(Recipe)[0]) if cls not in get_args(LinearRecipe))]
+
+
+def test_formats_have_a_codec_a_writer_and_a_runtime_that_reads_them() -> None:
+    assert set(FORMATS) == set(CODECS)
+    for name, row in FORMATS.items():
+        assert row.name == name
+        assert row.container in WRITERS
+        assert name in checking(name).rules, "no runtime checks it"
+    for runtime in RUNTIMES.values():
+        assert set(runtime.rules) <= set(FORMATS)
+        assert set(runtime.packages) <= set(runtime.rules)
+        assert runtime.entry or runtime.tried, "neither asked nor seen"
+
+
+def test_methods_and_engines_are_those_of_the_recipes() -> None:
+    methods = {get_args(cls.model_fields["method"].annotation)[0]: cls for cls in recipe_classes()}
+    linear = {name: cls for name, cls in methods.items() if cls.engine == "linear"}
+    assert {name: row.recipe for name, row in METHODS.items()} == linear
+    assert {cls.engine for cls in methods.values()} <= set(ENGINES)
+    assert {name for name, row in ENGINES.items() if row.script is None} == set(MAKERS)
+    for name, row in METHODS.items():
+        folding = any(recipe.needs.folds for recipe in map(shipped.recipe, RECIPES) if recipe.method == name)
+        assert (row.input_scales is not None) == folding
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_shipped_recipe_is_held_and_read(name: str) -> None:
+    recipe = shipped.recipe(name)
+    assert FORMATS[recipe.format].holds(recipe.scheme)
+    assert misfit(recipe.format, recipe.scheme, LayerKinds()) is None
+    assert recipe.scheme.family in shipped.gates()["default"]
+
+
+def test_configs_are_recognised_by_one_row_alone() -> None:
+    declared = [
+        {"quant_method": "compressed-tensors"}, {"quant_method": "gptq", "checkpoint_format": "gptq"},
+        {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}, {"quant_method": "awq"}, {"quant_method": "fp8"},
+        {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    ]  # fmt: skip
+    assert [getattr(recognised(config), "name", None) for config in declared] == list(FORMATS)
+    for config in declared:
+        assert sum(row.declares(config) for row in FORMATS.values()) == 1
+    assert recognised({"quant_method": "quark"}) is None
+
+
+def test_constants_that_rooms_cannot_share_are_equal() -> None:
+    from workers.methods import bitsandbytes
+
+    assert fp8.BLOCK == FP8_BLOCK
+    assert bitsandbytes.BLOCK == BNB_BLOCK
+
+
+def test_no_other_place_names_a_format() -> None:
+    """Literals equal to a format's name; gptq, awq, fp8 and bitsandbytes are also a method's, a scheme's or a package's."""
+    allowed = {
+        "compressed-tensors": {"workers/spec/formats.py"},
+        "gptq-v2": {"workers/spec/formats.py"},
+        "gptq": {"workers/spec/formats.py", "workers/spec/recipes.py", "workers/methods/table.py", "workers/formats/gptq.py"},
+        "awq": {"workers/spec/formats.py", "workers/spec/recipes.py", "workers/methods/table.py"},
+        "fp8": {"workers/spec/formats.py", "workers/spec/schemes.py"},
+        "bitsandbytes": {"workers/spec/formats.py", "workers/spec/recipes.py", "workers/spec/engines.py"},
+    }
+    assert set(allowed) == set(FORMATS)
+    for path in [*ROOT.glob("workers/**/*.py"), *ROOT.glob("pipeline/**/*.py")]:
+        place = str(path.relative_to(ROOT))
+        literals = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        named = {name for name in FORMATS if name in literals and place not in allowed[name]}
+        assert not named, f"{place} names {named}"
+
+
+def test_the_readme_has_the_tables_of_the_rows() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert tables.rewritten(text) == text, "print them anew: make tables"
+    for name in tables.TABLES:
+        assert re.search(rf"<!-- {name} -->\n\|", text)
+
+
+def test_fingerprints_are_those_of_the_commit_before_the_rows() -> None:
+    before: dict[str, str] = json.loads((Path(__file__).parent / "fingerprints.json").read_text())
+    pin = ModelPin(id="org/name", revision="0" * 40)
+    calibration = Calibration(dataset=Dataset(path="text", data_files=("calibration.txt",)))
+    now = {name: fingerprint(pin, shipped.recipe(name), calibration, "1" * 64) for name in before}
+    assert now == before
+
+
+@pytest.mark.parametrize("model", ["llama-tiny", "gpt2-tiny", "qwen3-moe-tiny"])
+def test_planned_sizes_are_those_that_are_made(model: str, tmp_path: Path) -> None:
+    folder = jobs.ZOO / "models" / model
+    quick = []
+    for recipe in map(shipped.recipe, RECIPES):
+        options = recipe.options.model_copy(update=QUICK.get(recipe.method, {}))
+        quick.append(recipe.model_copy(update={"options": options}))
+    job = jobs.job(folder, tmp_path, *quick, samples=1)
+    made, _ = quantize(job, folder)
+    source = sources.resolve(ModelEntry(id=model), folder.parent)
+    measured = 0
+    for recipe, artifact in zip(quick, made, strict=True):
+        if artifact.error is None:
+            planned = sizing.estimate(source, recipe, job.calibration, job.verification).artifact_bytes
+            assert planned == pytest.approx(artifact.bytes, rel=0.02), recipe.name
+            measured += 1
+        else:
+            assert artifact.error.kind == "UnsupportedRecipe"
+    assert measured >= 3
