@@ -1,27 +1,24 @@
 """Load an artifact as its users will, in a process of its own, and say what came out.
 
-``python -m workers.verify.runtime REQUEST`` reads a JSON request and writes a JSON answer and the logits beside it.
-Nothing of quantmill's engine is imported here: what is tested is the library that users have.
+``answer`` is asked in that process: it reads a JSON request, and writes the logits beside the tokens that it was given.
+Nothing of quantmill's engine takes part: what is tested is the library that users have.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from workers.errors import OutOfMemory, WorkerDied
+from workers.machine import child
 from workers.memory import peak_host_bytes
 
 NAME = "transformers"
-PR_SET_PDEATHSIG = 1
 # Tokens of each prompt, and tokens that are generated after it.
 PROMPT_TOKENS, NEW_TOKENS = 32, 24
 DEADLINE_SECONDS = 1800.0
@@ -62,27 +59,15 @@ def ask(artifact: Path, tokens: Any, prompts: Any, scratch: Path, trust_remote_c
 
     save_file({"tokens": tokens, "prompts": prompts}, scratch / "tokens.safetensors")
     request = {"artifact": str(artifact), "scratch": str(scratch), "trust_remote_code": trust_remote_code}
-    (scratch / "request.json").write_text(json.dumps(request))
-    command = [sys.executable, "-m", "workers.verify.runtime", str(scratch / "request.json")]
     try:
-        done = subprocess.run(
-            command,
-            cwd=scratch,
-            env={**os.environ, **QUIET, "PYTHONPATH": _import_path()},
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
+        done = child.run(f"{__name__}:answer", json.dumps(request), cwd=scratch, seconds=DEADLINE_SECONDS)
+    except TimeoutError:
         raise WorkerDied(f"runtime check of {artifact}: no answer within {DEADLINE_SECONDS:.0f} s") from None
-    answer = scratch / "answer.json"
-    if done.returncode != 0 or not answer.is_file():
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        if done.returncode == -signal.SIGKILL or "OutOfMemory" in lines[-1] or "MemoryError" in lines[-1]:
-            raise OutOfMemory(f"runtime check of {artifact}: out of memory ({lines[-1]}); use a larger machine")
-        return _failed(f"the process ended with {done.returncode}: {lines[-1]}")
-    said = json.loads(answer.read_text())
+    if done.answer is None:
+        if done.out_of_memory:
+            raise OutOfMemory(f"runtime check of {artifact}: out of memory ({done.said}); use a larger machine")
+        return _failed(f"the process ended with {done.code}: {done.said}")
+    said = json.loads(done.answer)
     if "error" in said:
         if said["not_here"]:
             return RuntimeAnswer(NAME, "", infeasible=(f"runtime {NAME}: can't be tried here, {said['error']}",))
@@ -96,27 +81,14 @@ def _failed(what: str) -> RuntimeAnswer:
     return RuntimeAnswer(NAME, "", (f"runtime {NAME}: can't load the artifact, {what}",))
 
 
-def _import_path() -> str:
-    """This package's place first: a checkout is imported as itself, also from another folder."""
-    return os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]))
-
-
 # ------------------------------------------------------------------------------------------ the fresh process
 
 
-def _die_with_parent() -> None:
-    """A worker that is killed takes its child with it (Linux)."""
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def _main(request_path: Path) -> None:
-    _die_with_parent()
-    request = json.loads(request_path.read_text())
+def answer(request: str) -> str:
+    """What came out, as JSON; ``error`` for what the library raised."""
+    _be_quiet()
     try:
-        answer = _answer(request)
+        return json.dumps(_answer(json.loads(request)))
     except (MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:
@@ -124,8 +96,16 @@ def _main(request_path: Path) -> None:
             raise
         lines = str(error).strip().splitlines() or [""]
         missing = isinstance(error, ImportError) or bool(NOT_HERE.search(str(error)))
-        answer = {"error": f"{type(error).__name__}: {lines[0]}", "not_here": missing}
-    (Path(request["scratch"]) / "answer.json").write_text(json.dumps(answer))
+        return json.dumps({"error": f"{type(error).__name__}: {lines[0]}", "not_here": missing})
+
+
+def _be_quiet() -> None:
+    """For what is imported from here on, and for what a warm parent has imported before."""
+    os.environ.update(QUIET)
+    if constants := sys.modules.get("huggingface_hub.constants"):
+        constants.HF_HUB_OFFLINE = True
+    if torch := sys.modules.get("torch"):
+        torch.compiler.set_stance("force_eager")
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -201,6 +181,3 @@ def _loading_problems(loading: dict[str, Any]) -> list[str]:
         if loading.get(kind)
     ]
 
-
-if __name__ == "__main__":
-    _main(Path(sys.argv[1]))
