@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,11 +19,14 @@ from pipeline.placement import Claim, Node
 from pipeline.steps import NETWORK_STAGES, Step
 from workers.environment import Facts, host_memory
 from workers.errors import OutOfMemory, PreflightError, QuantmillError, WorkerDied, ZooError
-from workers.job import Failure, Job, Part, Stage, StageResult, spoken
+from workers.job import Failure, Job, StageResult, spoken
+from workers.machine import child
+from workers.machine.warm import Parents
 from workers.pace import LocalPace
+from workers.run import Told, run_stage
 
-# A process that computed ends, which frees its card; one that moved files may move more.
-TRANSFERS_OF_A_PROCESS = 32
+# Ray's processes hold nothing of a stage that computed, for that ran in a child; what moved files goes now and then.
+STAGES_OF_A_PROCESS, TRANSFERS_OF_A_PROCESS = 1000, 32
 # A call to a host whose cable was pulled ends after minutes, though Ray knows within seconds that the host is gone.
 LOOK_SECONDS = 5.0
 # What answers at once, or never: an actor, a look at a node (an environment's first start takes a while).
@@ -42,6 +46,7 @@ class Cluster:
         self._looked = 0.0
         self._interpreters: dict[tuple[str, str], str] = {}  # by node and environment
         self._pace: Any = None
+        self._parents: dict[str, Any] = {}  # by node: the actor that has its warm parents
         try:
             ray.init(
                 address=address or "local",
@@ -83,6 +88,9 @@ class Cluster:
     ) -> dict[str, dict[str | None, Facts | str]]:
         """What each node has in each environment, or why it can't be used; nodes that don't answer are left out."""
         named = [environment for environment in environments if environment is not None]
+        if not named:
+            for node in nodes:
+                self._warm_up(node, None)
         found: dict[str, dict[str | None, Facts | str]] = {}
         calls: dict[tuple[str, str | None], Any] = {(node.id, None): self._look(node, None) for node in nodes}
         if named:
@@ -122,26 +130,36 @@ class Cluster:
             # One for the run: the limits are the account's, whatever process spends them.
             limits = job.destination.limits if job.destination else None
             self._pace = self._ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(LocalPace).remote(limits)
+        environment = job.orders[0].recipe.environment
+        python = self._interpreters[node.id, environment] if environment else None
+        # Its imports are done while the model is fetched.
+        parents = self._warm_up(node, python)
         computing = step.stage not in NETWORK_STAGES
         stage, more = self.stage(step)
-        calls = 1 if computing else TRANSFERS_OF_A_PROCESS
+        calls = STAGES_OF_A_PROCESS if computing else TRANSFERS_OF_A_PROCESS
         call = self._ray.remote(max_calls=calls, max_retries=0)(stage).options(
             name=spoken(step.stage, step.part, job.model, step.recipe),
             num_cpus=claim.cpus,
             num_gpus=claim.gpus,
             memory=claim.memory if node.memory else None,
             **_pinned(node.id),
-            **self._inside(node, job.orders[0].recipe.environment if computing else None),
         )
-        told = job.model_copy(update={"lean": True}) if claim.alone else job
-        part = step.part.model_dump_json() if step.part else None
-        sent = told.model_dump_json(), step.stage.value, step.recipe, part
-        sent_to = call.remote(*sent, self._pace, seconds, node.cpus_per_stage if computing else 1, *more)
-        self._flying[sent_to] = step, node.id
+        sent = job.model_copy(update={"lean": True}) if claim.alone else job
+        told = Told(job=sent, stage=step.stage, recipe=step.recipe, part=step.part, seconds=seconds)
+        where = Where(self._pace, parents, python, node.cpus_per_stage if computing else 1)
+        self._flying[call.remote(told.model_dump_json(), where, *more)] = step, node.id
 
     def stage(self, step: Step) -> tuple[Callable[..., str], tuple[Any, ...]]:
         """What runs a step on its node, and what it's told beyond what every stage is."""
-        return _run, ()
+        return (transfer if step.stage in NETWORK_STAGES else compute), ()
+
+    def _warm_up(self, node: Node, python: str | None) -> Any:
+        """The actor with a node's warm parents, once it was told to start the one of an interpreter."""
+        if node.id not in self._parents:
+            actor = self._ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Parents)
+            self._parents[node.id] = actor.options(**_pinned(node.id)).remote()
+        self._parents[node.id].address.remote(python)
+        return self._parents[node.id]
 
     def leases(self) -> Leases:
         """The leases of all drivers of this cluster: an actor that outlives each of them."""
@@ -267,13 +285,44 @@ class _SharedPace:
         self._actor.pause.remote(hub, seconds)
 
 
-def _run(job: str, stage: str, recipe: str | None, part: str | None, pace: Any, seconds: float, threads: int) -> str:
-    # Ray's own setting follows the share of the node; the bytes of an artifact mustn't.
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    if torch := sys.modules.get("torch"):
-        torch.set_num_threads(threads)
-    from workers.run import run_stage
+@dataclass(frozen=True)
+class Where:
+    """What a stage is given on its node: the run's pace, the node's warm parents (both actors), its Python, threads."""
 
-    told = Job.model_validate_json(job)
-    of = Part.model_validate_json(part) if part else None
-    return run_stage(told, Stage(stage), recipe, _SharedPace(pace), seconds=seconds, part=of).model_dump_json()
+    pace: Any
+    parents: Any
+    python: str | None
+    threads: int
+
+    def ask(self, entry: str, request: str) -> child.Ended:
+        """Ask a fresh process that has imported already, if it can be."""
+        import ray
+
+        try:
+            warm, note = ray.get(self.parents.address.remote(self.python), timeout=ACTOR_SECONDS)
+        except ray.exceptions.RayError as error:
+            warm, note = None, f"not started warm: {str(error).strip().splitlines()[0]}"
+        # Ray's own setting follows the share of the node; the bytes of an artifact mustn't.
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        ended = child.run(entry, request, python=self.python, warm=warm, environment=environment)
+        return replace(ended, note=ended.note or note)
+
+
+def transfer(request: str, where: Where) -> str:
+    """A stage that moves files, in this process, which has the run's pace."""
+    told = Told.model_validate_json(request)
+    pace = _SharedPace(where.pace)
+    return run_stage(told.job, told.stage, told.recipe, pace, seconds=told.seconds).model_dump_json()
+
+
+def compute(request: str, where: Where) -> str:
+    """A stage that computes, in a process of its own, whose end frees its memory and its card."""
+    ended = where.ask("workers.run:answer", request)
+    print(ended.stderr, end="", file=sys.stderr)
+    notes = (ended.note,) if ended.note else ()
+    if ended.answer is not None:
+        return StageResult.model_validate_json(ended.answer).model_copy(update={"notes": notes}).model_dump_json()
+    told = Told.model_validate_json(request)
+    message = f"{told.stage}: the worker died (exit code {ended.code}: {ended.said})"
+    failure = Failure(kind=WorkerDied.__name__, message=message, traceback=ended.stderr[-8000:])
+    return StageResult(stage=told.stage, recipe=told.recipe, failure=failure, notes=notes).model_dump_json()
