@@ -30,13 +30,22 @@ STAGES_OF_A_PROCESS, TRANSFERS_OF_A_PROCESS = 1000, 32
 # A call to a host whose cable was pulled ends after minutes, though Ray knows within seconds that the host is gone.
 LOOK_SECONDS = 5.0
 # What answers at once, or never: an actor, a look at a node (an environment's first start takes a while).
-ACTOR_SECONDS, PROBE_SECONDS = 60.0, 300.0
+ACTOR_SECONDS, PROBE_SECONDS, CLOSE_SECONDS = 60.0, 300.0, 5.0
 
 
 class Cluster:
-    """A Ray cluster: the embedded local one, or one that runs at ``address``."""
+    """A Ray cluster: the embedded local one, or one that runs at ``address``.
 
-    def __init__(self, address: str | None, workspace: Path) -> None:
+    ``warm``: stages in this Python are sure to come, so that parents import while Ray starts and models are fetched.
+    """
+
+    def __init__(self, address: str | None, workspace: Path, warm: bool = False) -> None:
+        self._parents: dict[str, Any] = {}  # by node: the actor that has them
+        # Of the embedded node; the parents of other nodes belong to an actor there.
+        self._own = Parents() if address is None else None
+        self._warm_first = warm
+        if self._own and warm:
+            self._own.address()
         _set_up_environment(embedded=address is None)
         import ray
 
@@ -46,7 +55,6 @@ class Cluster:
         self._looked = 0.0
         self._interpreters: dict[tuple[str, str], str] = {}  # by node and environment
         self._pace: Any = None
-        self._parents: dict[str, Any] = {}  # by node: the actor that has its warm parents
         try:
             ray.init(
                 address=address or "local",
@@ -57,6 +65,7 @@ class Cluster:
                 **(_whole_machine() if address is None else {}),
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
+            self._end_parents()
             if address is None:
                 raise QuantmillError(f"Ray doesn't start on this machine ({error}); see `quantmill doctor`") from error
             raise ZooError(f"--address: no Ray cluster there, got {address!r} ({error}); start one") from error
@@ -67,7 +76,16 @@ class Cluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._end_parents()
         self._ray.shutdown()
+
+    def _end_parents(self) -> None:
+        """In order, so that no file of theirs is left; Ray ends what doesn't answer."""
+        if self._own:
+            self._own.close()
+        closing = [actor.close.remote() for actor in self._parents.values()]
+        if closing:
+            self._ray.wait(closing, num_returns=len(closing), timeout=CLOSE_SECONDS)
 
     def nodes(self) -> list[Node]:
         """The nodes that are alive now."""
@@ -88,9 +106,9 @@ class Cluster:
     ) -> dict[str, dict[str | None, Facts | str]]:
         """What each node has in each environment, or why it can't be used; nodes that don't answer are left out."""
         named = [environment for environment in environments if environment is not None]
-        if not named:
+        if self._warm_first:
             for node in nodes:
-                self._warm_up(node, None)
+                self._warm(node, None)
         found: dict[str, dict[str | None, Facts | str]] = {}
         calls: dict[tuple[str, str | None], Any] = {(node.id, None): self._look(node, None) for node in nodes}
         if named:
@@ -133,7 +151,7 @@ class Cluster:
         environment = job.orders[0].recipe.environment
         python = self._interpreters[node.id, environment] if environment else None
         # Its imports are done while the model is fetched.
-        parents = self._warm_up(node, python)
+        warm = self._warm(node, python)
         computing = step.stage not in NETWORK_STAGES
         stage, more = self.stage(step)
         calls = STAGES_OF_A_PROCESS if computing else TRANSFERS_OF_A_PROCESS
@@ -146,20 +164,21 @@ class Cluster:
         )
         sent = job.model_copy(update={"lean": True}) if claim.alone else job
         told = Told(job=sent, stage=step.stage, recipe=step.recipe, part=step.part, seconds=seconds)
-        where = Where(self._pace, parents, python, node.cpus_per_stage if computing else 1)
-        self._flying[call.remote(told.model_dump_json(), where, *more)] = step, node.id
+        where = Where(self._pace, python, node.cpus_per_stage if computing else 1)
+        self._flying[call.remote(told.model_dump_json(), where, warm, *more)] = step, node.id
 
     def stage(self, step: Step) -> tuple[Callable[..., str], tuple[Any, ...]]:
         """What runs a step on its node, and what it's told beyond what every stage is."""
         return (transfer if step.stage in NETWORK_STAGES else compute), ()
 
-    def _warm_up(self, node: Node, python: str | None) -> Any:
-        """The actor with a node's warm parents, once it was told to start the one of an interpreter."""
+    def _warm(self, node: Node, python: str | None) -> Any:
+        """What ``Parents.address`` says of an interpreter on a node (or a reference to it); starts what isn't there."""
+        if self._own:
+            return self._own.address(python)
         if node.id not in self._parents:
             actor = self._ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Parents)
             self._parents[node.id] = actor.options(**_pinned(node.id)).remote()
-        self._parents[node.id].address.remote(python)
-        return self._parents[node.id]
+        return self._parents[node.id].address.remote(python)
 
     def leases(self) -> Leases:
         """The leases of all drivers of this cluster: an actor that outlives each of them."""
@@ -287,37 +306,31 @@ class _SharedPace:
 
 @dataclass(frozen=True)
 class Where:
-    """What a stage is given on its node: the run's pace, the node's warm parents (both actors), its Python, threads."""
+    """What a stage is given on its node: the run's pace (an actor), its Python, threads."""
 
     pace: Any
-    parents: Any
     python: str | None
     threads: int
 
-    def ask(self, entry: str, request: str) -> child.Ended:
-        """Ask a fresh process that has imported already, if it can be."""
-        import ray
-
-        try:
-            warm, note = ray.get(self.parents.address.remote(self.python), timeout=ACTOR_SECONDS)
-        except ray.exceptions.RayError as error:
-            warm, note = None, f"not started warm: {str(error).strip().splitlines()[0]}"
+    def ask(self, entry: str, request: str, warm: tuple[str | None, str | None]) -> child.Ended:
+        """Ask a fresh process, a child of the parent that ``Parents.address`` named if there's one."""
+        address, note = warm
         # Ray's own setting follows the share of the node; the bytes of an artifact mustn't.
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
-        ended = child.run(entry, request, python=self.python, warm=warm, environment=environment)
+        ended = child.run(entry, request, python=self.python, warm=address, environment=environment)
         return replace(ended, note=ended.note or note)
 
 
-def transfer(request: str, where: Where) -> str:
+def transfer(request: str, where: Where, warm: tuple[str | None, str | None]) -> str:
     """A stage that moves files, in this process, which has the run's pace."""
     told = Told.model_validate_json(request)
     pace = _SharedPace(where.pace)
     return run_stage(told.job, told.stage, told.recipe, pace, seconds=told.seconds).model_dump_json()
 
 
-def compute(request: str, where: Where) -> str:
+def compute(request: str, where: Where, warm: tuple[str | None, str | None]) -> str:
     """A stage that computes, in a process of its own, whose end frees its memory and its card."""
-    ended = where.ask("workers.run:answer", request)
+    ended = where.ask("workers.run:answer", request, warm)
     print(ended.stderr, end="", file=sys.stderr)
     notes = (ended.note,) if ended.note else ()
     if ended.answer is not None:

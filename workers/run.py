@@ -36,7 +36,7 @@ class Told(Frozen):
 
 
 def answer(request: str) -> str:
-    """A ``StageResult`` for what was ``Told``, both as JSON: a stage in a process of its own, with a pace of its own."""
+    """A ``StageResult`` for what was ``Told``, both as JSON: a stage in a process and with a pace of its own."""
     told = Told.model_validate_json(request)
     return run_stage(told.job, told.stage, told.recipe, seconds=told.seconds, part=told.part).model_dump_json()
 

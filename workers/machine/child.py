@@ -152,12 +152,12 @@ def _fork(address: str, told: Mapping[str, object], seconds: float | None) -> in
             line.connect(address)
             line.sendall(json.dumps(told).encode() + b"\n")
             begun = _line(line, until)
-        except ConnectionError as error:
-            raise NoParent(f"the parent at {address} is gone ({error})") from error
         except FileNotFoundError as error:
             raise NoParent(f"no parent at {address}") from error
+        except ConnectionError:
+            begun = None
         if begun is None:
-            raise NoParent(f"the parent ended before it began: {_last_words(address)}")
+            raise NoParent(f"the parent is gone ({_last_words(address)})")
         if "refused" in begun:
             raise NoParent(str(begun["refused"]))
         try:

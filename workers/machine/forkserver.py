@@ -1,12 +1,12 @@
 """A warm parent: a process that has imported what stages need, and forks one child for each request.
 
-``python -m workers.machine.forkserver FOLDER OWNER FD MODULE...`` listens on the socket FD, which lies in FOLDER. It has
-one thread, no CUDA context and no model, so a fork of it is as fresh as a process that imported the same; a parent that
+``python -m workers.machine.forkserver FOLDER OWNER FD MODULE...`` listens on the socket FD, which lies in FOLDER. It
+has one thread, no CUDA context and no model, so a fork of it is as fresh as a process that imported the same; a parent that
 finds itself otherwise ends with the reason. It ends with its owner, and every child with it; a child also ends when the
 connection that asked for it closes.
 
-Messages are JSON, one a line: ``{entry, folder, environment, cwd}`` comes in, ``{"pid"}`` and ``{"status"}`` go out, or
-``{"refused"}``.
+Messages are JSON, one a line: ``{entry, folder, environment, cwd}`` comes in, ``{"pid"}`` and ``{"status"}`` go out,
+or ``{"refused"}``.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from typing import Any
 
 from workers.machine import child
 
-# Written once the modules are there: bytes of the process, seconds that it took.
-READY = "ready.json"
+# The socket's name; and what is written once the modules are there: bytes of the process.
+SOCKET, READY = "socket", "ready.json"
 STATUS, MAPS, TASKS = Path("/proc/self/status"), Path("/proc/self/maps"), Path("/proc/self/task")
 # The driver's library is loaded by the first call into CUDA, after which no fork of the process can use a card.
 CUDA = "libcuda.so"
@@ -59,9 +59,9 @@ class Child:
 class Server:
     """Forks a child for each request on the socket, until it's told to retire and the last child has ended."""
 
-    def __init__(self, listener: socket.socket, environment: Mapping[str, str]) -> None:
+    def __init__(self, listener: socket.socket, address: str, environment: Mapping[str, str]) -> None:
         self._listener: socket.socket | None = listener
-        self._address = str(listener.getsockname())
+        self._address = address
         self._environment = dict(environment)
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ, None)
@@ -283,7 +283,7 @@ def _main(folder: Path, owner: int, listener: socket.socket, modules: Sequence[s
     preload(modules)
     if reason := unfit():
         sys.exit(f"not fit to be forked: {reason}")
-    server = Server(listener, environment)
+    server = Server(listener, str(folder / SOCKET), environment)
 
     def stop(number: int, frame: FrameType | None) -> None:
         sys.exit(0)

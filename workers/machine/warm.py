@@ -20,18 +20,18 @@ from types import TracebackType
 from typing import Self
 
 from workers.machine import child
-from workers.machine.forkserver import READY, resident_bytes
+from workers.machine.forkserver import READY, SOCKET, resident_bytes
 
 # A parent has grown that has so many times, and so many bytes more, than after its imports: libraries that leak.
 GROWTH, GROWTH_BYTES = 1.25, 64 * 1024**2
 # How often a parent that never got ready is tried.
 TRIES = 2
 # A path of a socket holds no more than 107 bytes.
-FOLDER = Path("/tmp")
+FOLDER, PREFIX = Path("/tmp"), "quantmill-parent-"
 # Cards, by the files that their drivers make.
 CARDS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 
-# What stages, the check of a runtime and `quantmill verify` import, dear ones first; measured by sys.modules after each.
+# What stages, the check of a runtime and `quantmill verify` import; measured by sys.modules after each.
 MODULES = (
     "torch",
     "transformers",
@@ -48,12 +48,14 @@ class Parent:
     def __init__(self, python: str | None = None, modules: Sequence[str] | None = None) -> None:
         self._python = python or sys.executable
         self._modules = tuple(modules) if modules is not None else _modules()
-        self._folder = Path(tempfile.mkdtemp(prefix="quantmill-", dir=FOLDER if FOLDER.is_dir() else None))
+        self._folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=FOLDER))
         self._identity = identity(self._python)
-        self.address = str(self._folder / "socket")
+        self.address = str(self._folder / SOCKET)
         with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(self.address)
+            listener.bind(f"{self.address}.new")
             listener.listen(128)
+            # Whoever sees it under its name is answered.
+            Path(f"{self.address}.new").rename(self.address)
             self._process = self._start(listener.fileno(), own=python is None)
 
     def __enter__(self) -> Self:
@@ -162,9 +164,14 @@ class Parents:
             else:
                 self._tries[python] = 0 if parent.ready else self._tries[python]
                 parent.close()
+        _sweep()
         self._tries[python] = self._tries.get(python, 0) + 1
         self._parents[python] = Parent(python, self._modules)
         return self._parents[python].address, None
+
+    def alive(self) -> bool:
+        """Whether any of those in use can be asked."""
+        return any(parent.alive for parent in self._parents.values())
 
     def close(self) -> None:
         """End all of them."""
@@ -177,6 +184,18 @@ def identity(python: str) -> tuple[object, ...]:
     prefix = Path(python).parent.parent
     places = [prefix / "pyvenv.cfg", *sorted(prefix.glob("lib/python3*/site-packages"))]
     return os.path.realpath(prefix), *(place.stat().st_mtime_ns for place in places if place.exists())
+
+
+def _sweep() -> None:
+    """Clear away what killed parents of this user left."""
+    for place in FOLDER.glob(f"{PREFIX}*/{SOCKET}"):
+        with socket.socket(socket.AF_UNIX) as line, suppress(OSError):
+            if place.stat().st_uid != os.getuid():
+                continue
+            try:
+                line.connect(str(place))
+            except ConnectionRefusedError:
+                shutil.rmtree(place.parent, ignore_errors=True)
 
 
 def _modules() -> tuple[str, ...]:

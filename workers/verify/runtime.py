@@ -103,7 +103,7 @@ def _be_quiet() -> None:
     """For what is imported from here on, and for what a warm parent has imported before."""
     os.environ.update(QUIET)
     if constants := sys.modules.get("huggingface_hub.constants"):
-        constants.HF_HUB_OFFLINE = True
+        vars(constants)["HF_HUB_OFFLINE"] = True
     if torch := sys.modules.get("torch"):
         torch.compiler.set_stance("force_eager")
 
@@ -180,4 +180,3 @@ def _loading_problems(loading: dict[str, Any]) -> list[str]:
         for kind in KEY_LISTS
         if loading.get(kind)
     ]
-
