@@ -1,9 +1,9 @@
 """A warm parent: a process that has imported what stages need, and forks one child for each request.
 
-``python -m workers.machine.forkserver FOLDER OWNER FD MODULE...`` listens on the socket FD, which lies in FOLDER. It
-has one thread, no CUDA context and no model, so a fork of it is as fresh as a process that imported the same; a parent that
-finds itself otherwise ends with the reason. It ends with its owner, and every child with it; a child also ends when the
-connection that asked for it closes.
+``python -m workers.machine.forkserver FOLDER OWNER FD MODULE...`` listens on the socket FD, which lies in FOLDER.
+It has one thread, no CUDA context and no model, so a fork of it is as fresh as a process that imported the same; one
+that finds itself otherwise says so and ends. It ends with its owner, and every child with it; a child also ends when
+the connection that asked for it closes.
 
 Messages are JSON, one a line: ``{entry, folder, environment, cwd}`` comes in, ``{"pid"}`` and ``{"status"}`` go out,
 or ``{"refused"}``.
