@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,8 @@ from pipeline.problems import explain
 from pipeline.zoo import ModelEntry
 from workers import errors, hub
 from workers.errors import CheckpointError, ModelNotFound, QuantmillError, WorkerDied, ZooError
+from workers.machine import child
+from workers.machine.warm import Parents
 from workers.spec.formats import recognised
 from workers.spec.job import Dataset, Failure, ModelPin, ReasonCode, Thresholds, Verification
 
@@ -52,6 +52,13 @@ def check(asked: Asked, out: Path) -> tuple[dict[str, Any], Thresholds, str]:
     Raises:
         QuantmillError: what isn't the checkpoint's fault.
     """
+    with closing(Parents()) as parents:
+        # It imports while models and text are looked for.
+        warm, _ = parents.address()
+        return _check(asked, out, warm)
+
+
+def _check(asked: Asked, out: Path, warm: str | None) -> tuple[dict[str, Any], Thresholds, str]:
     entry = ModelEntry(
         id=asked.reference.partition("@")[0],
         revision=asked.reference.partition("@")[2] or "main",
@@ -69,9 +76,9 @@ def check(asked: Asked, out: Path) -> tuple[dict[str, Any], Thresholds, str]:
     dataset, data = sources.pin_dataset(text, Path.cwd(), "--text")
     verification = Verification(dataset=dataset, data=data, tokens=asked.tokens, sequence_length=asked.sequence_length)
     out.mkdir(parents=True, exist_ok=True)
-    report = _ask("workers.verify.foreign", _request(folder, pin, verification, thresholds, out.resolve()))
+    report = _ask("workers.verify.foreign", _request(folder, pin, verification, thresholds, out.resolve()), warm)
     if asked.tasks:
-        report["scores"] = _ask("workers.verify.harness", _evaluation(asked, folder, pin))["scores"]
+        report["scores"] = _ask("workers.verify.harness", _evaluation(asked, folder, pin), warm)["scores"]
     return report, thresholds, family
 
 
@@ -97,17 +104,13 @@ def _request(
     }
 
 
-def _ask(module: str, request: Mapping[str, Any]) -> dict[str, Any]:
+def _ask(module: str, request: Mapping[str, Any], warm: str | None) -> dict[str, Any]:
     """The answer of a process of its own."""
-    with tempfile.TemporaryDirectory() as scratch:
-        asked, answer = Path(scratch, "request.json"), Path(scratch, "answer.json")
-        asked.write_text(TypeAdapter(dict[str, Any]).dump_json(dict(request)).decode())
-        command = [sys.executable, "-m", module, str(asked), str(answer)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0 or not answer.is_file():
-            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise WorkerDied(f"{module}: the process ended with {done.returncode} ({lines[-1]})")
-        report: dict[str, Any] = TypeAdapter(dict[str, Any]).validate_json(answer.read_text())
+    asked = TypeAdapter(dict[str, Any]).dump_json(dict(request)).decode()
+    done = child.run(f"{module}:answer", asked, warm=warm)
+    if done.answer is None:
+        raise WorkerDied(f"{module}: the process ended with {done.code} ({done.said})")
+    report: dict[str, Any] = TypeAdapter(dict[str, Any]).validate_json(done.answer)
     if report["failure"] is not None:
         raise _error(Failure.model_validate(report["failure"]))
     return report

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,21 +19,33 @@ from pipeline.placement import Claim, Node
 from pipeline.steps import NETWORK_STAGES, Step
 from workers.environment import Facts, host_memory
 from workers.errors import OutOfMemory, PreflightError, QuantmillError, WorkerDied, ZooError
+from workers.machine import child
+from workers.machine.warm import Parents
 from workers.pace import LocalPace
-from workers.spec.job import Failure, Job, Part, Stage, StageResult, spoken
+from workers.run import Told, run_stage
+from workers.spec.job import Failure, Job, StageResult, spoken
 
-# A process that computed ends, which frees its card; one that moved files may move more.
-TRANSFERS_OF_A_PROCESS = 32
+# Ray's processes hold nothing of a stage that computed, for that ran in a child; what moved files goes now and then.
+STAGES_OF_A_PROCESS, TRANSFERS_OF_A_PROCESS = 1000, 32
 # A call to a host whose cable was pulled ends after minutes, though Ray knows within seconds that the host is gone.
 LOOK_SECONDS = 5.0
 # What answers at once, or never: an actor, a look at a node (an environment's first start takes a while).
-ACTOR_SECONDS, PROBE_SECONDS = 60.0, 300.0
+ACTOR_SECONDS, PROBE_SECONDS, CLOSE_SECONDS = 60.0, 300.0, 5.0
 
 
 class Cluster:
-    """A Ray cluster: the embedded local one, or one that runs at ``address``."""
+    """A Ray cluster: the embedded local one, or one that runs at ``address``.
 
-    def __init__(self, address: str | None, workspace: Path) -> None:
+    ``warm``: stages in this Python are sure to come, so that parents import while Ray starts and models are fetched.
+    """
+
+    def __init__(self, address: str | None, workspace: Path, warm: bool = False) -> None:
+        self._parents: dict[str, Any] = {}  # by node: the actor that has them
+        # Of the embedded node; the parents of other nodes belong to an actor there.
+        self._own = Parents() if address is None else None
+        self._warm_first = warm
+        if self._own and warm:
+            self._own.address()
         _set_up_environment(embedded=address is None)
         import ray
 
@@ -52,6 +65,7 @@ class Cluster:
                 **(_whole_machine() if address is None else {}),
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
+            self._end_parents()
             if address is None:
                 raise QuantmillError(f"Ray doesn't start on this machine ({error}); see `quantmill doctor`") from error
             raise ZooError(f"--address: no Ray cluster there, got {address!r} ({error}); start one") from error
@@ -62,7 +76,16 @@ class Cluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._end_parents()
         self._ray.shutdown()
+
+    def _end_parents(self) -> None:
+        """In order, so that no file of theirs is left; Ray ends what doesn't answer."""
+        if self._own:
+            self._own.close()
+        closing = [actor.close.remote() for actor in self._parents.values()]
+        if closing:
+            self._ray.wait(closing, num_returns=len(closing), timeout=CLOSE_SECONDS)
 
     def nodes(self) -> list[Node]:
         """The nodes that are alive now."""
@@ -83,6 +106,9 @@ class Cluster:
     ) -> dict[str, dict[str | None, Facts | str]]:
         """What each node has in each environment, or why it can't be used; nodes that don't answer are left out."""
         named = [environment for environment in environments if environment is not None]
+        if self._warm_first:
+            for node in nodes:
+                self._warm(node, None)
         found: dict[str, dict[str | None, Facts | str]] = {}
         calls: dict[tuple[str, str | None], Any] = {(node.id, None): self._look(node, None) for node in nodes}
         if named:
@@ -122,26 +148,37 @@ class Cluster:
             # One for the run: the limits are the account's, whatever process spends them.
             limits = job.destination.limits if job.destination else None
             self._pace = self._ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(LocalPace).remote(limits)
+        environment = job.orders[0].recipe.environment
+        python = self._interpreters[node.id, environment] if environment else None
+        # Its imports are done while the model is fetched.
+        warm = self._warm(node, python)
         computing = step.stage not in NETWORK_STAGES
         stage, more = self.stage(step)
-        calls = 1 if computing else TRANSFERS_OF_A_PROCESS
+        calls = STAGES_OF_A_PROCESS if computing else TRANSFERS_OF_A_PROCESS
         call = self._ray.remote(max_calls=calls, max_retries=0)(stage).options(
             name=spoken(step.stage, step.part, job.model, step.recipe),
             num_cpus=claim.cpus,
             num_gpus=claim.gpus,
             memory=claim.memory if node.memory else None,
             **_pinned(node.id),
-            **self._inside(node, job.orders[0].recipe.environment if computing else None),
         )
-        told = job.model_copy(update={"lean": True}) if claim.alone else job
-        part = step.part.model_dump_json() if step.part else None
-        sent = told.model_dump_json(), step.stage.value, step.recipe, part
-        sent_to = call.remote(*sent, self._pace, seconds, node.cpus_per_stage if computing else 1, *more)
-        self._flying[sent_to] = step, node.id
+        sent = job.model_copy(update={"lean": True}) if claim.alone else job
+        told = Told(job=sent, stage=step.stage, recipe=step.recipe, part=step.part, seconds=seconds)
+        where = Where(self._pace, python, node.cpus_per_stage if computing else 1)
+        self._flying[call.remote(told.model_dump_json(), where, warm, *more)] = step, node.id
 
     def stage(self, step: Step) -> tuple[Callable[..., str], tuple[Any, ...]]:
         """What runs a step on its node, and what it's told beyond what every stage is."""
-        return _run, ()
+        return (transfer if step.stage in NETWORK_STAGES else compute), ()
+
+    def _warm(self, node: Node, python: str | None) -> Any:
+        """What ``Parents.address`` says of an interpreter on a node (or a reference to it); starts what isn't there."""
+        if self._own:
+            return self._own.address(python)
+        if node.id not in self._parents:
+            actor = self._ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Parents)
+            self._parents[node.id] = actor.options(**_pinned(node.id)).remote()
+        return self._parents[node.id].address.remote(python)
 
     def leases(self) -> Leases:
         """The leases of all drivers of this cluster: an actor that outlives each of them."""
@@ -267,13 +304,38 @@ class _SharedPace:
         self._actor.pause.remote(hub, seconds)
 
 
-def _run(job: str, stage: str, recipe: str | None, part: str | None, pace: Any, seconds: float, threads: int) -> str:
-    # Ray's own setting follows the share of the node; the bytes of an artifact mustn't.
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    if torch := sys.modules.get("torch"):
-        torch.set_num_threads(threads)
-    from workers.run import run_stage
+@dataclass(frozen=True)
+class Where:
+    """What a stage is given on its node: the run's pace (an actor), its Python, threads."""
 
-    told = Job.model_validate_json(job)
-    of = Part.model_validate_json(part) if part else None
-    return run_stage(told, Stage(stage), recipe, _SharedPace(pace), seconds=seconds, part=of).model_dump_json()
+    pace: Any
+    python: str | None
+    threads: int
+
+    def ask(self, entry: str, request: str, warm: tuple[str | None, str | None]) -> child.Ended:
+        """Ask a fresh process, a child of the parent that ``Parents.address`` named if there's one."""
+        address, note = warm
+        # Ray's own setting follows the share of the node; the bytes of an artifact mustn't.
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        ended = child.run(entry, request, python=self.python, warm=address, environment=environment)
+        return replace(ended, note=ended.note or note)
+
+
+def transfer(request: str, where: Where, warm: tuple[str | None, str | None]) -> str:
+    """A stage that moves files, in this process, which has the run's pace."""
+    told = Told.model_validate_json(request)
+    pace = _SharedPace(where.pace)
+    return run_stage(told.job, told.stage, told.recipe, pace, seconds=told.seconds).model_dump_json()
+
+
+def compute(request: str, where: Where, warm: tuple[str | None, str | None]) -> str:
+    """A stage that computes, in a process of its own, whose end frees its memory and its card."""
+    ended = where.ask("workers.run:answer", request, warm)
+    print(ended.stderr, end="", file=sys.stderr)
+    notes = (ended.note,) if ended.note else ()
+    if ended.answer is not None:
+        return StageResult.model_validate_json(ended.answer).model_copy(update={"notes": notes}).model_dump_json()
+    told = Told.model_validate_json(request)
+    message = f"{told.stage}: the worker died (exit code {ended.code}: {ended.said})"
+    failure = Failure(kind=WorkerDied.__name__, message=message, traceback=ended.stderr[-8000:])
+    return StageResult(stage=told.stage, recipe=told.recipe, failure=failure, notes=notes).model_dump_json()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from pipeline import zoo as zoos
 from workers import environment, environments
 from workers.environment import Facts
 from workers.errors import PreflightError, ZooError
+from workers.machine import child
 from workers.spec.recipes import Recipe
 
 
@@ -34,15 +35,13 @@ def facts(python: str | Path, out: Path) -> Facts:
     Raises:
         PreflightError: it doesn't start, or doesn't load quantmill.
     """
-    code = "import pathlib, sys, workers.environment as e; print(e.probe(pathlib.Path(sys.argv[1])).model_dump_json())"
     try:
-        answer = subprocess.run([python, "-c", code, str(out)], capture_output=True, text=True, check=False)
+        done = child.run("workers.environment:answer", json.dumps({"workspace": str(out.absolute())}), python=python)
     except OSError as error:
         raise PreflightError(f"{python} doesn't start ({error})") from error
-    if answer.returncode:
-        said = (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
-        raise PreflightError(f"{python} can't run quantmill ({said})")
-    return Facts.model_validate_json(answer.stdout.splitlines()[-1])
+    if done.answer is None:
+        raise PreflightError(f"{python} can't run quantmill ({done.said})")
+    return Facts.model_validate_json(done.answer)
 
 
 def examine(chosen: Sequence[Recipe], here: Facts, out: Path) -> dict[str, list[str]]:

@@ -45,6 +45,7 @@ class Logbook:
             commit=result.commit,
             error=f"{failure.kind}: {failure.message}" if failure else None,
             retry_in=retry_in,
+            notes=list(result.notes) or None,
         )
 
     def _write(self, event: str, job: Job, step: Step, attempt: int, **more: Any) -> None:

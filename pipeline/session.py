@@ -116,8 +116,9 @@ def run(plan: Plan, out: Path, address: str | None, watchers: Sequence[Watcher])
             from pipeline.metrics import Metrics
 
             try:
+                warm = any(job.orders[0].recipe.environment is None for job in plan.jobs)
                 # Ray puts a handler of its own in place of ours.
-                with Cluster(address, out.resolve()) as cluster, _terminable():
+                with Cluster(address, out.resolve(), warm) as cluster, _terminable():
                     folder.mkdir(parents=True)
                     log = stack.enter_context(closing(Logbook(folder, run_id)))
                     entered: list[Watcher] = [LedgerWatcher(ledger, run_id), log, *watchers]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -50,6 +51,11 @@ def probe(workspace: Path, with_devices: bool = True) -> Facts:
         disk_free=shutil.disk_usage(_existing(workspace)).free,
         cpus=len(os.sched_getaffinity(0)),
     )
+
+
+def answer(request: str) -> str:
+    """``Facts`` beside the workspace that is named, both as JSON: how a process of its own is asked."""
+    return probe(Path(json.loads(request)["workspace"])).model_dump_json()
 
 
 def versions() -> dict[str, str]:

@@ -18,8 +18,8 @@ from workers.content import write_text
 from workers.loading import StreamedModel
 from workers.methods.layer import LayerWork
 from workers.shards import WRITERS, Journal, ShardWriter, Spooled
-from workers.spec.formats import FORMATS
 from workers.spec.base import Frozen
+from workers.spec.formats import FORMATS
 from workers.spec.job import ArtifactMade, Job, Order
 from workers.spec.layers import Layout
 from workers.spec.workspace import artifact_folder, layout_path, record_path

@@ -20,9 +20,26 @@ from workers.deadline import ends_within
 from workers.errors import CheckpointError, DiskFull, HubUnavailable, OutOfMemory, QuantmillError
 from workers.memory import peak_host_bytes
 from workers.pace import LocalPace, Pace
+from workers.spec.base import Frozen
 from workers.spec.job import Failure, Job, Part, PeakMemory, Stage, StageResult, spoken
 from workers.spec.workspace import artifact_folder, is_made
 from workers.storage import Storage
+
+
+class Told(Frozen):
+    """One stage of a job, as a process is asked for it; ``seconds`` until it counts as hanging."""
+
+    job: Job
+    stage: Stage
+    recipe: str | None = None
+    part: Part | None = None
+    seconds: float
+
+
+def answer(request: str) -> str:
+    """A ``StageResult`` for what was ``Told``, both as JSON: a stage in a process and with a pace of its own."""
+    told = Told.model_validate_json(request)
+    return run_stage(told.job, told.stage, told.recipe, seconds=told.seconds, part=told.part).model_dump_json()
 
 
 def run_stage(

@@ -340,6 +340,7 @@ class StageResult(Frozen):
     manifest: Manifest | None = None
     commit: str | None = None
     failure: Failure | None = None
+    notes: tuple[str, ...] = Field((), description="What the run's log says of how it ran.")
 
 
 ArtifactMade.model_rebuild()

@@ -1,4 +1,4 @@
-"""Verify a checkpoint that quantmill needn't have made: ``python -m workers.verify.foreign REQUEST ANSWER``.
+"""Verify a checkpoint that quantmill needn't have made: ``answer`` is asked in a fresh process.
 
 A process of its own, for the command line never loads torch. Other tools write their companions anew and fold scales
 into norms without saying which, so files count by what they mean, and weights by what the model then predicts.
@@ -6,7 +6,6 @@ into norms without saying which, so files count by what they mean, and weights b
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from pydantic import Field
 
 from workers import artifact
 from workers.checkpoint import Source
-from workers.content import write_text
 from workers.errors import CheckpointError, NumericalError, UnsupportedRecipe, UserError
 from workers.formats.decoded import Decoded, open_decoded
 from workers.run import describe
@@ -155,14 +153,11 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _main(request_path: Path, answer_path: Path) -> None:
-    request = CheckRequest.model_validate_json(request_path.read_text())
+def answer(request: str) -> str:
+    """A ``CheckReport`` for a ``CheckRequest``, both as JSON."""
+    asked = CheckRequest.model_validate_json(request)
     try:
-        report = check(request)
+        report = check(asked)
     except Exception as error:
         report = CheckReport(failure=describe(error))
-    write_text(answer_path, report.model_dump_json())
-
-
-if __name__ == "__main__":
-    _main(Path(sys.argv[1]), Path(sys.argv[2]))
+    return report.model_dump_json()

@@ -1,13 +1,11 @@
-"""Tasks of lm-eval on a checkpoint and on its reference: ``python -m workers.verify.harness REQUEST ANSWER``.
+"""Tasks of lm-eval on a checkpoint and on its reference: ``answer`` is asked in a fresh process.
 
-A process of its own, with the library that users evaluate with (extra ``eval``); both models are loaded whole.
+It runs with the library that users evaluate with (extra ``eval``); both models are loaded whole.
 """
 
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -90,17 +88,14 @@ def _scores(results: list[dict[str, dict[str, Any]]]) -> list[Score]:
     return found
 
 
-def _main(request_path: Path, answer_path: Path) -> None:
+def answer(request: str) -> str:
+    """Scores for a ``HarnessRequest``, or the failure; JSON."""
     from workers.run import describe
 
-    answer: dict[str, Any] = {"scores": [], "failure": None}
+    found: dict[str, Any] = {"scores": [], "failure": None}
     try:
-        request = HarnessRequest.model_validate_json(request_path.read_text())
-        answer["scores"] = [score.model_dump() for score in evaluate(request)]
+        asked = HarnessRequest.model_validate_json(request)
+        found["scores"] = [score.model_dump() for score in evaluate(asked)]
     except Exception as error:
-        answer["failure"] = describe(error).model_dump()
-    answer_path.write_text(json.dumps(answer))
-
-
-if __name__ == "__main__":
-    _main(Path(sys.argv[1]), Path(sys.argv[2]))
+        found["failure"] = describe(error).model_dump()
+    return json.dumps(found)

@@ -23,7 +23,7 @@ from workers.spec.engines import ENGINES
 from workers.spec.formats import BNB_BLOCK, FORMATS, recognised
 from workers.spec.job import Calibration, Dataset, ModelPin, fingerprint
 from workers.spec.layers import LayerKinds
-from workers.spec.recipes import LinearRecipe, Recipe
+from workers.spec.recipes import Recipe
 from workers.spec.runtimes import RUNTIMES, checking, misfit
 from workers.spec.schemes import FP8_BLOCK
 
@@ -38,7 +38,10 @@ QUICK = {
 
 
 def recipe_classes() -> list[type]:
-    return [*get_args(LinearRecipe), *(cls for cls in get_args(get_args(Recipe)[0]) if cls not in get_args(LinearRecipe))]
+    return [
+        *get_args(LinearRecipe),
+        *(cls for cls in get_args(get_args(Recipe)[0]) if cls not in get_args(LinearRecipe)),
+    ]
 
 
 def test_formats_have_a_codec_a_writer_and_a_runtime_that_reads_them() -> None:
@@ -92,14 +95,15 @@ def test_constants_that_rooms_cannot_share_are_equal() -> None:
 
 
 def test_no_other_place_names_a_format() -> None:
-    """Literals equal to a format's name; gptq, awq, fp8 and bitsandbytes are also a method's, a scheme's or a package's."""
+    """Literals equal to a format's name, some of which are also the name of a method, a scheme or a package."""
+    spec = "workers/spec/"
     allowed = {
-        "compressed-tensors": {"workers/spec/formats.py"},
-        "gptq-v2": {"workers/spec/formats.py"},
-        "gptq": {"workers/spec/formats.py", "workers/spec/recipes.py", "workers/methods/table.py", "workers/formats/gptq.py"},
-        "awq": {"workers/spec/formats.py", "workers/spec/recipes.py", "workers/methods/table.py"},
-        "fp8": {"workers/spec/formats.py", "workers/spec/schemes.py"},
-        "bitsandbytes": {"workers/spec/formats.py", "workers/spec/recipes.py", "workers/spec/engines.py"},
+        "compressed-tensors": {f"{spec}formats.py"},
+        "gptq-v2": {f"{spec}formats.py"},
+        "gptq": {f"{spec}formats.py", f"{spec}recipes.py", "workers/methods/table.py", "workers/formats/gptq.py"},
+        "awq": {f"{spec}formats.py", f"{spec}recipes.py", "workers/methods/table.py"},
+        "fp8": {f"{spec}formats.py", f"{spec}schemes.py"},
+        "bitsandbytes": {f"{spec}formats.py", f"{spec}recipes.py", f"{spec}engines.py"},
     }
     assert set(allowed) == set(FORMATS)
     for path in [*ROOT.glob("workers/**/*.py"), *ROOT.glob("pipeline/**/*.py")]:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +11,10 @@ from torch import Tensor
 
 from workers.environments import interpreter
 from workers.errors import OutOfMemory, WorkerDied
+from workers.machine import child
 from workers.spec.runtimes import Runtime, RuntimeRequest
 
 DEADLINE_SECONDS = 1800.0
-# Nothing is fetched; and gptqmodel's kernels compile for longer than the check takes.
-QUIET = {"HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"}
 
 
 @dataclass(frozen=True)
@@ -53,28 +48,16 @@ def ask(row: Runtime, request: RuntimeRequest, tokens_NT: Tensor, prompts_PT: Te
     assert row.entry is not None, "only runtimes with an entry are asked"
     artifact, scratch = request.artifact, Path(request.scratch)
     save_file({"tokens": tokens_NT, "prompts": prompts_PT}, scratch / "tokens.safetensors")
-    (scratch / "request.json").write_text(request.model_dump_json())
-    python = interpreter(row.environment) if row.environment else sys.executable
-    command = [python, "-m", row.entry.partition(":")[0], str(scratch / "request.json")]
+    python = interpreter(row.environment) if row.environment else None
     try:
-        done = subprocess.run(
-            command,
-            cwd=scratch,
-            env={**os.environ, **QUIET, "PYTHONPATH": _import_path()},
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
+        done = child.run(row.entry, request.model_dump_json(), python=python, cwd=scratch, seconds=DEADLINE_SECONDS)
+    except TimeoutError:
         raise WorkerDied(f"runtime check of {artifact}: no answer within {DEADLINE_SECONDS:.0f} s") from None
-    answer = scratch / "answer.json"
-    if done.returncode != 0 or not answer.is_file():
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        if done.returncode == -signal.SIGKILL or "OutOfMemory" in lines[-1] or "MemoryError" in lines[-1]:
-            raise OutOfMemory(f"runtime check of {artifact}: out of memory ({lines[-1]}); use a larger machine")
-        return _failed(row, f"the process ended with {done.returncode}: {lines[-1]}")
-    said = json.loads(answer.read_text())
+    if done.answer is None:
+        if done.out_of_memory:
+            raise OutOfMemory(f"runtime check of {artifact}: out of memory ({done.said}); use a larger machine")
+        return _failed(row, f"the process ended with {done.code}: {done.said}")
+    said = json.loads(done.answer)
     if "error" in said:
         if said["not_here"]:
             return RuntimeAnswer(
@@ -88,8 +71,3 @@ def ask(row: Runtime, request: RuntimeRequest, tokens_NT: Tensor, prompts_PT: Te
 
 def _failed(row: Runtime, what: str) -> RuntimeAnswer:
     return RuntimeAnswer(row.name, "", (f"runtime {row.name}: can't load the artifact, {what}",))
-
-
-def _import_path() -> str:
-    """This package's place first: a checkout is imported as itself, also from another folder."""
-    return os.pathsep.join(filter(None, [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]))

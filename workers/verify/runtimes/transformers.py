@@ -1,53 +1,37 @@
-"""Load an artifact as its users will, in a process of its own, and say what came out.
+"""transformers: load an artifact as its users will, and say what came out.
 
-``python -m workers.verify.runtimes.transformers REQUEST`` reads a JSON request and writes a JSON answer and the
-logits beside it. Nothing of quantmill's engine is imported here: what is tested is the library that users have.
+``answer`` is asked in a fresh process. Nothing of quantmill's engine takes part: what is tested is the library that
+users have.
 """
 
 from __future__ import annotations
 
-import ctypes
-import json
 import os
-import re
-import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 from workers.memory import peak_host_bytes
+from workers.verify.runtimes.reply import reply
 
-PR_SET_PDEATHSIG = 1
-# How a library says that it isn't the artifact's fault.
-NOT_HERE = re.compile(r"(?i)no gpu|(requires?|needs?) (a |an )?(\w+ )?(gpu|cuda|accelerator|xpu)|cuda is not available")
+# Nothing is fetched; and gptqmodel's kernels compile for longer than the check takes.
+QUIET = {"HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"}
 KEY_LISTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
-# ------------------------------------------------------------------------------------------ the fresh process
+def answer(request: str) -> str:
+    """What transformers makes of the artifact that a ``RuntimeRequest`` names, as JSON."""
+    _be_quiet()
+    return reply(request, _answer)
 
 
-def _die_with_parent() -> None:
-    """A worker that is killed takes its child with it (Linux)."""
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def _main(request_path: Path) -> None:
-    _die_with_parent()
-    request = json.loads(request_path.read_text())
-    try:
-        answer = _answer(request)
-    except (MemoryError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        if "out of memory" in str(error) or type(error).__name__ == "OutOfMemoryError":
-            raise
-        lines = str(error).strip().splitlines() or [""]
-        missing = isinstance(error, ImportError) or bool(NOT_HERE.search(str(error)))
-        answer = {"error": f"{type(error).__name__}: {lines[0]}", "not_here": missing}
-    (Path(request["scratch"]) / "answer.json").write_text(json.dumps(answer))
+def _be_quiet() -> None:
+    """For what is imported from here on, and for what a warm parent has imported before."""
+    os.environ.update(QUIET)
+    if constants := sys.modules.get("huggingface_hub.constants"):
+        vars(constants)["HF_HUB_OFFLINE"] = True
+    if torch := sys.modules.get("torch"):
+        torch.compiler.set_stance("force_eager")
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +95,3 @@ def _loading_problems(loading: dict[str, Any]) -> list[str]:
         for kind in KEY_LISTS
         if loading.get(kind)
     ]
-
-
-if __name__ == "__main__":
-    _main(Path(sys.argv[1]))

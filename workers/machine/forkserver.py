@@ -1,0 +1,305 @@
+"""A warm parent: a process that has imported what stages need, and forks one child for each request.
+
+``python -m workers.machine.forkserver FOLDER OWNER FD MODULE...`` listens on the socket FD, which lies in FOLDER.
+It has one thread, no CUDA context and no model, so a fork of it is as fresh as a process that imported the same; one
+that finds itself otherwise says so and ends. It ends with its owner, and every child with it; a child also ends when
+the connection that asked for it closes.
+
+Messages are JSON, one a line: ``{entry, folder, environment, cwd}`` comes in, ``{"pid"}`` and ``{"status"}`` go out,
+or ``{"refused"}``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import importlib
+import importlib.util
+import json
+import os
+import random
+import re
+import selectors
+import shutil
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from workers.machine import child
+
+# The socket's name; and what is written once the modules are there: bytes of the process.
+SOCKET, READY = "socket", "ready.json"
+STATUS, MAPS, TASKS = Path("/proc/self/status"), Path("/proc/self/maps"), Path("/proc/self/task")
+# The driver's library is loaded by the first call into CUDA, after which no fork of the process can use a card.
+CUDA = "libcuda.so"
+# What libraries read when they're imported: a child that wants another value has to import anew.
+READ_AT_IMPORT = re.compile(r"(HF|HUGGINGFACE|TRANSFORMERS|TORCH|PYTORCH|PYTHON|BNB|LD|XDG_CACHE)_|HOME$|PYTHONPATH$")
+# Read at each call, or told to the modules by whoever changes them.
+READ_LATER = re.compile(
+    r"(\w*_)?TOKEN$|HF_HUB_OFFLINE$|TORCHDYNAMO_DISABLE$|PYTORCH_NVML_BASED_CUDA_CHECK$|PYTHONPATH$|PYTHONUNBUFFERED$"
+)
+
+
+@dataclass
+class Child:
+    """A child on its way, the connection that asked for it, and the file that tells its end."""
+
+    pid: int
+    line: socket.socket
+    end: int
+
+
+class Server:
+    """Forks a child for each request on the socket, until it's told to retire and the last child has ended."""
+
+    def __init__(self, listener: socket.socket, address: str, environment: Mapping[str, str]) -> None:
+        self._listener: socket.socket | None = listener
+        self._address = address
+        self._environment = dict(environment)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ, None)
+        self._said: dict[int, bytearray] = {}  # by file descriptor: what came of a request so far
+        self._children: dict[int, Child] = {}  # by file descriptor of its connection
+        self._wake, self._woken = socket.socketpair()
+        self._selector.register(self._woken, selectors.EVENT_READ, None)
+
+    def serve(self) -> None:
+        """Serve; returns when retired, in the parent and never in a child."""
+        while self._listener is not None or self._said or self._children:
+            for key, _ in self._selector.select():
+                if key.fileobj is self._woken:
+                    self._woken.recv(64)
+                    self._close_listener()
+                elif key.fileobj is self._listener:
+                    self._accept()
+                elif isinstance(key.data, Child):
+                    self._reap(key.data)
+                elif key.fd in self._children or key.fd in self._said:
+                    self._hear(key.data)
+
+    def retire(self) -> None:
+        """Take no more requests; safe in a signal's handler."""
+        self._wake.send(b"\0")
+
+    def end(self) -> None:
+        """Kill all children."""
+        for found in list(self._children.values()):
+            _kill(found.pid)
+
+    def _close_listener(self) -> None:
+        if self._listener is not None:
+            self._selector.unregister(self._listener)
+            self._listener.close()
+            self._listener = None
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        line, _ = self._listener.accept()
+        self._said[line.fileno()] = bytearray()
+        self._selector.register(line, selectors.EVENT_READ, line)
+
+    def _hear(self, line: socket.socket) -> None:
+        """More of a request, or the end of whoever asked."""
+        try:
+            more = line.recv(1 << 16)
+        except ConnectionError:
+            more = b""
+        said = self._said.get(line.fileno())
+        if not more or said is None:
+            self._drop(line)
+            return
+        said += more
+        if said.endswith(b"\n"):
+            del self._said[line.fileno()]
+            self._begin(line, json.loads(said))
+
+    def _drop(self, line: socket.socket) -> None:
+        """Whoever asked is gone: so is the child."""
+        self._said.pop(line.fileno(), None)
+        self._selector.unregister(line)
+        if found := self._children.pop(line.fileno(), None):
+            self._selector.unregister(found.end)
+            _kill(found.pid)
+            os.waitpid(found.pid, 0)
+            os.close(found.end)
+        line.close()
+
+    def _begin(self, line: socket.socket, told: dict[str, Any]) -> None:
+        if differing := _differing(self._environment, told["environment"]):
+            self._send(line, {"refused": f"it was started with another environment ({', '.join(differing)})"})
+            self._selector.unregister(line)
+            line.close()
+            return
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            self._let_go()
+            _become(told, parent, self._address)
+        found = Child(pid, line, os.pidfd_open(pid))
+        self._children[line.fileno()] = found
+        self._selector.register(found.end, selectors.EVENT_READ, found)
+        self._send(line, {"pid": pid})
+
+    def _let_go(self) -> None:
+        """In a child: close what is the parent's, so that connections close when their other end does."""
+        for key in list(self._selector.get_map().values()):
+            os.close(key.fd)
+        self._selector.close()
+        self._wake.close()
+
+    def _reap(self, found: Child) -> None:
+        self._selector.unregister(found.end)
+        # While it isn't reaped nobody else has its number: what it left running goes with it.
+        _kill(found.pid)
+        _, status = os.waitpid(found.pid, 0)
+        os.close(found.end)
+        del self._children[found.line.fileno()]
+        self._selector.unregister(found.line)
+        self._send(found.line, {"status": status})
+        found.line.close()
+
+    def _send(self, line: socket.socket, message: dict[str, Any]) -> None:
+        with suppress(ConnectionError):  # gone: the selector tells so next
+            line.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _differing(mine: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
+    """The variables that were read by what is imported, and are wanted otherwise."""
+    names = {name for name in (*mine, *wanted) if READ_AT_IMPORT.match(name) and not READ_LATER.match(name)}
+    return sorted(name for name in names if mine.get(name) != wanted.get(name))
+
+
+def _kill(pid: int) -> None:
+    """A child with all that it started; one that has no session yet has started nothing."""
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+# ------------------------------------------------------------------------------------------ in a child
+
+
+def _become(told: dict[str, Any], parent: int, address: str) -> None:
+    """From a fork to a process of its own; never returns."""
+    code = 1
+    try:
+        os.setsid()
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        child.die_with(parent)
+        folder = Path(told["folder"])
+        _redirect(folder)
+        os.chdir(told["cwd"])
+        os.environ.clear()
+        os.environ.update(told["environment"])
+        os.environ[child.WARM] = address
+        sys.argv = [told["entry"], told["folder"]]
+        _refresh()
+        child.perform(told["entry"], folder)
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        _finish(code)
+
+
+def _redirect(folder: Path) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    for name, number in ((child.STDOUT, 1), (child.STDERR, 2)):
+        file = os.open(folder / name, flags, 0o600)
+        os.dup2(file, number)
+        os.close(file)
+
+
+def _refresh() -> None:
+    """What a new process draws or reads when it imports: random state, and how many threads it may use."""
+    gc.enable()
+    random.seed()
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed()
+    if (torch := sys.modules.get("torch")) and (threads := os.environ.get("OMP_NUM_THREADS")):
+        torch.set_num_threads(int(threads))
+
+
+def _finish(code: int) -> None:
+    """End as a program does, without taking apart thousands of modules."""
+    try:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+# ------------------------------------------------------------------------------------------ the parent's start
+
+
+def preload(modules: Sequence[str]) -> None:
+    """Import modules; what isn't installed, or doesn't load, is left to the children, and said."""
+    gc.disable()
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            print(f"{name}: not preloaded ({error})", file=sys.stderr, flush=True)
+    gc.collect()
+    # The garbage collector writes into what it looks at, and so would copy the parent's memory into every child.
+    gc.freeze()
+
+
+def unfit() -> str | None:
+    """Why this process mustn't be forked, if so."""
+    threads = len(list(TASKS.iterdir()))
+    if threads > 1:
+        return f"what was imported started {threads - 1} thread(s)"
+    if CUDA in MAPS.read_text():
+        return "what was imported called CUDA"
+    return None
+
+
+def resident_bytes(status: Path = STATUS) -> int:
+    """What a process has resident now; 0 for one that is gone."""
+    try:
+        found = re.search(r"VmRSS:\s*(\d+) kB", status.read_text())
+    except OSError:
+        return 0
+    return 1024 * int(found.group(1)) if found else 0
+
+
+def _main(folder: Path, owner: int, listener: socket.socket, modules: Sequence[str]) -> None:
+    child.die_with(owner, signal.SIGTERM)
+    environment = dict(os.environ)
+    preload(modules)
+    if reason := unfit():
+        sys.exit(f"not fit to be forked: {reason}")
+    server = Server(listener, str(folder / SOCKET), environment)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        sys.exit(0)
+
+    def retire(number: int, frame: FrameType | None) -> None:
+        server.retire()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGHUP, retire)
+    (folder / READY).write_text(json.dumps({"bytes": resident_bytes()}))
+    try:
+        server.serve()
+    finally:
+        server.end()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]), int(sys.argv[2]), socket.socket(fileno=int(sys.argv[3])), sys.argv[4:])
