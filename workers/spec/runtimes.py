@@ -178,11 +178,11 @@ TRANSFORMERS = Runtime(
     entry="workers.verify.runtimes.transformers:answer",
     # What its quantizers' validate_environment asks for (5.23).
     packages={
-        COMPRESSED_TENSORS.name: ("compressed-tensors",),
+        COMPRESSED_TENSORS.name: COMPRESSED_TENSORS.needs,
         GPTQ.name: ("optimum", "gptqmodel"),
         GPTQ_V2.name: ("optimum", "gptqmodel"),
         AWQ.name: ("gptqmodel", "accelerate"),
-        BITSANDBYTES.name: ("bitsandbytes", "accelerate"),
+        BITSANDBYTES.name: (*BITSANDBYTES.needs, "accelerate"),
     },
     extras={"gptqmodel": "quantmill[gptq]", "optimum": "quantmill[gptq]"},
 )
@@ -249,7 +249,7 @@ VLLM = Runtime(
         BITSANDBYTES.name: _bnb_by_vllm,
     },
     snippet=_with_vllm,
-    packages={BITSANDBYTES.name: ("vllm-bnb-plugin", "bitsandbytes")},
+    packages={BITSANDBYTES.name: ("vllm-bnb-plugin", *BITSANDBYTES.needs)},
     tried="vLLM 0.32 on a CPU, with small models",
 )
 
