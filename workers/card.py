@@ -138,7 +138,7 @@ def _loading(recipe: Recipe, repo: str) -> str:
 def _other_runtimes(recipe: Recipe, repo: str, kinds: LayerKinds) -> Iterator[str]:
     """What is known of the runtimes that it wasn't checked in."""
     for runtime in RUNTIMES.values():
-        if runtime is checking(recipe.format):
+        if runtime is checking(recipe.format) or recipe.format not in runtime.rules:
             continue
         why = runtime.reads(recipe.format, recipe.scheme, kinds)
         if why:

@@ -46,12 +46,8 @@ def _look(request: dict[str, Any]) -> dict[str, Any]:
     given = load_file(scratch / "tokens.safetensors")
     with torch.inference_mode():
         logits = torch.cat([model(row[None]).logits for row in given["tokens"]])
-        made = [
-            model.generate(prompt[None], max_new_tokens=request["new_tokens"], do_sample=False)[
-                0, len(prompt) :
-            ].tolist()
-            for prompt in given["prompts"]
-        ]
+        whole = model.generate(given["prompts"], max_new_tokens=request["new_tokens"], do_sample=False)
+        made = whole[:, given["prompts"].shape[1] :].tolist()
     save_file({"logits": logits.contiguous()}, scratch / "logits.safetensors")
     return {
         "version": "0.1",

@@ -1,4 +1,4 @@
-"""What CONTRIBUTING says of a new format, runtime and engine is enough: from a recipe to a verified, published artifact."""
+"""What CONTRIBUTING says of a new format, runtime and engine is enough, from a recipe to a published artifact."""
 
 from __future__ import annotations
 
@@ -82,13 +82,13 @@ def test_a_toy_goes_all_the_way(tmp_path: Path, whole: bool) -> None:
     assert len(manifest.verdict.generations) == 4
     card = (place / "README.md").read_text()
     assert "import toyrun" in card
-    assert "transformers: the quantized layers are stored in the format toy, which transformers doesn't read" in card
+    assert "transformers" not in card.partition("## Load it")[2].partition("## ")[0]
     to = Destination(endpoint=str(tmp_path / "published"))
     revision = destinations.publish(to, "acme/toy", place)
     standing = destinations.standing(to.endpoint, "acme/toy", order.fingerprint)
     assert standing is not None
     assert standing[1] == revision
-    assert open_accepted(place).manifest.recipe == order.recipe
+    assert open_accepted(place).manifest.recipe.model_dump() == order.recipe.model_dump()
 
 
 def test_the_preflight_and_the_gates_read_the_rows(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_the_preflight_and_the_gates_read_the_rows(tmp_path: Path) -> None:
 
 
 def test_a_scheme_that_the_toy_does_not_hold_is_refused() -> None:
-    with pytest.raises(ValueError, match="format 'toy' can't hold the scheme .* choose format: compressed-tensors"):
+    with pytest.raises(ValueError, match=r"format 'toy' can't hold the scheme .* choose format: compressed-tensors"):
         jobs.recipe(name="toy-w4", method="rtn", scheme={**SCHEME, "bits": 5}, format="toy")
 
 
