@@ -28,6 +28,8 @@ GROWTH, GROWTH_BYTES = 1.25, 64 * 1024**2
 TRIES = 2
 # A path of a socket holds no more than 107 bytes.
 FOLDER, PREFIX = Path("/tmp"), "quantmill-parent-"
+# No threads of its own while it imports, and no call into CUDA.
+PARENTS_OWN = {"OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 # Cards, by the files that their drivers make.
 CARDS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 
@@ -67,7 +69,9 @@ class Parent:
         self.close()
 
     def _start(self, listener: int, own: bool) -> subprocess.Popen[bytes]:
-        given = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        given = {**os.environ, **PARENTS_OWN}
+        # Threads that wait for one another in a loop take three times as long where others want the cores, too.
+        given.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # It sees all cards, each of its children those that are its own.
         given.pop("CUDA_VISIBLE_DEVICES", None)
         given.pop(child.WARM, None)
