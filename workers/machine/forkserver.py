@@ -5,8 +5,8 @@ It has one thread, no CUDA context and no model, so a fork of it is as fresh as 
 that finds itself otherwise says so and ends. It ends with its owner, and every child with it; a child also ends when
 the connection that asked for it closes.
 
-Messages are JSON, one a line: ``{entry, folder, environment, cwd}`` comes in, ``{"pid"}`` and ``{"status"}`` go out,
-or ``{"refused"}``.
+Messages are JSON, one a line: ``{entry, folder, environment, cwd, nice}`` comes in, ``{"pid"}`` and ``{"status"}`` go
+out, or ``{"refused"}``.
 """
 
 from __future__ import annotations
@@ -196,6 +196,7 @@ def _become(told: dict[str, Any], parent: int, address: str) -> None:
         folder = Path(told["folder"])
         _redirect(folder)
         os.chdir(told["cwd"])
+        os.nice(max(0, told["nice"] - os.nice(0)))
         os.environ.clear()
         os.environ.update(told["environment"])
         os.environ[child.WARM] = address
