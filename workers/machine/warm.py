@@ -28,15 +28,26 @@ GROWTH, GROWTH_BYTES = 1.25, 64 * 1024**2
 TRIES, END_SECONDS = 2, 10.0
 # A path of a socket holds no more than 107 bytes.
 FOLDER, PREFIX = Path("/tmp"), "quantmill-parent-"
-# No threads of its own while it imports, and no call into CUDA.
-PARENTS_OWN = {"OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+# While it imports, neither a thread (of numpy's BLAS, of pyarrow's allocator) nor a call into CUDA.
+PARENTS_OWN = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+}
 # Cards, by the files that their drivers make.
 CARDS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 
-# What stages, the check of a runtime and `quantmill verify` import; measured by sys.modules after each.
+# What stages, the check of a runtime and `quantmill verify` import, also late: what sys.modules had more after each.
 MODULES = (
     "torch",
-    "transformers",
+    "transformers.generation.utils",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.processing_utils",
+    "datasets",
+    "workers.linear_maker",
+    "workers.bnb_maker",
+    "workers.quantize",
     "workers.verify.foreign",
     "workers.verify.stage",
 )
