@@ -210,9 +210,6 @@ class Cluster:
             failure = Failure(kind=OutOfMemory.__name__, message=message, traceback=str(error))
         except exceptions.RayTaskError as error:
             failure = Failure(kind=type(error.cause).__name__, message=str(error.cause), traceback=str(error))
-        except exceptions.RaySystemError as error:
-            kind = PreflightError if "startup worker" in str(error) else WorkerDied
-            failure = Failure(kind=kind.__name__, message=f"{step.stage}: {str(error).strip().splitlines()[0]}")
         except exceptions.RayError as error:
             reason = str(error).strip().splitlines()[0]
             failure = Failure(kind=WorkerDied.__name__, message=f"{step.stage}: the worker died ({reason})")
@@ -330,12 +327,16 @@ def transfer(request: str, where: Where, warm: tuple[str | None, str | None]) ->
 
 def compute(request: str, where: Where, warm: tuple[str | None, str | None]) -> str:
     """A stage that computes, in a process of its own, whose end frees its memory and its card."""
-    ended = where.ask("workers.run:answer", request, warm)
-    print(ended.stderr, end="", file=sys.stderr)
-    notes = (ended.note,) if ended.note else ()
-    if ended.answer is not None:
-        return StageResult.model_validate_json(ended.answer).model_copy(update={"notes": notes}).model_dump_json()
     told = Told.model_validate_json(request)
-    message = f"{told.stage}: the worker died (exit code {ended.code}: {ended.said})"
-    failure = Failure(kind=WorkerDied.__name__, message=message, traceback=ended.stderr[-8000:])
-    return StageResult(stage=told.stage, recipe=told.recipe, failure=failure, notes=notes).model_dump_json()
+    try:
+        ended = where.ask("workers.run:answer", request, warm)
+    except (FileNotFoundError, PermissionError) as error:
+        raise PreflightError(f"{told.stage}: {where.python} doesn't start any more ({error}); build it anew") from error
+    print(ended.stderr, end="", file=sys.stderr)
+    if ended.answer is not None:
+        result = StageResult.model_validate_json(ended.answer)
+    else:
+        message = f"{told.stage}: the worker died (exit code {ended.code}: {ended.said})"
+        failure = Failure(kind=WorkerDied.__name__, message=message, traceback=ended.stderr[-8000:])
+        result = StageResult(stage=told.stage, recipe=told.recipe, failure=failure)
+    return result.model_copy(update={"notes": (ended.note,) if ended.note else ()}).model_dump_json()

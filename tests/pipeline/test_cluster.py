@@ -7,9 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from workers.job import Stage, StageResult
 
+from pipeline.cluster import Where, compute
 from pipeline.loopback import LoopbackHub
 from tests.pipeline.runs import MODELS, by_key, command, write_zoo
+from tests.workers.jobs import job
+from workers.errors import PreflightError
+from workers.run import Told
 
 START = """
 import os, sys
@@ -52,3 +57,17 @@ def test_jobs_go_to_the_nodes_of_a_cluster(tmp_path: Path) -> None:
         head.stdin.close()
         head.stdout.close()
         assert head.wait(60) == 0
+
+
+def test_a_stage_without_a_parent_runs_from_nothing_and_says_so(tmp_path: Path) -> None:
+    told = Told(job=job(MODELS / "llama-tiny", tmp_path, "bnb-nf4"), stage=Stage.FETCH, seconds=60).model_dump_json()
+    for warm, note in (
+        ((None, "not started warm: because"), "not started warm: because"),
+        ((str(tmp_path / "socket"), None), f"not started warm: no parent at {tmp_path / 'socket'}"),
+        ((None, None), None),
+    ):
+        result = StageResult.model_validate_json(compute(told, Where(None, None, 1), warm))
+        assert result.failure is None
+        assert result.notes == ((note,) if note else ())
+    with pytest.raises(PreflightError, match="/nowhere/python doesn't start any more"):
+        compute(told, Where(None, "/nowhere/python", 1), (None, None))

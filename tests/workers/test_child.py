@@ -48,6 +48,7 @@ def test_it_has_the_environment_and_the_place_that_were_asked_for(warm: str | No
     assert said["request"] == {"a": [1, "\u00e4"]}
     assert said["cwd"] == str(tmp_path)
     assert said["pid"] != os.getpid()
+    assert said["nice"] == os.nice(0)
     assert ended.note is None
     pythons = (child.WARM, "PYTHONPATH", "LC_CTYPE")
     ours = {name: value for name, value in said["environment"].items() if name not in pythons}

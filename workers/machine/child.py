@@ -87,7 +87,13 @@ def run(
         folder = Path(scratch)
         (folder / REQUEST).write_text(request)
         given = dict(os.environ if environment is None else environment)
-        told = {"entry": entry, "folder": scratch, "environment": given, "cwd": str(cwd or Path.cwd())}
+        told = {
+            "entry": entry,
+            "folder": scratch,
+            "environment": given,
+            "cwd": str(cwd or Path.cwd()),
+            "nice": os.nice(0),
+        }
         note = None
         if address:
             try:

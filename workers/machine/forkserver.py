@@ -5,8 +5,8 @@ It has one thread, no CUDA context and no model, so a fork of it is as fresh as 
 that finds itself otherwise says so and ends. It ends with its owner, and every child with it; a child also ends when
 the connection that asked for it closes.
 
-Messages are JSON, one a line: ``{entry, folder, environment, cwd}`` comes in, ``{"pid"}`` and ``{"status"}`` go out,
-or ``{"refused"}``.
+Messages are JSON, one a line: ``{entry, folder, environment, cwd, nice}`` comes in, ``{"pid"}`` and ``{"status"}`` go
+out, or ``{"refused"}``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -47,13 +47,14 @@ READ_LATER = re.compile(
 )
 
 
-@dataclass
-class Child:
-    """A child on its way, the connection that asked for it, and the file that tells its end."""
+@dataclass(eq=False)
+class Asked:
+    """A request: the connection it came by (None: closed), what was read of it, its child and the file of its end."""
 
-    pid: int
-    line: socket.socket
-    end: int
+    line: socket.socket | None
+    said: bytearray = field(default_factory=bytearray)
+    pid: int = 0
+    end: int = -1
 
 
 class Server:
@@ -63,26 +64,23 @@ class Server:
         self._listener: socket.socket | None = listener
         self._address = address
         self._environment = dict(environment)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(listener, selectors.EVENT_READ, None)
-        self._said: dict[int, bytearray] = {}  # by file descriptor: what came of a request so far
-        self._children: dict[int, Child] = {}  # by file descriptor of its connection
+        self._open: set[Asked] = set()
         self._wake, self._woken = socket.socketpair()
-        self._selector.register(self._woken, selectors.EVENT_READ, None)
+        self._selector = selectors.DefaultSelector()
+        for each in (listener, self._woken):
+            self._selector.register(each, selectors.EVENT_READ, None)
 
     def serve(self) -> None:
         """Serve; returns when retired, in the parent and never in a child."""
-        while self._listener is not None or self._said or self._children:
+        while self._listener is not None or self._open:
             for key, _ in self._selector.select():
-                if key.fileobj is self._woken:
-                    self._woken.recv(64)
-                    self._close_listener()
-                elif key.fileobj is self._listener:
-                    self._accept()
-                elif isinstance(key.data, Child):
-                    self._reap(key.data)
-                elif key.fd in self._children or key.fd in self._said:
-                    self._hear(key.data)
+                asked: Asked | None = key.data
+                if asked is None:
+                    self._accept() if key.fileobj is self._listener else self._close_listener()
+                elif key.fd == asked.end:
+                    self._reap(asked)
+                elif asked.line is not None:
+                    self._hear(asked, asked.line)
 
     def retire(self) -> None:
         """Take no more requests; safe in a signal's handler."""
@@ -90,10 +88,12 @@ class Server:
 
     def end(self) -> None:
         """Kill all children."""
-        for found in list(self._children.values()):
-            _kill(found.pid)
+        for asked in self._open:
+            if asked.pid:
+                _kill(asked.pid)
 
     def _close_listener(self) -> None:
+        self._woken.recv(64)
         if self._listener is not None:
             self._selector.unregister(self._listener)
             self._listener.close()
@@ -102,50 +102,45 @@ class Server:
     def _accept(self) -> None:
         assert self._listener is not None
         line, _ = self._listener.accept()
-        self._said[line.fileno()] = bytearray()
-        self._selector.register(line, selectors.EVENT_READ, line)
+        asked = Asked(line)
+        self._open.add(asked)
+        self._selector.register(line, selectors.EVENT_READ, asked)
 
-    def _hear(self, line: socket.socket) -> None:
-        """More of a request, or the end of whoever asked."""
+    def _hear(self, asked: Asked, line: socket.socket) -> None:
+        """More of a request, or the end of whoever asked, which is the child's."""
         try:
             more = line.recv(1 << 16)
         except ConnectionError:
             more = b""
-        said = self._said.get(line.fileno())
-        if not more or said is None:
-            self._drop(line)
+        if not more:
+            self._hang_up(asked, line)
+            if asked.pid:
+                _kill(asked.pid)
             return
-        said += more
-        if said.endswith(b"\n"):
-            del self._said[line.fileno()]
-            self._begin(line, json.loads(said))
+        asked.said += more
+        if asked.said.endswith(b"\n") and not asked.pid:
+            self._begin(asked, line, json.loads(asked.said))
 
-    def _drop(self, line: socket.socket) -> None:
-        """Whoever asked is gone: so is the child."""
-        self._said.pop(line.fileno(), None)
+    def _hang_up(self, asked: Asked, line: socket.socket) -> None:
         self._selector.unregister(line)
-        if found := self._children.pop(line.fileno(), None):
-            self._selector.unregister(found.end)
-            _kill(found.pid)
-            os.waitpid(found.pid, 0)
-            os.close(found.end)
         line.close()
+        asked.line = None
+        if not asked.pid:
+            self._open.discard(asked)
 
-    def _begin(self, line: socket.socket, told: dict[str, Any]) -> None:
+    def _begin(self, asked: Asked, line: socket.socket, told: dict[str, Any]) -> None:
         if differing := _differing(self._environment, told["environment"]):
-            self._send(line, {"refused": f"it was started with another environment ({', '.join(differing)})"})
-            self._selector.unregister(line)
-            line.close()
+            _send(line, {"refused": f"it was started with another environment ({', '.join(differing)})"})
+            self._hang_up(asked, line)
             return
         parent = os.getpid()
-        pid = os.fork()
-        if pid == 0:
+        asked.pid = os.fork()
+        if asked.pid == 0:
             self._let_go()
             _become(told, parent, self._address)
-        found = Child(pid, line, os.pidfd_open(pid))
-        self._children[line.fileno()] = found
-        self._selector.register(found.end, selectors.EVENT_READ, found)
-        self._send(line, {"pid": pid})
+        asked.end = os.pidfd_open(asked.pid)
+        self._selector.register(asked.end, selectors.EVENT_READ, asked)
+        _send(line, {"pid": asked.pid})
 
     def _let_go(self) -> None:
         """In a child: close what is the parent's, so that connections close when their other end does."""
@@ -154,20 +149,22 @@ class Server:
         self._selector.close()
         self._wake.close()
 
-    def _reap(self, found: Child) -> None:
-        self._selector.unregister(found.end)
+    def _reap(self, asked: Asked) -> None:
         # While it isn't reaped nobody else has its number: what it left running goes with it.
-        _kill(found.pid)
-        _, status = os.waitpid(found.pid, 0)
-        os.close(found.end)
-        del self._children[found.line.fileno()]
-        self._selector.unregister(found.line)
-        self._send(found.line, {"status": status})
-        found.line.close()
+        _kill(asked.pid)
+        _, status = os.waitpid(asked.pid, 0)
+        self._selector.unregister(asked.end)
+        os.close(asked.end)
+        asked.pid, asked.end = 0, -1
+        self._open.discard(asked)
+        if asked.line is not None:
+            _send(asked.line, {"status": status})
+            self._hang_up(asked, asked.line)
 
-    def _send(self, line: socket.socket, message: dict[str, Any]) -> None:
-        with suppress(ConnectionError):  # gone: the selector tells so next
-            line.sendall(json.dumps(message).encode() + b"\n")
+
+def _send(line: socket.socket, message: dict[str, Any]) -> None:
+    with suppress(ConnectionError):  # gone: the selector tells so next
+        line.sendall(json.dumps(message).encode() + b"\n")
 
 
 def _differing(mine: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
@@ -199,6 +196,7 @@ def _become(told: dict[str, Any], parent: int, address: str) -> None:
         folder = Path(told["folder"])
         _redirect(folder)
         os.chdir(told["cwd"])
+        os.nice(max(0, told["nice"] - os.nice(0)))
         os.environ.clear()
         os.environ.update(told["environment"])
         os.environ[child.WARM] = address

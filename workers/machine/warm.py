@@ -24,17 +24,30 @@ from workers.machine.forkserver import READY, SOCKET, resident_bytes
 
 # A parent has grown that has so many times, and so many bytes more, than after its imports: libraries that leak.
 GROWTH, GROWTH_BYTES = 1.25, 64 * 1024**2
-# How often a parent that never got ready is tried.
-TRIES = 2
+# How often a parent that never got ready is tried; how long it may take to end.
+TRIES, END_SECONDS = 2, 10.0
 # A path of a socket holds no more than 107 bytes.
 FOLDER, PREFIX = Path("/tmp"), "quantmill-parent-"
+# While it imports, neither a thread (of numpy's BLAS, of pyarrow's allocator) nor a call into CUDA.
+PARENTS_OWN = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+}
 # Cards, by the files that their drivers make.
 CARDS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 
-# What stages, the check of a runtime and `quantmill verify` import; measured by sys.modules after each.
+# What stages, the check of a runtime and `quantmill verify` import, also late: what sys.modules had more after each.
 MODULES = (
     "torch",
-    "transformers",
+    "transformers.generation.utils",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.processing_utils",
+    "datasets",
+    "workers.linear_maker",
+    "workers.bnb_maker",
+    "workers.quantize",
     "workers.verify.foreign",
     "workers.verify.stage",
 )
@@ -43,7 +56,11 @@ MODULES_WITHOUT_CARD = ("bitsandbytes",)
 
 
 class Parent:
-    """One warm parent: a process that listens at ``address`` from the start, and answers once it has imported."""
+    """One warm parent: a process that listens at ``address`` from the start, and answers once it has imported.
+
+    Raises:
+        OSError: ``python`` doesn't start, or there's no room for its socket.
+    """
 
     def __init__(self, python: str | None = None, modules: Sequence[str] | None = None) -> None:
         self._python = python or sys.executable
@@ -51,12 +68,11 @@ class Parent:
         self._folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=FOLDER))
         self._identity = identity(self._python)
         self.address = str(self._folder / SOCKET)
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(f"{self.address}.new")
-            listener.listen(128)
-            # Whoever sees it under its name is answered.
-            Path(f"{self.address}.new").rename(self.address)
-            self._process = self._start(listener.fileno(), own=python is None)
+        try:
+            self._process = self._listen(own=python is None)
+        except OSError:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -66,8 +82,18 @@ class Parent:
     ) -> None:
         self.close()
 
+    def _listen(self, own: bool) -> subprocess.Popen[bytes]:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(f"{self.address}.new")
+            listener.listen(128)
+            # Whoever sees it under its name is answered.
+            Path(f"{self.address}.new").rename(self.address)
+            return self._start(listener.fileno(), own)
+
     def _start(self, listener: int, own: bool) -> subprocess.Popen[bytes]:
-        given = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        given = {**os.environ, **PARENTS_OWN}
+        # Threads that wait for one another in a loop take three times as long where others want the cores, too.
+        given.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # It sees all cards, each of its children those that are its own.
         given.pop("CUDA_VISIBLE_DEVICES", None)
         given.pop(child.WARM, None)
@@ -131,7 +157,12 @@ class Parent:
     def close(self) -> None:
         """End it, and its children."""
         self._process.terminate()
-        self._process.wait()
+        try:
+            self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            # It waits for a child that can't end yet.
+            self._process.kill()
+            self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -152,22 +183,31 @@ class Parents:
         if sys.platform != "linux":
             return None, None
         parent = self._parents.get(python)
-        if parent is not None:
-            reason = parent.stale if parent.alive else "it died"
-            if reason is None:
-                return parent.address, None
-            if parent.alive:
-                parent.retire()
-                self._retired.append(parent)
-            elif not parent.ready and self._tries[python] >= TRIES:
-                return None, f"not started warm: the parent doesn't start ({parent.said})"
-            else:
-                self._tries[python] = 0 if parent.ready else self._tries[python]
-                parent.close()
+        if parent is not None and parent.alive and parent.stale is None:
+            return parent.address, None
+        if parent is not None and (note := self._let_go(python, parent)):
+            return None, note
         _sweep()
+        try:
+            self._parents[python] = started = Parent(python, self._modules)
+        except OSError as error:
+            return None, f"not started warm: no parent starts ({error})"
         self._tries[python] = self._tries.get(python, 0) + 1
-        self._parents[python] = Parent(python, self._modules)
-        return self._parents[python].address, None
+        return started.address, None
+
+    def _let_go(self, python: str | None, parent: Parent) -> str | None:
+        """Make room for another in its place; or why there should be none."""
+        if not parent.alive and not parent.ready and self._tries[python] >= TRIES:
+            return f"not started warm: the parent doesn't start ({parent.said})"
+        if parent.ready:
+            self._tries[python] = 0
+        del self._parents[python]
+        if parent.alive:
+            parent.retire()
+            self._retired.append(parent)
+        else:
+            parent.close()
+        return None
 
     def alive(self) -> bool:
         """Whether any of those in use can be asked."""
