@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -11,11 +10,11 @@ from typing import TypeVar
 
 from pipeline import fitting, sizing, sources
 from pipeline.collecting import Collection
-from pipeline.retry import wait_before_retry
 from pipeline.zoo import ModelEntry, Zoo
 from workers import destinations
 from workers.errors import HubUnavailable, UserError, ZooError
-from workers.spec.job import Calibration, Destination, Failure, Job, Manifest, Order, Verification, fingerprint
+from workers.patience import insist
+from workers.spec.job import Calibration, Destination, Job, Manifest, Order, Verification, fingerprint
 from workers.spec.recipes import Recipe
 from workers.spec.tensors import TensorHeader
 from workers.spec.workspace import MANIFEST, artifact_folder
@@ -90,9 +89,9 @@ def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None)
     publish = zoo.publish
     if endpoint and publish:
         namespace = publish.namespace
-        patiently(lambda: destinations.check(endpoint, namespace))
+        insist(lambda: destinations.check(endpoint, namespace))
     if zoo.storage:
-        patiently(Storage(zoo.storage).check)
+        insist(Storage(zoo.storage).check)
     standing = _standing(orders, workspace, endpoint, verification, zoo.storage)
     estimates = sizing.Estimates(calibration, verification)
     artifacts = tuple(
@@ -168,20 +167,9 @@ def _pin_data(zoo: Zoo, zoo_folder: Path) -> tuple[Calibration | None, str | Non
 def _try(action: Callable[[], U]) -> U | UserError:
     """The result, or the finding; what isn't the user's to mend (an unreachable Hub) goes on upwards."""
     try:
-        return patiently(action)
+        return insist(action)
     except UserError as problem:
         return problem
-
-
-def patiently(action: Callable[[], U], attempts: int = 3) -> U:
-    """The result of a request that is repeated while the Hub doesn't answer, or asks to wait."""
-    for attempt in range(1, attempts):
-        try:
-            return action()
-        except HubUnavailable as error:
-            failure = Failure(kind=type(error).__name__, message=str(error), retry_after=error.retry_after)
-            time.sleep(wait_before_retry(failure, attempt) or 0.0)
-    return action()
 
 
 def _too_long(source: sources.Source, calibration: Calibration | None, verification: Verification) -> list[str]:
@@ -256,7 +244,7 @@ def _standing(
     def find(order: Order) -> Standing | None:
         return _published(endpoint, order) if endpoint else _local(order, workspace, verification, storage)
 
-    return _at_once(lambda order: patiently(lambda: find(order)), orders)
+    return _at_once(lambda order: insist(lambda: find(order)), orders)
 
 
 def _published(endpoint: str, order: Order) -> Standing | None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.plan import patiently
 from workers import destinations, hub
 from workers.artifact import open_accepted
 from workers.errors import ZooError
 from workers.pace import LocalPace
+from workers.patience import insist
 from workers.spec.job import Destination
 
 
@@ -34,7 +34,7 @@ def publish(artifact: Path, repo_id: str, to: Destination, *, dry_run: bool) -> 
         kind = destinations.kind_of(to.endpoint).name
         raise ZooError(f"--gated: a {kind} has no gate, got --endpoint {to.endpoint!r}; leave it out")
     open_accepted(artifact)  # before anything is asked of a Hub
-    patiently(lambda: destinations.check(to.endpoint, namespace))
+    insist(lambda: destinations.check(to.endpoint, namespace))
     if dry_run:
         lines = destinations.preview(to, repo_id, artifact)
         yield f"{to.endpoint}/{repo_id}: " + ("would change:" if lines else "shows this artifact already")

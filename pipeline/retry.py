@@ -62,9 +62,3 @@ def decide(failure: Failure, before: Sequence[tuple[str, How]], choices: Choices
         return None
     wait = min(max(2.0 ** (len(tried) - 1), failure.retry_after or 0.0), LONGEST_WAIT_SECONDS)
     return Again(wait)
-
-
-def wait_before_retry(failure: Failure, attempts: int) -> float | None:
-    """Seconds to wait before a request to a Hub is made again, None to give up; ``attempts`` counts those made."""
-    again = decide(failure, [(failure.kind, How.SAME)] * attempts)
-    return again.seconds if again and again.how is How.SAME else None

@@ -97,3 +97,19 @@ class Patience:
             given_up = f"{error}; given up after {failures} attempts, for {self._seconds:.0f} s in all are over"
             raise HubUnavailable(given_up, error.retry_after) from error
         self._sleep(wait)
+
+
+def insist(action: Callable[[], T], attempts: int = 3, sleep: Callable[[float], None] = time.sleep) -> T:
+    """The result of a short request, which is repeated while a Hub doesn't answer or asks to wait.
+
+    Waits double from one second; what the Hub asks for counts, up to ``LONGEST_WAIT_SECONDS``.
+
+    Raises:
+        HubUnavailable: the last failure.
+    """
+    for failures in range(1, attempts):
+        try:
+            return action()
+        except HubUnavailable as error:
+            sleep(min(max(2.0 ** (failures - 1), error.retry_after or 0.0), LONGEST_WAIT_SECONDS))
+    return action()

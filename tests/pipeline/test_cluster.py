@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from workers.job import Stage, StageResult
 
 from pipeline.cluster import Where, compute
 from pipeline.loopback import LoopbackHub
@@ -15,6 +14,7 @@ from tests.pipeline.runs import MODELS, by_key, command, write_zoo
 from tests.workers.jobs import job
 from workers.errors import PreflightError
 from workers.run import Told
+from workers.spec.job import Stage, StageResult
 
 START = """
 import os, sys

@@ -8,7 +8,7 @@ from pipeline import retry
 from pipeline.retry import Again, Choices, How
 from pipeline.shipped import recipe
 from pipeline.steps import JobRun, Step
-from workers import errors
+from workers import errors, patience
 from workers.spec.job import (
     ArtifactMade,
     Calibration,
@@ -162,9 +162,10 @@ def test_a_failed_stage_of_a_job_fails_all_of_its_artifacts() -> None:
 @pytest.mark.parametrize("name", [name for name, kind in vars(errors).items() if isinstance(kind, type)])
 def test_only_what_can_pass_is_tried_again(name: str) -> None:
     transient = issubclass(getattr(errors, name), errors.TransientError)
-    waits = []
-    while (wait := retry.wait_before_retry(Failure(kind=name, message=""), len(waits) + 1)) is not None:
-        waits.append(wait)
+    waits: list[float] = []
+    failure = Failure(kind=name, message="")
+    while (again := retry.decide(failure, [(name, How.SAME)] * (len(waits) + 1))) and again.how is How.SAME:
+        waits.append(again.seconds)
         assert len(waits) < 100
     assert bool(waits) == (transient and name != "TransientError")
     assert waits == sorted(waits)
@@ -189,9 +190,28 @@ def test_a_full_disk_is_left_for_a_roomier_one_once() -> None:
 
 
 def test_a_hub_that_asks_to_wait_is_obeyed_within_reason() -> None:
-    def wait(seconds: float) -> float | None:
-        return retry.wait_before_retry(Failure(kind="HubUnavailable", message="", retry_after=seconds), 1)
+    def wait(seconds: float) -> float:
+        failure = Failure(kind="HubUnavailable", message="", retry_after=seconds)
+        again = retry.decide(failure, [(failure.kind, How.SAME)])
+        assert again is not None
+        return again.seconds
 
     assert wait(17.0) == 17.0
     assert wait(0.0) == 1.0
     assert wait(1e9) == retry.LONGEST_WAIT_SECONDS
+
+
+def test_a_request_is_repeated_while_the_hub_asks_to_wait() -> None:
+    slept: list[float] = []
+    answers = [errors.HubUnavailable("busy", 17.0), errors.HubUnavailable("busy")]
+
+    def ask() -> str:
+        if answers:
+            raise answers.pop(0)
+        return "there"
+
+    assert patience.insist(ask, sleep=slept.append) == "there"
+    assert slept == [17.0, 2.0]
+    answers += [errors.HubUnavailable("gone")] * 3
+    with pytest.raises(errors.HubUnavailable, match="gone"):
+        patience.insist(ask, sleep=slept.append)
