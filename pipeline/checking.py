@@ -12,16 +12,18 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline import shipped, sources
-from pipeline.gating import Gate, Gates
-from pipeline.problems import explain
-from pipeline.zoo import ModelEntry
-from workers import errors, hub
+from pipeline.planning import sources
+from pipeline.zoo import shipped
+from pipeline.zoo.gating import Gate, Gates
+from pipeline.zoo.problems import explain
+from pipeline.zoo.zoo import ModelEntry
+from workers import errors
 from workers.errors import CheckpointError, ModelNotFound, QuantmillError, WorkerDied, ZooError
 from workers.machine import child
 from workers.machine.warm import Parents
 from workers.spec.formats import recognised
 from workers.spec.job import Dataset, Failure, ModelPin, ReasonCode, Thresholds, Verification
+from workers.transfer import hub
 
 # What is compared on if no text is named: the field's usual held-out text.
 WIKITEXT = Dataset(path="Salesforce/wikitext", name="wikitext-2-raw-v1", split="test")

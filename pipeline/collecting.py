@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
-from workers import hub
+from pipeline.planning.plan import Collection
 from workers.errors import QuantmillError
-from workers.patience import Patience
+from workers.transfer import hub
+from workers.transfer.patience import Patience
 
 COLLECTION_SECONDS = 600.0
-
-
-@dataclass(frozen=True)
-class Collection:
-    """A collection by its title, in the namespace that the artifacts go to."""
-
-    title: str
-    namespace: str
-    endpoint: str
-    private: bool
 
 
 def collect(collection: Collection, repo_ids: Iterable[str]) -> str | None:

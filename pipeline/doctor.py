@@ -6,12 +6,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline import shipped
-from pipeline import zoo as zoos
-from workers import environment, environments
-from workers.environment import Facts
+from pipeline.zoo import shipped
+from pipeline.zoo import zoo as zoos
 from workers.errors import PreflightError, ZooError
-from workers.machine import child
+from workers.machine import child, environment, environments
+from workers.machine.environment import Facts
 from workers.spec.recipes import Recipe
 
 
@@ -36,7 +35,9 @@ def facts(python: str | Path, out: Path) -> Facts:
         PreflightError: it doesn't start, or doesn't load quantmill.
     """
     try:
-        done = child.run("workers.environment:answer", json.dumps({"workspace": str(out.absolute())}), python=python)
+        done = child.run(
+            "workers.machine.environment:answer", json.dumps({"workspace": str(out.absolute())}), python=python
+        )
     except OSError as error:
         raise PreflightError(f"{python} doesn't start ({error})") from error
     if done.answer is None:

@@ -29,12 +29,12 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.utils import canonicalize_name
 from pydantic import Field, ValidationError, field_validator
 
-from pipeline import shipped
-from pipeline.problems import explain
-from workers import environments
-from workers.content import write_text
-from workers.environments import RECORD, Built
+from pipeline.zoo import shipped
+from pipeline.zoo.problems import explain
 from workers.errors import PreflightError, ZooError
+from workers.machine import environments
+from workers.machine.environments import RECORD, Built
+from workers.machine.files import write_text
 from workers.spec.base import Frozen, canonical_json
 
 LOCK_LIST = "requirements.lock"
@@ -347,7 +347,7 @@ def _copy_quantmill(site: Path) -> None:
 
 def _check(name: str, folder: Path) -> None:
     """Whether a worker starts there: Ray, torch and quantmill load, as they do in a stage."""
-    code = "import ray, torch, transformers, workers.run, workers.environment"
+    code = "import ray, torch, transformers, workers.run, workers.machine.environment"
     done = subprocess.run(
         [folder / "bin" / "python", "-c", code], cwd=folder, capture_output=True, text=True, check=False
     )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from workers import destinations, hub
-from workers.artifact import open_accepted
 from workers.errors import ZooError
-from workers.pace import LocalPace
-from workers.patience import insist
 from workers.spec.job import Destination
+from workers.transfer import destinations, hub
+from workers.transfer.artifact import open_accepted
+from workers.transfer.pace import LocalPace
+from workers.transfer.patience import insist
 
 
 def place(endpoint: str | None) -> str:

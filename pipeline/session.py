@@ -15,25 +15,24 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from pipeline import plan as planning
-from pipeline import results as contract
 from pipeline.collecting import collect
-from pipeline.leases import Holder, new_owner, of_this_machine
-from pipeline.ledger import Attempt, Ledger, now
-from pipeline.logbook import Logbook
-from pipeline.plan import Plan
-from pipeline.scheduler import Driver, Watcher
-from pipeline.steps import Step
-from pipeline.zoo import Zoo
-from workers import hub
-from workers.content import write_text
+from pipeline.fleet.leases import Holder, new_owner, of_this_machine
+from pipeline.fleet.scheduler import Driver
+from pipeline.fleet.sites import Watcher
+from pipeline.fleet.steps import Step
+from pipeline.planning import plan as planning
+from pipeline.planning.plan import Plan
+from pipeline.report import results as contract
+from pipeline.report.ledger import Attempt, Ledger, now
+from pipeline.report.logbook import Logbook
+from pipeline.zoo.zoo import LOOPBACK, Zoo
 from workers.errors import ZooError
+from workers.machine.files import write_text
 from workers.spec.job import Job, StageResult
+from workers.transfer import hub
 
 if TYPE_CHECKING:
-    from pipeline.cluster import Cluster
-
-LOOPBACK = "loopback"
+    from pipeline.fleet.cluster import Cluster
 RESULTS = "results.json"
 REPORT = "report.html"
 # How long the state of a pass is kept that nobody takes up.
@@ -112,8 +111,8 @@ def run(plan: Plan, out: Path, address: str | None, watchers: Sequence[Watcher])
         ledger.start(run_id, plan.zoo, started_at)
         jobs, interrupted = [], False
         if plan.jobs:
-            from pipeline.cluster import Cluster
-            from pipeline.metrics import Metrics
+            from pipeline.fleet.cluster import Cluster
+            from pipeline.report.metrics import Metrics
 
             try:
                 warm = any(job.orders[0].recipe.environment is None for job in plan.jobs)
@@ -150,7 +149,7 @@ def _collect(plan: Plan, made: contract.Results) -> str | None:
 
 def write_report(folder: Path) -> Path:
     """Render ``report.html`` of a run from its ``results.json``."""
-    from pipeline.report import render
+    from pipeline.report.render import render
 
     path = folder / REPORT
     results = contract.Results.model_validate_json((folder / RESULTS).read_text())

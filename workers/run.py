@@ -5,25 +5,22 @@ Imports no torch until a stage needs it: fetch and publish never do.
 
 from __future__ import annotations
 
-import errno
 import math
 import platform
-import sys
 import time
-import traceback
 from contextlib import suppress
 from pathlib import Path
 
-from workers import destinations, hub
-from workers.content import folder_sha256
-from workers.deadline import ends_within
-from workers.errors import CheckpointError, DiskFull, HubUnavailable, OutOfMemory, QuantmillError
-from workers.memory import peak_host_bytes
-from workers.pace import LocalPace, Pace
+from workers.errors import CheckpointError, QuantmillError
+from workers.machine.deadline import ends_within
+from workers.machine.failures import describe, peak_memory
+from workers.machine.files import folder_sha256
 from workers.spec.base import Frozen
-from workers.spec.job import Failure, Job, Part, PeakMemory, Stage, StageResult, spoken
+from workers.spec.job import Job, Part, PeakMemory, Stage, StageResult, spoken
 from workers.spec.workspace import artifact_folder, is_made
-from workers.storage import Storage
+from workers.transfer import destinations, hub
+from workers.transfer.pace import LocalPace, Pace
+from workers.transfer.storage import Storage
 
 
 class Told(Frozen):
@@ -73,37 +70,6 @@ def run_stage(
     return result.model_copy(update={"node": platform.node(), "seconds": time.monotonic() - start, "memory": memory})
 
 
-def describe(error: BaseException) -> Failure:
-    """An error as it travels to the driver: its class in ``workers.errors``, or its own where it isn't ours."""
-    known = classify(error)
-    return Failure(
-        kind=type(known).__name__,
-        message=str(known) or type(known).__name__,
-        retry_after=known.retry_after if isinstance(known, HubUnavailable) else None,
-        traceback="".join(traceback.format_exception(error))[-8000:],
-    )
-
-
-def classify(error: BaseException) -> BaseException:
-    """The same error, or the one of ours that says what it means: no memory, no disk."""
-    if isinstance(error, QuantmillError):
-        return error
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return OutOfMemory(f"out of memory ({error}); use a larger machine, or lower calibration.samples")
-    # safetensors reports a full disk as an error of its own, with the system's text in it.
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or "No space left on device" in str(error):
-        return DiskFull(f"no space left on the device ({error}); free some, or choose another --out")
-    return error
-
-
-def peak_memory() -> PeakMemory:
-    """Peak bytes of this process so far, on the host and on its CUDA device."""
-    torch = sys.modules.get("torch")
-    device = torch.cuda.max_memory_allocated() if torch is not None and torch.cuda.is_initialized() else 0
-    return PeakMemory(host=peak_host_bytes(), device=device)
-
-
 def pace_of(job: Job) -> Pace:
     """A pace of this process alone, within the limits of the job's destination."""
     return LocalPace(job.destination.limits if job.destination else None)
@@ -120,7 +86,7 @@ def _fetch(job: Job, recipe: str | None, pace: Pace) -> StageResult:
         texts["calibration.dataset"] = job.calibration.dataset
     for where, text in texts.items():
         if text.revision is not None:  # pinned to a commit of the Hub by the plan
-            from workers.calibration import fetch_dataset
+            from workers.model.text import fetch_dataset
 
             fetch_dataset(text, where)
     if job.storage is not None:
@@ -132,14 +98,14 @@ def _fetch(job: Job, recipe: str | None, pace: Pace) -> StageResult:
 
 
 def _quantize(job: Job, recipe: str | None, pace: Pace) -> StageResult:
-    from workers.quantize import quantize
+    from workers.quantize.one_pass import quantize
 
     artifacts, reference_bytes = quantize(job, model_folder(job))
     return StageResult(stage=Stage.QUANTIZE, artifacts=artifacts, reference_bytes=reference_bytes)
 
 
 def _quantize_part(job: Job, part: Part) -> StageResult:
-    from workers import spread
+    from workers.quantize import spread
 
     folder = model_folder(job)
     match part.step:

@@ -1,5 +1,1 @@
-"""``report.html``: one self-contained file, from ``results.json`` alone."""
-
-from pipeline.report.render import render
-
-__all__ = ["render"]
+"""What became of a run: results, ledger, logs, ``report.html``."""

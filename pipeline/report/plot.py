@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from pipeline.results import ArtifactEntry
+from pipeline.report.results import ArtifactEntry
 
 COLORS = {
     "published": "#16803c",

@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.report.plot import kl_against_size
-from pipeline.results import ArtifactEntry, Results
+from pipeline.report.results import ArtifactEntry, Results
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,15 @@ from pathlib import Path
 
 import torch
 
-from pipeline import shipped
+from pipeline.zoo import shipped
 from tests.bench import models
-from workers.checkpoint import Source
+from workers.checkpoint.source import Source
+from workers.engines import bitsandbytes
 from workers.formats.table import CODECS
-from workers.loading import StreamedModel
-from workers.methods import bitsandbytes, linear, schemes
+from workers.methods import linear, schemes
 from workers.methods.layer import Factors, Layer
-from workers.quantize import quantize
+from workers.model.loading import StreamedModel
+from workers.quantize.one_pass import quantize
 from workers.spec.recipes import BitsAndBytesRecipe, Recipe
 from workers.spec.workspace import artifact_folder
 

@@ -20,13 +20,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pipeline.cluster import Cluster, Where
-from pipeline.placement import Claim, Node
-from pipeline.scheduler import Driver
-from pipeline.steps import NETWORK_STAGES, Step
+from pipeline.fleet.cluster import Cluster, Where
+from pipeline.fleet.placement import Claim, Node
+from pipeline.fleet.scheduler import Driver
+from pipeline.fleet.steps import NETWORK_STAGES, Step
 from tests.bench import models
+from tests.pipeline.fleet.test_decisions import made, manifest
 from tests.pipeline.simulated import plan_of, size
-from tests.pipeline.test_decisions import made, manifest
 from workers.spec.job import Job, Stage, StageResult
 
 RECIPES = ("bnb-nf4", "bnb-int8")

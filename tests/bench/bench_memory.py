@@ -20,7 +20,7 @@ RECIPES = ("gptq-w4-g128", "awq-w4-g128", "fp8-static", "bnb-nf4")
 
 def measure(model: Path, workspace: Path, recipes: list[str]) -> None:
     """Quantize, and print the peak resident bytes after the imports and at the end."""
-    from workers.quantize import quantize
+    from workers.quantize.one_pass import quantize
 
     of = models.job(model, workspace, *recipes, samples=16)
     before = peak_bytes()

@@ -21,16 +21,16 @@ import yaml
 from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors.torch import save_file
 
-from pipeline import plan as planning
-from pipeline import zoo as zoos
 from pipeline.loopback import LoopbackHub
+from pipeline.planning import plan as planning
+from pipeline.zoo import zoo as zoos
 from tests.bench import models
-from tests.pipeline.test_decisions import manifest
-from workers import hub
-from workers.pace import LocalPace
-from workers.revisions import tag_name
+from tests.pipeline.fleet.test_decisions import manifest
 from workers.spec.job import HubLimits
 from workers.spec.workspace import MANIFEST
+from workers.transfer import hub
+from workers.transfer.pace import LocalPace
+from workers.transfer.revisions import tag_name
 
 RECIPES = ("bnb-fp4", "bnb-int8", "bnb-nf4", "fp8-dynamic", "gptq-w4-g128", "gptq-w8-g128", "mxfp4", "nvfp4",
            "rtn-w4-g128", "w8a8-int8")  # fmt: skip

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from tests.bench import models
-from workers.quantize import quantize
+from workers.quantize.one_pass import quantize
 
 RECIPES = (
     "gptq-w4-g128",

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.bench import models
 from workers.errors import QuantmillError
 from workers.formats.decoded import open_decoded
-from workers.loading import load_tensors
+from workers.model.loading import load_tensors
 
 ROOT = Path(__file__).parents[2]
 ZOO = ROOT / "tests" / "zoo"

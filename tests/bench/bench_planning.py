@@ -15,12 +15,13 @@ import time
 from pathlib import Path
 from unittest import mock
 
-from pipeline import plan as planning
-from pipeline import shipped, sources
-from pipeline.demand import demands
-from pipeline.scheduler import Driver
-from pipeline.sources import Source
-from pipeline.zoo import ModelEntry, Zoo
+from pipeline.fleet.demand import demands
+from pipeline.fleet.scheduler import Driver
+from pipeline.planning import plan as planning
+from pipeline.planning import sources
+from pipeline.planning.sources import Source
+from pipeline.zoo import shipped
+from pipeline.zoo.zoo import ModelEntry, Zoo
 from tests.bench import models
 from tests.pipeline.simulated import SimulatedFleet, node
 from workers.spec.job import ModelPin

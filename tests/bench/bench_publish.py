@@ -28,11 +28,11 @@ from huggingface_hub.utils import disable_progress_bars
 from pipeline.loopback import LoopbackHub
 from pipeline.loopback.faults import Fault, FaultRequest
 from tests.workers.published import artifact
-from workers import destinations, hub
-from workers.artifact import Artifact, open_accepted
 from workers.errors import QuantmillError
-from workers.pace import LocalPace
 from workers.spec.job import Destination, HubLimits
+from workers.transfer import destinations, hub
+from workers.transfer.artifact import Artifact, open_accepted
+from workers.transfer.pace import LocalPace
 
 # Only the reader names main like this: its own requests never fail, so that it misses as little as possible.
 READERS_MAIN = "refs%2Fheads%2Fmain"
@@ -187,7 +187,7 @@ def _artifact(folder: Path, number: int, revision: int) -> Artifact:
 PUBLISHER = """
 import sys
 from pathlib import Path
-from workers import destinations, hub, publishing, folders
+from workers.transfer import destinations, hub, to_hub as publishing, to_folder as folders
 from workers.spec.job import Destination
 to = Destination(endpoint=sys.argv[1])
 hub.connect(to.endpoint)

@@ -18,9 +18,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.placement import Claim, Node
-from pipeline.sizing import Estimate, Need
-from pipeline.steps import NETWORK_STAGES, Step
+from pipeline.fleet.placement import Claim, Node
+from pipeline.fleet.steps import NETWORK_STAGES, Step
+from pipeline.planning.sizing import Estimate, Need
 from tests.bench import models
 from tests.pipeline.simulated import GIB, SimulatedFleet, drive, node, plan_of
 from workers.spec.job import Failure, Job, Stage

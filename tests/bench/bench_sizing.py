@@ -11,8 +11,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline import sizing, sources
-from pipeline.zoo import ModelEntry
+from pipeline.planning import sizing, sources
+from pipeline.zoo.zoo import ModelEntry
 from tests.bench import models
 from workers.machine import child
 from workers.machine.warm import Parent

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from pipeline import shipped
+from pipeline.zoo import shipped
 from tests.workers.families import save_tokenizer
 from workers.spec.job import Calibration, Dataset, Job, ModelPin, Order, Thresholds, Verification
 from workers.spec.recipes import Recipe

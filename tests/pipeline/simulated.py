@@ -12,14 +12,15 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from pipeline.placement import Claim, Need, Node
-from pipeline.plan import Plan, PlannedArtifact
-from pipeline.scheduler import Driver, Probed
-from pipeline.sizing import Estimate
-from pipeline.sources import Source
-from pipeline.steps import NETWORK_STAGES, Step
-from tests.pipeline.test_decisions import job, made, manifest
-from workers.environment import Device, Facts
+from pipeline.fleet.placement import Claim, Node
+from pipeline.fleet.scheduler import Driver
+from pipeline.fleet.sites import Probed
+from pipeline.fleet.steps import NETWORK_STAGES, Step
+from pipeline.planning.plan import Plan, PlannedArtifact
+from pipeline.planning.sizing import Estimate, Need
+from pipeline.planning.sources import Source
+from tests.pipeline.fleet.test_decisions import job, made, manifest
+from workers.machine.environment import Device, Facts
 from workers.spec.job import Failure, Job, ModelPin, Stage, StageResult
 
 GIB = 1024**3

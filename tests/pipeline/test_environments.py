@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import doctor, environments, zoo
+from pipeline import doctor, environments
 from pipeline.environments import Definition
-from pipeline.plan import make_plan
+from pipeline.planning.plan import make_plan
+from pipeline.zoo import zoo
 from tests.pipeline.runs import MODELS, ROOT
-from workers.environment import probe
-from workers.environments import RECORD, interpreter
 from workers.errors import PreflightError, ZooError
+from workers.machine.environment import probe
+from workers.machine.environments import RECORD, interpreter
 
 TEXT = ROOT / "tests/zoo/text"
 

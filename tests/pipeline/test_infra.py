@@ -24,8 +24,8 @@ import pytest
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
 
-from pipeline import shipped
-from pipeline.cli import main
+from pipeline.cli.main import main
+from pipeline.zoo import shipped
 
 ROOT = Path(__file__).parents[2]
 INFRA, PAGES = ROOT / "infra", ROOT / "docs" / "infra"
@@ -305,9 +305,9 @@ def test_the_package_builds_from_what_the_image_copies(tmp_path: Path) -> None:
     with ZipFile(wheel) as archive:
         names = set(archive.namelist())
         (entry,) = [name for name in names if name.endswith("entry_points.txt")]
-        assert "quantmill = pipeline.cli:main" in archive.read(entry).decode()
+        assert "quantmill = pipeline.cli.main:main" in archive.read(entry).decode()
     assert {f"pipeline/configs/recipes/{name}.yaml" for name in shipped.recipe_names()} <= names
-    assert {"pipeline/cli.py", "pipeline/configs/gates.yaml", "workers/run.py"} <= names
+    assert {"pipeline/cli/main.py", "pipeline/configs/gates.yaml", "workers/run.py"} <= names
 
 
 def test_every_file_names_the_same_image_and_ray() -> None:

@@ -31,7 +31,7 @@ def test_the_driver_never_loads_torch(tmp_path: Path) -> None:
         "for module in pkgutil.walk_packages(pipeline.__path__, 'pipeline.'):\n"
         "    importlib.import_module(module.name)\n"
         "import ray, workers.run\n"
-        "from pipeline.cli import main\n"
+        "from pipeline.cli.main import main\n"
         f"main(['plan', {str(zoo)!r}, '--out', {str(tmp_path / 'runs')!r}], standalone_mode=False)\n"
         "print(sorted({'torch', 'transformers', 'datasets', 'bitsandbytes'} & set(sys.modules)))"
     )
@@ -67,7 +67,7 @@ def test_the_wheel_plans_a_zoo_from_another_folder(installed: Path, tmp_path: Pa
     assert "2 artifacts, 2 to make" in done.stdout
     python = installed.with_name("python")
     code = (
-        "import pipeline, pathlib; from pipeline import shipped, report\n"
+        "import pipeline, pathlib; from pipeline.zoo import shipped; from pipeline import report\n"
         "print(pathlib.Path(pipeline.__file__).parent, len(shipped.recipe_names()), len(shipped.gates()))\n"
         "print((pathlib.Path(report.__file__).parent / 'report.html.j2').is_file())"
     )
@@ -108,7 +108,7 @@ def test_wrong_command_lines(arguments: list[str], said: str, tmp_path: Path) ->
 
 
 def test_the_first_zoo_file_is_valid_and_never_overwritten(tmp_path: Path) -> None:
-    from pipeline import zoo
+    from pipeline.zoo import zoo
 
     assert run_cli("init", cwd=tmp_path).returncode == 0
     assert zoo.load(tmp_path / "zoo.yaml").name == "first"

@@ -9,18 +9,19 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from pipeline import plan as planning
 from pipeline import session
-from pipeline import zoo as zoos
-from pipeline.cli import main
-from pipeline.collecting import Collection, collect
+from pipeline.cli.main import main
+from pipeline.collecting import collect
 from pipeline.loopback import LoopbackHub
 from pipeline.loopback.faults import Fault
+from pipeline.planning import plan as planning
+from pipeline.planning.plan import Collection
+from pipeline.zoo import zoo as zoos
 from tests.pipeline.runs import MODELS, TEXT
 from tests.workers.published import Faults, artifact
-from workers import destinations, hub
 from workers.errors import HubRefused, ZooError
 from workers.spec.job import Destination, HubLimits
+from workers.transfer import destinations, hub
 from workers.transfer.tokens import token_problem
 
 REPO = "acme/model-bnb-nf4"

@@ -22,7 +22,7 @@ def test_killed_publishers_are_completed_with_one_commit_each(tmp_path: Path) ->
 def test_the_reader_would_see_a_torn_state(tmp_path: Path) -> None:
     """What the first test relies on: half an artifact on main, as upload_folder leaves it, doesn't pass unseen."""
     from pipeline.loopback import LoopbackHub
-    from workers import hub
+    from workers.transfer import hub
 
     one = bench_publish._artifact(tmp_path, 0, 0)
     with LoopbackHub(tmp_path / "hub") as server:

@@ -15,7 +15,7 @@ from pipeline.loopback import LoopbackHub
 from pipeline.loopback.faults import Fault, FaultRequest
 from tests.pipeline.runs import MODELS, ROOT, command, write_zoo
 from tests.workers.published import artifact
-from workers.hub import connect
+from workers.transfer.hub import connect
 
 TOKEN = "hf_thisTokenMustNotBeFoundAnywhere0123"
 
@@ -24,13 +24,13 @@ import logging, os, sys
 from pathlib import Path
 from pipeline.loopback import LoopbackHub
 from pipeline.loopback.faults import Fault
-from workers.destinations import check as check_destination
+from workers.transfer.destinations import check as check_destination
 from tests.workers.published import Faults
-from workers import hub, publishing
-from workers.artifact import open_accepted
+from workers.transfer import hub, to_hub as publishing
+from workers.transfer.artifact import open_accepted
 from workers.spec.job import Destination
-from workers.patience import Patience
-from workers.run import describe
+from workers.transfer.patience import Patience
+from workers.machine.failures import describe
 
 logging.basicConfig(level=logging.DEBUG)
 root, right = Path(sys.argv[1]), sys.argv[2] == "right"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pipeline.loopback import LoopbackHub
-from pipeline.results import Results
+from pipeline.report.results import Results
 from tests.pipeline.runs import MODELS, by_key, marked_processes, run, stop_when, wait_for, write_zoo
 
 RECIPES = "bnb-nf4, gptq-w4-g128"
@@ -86,7 +86,8 @@ def test_the_log_tells_every_stage_for_machines(finished: tuple[Path, int, str, 
 
 def test_estimates_were_near_the_truth(finished: tuple[Path, int, str, dict[str, Any]]) -> None:
     folder, _, _, results = finished
-    from pipeline import plan, zoo
+    from pipeline.planning import plan
+    from pipeline.zoo import zoo
 
     made = plan.make_plan(zoo.load(folder / "zoo.yaml"), folder, folder / "runs", None)
     for cell in made.artifacts:
@@ -104,7 +105,7 @@ def test_the_second_run_makes_only_what_is_missing(finished: tuple[Path, int, st
         assert entry["status"] == ("failed" if key[0] == "broken" else "skipped")
         assert entry["commit"] == by_key(first)[key]["commit"]
     with LoopbackHub(folder / "runs" / "hub") as hub:
-        from workers.hub import connect
+        from workers.transfer.hub import connect
 
         assert len(connect(hub.endpoint).list_repo_commits("acme/llama-tiny-bnb-nf4")) == 2
 
@@ -156,7 +157,7 @@ def connect_card(endpoint: str, artifact: str) -> dict[str, Any]:
     import httpx2
     import yaml
 
-    from workers.hub import connect, read_file
+    from workers.transfer.hub import connect, read_file
 
     found = read_file(connect(endpoint), f"acme/{artifact}", "README.md")
     assert found is not None

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from workers.checkpoint import Header, Source
-from workers.codes import CodedWeight, IntWeight
+from workers.checkpoint.source import Header, Source
 from workers.formats.decoder import Decoder
 from workers.formats.table import Codec
+from workers.numerics.codes import CodedWeight, IntWeight
 from workers.spec.formats import Format
 from workers.spec.schemes import IntScheme, LinearScheme, Scheme
 from workers.spec.tensors import TensorHeader

@@ -8,17 +8,15 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from pipeline import sizing, sources
 from pipeline.checking import declared_family
-from pipeline.zoo import ModelEntry
+from pipeline.planning import sizing, sources
+from pipeline.zoo.zoo import ModelEntry
 from tests.toy import engine, format, runtime
 from tests.workers import jobs
-from workers import destinations
-from workers.artifact import open_accepted
-from workers.environment import probe, problems
 from workers.formats.decoded import Decoded, open_decoded
 from workers.formats.table import CODECS
-from workers.quantize import quantize
+from workers.machine.environment import probe, problems
+from workers.quantize.one_pass import quantize
 from workers.spec.engines import ENGINES
 from workers.spec.formats import FORMATS
 from workers.spec.job import Destination, Job, ReasonCode
@@ -26,6 +24,8 @@ from workers.spec.layers import Layout
 from workers.spec.recipes import RtnRecipe
 from workers.spec.runtimes import RUNTIMES
 from workers.spec.workspace import layout_path
+from workers.transfer import destinations
+from workers.transfer.artifact import open_accepted
 from workers.verify.stage import verify
 
 LLAMA = jobs.ZOO / "models" / "llama-tiny"

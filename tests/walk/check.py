@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from tests.walk.smallest import VOCABULARY, load_plain, save_smallest
 from tests.workers.families import save_tokenizer
 from tests.workers.jobs import job, recipe
-from workers.checkpoint import Source
+from workers.checkpoint.source import Source
 from workers.formats.decoded import Decoded, open_decoded
-from workers.forward import Head, stream
-from workers.loading import StreamedModel, find_layers
-from workers.quantize import quantize
+from workers.model.forward import Head, stream
+from workers.model.loading import StreamedModel, find_layers
+from workers.quantize.one_pass import quantize
 from workers.spec.job import ArtifactMade, Job
 from workers.spec.workspace import artifact_folder, folds_folder
 from workers.verify.activations import rounded_inputs

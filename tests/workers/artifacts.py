@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
 
-from workers.codes import CodedWeight, IntWeight
 from workers.formats.decoded import open_decoded
+from workers.numerics.codes import CodedWeight, IntWeight
 from workers.spec.schemes import IntScheme, LinearScheme
 
 SMALL = {"vocab_size": 96, "initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from pipeline import shipped
-from pipeline.sources import folder_sha256
+from pipeline.zoo import shipped
+from workers.machine.files import folder_sha256
 from workers.spec.job import Calibration, Dataset, Job, ModelPin, Order, Thresholds, Verification, fingerprint
 from workers.spec.recipes import Recipe
 

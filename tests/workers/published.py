@@ -6,8 +6,8 @@ import threading
 from pathlib import Path
 
 from pipeline.loopback.faults import Fault, FaultRequest
-from pipeline.shipped import recipe
-from workers.content import file_sha256
+from pipeline.zoo.shipped import recipe
+from workers.machine.files import file_sha256
 from workers.spec.job import Dataset, FileEntry, Manifest, Thresholds, Verdict, Verification
 from workers.spec.workspace import MANIFEST
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from tests.workers.faults import PLANTED, tensors
 from tests.workers.jobs import LOOSE, ZOO, job, recipe
-from workers.content import file_sha256
+from workers.machine.files import file_sha256
 from workers.run import run_stage
 from workers.spec.job import Job, Manifest, Stage, StageResult, Thresholds
 from workers.spec.workspace import artifact_folder

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from workers.loading import StreamedModel
-from workers.makers import Maker
+from workers.engines.maker import Maker
+from workers.model.loading import StreamedModel
 from workers.spec import engines
 from workers.spec.layers import Layout
 from workers.spec.recipes import BitsAndBytesRecipe, Recipe
@@ -18,13 +18,13 @@ from workers.spec.workspace import layout_path
 
 
 def _linear() -> type[Maker]:
-    from workers.linear_maker import LinearMaker
+    from workers.engines.linear import LinearMaker
 
     return LinearMaker
 
 
 def _bitsandbytes() -> type[Maker]:
-    from workers.bnb_maker import BitsAndBytesMaker  # importing the library takes seconds
+    from workers.engines.bitsandbytes import BitsAndBytesMaker  # importing the library takes seconds
 
     return BitsAndBytesMaker
 
@@ -50,7 +50,7 @@ def layout_of(place: Path, recipe: Recipe, streamed: StreamedModel) -> Layout:
 
 def _decided(recipe: Recipe, streamed: StreamedModel) -> dict[str, Scheme]:
     if isinstance(recipe, BitsAndBytesRecipe):
-        from workers.methods import bitsandbytes
+        from workers.engines import bitsandbytes
 
         converted = bitsandbytes.plan(streamed.model, recipe).converted
         modules = [w.module for w in streamed.weights if w.input[0].removesuffix(".weight") in converted]

@@ -19,10 +19,10 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from workers.checkpoint import copy_companions
-from workers.content import write_text
-from workers.environments import interpreter
+from workers.checkpoint.source import copy_companions
 from workers.errors import OutOfMemory, UnsupportedRecipe, WorkerDied
+from workers.machine.environments import interpreter
+from workers.machine.files import write_text
 from workers.spec.engines import Engine, WholeProgress, WholeRequest
 from workers.spec.job import ArtifactMade, Job, Order
 from workers.spec.workspace import artifact_folder, layout_path, record_path

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.checkpoint import Header, Source
-from workers.codes import CodedWeight, IntWeight
+from workers.checkpoint.source import Header, Source
 from workers.errors import NumericalError, UnsupportedRecipe
 from workers.formats.decoder import Decoder
 from workers.formats.gptq import one_block, one_scheme
+from workers.numerics.codes import CodedWeight, IntWeight
 from workers.numerics.packing import pack, unpack
 from workers.spec.formats import AWQ, others_that_hold
 from workers.spec.schemes import LinearScheme

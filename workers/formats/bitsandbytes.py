@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from workers.checkpoint import Header, Source
+from workers.checkpoint.source import Header, Source
 from workers.formats.decoder import Decoder
-from workers.loading import build_on_meta, owners_of_keys
+from workers.model.loading import build_on_meta, owners_of_keys
 
 # The state of a 4-bit weight, in JSON, under the name of its codebook.
 STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")

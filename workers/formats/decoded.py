@@ -14,7 +14,7 @@ from typing import Self
 
 from torch import Tensor
 
-from workers.checkpoint import Header, Source
+from workers.checkpoint.source import Header, Source
 from workers.errors import CheckpointError, UnsupportedRecipe
 from workers.formats.decoder import Decoder
 from workers.formats.table import CODECS
@@ -22,7 +22,7 @@ from workers.spec.formats import FORMATS, recognised
 
 
 class Decoded:
-    """An opened checkpoint (a ``checkpoint.TensorSource``) whose quantized weights are decoded by a decoder."""
+    """An opened checkpoint (a ``source.TensorSource``) whose quantized weights are decoded by a decoder."""
 
     def __init__(self, source: Source, decoder: Decoder) -> None:
         self._source = source

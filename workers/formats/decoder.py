@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from workers.checkpoint import Header
+from workers.checkpoint.source import Header
 
 
 @dataclass(frozen=True)

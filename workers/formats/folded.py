@@ -12,12 +12,13 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from workers.checkpoint import Header, Source
+from workers.checkpoint.source import Header, Source
 from workers.errors import CheckpointError
+from workers.numerics.smoothing import scaled
 
 
 class Folded:
-    """A checkpoint (a ``checkpoint.TensorSource``) under the scales kept in ``folder``; without any, as it is.
+    """A checkpoint (a ``source.TensorSource``) under the scales kept in ``folder``; without any, as it is.
 
     Raises:
         CheckpointError: scales for tensors that the source doesn't have.
@@ -74,12 +75,3 @@ class Folded:
         with safe_open(path, framework="pt") as reader:
             tensor: Tensor = reader.get_tensor(f"{kind}|{name}")
         return tensor
-
-
-def scaled(matrix_OI: Tensor, columns_I: Tensor | None, rows_O: Tensor | None) -> Tensor:
-    """``matrix_OI * columns_I / rows_O`` in float32; the matrix itself where there is neither."""
-    if columns_I is not None:
-        matrix_OI = matrix_OI.float() * columns_I
-    if rows_O is not None:
-        matrix_OI = matrix_OI.float() / rows_O[:, None]
-    return matrix_OI

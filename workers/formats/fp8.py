@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.checkpoint import Header, Source
-from workers.codes import CodedWeight, Float8Weight
+from workers.checkpoint.source import Header, Source
 from workers.errors import CheckpointError, UnsupportedRecipe
-from workers.formats.ct_config import EXPERT, some
+from workers.formats.compressed_tensors.config import EXPERT, some
 from workers.formats.decoder import Decoder
 from workers.numerics import activations, fp8
+from workers.numerics.codes import CodedWeight, Float8Weight
 from workers.spec.formats import FP8, others_that_hold
 from workers.spec.layers import LayerKinds
 from workers.spec.runtimes import misfit

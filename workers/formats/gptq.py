@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.checkpoint import Header, Source
-from workers.codes import CodedWeight, IntWeight
+from workers.checkpoint.source import Header, Source
 from workers.errors import NumericalError, UnsupportedRecipe
-from workers.formats.compressed_tensors import check_words, some
+from workers.formats.compressed_tensors.module import check_words, some
 from workers.formats.decoder import Decoder
+from workers.numerics.codes import CodedWeight, IntWeight
 from workers.numerics.packing import pack_gptq, unpack_gptq
 from workers.spec.formats import (
     FORMATS,

@@ -11,10 +11,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from workers.checkpoint import Source
-from workers.codes import CodedWeight
-from workers.formats import awq, compressed_tensors, fp8, gptq
+from workers.checkpoint.source import Source
+from workers.formats import awq, fp8, gptq
+from workers.formats.compressed_tensors import module as compressed_tensors
 from workers.formats.decoder import Decoder
+from workers.numerics.codes import CodedWeight
 from workers.spec import formats as rows
 from workers.spec.schemes import LinearScheme
 

@@ -45,9 +45,9 @@ MODULES = (
     "transformers.models.auto.tokenization_auto",
     "transformers.processing_utils",
     "datasets",
-    "workers.linear_maker",
-    "workers.bnb_maker",
-    "workers.quantize",
+    "workers.engines.linear",
+    "workers.engines.bitsandbytes",
+    "workers.quantize.one_pass",
     "workers.verify.foreign",
     "workers.verify.stage",
 )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workers.loading import QuantizableWeight
 from workers.methods.layer import FoldableInput, Solved, Stack
+from workers.model.loading import QuantizableWeight
+from workers.model.statistics import InputName, InputStatistics
 from workers.numerics import awq, rounding
 from workers.spec.recipes import AwqRecipe
 from workers.spec.schemes import IntScheme
-from workers.statistics import InputName, InputStatistics
 
 
 def solve(recipe: AwqRecipe, stack: Stack) -> Solved:

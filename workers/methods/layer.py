@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from workers.codes import CodedWeight
 from workers.errors import NumericalError
-from workers.folding import Fold
-from workers.loading import QuantizableWeight
+from workers.model.folding import Fold
+from workers.model.loading import QuantizableWeight
+from workers.model.statistics import InputStatistics, Observer
 from workers.numerics import gptq
+from workers.numerics.codes import CodedWeight
 from workers.spec.schemes import IntScheme, LinearScheme
-from workers.statistics import InputStatistics, Observer
 
 Key = tuple[tuple[int, ...], bool, float]
 

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from workers.codes import Float4Weight, Float8Weight, IntWeight
-from workers.loading import QuantizableWeight
 from workers.methods.layer import Coded, Layer, Problem, Solved, Stack, require_finite
 from workers.methods.table import METHODS
+from workers.model.loading import QuantizableWeight
 from workers.numerics import fp4, fp8
+from workers.numerics.codes import Float4Weight, Float8Weight, IntWeight
 from workers.spec.formats import FORMATS
 from workers.spec.recipes import LinearRecipe
 from workers.spec.schemes import Float8Scheme, IntScheme, LinearScheme, MicroscalingScheme

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from workers.folding import Fold, fold_source
-from workers.formats.folded import scaled
-from workers.loading import QuantizableWeight, StreamedModel
 from workers.methods.layer import FoldableInput, LayerWork
 from workers.methods.table import METHODS
+from workers.model.folding import Fold, fold_source
+from workers.model.loading import QuantizableWeight, StreamedModel
+from workers.model.statistics import InputName, InputStatistics
+from workers.numerics.smoothing import scaled
 from workers.spec.recipes import LinearRecipe
 from workers.spec.schemes import LinearScheme
-from workers.statistics import InputName, InputStatistics
 
 
 class Scaling:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import cast
 
 from workers.errors import UnsupportedRecipe
-from workers.loading import QuantizableWeight, StreamedModel
-from workers.reinitialized import unpackable_modules
+from workers.model.loading import QuantizableWeight, StreamedModel
+from workers.model.unpackable import unpackable_modules
 from workers.spec.formats import FORMATS
 from workers.spec.layers import LayerScheme, scheme_for
 from workers.spec.recipes import LinearRecipe

@@ -22,3 +22,12 @@ def scales(input_max_I: Tensor, weight_max_I: Tensor, strength: float) -> Tensor
     raw_I = x_I.pow(strength) / w_I.pow(1 - strength)
     usable_I = (x_I > 0) & (w_I > 0)
     return torch.where(usable_I, raw_I.clamp(LEAST, MOST), 1.0).float()
+
+
+def scaled(matrix_OI: Tensor, columns_I: Tensor | None, rows_O: Tensor | None) -> Tensor:
+    """``matrix_OI * columns_I / rows_O`` in float32; the matrix itself where there is neither."""
+    if columns_I is not None:
+        matrix_OI = matrix_OI.float() * columns_I
+    if rows_O is not None:
+        matrix_OI = matrix_OI.float() / rows_O[:, None]
+    return matrix_OI

@@ -139,7 +139,8 @@ class Job(Frozen):
 
 
 class Part(Frozen):
-    """One part of a quantize stage that is spread over workers (``workers.spread``); ``join`` has one part alone."""
+    """One part of a quantize stage that is spread over workers (``workers.quantize.spread``); ``join`` has one part
+    alone."""
 
     step: Literal["gather", "solve", "join"]
     index: int = Field(0, ge=0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from workers import hub
 from workers.errors import HubRefused, ModelNotFound
+from workers.transfer import hub
 
 
 def check_token(endpoint: str, namespace: str | None) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workers.checkpoint import Source
+from workers.checkpoint.source import Source
 from workers.formats.decoded import Decoded
-from workers.loading import StreamedModel
+from workers.model.loading import StreamedModel
 
 # Share of a layer's inputs that a static scale may clip: outliers that the calibration didn't see.
 MOST_CLIPPED = 0.01

@@ -13,13 +13,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from workers import reference
-from workers.calibration import held_out_tokens, load_tokenizer
-from workers.checkpoint import Source
+from workers.checkpoint.source import Source
 from workers.formats.decoded import Decoded
-from workers.forward import Head, stream
-from workers.loading import StreamedModel
-from workers.quantize import checkpoint_dtype, compute_device
+from workers.model import reference
+from workers.model.device import checkpoint_dtype, compute_device
+from workers.model.forward import Head, stream
+from workers.model.loading import StreamedModel
+from workers.model.text import held_out_tokens, load_tokenizer
 from workers.spec.families import family_of
 from workers.spec.formats import recognised
 from workers.spec.job import Generation, Job, Metrics, ModelPin, Runtime, Verification

@@ -12,14 +12,14 @@ from typing import Any
 
 from pydantic import Field
 
-from workers import artifact
-from workers.checkpoint import Source
+from workers.checkpoint.source import Source
 from workers.errors import CheckpointError, NumericalError, UnsupportedRecipe, UserError
 from workers.formats.decoded import Decoded, open_decoded
-from workers.run import describe
+from workers.machine.failures import describe
 from workers.spec.base import Frozen
 from workers.spec.job import Failure, ModelPin, Thresholds, Verdict, Verification
 from workers.spec.workspace import MANIFEST
+from workers.transfer import artifact
 from workers.verify import gates
 from workers.verify.comparison import Comparison
 from workers.verify.integrity import QUANTIZERS_OWN, Findings, compare, differing_settings, listed

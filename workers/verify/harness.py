@@ -90,7 +90,7 @@ def _scores(results: list[dict[str, dict[str, Any]]]) -> list[Score]:
 
 def answer(request: str) -> str:
     """Scores for a ``HarnessRequest``, or the failure; JSON."""
-    from workers.run import describe
+    from workers.machine.failures import describe
 
     found: dict[str, Any] = {"scores": [], "failure": None}
     try:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.checkpoint import INDEX, REPLACED, Source, companion_files
-from workers.content import file_sha256
+from workers.checkpoint.source import INDEX, REPLACED, Source, companion_files
 from workers.formats.decoded import Decoded
 from workers.formats.folded import Folded
+from workers.machine.files import file_sha256
 from workers.verify.diagnosis import diagnose
 
 NAMED = 3  # of many, in a message

@@ -7,15 +7,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
-from workers import hub
-from workers.card import render_card
-from workers.checkpoint import Source
-from workers.content import file_sha256, write_text
+from workers.checkpoint.source import Source
 from workers.engines.table import layout_of
-from workers.environment import versions
 from workers.errors import CheckpointError, NumericalError, UserError
 from workers.formats.decoded import Decoded, open_decoded
 from workers.formats.folded import Folded
+from workers.machine.environment import versions
+from workers.machine.files import file_sha256, write_text
 from workers.spec.families import Family, family_of
 from workers.spec.job import (
     ArtifactMade,
@@ -31,7 +29,9 @@ from workers.spec.job import (
 from workers.spec.layers import kinds_of
 from workers.spec.tensors import TensorHeader
 from workers.spec.workspace import MANIFEST, artifact_folder, folds_folder, record_path
+from workers.transfer import hub
 from workers.verify import gates, integrity
+from workers.verify.card import render_card
 from workers.verify.comparison import Comparison
 
 

@@ -12,7 +12,7 @@ from tests.bench.peers.runner import Answer, Request, rows, serve
 def quantize(request: Request, answer: Answer) -> None:
     """``settings``: a recipe. The reference, which the peers don't make, is made before the clock starts."""
     from tests.bench import models
-    from workers import quantize as stage
+    from workers.quantize import one_pass as stage
     from workers.spec.job import Job
     from workers.spec.recipes import Recipe
     from workers.spec.workspace import artifact_folder

@@ -10,15 +10,16 @@ from typing import get_args
 
 import pytest
 
-from pipeline import shipped, sizing, sources, tables
-from pipeline.zoo import ModelEntry
+from pipeline.planning import sizing, sources
+from pipeline.zoo import shipped, tables
+from pipeline.zoo.zoo import ModelEntry
 from tests.workers import jobs
+from workers.checkpoint.shards import WRITERS
 from workers.engines.table import MAKERS
 from workers.formats.table import CODECS
 from workers.methods.table import METHODS
 from workers.numerics import fp8
-from workers.quantize import quantize
-from workers.shards import WRITERS
+from workers.quantize.one_pass import quantize
 from workers.spec.engines import ENGINES
 from workers.spec.formats import BNB_BLOCK, FORMATS, recognised
 from workers.spec.job import Calibration, Dataset, ModelPin, fingerprint
@@ -85,7 +86,7 @@ def test_configs_are_recognised_by_one_row_alone() -> None:
 
 
 def test_constants_that_rooms_cannot_share_are_equal() -> None:
-    from workers.methods import bitsandbytes
+    from workers.engines import bitsandbytes
 
     assert fp8.BLOCK == FP8_BLOCK
     assert bitsandbytes.BLOCK == BNB_BLOCK

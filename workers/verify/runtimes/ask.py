@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from workers.environments import interpreter
 from workers.errors import OutOfMemory, WorkerDied
 from workers.machine import child
+from workers.machine.environments import interpreter
 from workers.spec.runtimes import Runtime, RuntimeRequest
 
 DEADLINE_SECONDS = 1800.0

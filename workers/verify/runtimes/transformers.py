@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from workers.memory import peak_host_bytes
+from workers.machine.memory import peak_host_bytes
 from workers.verify.runtimes.reply import reply
 
 # Nothing is fetched; and gptqmodel's kernels compile for longer than the check takes.

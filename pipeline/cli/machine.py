@@ -1,0 +1,82 @@
+"""Commands about this machine: what it lacks, and its environments."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from pipeline.cli.options import FAILED, print_rows
+
+
+@click.command()
+@click.argument("recipes", nargs=-1)
+@click.option("--zoo", type=click.Path(path_type=Path), help="Look at the recipes of this zoo file instead.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), help="Where runs would write.")
+def doctor(recipes: tuple[str, ...], zoo: Path | None, out: Path) -> None:
+    """Check this machine against RECIPES, all that are shipped if none is named; each in its own environment."""
+    from pipeline import doctor
+
+    chosen = doctor.recipes(recipes, zoo)
+    facts = doctor.facts(sys.executable, out)
+    devices = ", ".join(f"{d.name} ({d.memory / 1e9:.0f} GB)" for d in facts.devices) or "none: the CPU is used"
+    click.echo(
+        f"{facts.node}: Python {facts.python}, {facts.cpus} cores, {facts.host_memory / 1e9:.1f} GB, GPU: {devices}"
+    )
+    found = doctor.examine(chosen, facts, out)
+    rows = [
+        {"recipe": r.name, "environment": r.environment or "", "state": "; ".join(found[r.name]) or "ready"}
+        for r in chosen
+    ]
+    shown = ("recipe", "environment", "state") if any(r.environment for r in chosen) else ("recipe", "state")
+    print_rows(rows, shown)
+    sys.exit(FAILED if any(found.values()) else 0)
+
+
+@click.group()
+def env() -> None:
+    """Environments that recipes name for want of the driver's packages."""
+
+
+@env.command("create")
+@click.argument("name")
+@click.option(
+    "--from",
+    "source",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="YAML: description and packages of an environment of your own.",
+)
+def env_create(name: str, source: Path | None) -> None:
+    """Build the environment NAME on this machine, unless it stands as it's defined."""
+    from pipeline import environments
+
+    environments.create(name, source, click.echo)
+
+
+@env.command("list")
+def env_list() -> None:
+    """Show the known environments and those that are built here."""
+    from pipeline import environments
+
+    rows = [
+        {
+            "environment": row.name,
+            "state": row.state,
+            "size": environments.in_words(row.size) if row.size else "",
+            "where": row.place,
+            "description": row.description,
+        }
+        for row in environments.rows()
+    ]
+    print_rows(rows, tuple(rows[0]))
+
+
+@env.command("remove")
+@click.argument("name")
+def env_remove(name: str) -> None:
+    """Delete the environment NAME from this machine."""
+    from pipeline import environments
+
+    environments.remove(name, click.echo)

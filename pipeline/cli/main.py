@@ -1,0 +1,46 @@
+"""The command line. Imports what a command needs when it runs: ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import click
+
+from pipeline.cli.checkpoints import hub, publish, verify
+from pipeline.cli.machine import doctor, env
+from pipeline.cli.options import WRONG
+from pipeline.cli.runs import init, plan, report, run, schema, status
+from pipeline.cli.submitted import cancel, logs, submit
+
+
+class _Group(click.Group):
+    """Turns the package's own errors into a message and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        from workers.errors import QuantmillError
+
+        try:
+            return super().invoke(ctx)
+        except QuantmillError as error:
+            click.echo(f"quantmill: {type(error).__name__}: {error}", err=True)
+            ctx.exit(WRONG)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="quantmill")
+def main() -> None:
+    """From a zoo file (models x recipes) to verified, published quantized checkpoints."""
+
+
+main.add_command(run)
+main.add_command(plan)
+main.add_command(submit)
+main.add_command(logs)
+main.add_command(cancel)
+main.add_command(status)
+main.add_command(report)
+main.add_command(doctor)
+main.add_command(env)
+main.add_command(hub)
+main.add_command(publish)
+main.add_command(verify)
+main.add_command(schema)
+main.add_command(init)

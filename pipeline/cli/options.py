@@ -1,0 +1,35 @@
+"""What several commands share: exit codes, arguments, tables."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import click
+
+WRONG, FAILED, INTERRUPTED = 2, 1, 130
+LOST = 75  # EX_TEMPFAIL: what became of a submitted run isn't known; to be tried again
+ZOO = click.argument("zoo", type=click.Path(path_type=Path))
+OUT = click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs"), show_default=True)
+ADDRESS = click.option(
+    "--address",
+    metavar="URL",
+    envvar="RAY_API_SERVER_ADDRESS",
+    required=True,
+    help="The dashboard of the cluster's head, such as http://head:8265.",
+)
+
+
+def print_rows(rows: Sequence[Mapping[str, object]], columns: tuple[str, ...]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=column in ("model", "recipe", "status", "plan"))
+    for row in rows:
+        table.add_row(*(Text("" if row[column] is None else str(row[column])) for column in columns))
+    # Without a terminal there's no width to keep to: logs and pipes get whole lines.
+    Console(width=None if sys.stdout.isatty() else 180).print(table)

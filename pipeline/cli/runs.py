@@ -1,0 +1,179 @@
+"""Commands about zoo files and their runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline.cli.options import FAILED, INTERRUPTED, OUT, ZOO, print_rows
+from pipeline.cli.submitted import print_submitted
+
+if TYPE_CHECKING:
+    from pipeline.planning.plan import Plan
+    from pipeline.session import Finished
+    from pipeline.zoo.zoo import Zoo
+
+
+@click.command()
+@ZOO
+@OUT
+@click.option("--address", help="A running Ray cluster; left out: one on this machine, for this run.")
+@click.option("--dry-run", is_flag=True, help="Stop after the plan.")
+@click.option("--webhook", envvar="QUANTMILL_WEBHOOK", help="URL that is told, as JSON, how the run ended.")
+def run(zoo: Path, out: Path, address: str | None, dry_run: bool, webhook: str | None) -> None:
+    """Make, verify and publish what the zoo file ZOO asks for and doesn't stand there yet."""
+    from pipeline import session
+    from pipeline.report import notify
+    from pipeline.zoo import zoo as zoos
+
+    loaded = zoos.load(zoo)
+    with session.destination(loaded, out, address) as endpoint:
+        plan = session.make_plan(loaded, zoo, out, endpoint)
+        _print_plan(plan, loaded, endpoint)
+        if dry_run:
+            return
+        finished = _run(plan, out, address)
+    _print_results(finished)
+    if webhook and (problem := notify.post(webhook, notify.message(finished.results, finished.results_path))):
+        click.echo(problem, err=True)
+    if finished.interrupted:
+        sys.exit(INTERRUPTED)
+    sys.exit(0 if finished.results.status == "ok" else FAILED)
+
+
+@click.command()
+@ZOO
+@OUT
+@click.option("--address", help="A running Ray cluster to judge by; left out: this machine.")
+def plan(zoo: Path, out: Path, address: str | None) -> None:
+    """Show what would be made, what is skipped and why, with sizes and memory, and what fits on no node."""
+    from pipeline import session
+    from pipeline.fleet import feasibility
+    from pipeline.zoo import zoo as zoos
+
+    loaded = zoos.load(zoo)
+    with session.destination(loaded, out) as endpoint:
+        made = session.make_plan(loaded, zoo, out, endpoint)
+        _print_plan(made, loaded, endpoint)
+        lines = feasibility.infeasible(made, out, address)
+    for line in lines:
+        click.echo(line)
+    if lines:
+        sys.exit(FAILED)
+
+
+@click.command()
+@click.argument("run_id", metavar="[RUN]", required=False)
+@OUT
+@click.option("--address", metavar="URL", help="Show the runs submitted to this cluster instead, or the one named RUN.")
+def status(run_id: str | None, out: Path, address: str | None) -> None:
+    """Show the runs of the ledger, or the stages that RUN tried."""
+    from pipeline.report.ledger import Ledger
+    from workers.errors import ZooError
+
+    if address:
+        print_submitted(address, run_id)
+        return
+    if not (out / "ledger.sqlite").is_file():
+        raise ZooError(f"--out: no ledger in {str(out)!r}; run a zoo first, or name the --out of its run")
+    with Ledger(out) as ledger:
+        rows = ledger.attempts(run_id) if run_id else ledger.runs()
+    if run_id and not rows:
+        raise ZooError(f"status: the ledger knows no stages of run {run_id!r}; `quantmill status` lists the runs")
+    columns = ("model", "recipe", "stage", "attempt", "node", "seconds", "outcome", "error") if run_id else ()
+    print_rows([dict(row) for row in rows], columns or ("run_id", "zoo", "started_at", "finished_at", "status"))
+
+
+@click.command()
+@click.argument("run_id", metavar="[RUN]", required=False)
+@OUT
+def report(run_id: str | None, out: Path) -> None:
+    """Render report.html of RUN again, of the newest run if none is named."""
+    from pipeline import session
+
+    click.echo(session.write_report(session.find_run(out.resolve(), run_id)))
+
+
+@click.command()
+def schema() -> None:
+    """Print the JSON Schema of a zoo file, for editors."""
+    from pipeline.zoo.zoo import Zoo
+
+    click.echo(json.dumps(Zoo.model_json_schema(), indent=1))
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path), default=Path("zoo.yaml"))
+def init(path: Path) -> None:
+    """Write a first zoo file to PATH; an existing one is left alone."""
+    from pipeline.zoo import shipped
+    from workers.errors import ZooError
+
+    if path.exists():
+        raise ZooError(f"init: {str(path)!r} exists already; name another file")
+    path.write_text((shipped.configs() / "first.yaml").read_text())
+    click.echo(f"wrote {path}; edit it, then: quantmill plan {path}")
+
+
+def _run(plan: Plan, out: Path, address: str | None) -> Finished:
+    from rich.console import Console
+
+    from pipeline import session
+    from pipeline.report.progress import LiveProgress, PlainProgress
+
+    console = Console()
+    with LiveProgress(console, plan) if console.is_terminal else PlainProgress(console) as progress:
+        return session.run(plan, out, address, [progress])
+
+
+def _print_plan(plan: Plan, zoo: Zoo, endpoint: str | None) -> None:
+    to_make = sum(len(job.orders) for job in plan.jobs)
+    where = f"published at {endpoint}" if endpoint else "not published: the zoo has no 'publish'"
+    click.echo(f"zoo {zoo.name}: {len(plan.artifacts)} artifacts, {to_make} to make; {where}")
+    rows = [
+        {
+            "model": cell.source.name,
+            "commit": cell.source.pin.revision[:12],
+            "recipe": cell.order.recipe.name,
+            "fingerprint": cell.order.fingerprint[:12],
+            "plan": cell.reason,
+            "source": f"{cell.estimate.source_bytes / 1e6:.1f} MB",
+            "artifact": f"{cell.estimate.artifact_bytes / 1e6:.1f} MB",
+            "host memory": f"{cell.estimate.host_bytes / 1e9:.1f} GB",
+            "on a GPU": f"{cell.estimate.device_bytes / 1e9:.1f} GB",
+        }
+        for cell in plan.artifacts
+    ]
+    print_rows(rows, tuple(rows[0]))
+
+
+def _print_results(finished: Finished) -> None:
+    rows = []
+    for entry in finished.results.artifacts:
+        metrics = entry.metrics
+        rows.append(
+            {
+                "model": Path(entry.model).name,
+                "recipe": entry.recipe,
+                "status": entry.status,
+                "KL": f"{metrics.kl_mean:.3g}" if metrics else "",
+                "top-1": f"{metrics.top1_agreement:.3f}" if metrics else "",
+                "perplexity": f"{metrics.perplexity:.3f}" if metrics else "",
+                "size": f"{entry.bytes / 1e6:.1f} MB" if entry.bytes else "",
+                "published as": entry.repo_id if entry.commit else "",
+            }
+        )
+    print_rows(rows, tuple(rows[0]))
+    for entry in finished.results.artifacts:
+        if entry.status in ("rejected", "failed"):
+            click.echo(f"{entry.status}: {Path(entry.model).name} {entry.recipe}: {entry.reason}")
+    if finished.collection_problem:
+        click.echo(finished.collection_problem)
+    if finished.interrupted:
+        click.echo("interrupted; run the same command again to go on")
+    click.echo(finished.results_path)
+    click.echo(finished.report_path)

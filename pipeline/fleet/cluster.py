@@ -1,0 +1,342 @@
+"""Ray, behind one small class: nodes and what they have, stages as tasks, results as they come."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pipeline.fleet.leases import Leases, LeaseTable
+from pipeline.fleet.placement import Claim, Node
+from pipeline.fleet.steps import NETWORK_STAGES, Step
+from workers.errors import OutOfMemory, PreflightError, QuantmillError, WorkerDied, ZooError
+from workers.machine import child
+from workers.machine.environment import Facts, host_memory
+from workers.machine.warm import Parents
+from workers.run import Told, run_stage
+from workers.spec.job import Failure, Job, StageResult, spoken
+from workers.transfer.pace import LocalPace
+
+# Ray's processes hold nothing of a stage that computed, for that ran in a child; what moved files goes now and then.
+STAGES_OF_A_PROCESS, TRANSFERS_OF_A_PROCESS = 1000, 32
+# A call to a host whose cable was pulled ends after minutes, though Ray knows within seconds that the host is gone.
+LOOK_SECONDS = 5.0
+# What answers at once, or never: an actor, a look at a node (an environment's first start takes a while).
+ACTOR_SECONDS, PROBE_SECONDS, CLOSE_SECONDS = 60.0, 300.0, 5.0
+
+
+class Cluster:
+    """A Ray cluster: the embedded local one, or one that runs at ``address``.
+
+    ``warm``: stages in this Python are sure to come, so that parents import while Ray starts and models are fetched.
+    """
+
+    def __init__(self, address: str | None, workspace: Path, warm: bool = False) -> None:
+        self._parents: dict[str, Any] = {}  # by node: the actor that has them
+        # Of the embedded node; the parents of other nodes belong to an actor there.
+        self._own = Parents() if address is None else None
+        self._warm_first = warm
+        if self._own and warm:
+            self._own.address()
+        _set_up_environment(embedded=address is None)
+        import ray
+
+        self._ray = ray
+        self._workspace = workspace
+        self._flying: dict[Any, tuple[Step, str]] = {}  # by call: the step, and its node
+        self._looked = 0.0
+        self._interpreters: dict[tuple[str, str], str] = {}  # by node and environment
+        self._pace: Any = None
+        try:
+            ray.init(
+                address=address or "local",
+                include_dashboard=False if address is None else None,
+                logging_level="ERROR",
+                log_to_driver=False,
+                configure_logging=False,
+                **(_whole_machine() if address is None else {}),
+            )
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            self._end_parents()
+            if address is None:
+                raise QuantmillError(f"Ray doesn't start on this machine ({error}); see `quantmill doctor`") from error
+            raise ZooError(f"--address: no Ray cluster there, got {address!r} ({error}); start one") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end_parents()
+        self._ray.shutdown()
+
+    def _end_parents(self) -> None:
+        """In order, so that no file of theirs is left; Ray ends what doesn't answer."""
+        if self._own:
+            self._own.close()
+        closing = [actor.close.remote() for actor in self._parents.values()]
+        if closing:
+            self._ray.wait(closing, num_returns=len(closing), timeout=CLOSE_SECONDS)
+
+    def nodes(self) -> list[Node]:
+        """The nodes that are alive now."""
+        return [
+            Node(
+                node["NodeID"],
+                int(have.get("CPU", 0)),
+                int(have.get("GPU", 0)),
+                int(have.get("memory", 0)),
+                node.get("Labels") or {},
+            )
+            for node in self._ray.nodes()
+            if node["Alive"] and (have := node["Resources"])
+        ]
+
+    def probe(
+        self, nodes: Sequence[Node], environments: Iterable[str | None]
+    ) -> dict[str, dict[str | None, Facts | str]]:
+        """What each node has in each environment, or why it can't be used; nodes that don't answer are left out."""
+        named = [environment for environment in environments if environment is not None]
+        if self._warm_first:
+            for node in nodes:
+                self._warm(node, None)
+        found: dict[str, dict[str | None, Facts | str]] = {}
+        calls: dict[tuple[str, str | None], Any] = {(node.id, None): self._look(node, None) for node in nodes}
+        if named:
+            # Ray tries a Python that doesn't start for minutes: what isn't there is told before it's asked for.
+            task = self._ray.remote(max_calls=1, max_retries=0)(_interpreters)
+            asked = [(node, task.options(num_cpus=0, **_pinned(node.id)).remote(named)) for node in nodes]
+            for node, call in asked:
+                with suppress(self._ray.exceptions.RayError):
+                    paths, problems = self._ray.get(call, timeout=PROBE_SECONDS)
+                    found[node.id] = dict(problems)
+                    self._interpreters |= {(node.id, name): path for name, path in paths.items()}
+                    calls |= {(node.id, name): self._look(node, name) for name in paths}
+        for (node_id, environment), call in calls.items():
+            try:
+                found.setdefault(node_id, {})[environment] = Facts.model_validate_json(
+                    self._ray.get(call, timeout=PROBE_SECONDS)
+                )
+            except self._ray.exceptions.RayError as error:
+                if environment is not None:
+                    found[node_id][environment] = _does_not_start(environment, error)
+        return found
+
+    def _look(self, node: Node, environment: str | None) -> Any:
+        task = self._ray.remote(max_calls=1, max_retries=0)(_probe)
+        options = {"num_cpus": 0, **_pinned(node.id), **self._inside(node, environment)}
+        return task.options(**options).remote(str(self._workspace), node.gpus > 0)
+
+    def _inside(self, node: Node, environment: str | None) -> dict[str, Any]:
+        """Options of a task that runs in a prebuilt environment of its node."""
+        if environment is None:
+            return {}
+        return {"runtime_env": {"py_executable": shlex.quote(self._interpreters[node.id, environment])}}
+
+    def start(self, step: Step, job: Job, node: Node, claim: Claim, seconds: float) -> None:
+        """Start a stage on a node, which ends it after so long; Ray never repeats it."""
+        if self._pace is None:
+            # One for the run: the limits are the account's, whatever process spends them.
+            limits = job.destination.limits if job.destination else None
+            self._pace = self._ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(LocalPace).remote(limits)
+        environment = job.orders[0].recipe.environment
+        python = self._interpreters[node.id, environment] if environment else None
+        # Its imports are done while the model is fetched.
+        warm = self._warm(node, python)
+        computing = step.stage not in NETWORK_STAGES
+        stage, more = self.stage(step)
+        calls = STAGES_OF_A_PROCESS if computing else TRANSFERS_OF_A_PROCESS
+        call = self._ray.remote(max_calls=calls, max_retries=0)(stage).options(
+            name=spoken(step.stage, step.part, job.model, step.recipe),
+            num_cpus=claim.cpus,
+            num_gpus=claim.gpus,
+            memory=claim.memory if node.memory else None,
+            **_pinned(node.id),
+        )
+        sent = job.model_copy(update={"lean": True}) if claim.alone else job
+        told = Told(job=sent, stage=step.stage, recipe=step.recipe, part=step.part, seconds=seconds)
+        where = Where(self._pace, python, node.cpus_per_stage if computing else 1)
+        self._flying[call.remote(told.model_dump_json(), where, warm, *more)] = step, node.id
+
+    def stage(self, step: Step) -> tuple[Callable[..., str], tuple[Any, ...]]:
+        """What runs a step on its node, and what it's told beyond what every stage is."""
+        return (transfer if step.stage in NETWORK_STAGES else compute), ()
+
+    def _warm(self, node: Node, python: str | None) -> Any:
+        """What ``Parents.address`` says of an interpreter on a node (or a reference to it); starts what isn't there."""
+        if self._own:
+            return self._own.address(python)
+        if node.id not in self._parents:
+            actor = self._ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Parents)
+            self._parents[node.id] = actor.options(**_pinned(node.id)).remote()
+        return self._parents[node.id].address.remote(python)
+
+    def leases(self) -> Leases:
+        """The leases of all drivers of this cluster: an actor that outlives each of them."""
+        table = self._ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(LeaseTable)
+        options = {"name": "quantmill-leases", "namespace": "quantmill", "lifetime": "detached", "get_if_exists": True}
+        return _SharedLeases(table.options(**options).remote())
+
+    def wait(self, seconds: float) -> list[tuple[Step, StageResult]]:
+        """The steps that ended, waiting for the first at most so long."""
+        if not self._flying:
+            return []
+        done, _ = self._ray.wait(list(self._flying), num_returns=1, timeout=seconds)
+        ended = [(step := self._flying.pop(call)[0], self._collect(call, step)) for call in done]
+        if time.monotonic() - self._looked > LOOK_SECONDS:
+            self._looked = time.monotonic()
+            alive = {node.id for node in self.nodes()}
+            for call in [call for call, (_, node) in self._flying.items() if node not in alive]:
+                step, node = self._flying.pop(call)
+                failure = Failure(kind=WorkerDied.__name__, message=f"{step.stage}: its node is gone ({node[:12]})")
+                ended.append((step, StageResult(stage=step.stage, recipe=step.recipe, failure=failure)))
+        return ended
+
+    def _collect(self, call: Any, step: Step) -> StageResult:
+        exceptions = self._ray.exceptions
+        try:
+            return StageResult.model_validate_json(self._ray.get(call))
+        except exceptions.OutOfMemoryError as error:
+            message = f"{step.stage}: the node ran out of host memory; use a larger one, or lower calibration.samples"
+            failure = Failure(kind=OutOfMemory.__name__, message=message, traceback=str(error))
+        except exceptions.RayTaskError as error:
+            failure = Failure(kind=type(error.cause).__name__, message=str(error.cause), traceback=str(error))
+        except exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[0]
+            failure = Failure(kind=WorkerDied.__name__, message=f"{step.stage}: the worker died ({reason})")
+        except ValueError as error:
+            failure = Failure(kind=type(error).__name__, message=f"{step.stage}: unreadable answer ({error})")
+        return StageResult(stage=step.stage, recipe=step.recipe, failure=failure)
+
+
+def _set_up_environment(embedded: bool) -> None:
+    """What Ray reads from the environment when it's imported or started."""
+    os.environ["RAY_task_oom_retries"] = "0"  # noqa: SIM112 - Ray's own spelling
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if embedded and "RAY_AUTH_MODE" not in os.environ:
+        # Left alone, a local start writes ~/.ray/auth_token, after which other clusters of this user demand it.
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(16)
+
+
+def _whole_machine() -> dict[str, Any]:
+    """The embedded Ray lends all of the machine's memory but what its store takes, which holds next to nothing."""
+    store = 128 * 1024**2
+    return {"object_store_memory": store, "_memory": max(host_memory() - store, 1)}
+
+
+def _interpreters(names: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    from workers.machine.environments import interpreters
+
+    return interpreters(names)
+
+
+def _does_not_start(environment: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0]
+    return (
+        f"environment {environment!r} doesn't start ({reason}); run `quantmill env remove {environment}` there, and "
+        f"`quantmill env create {environment}`"
+    )
+
+
+def _pinned(node_id: str) -> dict[str, Any]:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False)}
+
+
+def _probe(workspace: str, with_devices: bool) -> str:
+    from workers.machine.environment import probe
+
+    return probe(Path(workspace), with_devices).model_dump_json()
+
+
+class _SharedLeases:
+    """The leases that an actor keeps, as a driver asks for them."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def take(self, owner: str, keys: Sequence[str]) -> bool:
+        """As ``Leases`` says; while the actor's node is gone, nobody is kept waiting: publishing is idempotent."""
+        import ray
+
+        try:
+            return bool(ray.get(self._actor.take.remote(owner, keys), timeout=ACTOR_SECONDS))
+        except ray.exceptions.RayError:
+            return True
+
+    def drop(self, owner: str, keys: Sequence[str]) -> None:
+        """As ``Leases`` says; nobody waits for it."""
+        self._actor.drop.remote(owner, keys)
+
+
+class _SharedPace:
+    """The run's pace, which an actor keeps, as a worker's process asks it."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+        self._own = LocalPace()
+
+    def ask(self, hub: str, commit_to: str | None, file: bool = False) -> float:
+        """As ``Pace`` says; while the actor's node is gone, each process keeps to the usual limits by itself."""
+        import ray
+
+        try:
+            return float(ray.get(self._actor.ask.remote(hub, commit_to, file), timeout=ACTOR_SECONDS))
+        except ray.exceptions.RayError:
+            return self._own.ask(hub, commit_to, file)
+
+    def pause(self, hub: str, seconds: float) -> None:
+        """As ``Pace`` says; nobody waits for the answer."""
+        self._actor.pause.remote(hub, seconds)
+
+
+@dataclass(frozen=True)
+class Where:
+    """What a stage is given on its node: the run's pace (an actor), its Python, threads."""
+
+    pace: Any
+    python: str | None
+    threads: int
+
+    def ask(self, entry: str, request: str, warm: tuple[str | None, str | None]) -> child.Ended:
+        """Ask a fresh process, a child of the parent that ``Parents.address`` named if there's one."""
+        address, note = warm
+        # Ray's own setting follows the share of the node; the bytes of an artifact mustn't.
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        ended = child.run(entry, request, python=self.python, warm=address, environment=environment)
+        return replace(ended, note=ended.note or note)
+
+
+def transfer(request: str, where: Where, warm: tuple[str | None, str | None]) -> str:
+    """A stage that moves files, in this process, which has the run's pace."""
+    told = Told.model_validate_json(request)
+    pace = _SharedPace(where.pace)
+    return run_stage(told.job, told.stage, told.recipe, pace, seconds=told.seconds).model_dump_json()
+
+
+def compute(request: str, where: Where, warm: tuple[str | None, str | None]) -> str:
+    """A stage that computes, in a process of its own, whose end frees its memory and its card."""
+    told = Told.model_validate_json(request)
+    try:
+        ended = where.ask("workers.run:answer", request, warm)
+    except (FileNotFoundError, PermissionError) as error:
+        raise PreflightError(f"{told.stage}: {where.python} doesn't start any more ({error}); build it anew") from error
+    print(ended.stderr, end="", file=sys.stderr)
+    if ended.answer is not None:
+        result = StageResult.model_validate_json(ended.answer)
+    else:
+        message = f"{told.stage}: the worker died (exit code {ended.code}: {ended.said})"
+        failure = Failure(kind=WorkerDied.__name__, message=message, traceback=ended.stderr[-8000:])
+        result = StageResult(stage=told.stage, recipe=told.recipe, failure=failure)
+    return result.model_copy(update={"notes": (ended.note,) if ended.note else ()}).model_dump_json()

@@ -1,0 +1,112 @@
+"""What a plan refuses: models that can't be quantized, recipes that don't fit a model's layers; with what would do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from pipeline.planning.sources import Source
+from workers.spec.layers import EXPERT, LayerKinds, LayerScheme, out_in_shape, quantizable, scheme_for
+from workers.spec.recipes import IntRecipe, Recipe
+from workers.spec.runtimes import misfit
+from workers.spec.schemes import IntScheme, MicroscalingScheme, Scheme
+from workers.spec.tensors import TensorHeader
+
+USUAL_GROUP_SIZES = (256, 128, 64, 32, 16)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A weight that a recipe quantizes, and what it gets."""
+
+    name: str
+    shape_OI: tuple[int, int]
+    gets: LayerScheme
+
+
+def model_problem(source: Source) -> str | None:
+    """Why a model of this family can't be quantized at all; or None."""
+    reason = source.family.refused
+    if not reason:
+        return None
+    kind = source.config.get("model_type")
+    return f"model {source.pin.id!r}: model_type {kind!r} isn't supported: {reason}; leave it out"
+
+
+def recipe_problems(source: Source, recipe: Recipe) -> Iterator[str]:
+    """What is wrong with a recipe for a model, and what would do."""
+    layers = [_layer(source, recipe, tensor) for tensor in source.tensors if quantizable(tensor, recipe)]
+    problem = _format_problem(source, recipe, layers) or _shape_problem(source, recipe, layers)
+    if problem:
+        yield problem
+
+
+def _layer(source: Source, recipe: Recipe, tensor: TensorHeader) -> _Layer:
+    shape_OI = out_in_shape(tensor, conv1d=source.family.conv1d)
+    return _Layer(tensor.name, shape_OI, scheme_for(recipe, tensor.name.removesuffix(".weight"), shape_OI))
+
+
+def _format_problem(source: Source, recipe: Recipe, layers: Iterable[_Layer]) -> str | None:
+    """Layers of the model that no runtime that checks the recipe's format reads; or None."""
+    first: dict[tuple[Scheme, LayerKinds], str] = {}
+    for layer in layers:
+        kinds = LayerKinds(experts=EXPERT.search(layer.name) is not None, conv1d=source.family.conv1d)
+        first.setdefault((layer.gets.wanted, kinds), layer.name)
+    for (scheme, kinds), name in first.items():
+        why = misfit(recipe.format, scheme, kinds)
+        if why:
+            return (
+                f"recipe {recipe.name!r}, format {recipe.format}: {name} of {source.pin.id!r} {why}; or give that "
+                "model recipes of its own (models: [{id: ..., recipes: [...]}])"
+            )
+    return None
+
+
+def _shape_problem(source: Source, recipe: Recipe, layers: list[_Layer]) -> str | None:
+    """Layers whose shapes the recipe's schemes or its format don't take, and what would do; or None."""
+    for scheme in dict.fromkeys(layer.gets.wanted for layer in layers):
+        alike = [layer for layer in layers if layer.gets.wanted == scheme]
+        deviating = [layer for layer in alike if layer.gets.why]
+        # A substitute for some of the layers is what `indivisible` is for; for all of them, it's another recipe.
+        refused = [layer for layer in deviating if layer.gets.refused or len(deviating) == len(alike)]
+        if not refused:
+            continue
+        size = scheme.group_size if isinstance(scheme, IntScheme | MicroscalingScheme) else None
+        if size is not None and any(layer.shape_OI[1] % size for layer in refused):
+            return _group_size_problem(source, recipe, scheme, alike)
+        return (
+            f"recipe {recipe.name!r}: {refused[0].gets.why}: {refused[0].name} of {source.pin.id!r}; ignore such "
+            "layers, or choose another scheme or format"
+        )
+    return None
+
+
+def _group_size_problem(source: Source, recipe: Recipe, scheme: Scheme, alike: list[_Layer]) -> str:
+    if isinstance(scheme, MicroscalingScheme):
+        name = next(layer.name for layer in alike if layer.gets.why)
+        return (
+            f"recipe {recipe.name!r}: {scheme.type} has groups of {scheme.group_size}, which don't divide the width of "
+            f"{name} of {source.pin.id!r}; ignore such layers, or choose another scheme"
+        )
+    assert isinstance(scheme, IntScheme), "fp8 has no groups"
+    assert scheme.group_size is not None, "a scale for each output fits every width"
+    where = _where(recipe, scheme)
+    widths = sorted({layer.shape_OI[1] for layer in alike})
+    odd = [width for width in widths if width % scheme.group_size]
+    usual = [size for size in USUAL_GROUP_SIZES if size < max(widths) and not any(w % size for w in widths)]
+    remedy = [f"{where}.group_size: {usual[0]}"] if usual else []
+    remedy.append(f"{where}.group_size: null (one scale for each output channel)")
+    if len(odd) < len(widths):
+        remedy.append(f"{where}.indivisible: channel or keep, for those layers alone")
+    return (
+        f"recipe {recipe.name!r}: group size {scheme.group_size} doesn't divide the layer widths of "
+        f"{source.pin.id!r}, got {odd} (of {widths}); set " + ", or ".join(remedy)
+    )
+
+
+def _where(recipe: Recipe, scheme: IntScheme) -> str:
+    """Where a recipe says a scheme."""
+    if scheme == recipe.scheme or not isinstance(recipe, IntRecipe):
+        return "scheme"
+    index = next(index for index, override in enumerate(recipe.overrides) if override.scheme == scheme)
+    return f"overrides.{index}.scheme"

@@ -1,0 +1,309 @@
+"""From a zoo to jobs: pin, expand, fingerprint, skip what stands already, estimate. Decides; starts nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from pipeline.planning import fitting, sizing, sources
+from pipeline.zoo.zoo import ModelEntry, Zoo
+from workers.errors import HubUnavailable, UserError, ZooError
+from workers.spec.job import Calibration, Destination, Job, Manifest, Order, Verification, fingerprint
+from workers.spec.recipes import Recipe
+from workers.spec.tensors import TensorHeader
+from workers.spec.workspace import MANIFEST, artifact_folder
+from workers.transfer import destinations
+from workers.transfer.patience import insist
+from workers.transfer.storage import Storage
+
+T = TypeVar("T")
+U = TypeVar("U")
+THREADS = 16  # requests at a time while planning
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class PlannedArtifact:
+    """One cell of models x recipes: what would be made, or why not."""
+
+    source: sources.Source
+    order: Order
+    estimate: sizing.Estimate
+    standing: Manifest | None = None
+    commit: str | None = None
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the very artifact stands at its destination already."""
+        return self.standing is not None
+
+    @property
+    def reason(self) -> str:
+        """Why the artifact is skipped, or made."""
+        if not self.skipped:
+            return "to be made"
+        return "published already" if self.order.repo_id else "verified already"
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A collection by its title, in the namespace that the artifacts go to."""
+
+    title: str
+    namespace: str
+    endpoint: str
+    private: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All cells of a zoo, and the jobs that make the missing ones: one for each model and environment."""
+
+    zoo: str
+    artifacts: tuple[PlannedArtifact, ...]
+    jobs: tuple[Job, ...]
+    collection: Collection | None = None
+
+
+def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None) -> Plan:
+    """Plan a zoo.
+
+    ``endpoint`` is where artifacts are published (the loopback Hub's address once it runs), None for nowhere.
+
+    Raises:
+        UserError: all findings about models, data and destination in one message.
+        HubUnavailable: the Hub can't be reached.
+    """
+    pairs, problems = _resolve_all(zoo, zoo_folder)
+    pinned = [source for _, source in pairs]
+    cells = [(source, recipe) for entry, source in pairs for recipe in zoo.recipes_of(entry)]
+    calibration, data_sha256, verification, data_problems = _pin_data(zoo, zoo_folder)
+    problems += data_problems
+    problems += [problem for source in pinned for problem in _too_long(source, calibration, verification)]
+    refused = {source.pin.id: problem for source in pinned if (problem := fitting.model_problem(source))}
+    problems += refused.values()
+    problems += _misfits(cells, refused)
+    if problems:
+        raise ZooError("\n".join(problems))
+    orders = [
+        _order(zoo, entry, source, recipe, calibration, data_sha256)
+        for entry, source in pairs
+        for recipe in zoo.recipes_of(entry)
+    ]
+    _check_repositories(orders)
+    _check_twins(cells, orders)
+    publish = zoo.publish
+    if endpoint and publish:
+        namespace = publish.namespace
+        insist(lambda: destinations.check(endpoint, namespace))
+    if zoo.storage:
+        insist(Storage(zoo.storage).check)
+    standing = _standing(orders, workspace, endpoint, verification, zoo.storage)
+    estimates = sizing.Estimates(calibration, verification)
+    artifacts = tuple(
+        PlannedArtifact(source, order, estimates.of(source, recipe), *(there or ()))
+        for (source, recipe), order, there in zip(cells, orders, standing, strict=True)
+    )
+    destination, collection = None, None
+    if endpoint and publish:
+        destination = publish.destination(endpoint)
+        if publish.collection:
+            collection = Collection(publish.collection, publish.namespace, endpoint, publish.private)
+    jobs = _jobs(artifacts, calibration, verification, destination, workspace, zoo.storage)
+    return Plan(zoo.name, artifacts, jobs, collection)
+
+
+def _resolve_all(zoo: Zoo, zoo_folder: Path) -> tuple[list[tuple[ModelEntry, sources.Source]], list[str]]:
+    results = _at_once(lambda entry: _try(lambda: sources.resolve(entry, zoo_folder)), zoo.models)
+    pairs = zip(zoo.models, results, strict=True)
+    # The same headers are kept once: a zoo has many finetunes of few models.
+    known: dict[tuple[TensorHeader, ...], tuple[TensorHeader, ...]] = {}
+    found = [
+        (entry, replace(result, tensors=known.setdefault(result.tensors, result.tensors)))
+        for entry, result in pairs
+        if isinstance(result, sources.Source)
+    ]
+    return found, [str(result) for result in results if isinstance(result, UserError)]
+
+
+def _at_once(look: Callable[[T], U], things: Sequence[T]) -> list[U]:
+    """What ``look`` makes of each, many at a time; in batches, for handing one out costs more than a short look."""
+    size = max(1, min(BATCH, len(things) // (4 * THREADS)))
+    batches = [things[at : at + size] for at in range(0, len(things), size)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        return [found for batch in pool.map(lambda batch: [look(thing) for thing in batch], batches) for found in batch]
+
+
+def _misfits(cells: list[tuple[sources.Source, Recipe]], refused: Mapping[str, str]) -> list[str]:
+    """What is wrong with recipes for models; those of one shape, such as finetunes, are looked at once."""
+    fine: set[tuple[object, ...]] = set()
+    found: list[str] = []
+    for source, recipe in cells:
+        key = (*sizing.alike(source), recipe.name)
+        if source.pin.id in refused or key in fine:
+            continue
+        problems = list(fitting.recipe_problems(source, recipe))
+        found += problems
+        if not problems:
+            fine.add(key)
+    return found
+
+
+def _pin_data(zoo: Zoo, zoo_folder: Path) -> tuple[Calibration | None, str | None, Verification, list[str]]:
+    problems: list[str] = []
+    calibration, data_sha256 = zoo.calibration, None
+    if calibration is not None:
+        text = calibration.dataset
+        pinned = _try(lambda: sources.pin_dataset(text, zoo_folder, "calibration.dataset"))
+        if isinstance(pinned, UserError):
+            problems.append(str(pinned))
+        else:
+            calibration, data_sha256 = calibration.model_copy(update={"dataset": pinned[0]}), pinned[1]
+    verification = zoo.verify.verification
+    held_out = _try(lambda: sources.pin_dataset(verification.dataset, zoo_folder, "verify.dataset"))
+    if isinstance(held_out, UserError):
+        problems.append(str(held_out))
+    else:
+        verification = verification.model_copy(update={"dataset": held_out[0], "data": held_out[1]})
+        if held_out[1] == data_sha256 and data_sha256 is not None:
+            problems.append("verify.dataset: holds the very text that was calibrated on; name held-out text")
+    return calibration, data_sha256, verification, problems
+
+
+def _try(action: Callable[[], U]) -> U | UserError:
+    """The result, or the finding; what isn't the user's to mend (an unreachable Hub) goes on upwards."""
+    try:
+        return insist(action)
+    except UserError as problem:
+        return problem
+
+
+def _too_long(source: sources.Source, calibration: Calibration | None, verification: Verification) -> list[str]:
+    """Sequences longer than the model has positions for."""
+    longest = source.config.get("max_position_embeddings") or source.config.get("n_positions")
+    asked = {"verify": verification.sequence_length, "calibration": calibration.sequence_length if calibration else 0}
+    return [
+        f"{where}.sequence_length: got {length}, but {source.pin.id!r} has {longest} positions; set at most {longest}"
+        for where, length in asked.items()
+        if isinstance(longest, int) and length > longest
+    ]
+
+
+def _order(
+    zoo: Zoo,
+    entry: ModelEntry,
+    source: sources.Source,
+    recipe: Recipe,
+    calibration: Calibration | None,
+    data_sha256: str | None,
+) -> Order:
+    return Order(
+        recipe=recipe,
+        fingerprint=fingerprint(source.pin, recipe, calibration, data_sha256),
+        thresholds=zoo.thresholds(entry, recipe),
+        repo_id=zoo.publish.repo_id(source.name, recipe.name) if zoo.publish else None,
+    )
+
+
+def _check_twins(cells: list[tuple[sources.Source, Recipe]], orders: list[Order]) -> None:
+    """Two models of the same content would be the same artifact, made twice at the same place."""
+    owners: dict[str, tuple[str, str]] = {}
+    for (source, recipe), order in zip(cells, orders, strict=True):
+        first = owners.setdefault(order.fingerprint, (source.pin.id, recipe.name))
+        if first != (source.pin.id, recipe.name):
+            raise ZooError(
+                f"{source.pin.id!r} under {recipe.name!r} is the same artifact as {first[0]!r} under {first[1]!r}; "
+                "list it once"
+            )
+
+
+def _check_repositories(orders: Iterable[Order]) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    seen: set[str] = set()
+    for order in orders:
+        try:
+            validate_repo_id(order.repo_id or "none")
+        except HFValidationError as error:
+            raise ZooError(
+                f"publish: {order.repo_id!r} is no valid name of a repository ({error}); change publish.namespace or "
+                "publish.name"
+            ) from error
+        if order.repo_id in seen:
+            raise ZooError(
+                f"publish.name: two artifacts would share the repository {order.repo_id!r} (two models of one name); "
+                "publish them by separate zoos under different namespaces"
+            )
+        if order.repo_id:
+            seen.add(order.repo_id)
+
+
+Standing = tuple[Manifest, str | None]
+
+
+def _standing(
+    orders: list[Order], workspace: Path, endpoint: str | None, verification: Verification, storage: str | None
+) -> list[Standing | None]:
+    """For each order, what makes it superfluous: at the destination, or here if nothing is published."""
+
+    def find(order: Order) -> Standing | None:
+        return _published(endpoint, order) if endpoint else _local(order, workspace, verification, storage)
+
+    return _at_once(lambda order: insist(lambda: find(order)), orders)
+
+
+def _published(endpoint: str, order: Order) -> Standing | None:
+    return destinations.standing(endpoint, order.repo_id or "", order.fingerprint)
+
+
+def standing(job: Job, order: Order) -> Standing | None:
+    """What makes an order of a job superfluous by now; None also while the Hub doesn't answer."""
+    try:
+        if job.destination is None:
+            return _local(order, Path(job.workspace), job.verification, job.storage)
+        return _published(job.destination.endpoint, order)
+    except HubUnavailable:
+        return None
+
+
+def _local(order: Order, workspace: Path, verification: Verification, storage: str | None) -> Standing | None:
+    """The artifact in the workspace, or in the shared storage, if it passed today's gates on today's text."""
+    place = artifact_folder(workspace, order)
+    try:
+        text = (place / MANIFEST).read_bytes() if storage is None else Storage(storage).manifest(place)
+        manifest = Manifest.model_validate_json(text or b"")
+    except (OSError, ValueError):
+        return None
+    judged_alike = manifest.thresholds == order.thresholds and manifest.verification.same_as(verification)
+    return (manifest, None) if manifest.verdict.accepted and judged_alike else None
+
+
+def _jobs(
+    artifacts: tuple[PlannedArtifact, ...],
+    calibration: Calibration | None,
+    verification: Verification,
+    destination: Destination | None,
+    workspace: Path,
+    storage: str | None,
+) -> tuple[Job, ...]:
+    missing: dict[tuple[str, str | None], list[PlannedArtifact]] = {}
+    for artifact in artifacts:
+        if not artifact.skipped:
+            key = artifact.source.pin.id, artifact.order.recipe.environment
+            missing.setdefault(key, []).append(artifact)
+    return tuple(
+        Job(
+            model=group[0].source.pin,
+            orders=tuple(artifact.order for artifact in group),
+            calibration=calibration if any(a.order.recipe.calibrated for a in group) else None,
+            verification=verification,
+            destination=destination,
+            workspace=str(workspace),
+            storage=storage,
+        )
+        for group in missing.values()
+    )

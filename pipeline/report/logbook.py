@@ -1,0 +1,64 @@
+"""The run's log for machines: one JSON line for each stage that starts or ends, with run, model, recipe and stage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TextIO
+
+from pipeline.fleet.steps import Step
+from pipeline.report.ledger import now
+from workers.spec.job import Job, StageResult
+
+LOG = "log.jsonl"
+
+
+class Logbook:
+    """Writes ``log.jsonl`` in the folder of a run; every line is whole, also in a run that is killed."""
+
+    def __init__(self, folder: Path, run_id: str) -> None:
+        self._run_id = run_id
+        self._file: TextIO = (folder / LOG).open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """Nothing more is written."""
+        self._file.close()
+
+    def started(self, job: Job, step: Step, attempt: int) -> None:
+        """A stage was handed to a node."""
+        self._write("started", job, step, attempt)
+
+    def ended(self, job: Job, step: Step, attempt: int, result: StageResult, retry_in: float | None) -> None:
+        """A stage ended, well or not."""
+        failure, verdict = result.failure, result.manifest.verdict if result.manifest else None
+        self._write(
+            "failed" if failure else "ended",
+            job,
+            step,
+            attempt,
+            node=result.node,
+            seconds=round(result.seconds, 3),
+            host_bytes=result.memory.host,
+            device_bytes=result.memory.device,
+            outcome=verdict.outcome.value if verdict else None,
+            reasons=list(verdict.reasons) if verdict and verdict.reasons else None,
+            commit=result.commit,
+            error=f"{failure.kind}: {failure.message}" if failure else None,
+            retry_in=retry_in,
+            notes=list(result.notes) or None,
+        )
+
+    def _write(self, event: str, job: Job, step: Step, attempt: int, **more: Any) -> None:
+        line = {
+            "time": now(),
+            "run": self._run_id,
+            "event": event,
+            "model": job.model.id,
+            "revision": job.model.revision,
+            "recipe": step.recipe,
+            "stage": step.stage.value,
+            "attempt": attempt,
+            **{key: value for key, value in more.items() if value is not None},
+        }
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.flush()

@@ -1,0 +1,1 @@
+"""Runs as Ray jobs: packed, submitted, followed."""

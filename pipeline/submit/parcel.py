@@ -1,0 +1,182 @@
+"""What a submitted run takes along: the code, the zoo file, and the local files and folders that the zoo names.
+
+Laid out as a working directory of Ray's: the packages at its top, so that the cluster needs only their dependencies,
+and the zoo with its files in a folder beside them. Nothing else of the submitting machine travels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
+
+import yaml
+
+import pipeline
+import workers
+from pipeline.planning.sources import BUILDERS
+from pipeline.zoo import shipped
+from pipeline.zoo.zoo import ModelEntry, Zoo
+from workers.errors import ZooError
+from workers.machine.files import file_sha256
+from workers.spec.base import canonical_json
+from workers.spec.job import Dataset
+
+# The head's dashboard takes no larger request (DASHBOARD_CLIENT_MAX_SIZE, 100 MiB), and keeps what it gets in memory.
+LIMIT = 96 * 2**20
+ZOO = "zoo"
+ELSEWHERE = "elsewhere"
+WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".parquet", ".gz", ".zst"})  # don't get smaller
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Files by their name in the working directory: paths on this machine, and the zoo's text."""
+
+    zoo: str
+    text: bytes
+    files: dict[str, Path]
+
+    @property
+    def bytes(self) -> int:
+        """Size before it's compressed."""
+        return len(self.text) + sum(path.stat().st_size for path in self.files.values())
+
+    def sha256(self) -> str:
+        """Identity: over names and contents; when and from which folder it was packed doesn't count."""
+        content = {name: file_sha256(path) for name, path in self.files.items()}
+        content[self.zoo] = hashlib.sha256(self.text).hexdigest()
+        return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+    def write(self, path: Path) -> None:
+        """Write it as a zip file."""
+        with ZipFile(path, "w") as archive:
+            archive.writestr(ZipInfo(self.zoo), self.text, ZIP_DEFLATED)
+            for name, source in sorted(self.files.items()):
+                stored = ZIP_STORED if source.suffix in WEIGHTS else ZIP_DEFLATED
+                archive.writestr(ZipInfo(name), source.read_bytes(), stored)
+
+
+def pack(zoo: Zoo, zoo_path: Path, shared: Sequence[Path] = ()) -> Parcel:
+    """What a run of the zoo, which was read from ``zoo_path``, needs on a cluster.
+
+    What lies in one of the folders ``shared`` is there at the same path already, and isn't looked at here.
+
+    Raises:
+        ZooError: a file or folder that isn't there, or more than a Ray head takes.
+    """
+    for folder in shared:
+        if not folder.is_absolute():
+            raise ZooError(f"--shared: expected an absolute path, got {str(folder)!r}; name it as every node sees it")
+    local = _Local(zoo_path.resolve().parent, tuple(Path(os.path.normpath(folder)) for folder in shared))
+    changed = {"models": tuple(local.model(entry) for entry in zoo.models), "verify": zoo.verify}
+    changed["verify"] = zoo.verify.model_copy(update={"dataset": local.dataset(zoo.verify.dataset, "verify.dataset")})
+    if zoo.calibration:
+        text = local.dataset(zoo.calibration.dataset, "calibration.dataset")
+        changed["calibration"] = zoo.calibration.model_copy(update={"dataset": text})
+    travels = zoo.model_copy(update=changed)
+    plain = travels.model_dump(mode="json", exclude_unset=True)
+    written = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).encode()
+    parcel = Parcel(f"{ZOO}/{zoo_path.name}", written, {**local.files, **_code()})
+    if parcel.bytes > LIMIT:
+        largest = max(local.files.values(), key=lambda path: path.stat().st_size)
+        raise ZooError(
+            f"submit: the zoo's files are {parcel.bytes / 1e6:.0f} MB, more than the {LIMIT / 1e6:.0f} MB that travel "
+            f"with a run; the largest is {largest}. Name the model by its Hub repository, or put it where every node "
+            "sees it at the same path and say so: --shared FOLDER"
+        )
+    return parcel
+
+
+def _code() -> dict[str, Path]:
+    """Both packages, and the configs where a wheel has them: ``shipped.configs`` finds them there first."""
+    roots = {package.__name__: Path(cast(str, package.__file__)).parent for package in (pipeline, workers)}
+    return {
+        name: path
+        for root, folder in {**roots, "pipeline/configs": shipped.configs()}.items()
+        for name, path in _visible(folder, root).items()
+        if "__pycache__" not in path.parts
+    }
+
+
+def _visible(folder: Path, name: str) -> dict[str, Path]:
+    """The files of a folder that count for its identity (``files.folder_sha256``): those that aren't hidden."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    parts = [path.relative_to(folder).parts for path in files]
+    return {
+        "/".join((name, *inside)): path
+        for path, inside in zip(files, parts, strict=True)
+        if not any(part.startswith(".") for part in inside)
+    }
+
+
+class _Local:
+    """Says where what the zoo names will lie, and collects what has to travel.
+
+    Names that lead down from the zoo's folder stay; whatever lies elsewhere gets a place below it.
+    """
+
+    def __init__(self, folder: Path, shared: tuple[Path, ...]) -> None:
+        self.files: dict[str, Path] = {}
+        self._places: dict[str, Path] = {}
+        self._folder = folder
+        self._shared = shared
+
+    def model(self, entry: ModelEntry) -> ModelEntry:
+        """The entry as the cluster reads it."""
+        path = self._path(entry.id)
+        if self._is_shared(path):
+            return entry.model_copy(update={"id": str(path)})
+        if path.is_dir():
+            return entry.model_copy(update={"id": self._take(path)})
+        if entry.id.startswith((".", "/", "~")) or entry.id.count("/") != 1:
+            raise ZooError(_missing("models", entry.id, path, "folder"))
+        return entry
+
+    def dataset(self, dataset: Dataset, where: str) -> Dataset:
+        """The data set as the cluster reads it."""
+        folder = self._path(dataset.path)
+        local = folder.exists() or self._is_shared(folder)
+        if dataset.path not in BUILDERS and not local:
+            return dataset
+        changed: dict[str, object] = {"data_files": tuple(self._file(name, where) for name in dataset.data_files)}
+        if dataset.path not in BUILDERS:
+            changed["path"] = str(folder) if self._is_shared(folder) else self._take(folder)
+        return dataset.model_copy(update=changed)
+
+    def _file(self, name: str, where: str) -> str:
+        path = self._path(name)
+        if self._is_shared(path):
+            return str(path)
+        if not path.is_file():
+            raise ZooError(_missing(where, name, path, "file"))
+        return self._take(path)
+
+    def _path(self, name: str) -> Path:
+        return Path(os.path.normpath(self._folder / name))
+
+    def _is_shared(self, path: Path) -> bool:
+        return any(path.is_relative_to(folder) for folder in self._shared)
+
+    def _take(self, path: Path) -> str:
+        """Let it travel; its name relative to the zoo's place in the parcel."""
+        if path.is_relative_to(self._folder) and path != self._folder:
+            place = path.relative_to(self._folder).as_posix()
+        else:
+            place = f"{ELSEWHERE}/{path.name}"
+            if self._places.setdefault(place, path) != path:
+                place = f"{ELSEWHERE}/{hashlib.sha256(str(path.parent).encode()).hexdigest()[:8]}/{path.name}"
+        inside = f"{ZOO}/{place}"
+        self.files.update(_visible(path, inside) if path.is_dir() else {inside: path})
+        return place
+
+
+def _missing(where: str, name: str, path: Path, kind: str) -> str:
+    return (
+        f"{where}: no such {kind}, got {name!r} (looked at {path}); give it relative to the zoo file, or, where every "
+        "node of the cluster sees it at the same path, name it from / on and add --shared FOLDER"
+    )

@@ -1,0 +1,1 @@
+"""Zoo files, and what is shipped for them."""

@@ -1,0 +1,83 @@
+"""The README's tables of recipes and formats, printed from the rows: ``python -m pipeline.zoo.tables README.md``.
+
+What stands between ``<!-- NAME -->`` and ``<!-- /NAME -->`` is replaced; a test holds the README to it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from pipeline.zoo import shipped
+from workers.machine.files import write_text
+from workers.spec.formats import FORMATS
+from workers.spec.layers import LayerKinds
+from workers.spec.recipes import Recipe, words
+from workers.spec.runtimes import RUNTIMES, Runtime, checking
+
+
+def recipes_table() -> str:
+    """The shipped recipes: what they are, and which runtimes read what they make."""
+    others = [row for row in RUNTIMES.values() if row.entry is None]
+    rows = [
+        (f"`{recipe.name}`", recipe.method, _scheme(recipe), recipe.format, _checked(recipe), _read_by(recipe, others))
+        for recipe in map(shipped.recipe, shipped.recipe_names())
+    ]
+    table = _table(("recipe", "method", "scheme", "format", "checked in", "not checked, but read by"), rows)
+    tried = [f"{row.name}: what was seen with {row.tried}." for row in others]
+    return "\n".join([table, "", *tried])
+
+
+def formats_table() -> str:
+    """The formats: what they hold, and what loading one takes beside the runtime that it's checked in."""
+    rows = []
+    for row in FORMATS.values():
+        runtime = checking(row.name)
+        packages = [f"`{name}`" for name in runtime.packages.get(row.name, ())]
+        extra = sorted({runtime.extras[name] for name in runtime.packages.get(row.name, ()) if name in runtime.extras})
+        needs = " and ".join(packages) or f"{runtime.name} alone"
+        rows.append((row.name, row.says, f"{needs} (`{extra[0]}`)" if extra else needs))
+    return _table(("format", "holds", "loading needs"), rows)
+
+
+TABLES = {"recipes": recipes_table, "formats": formats_table}
+
+
+def rewritten(text: str) -> str:
+    """A text with its tables printed anew."""
+    for name, table in TABLES.items():
+        block = f"<!-- {name} -->\n{table()}\n<!-- /{name} -->"
+        text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, block=block: block, text, flags=re.S)  # type: ignore[misc]
+    return text
+
+
+def _scheme(recipe: Recipe) -> str:
+    kinds = LayerKinds(experts=True)
+    dense = checking(recipe.format).reads(recipe.format, recipe.scheme, kinds) is not None
+    return f"{words(recipe)}{'; dense models' if dense else ''}"
+
+
+def _checked(recipe: Recipe) -> str:
+    return checking(recipe.format).name
+
+
+def _read_by(recipe: Recipe, others: Iterable[Runtime]) -> str:
+    mixed = bool(getattr(recipe, "overrides", ()))
+    said = []
+    for row in others:
+        if row.reads(recipe.format, recipe.scheme, LayerKinds(mixed=mixed)) is None:
+            dense = row.reads(recipe.format, recipe.scheme, LayerKinds(mixed=mixed, experts=True)) is not None
+            said.append(f"{row.name}{' (dense models)' if dense else ''}")
+    return ", ".join(said)
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
+
+
+if __name__ == "__main__":
+    readme = Path(sys.argv[1])
+    write_text(readme, rewritten(readme.read_text()))

@@ -1,0 +1,259 @@
+"""The zoo file: models x recipes, calibration, gates and publishing, validated once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import yaml
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+
+from pipeline.zoo import gating, shipped
+from pipeline.zoo.gating import Gates
+from pipeline.zoo.problems import explain
+from workers.errors import ZooError
+from workers.spec.base import SLUG, Frozen
+from workers.spec.job import Calibration, Dataset, Destination, HubLimits, Thresholds, Verification
+from workers.spec.recipes import Recipe
+from workers.transfer import destinations
+
+LOOPBACK = "loopback"
+
+
+class ModelEntry(Frozen):
+    """A model of the zoo: a Hub repository, or a folder relative to the zoo file."""
+
+    id: str = Field(min_length=1, description="org/name on the Hub, or a folder (relative to this file).")
+    revision: str = Field("main", description="Branch, tag or commit; a folder is pinned by its content.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+    allow_pickle: bool = Field(False, description="Read pickle weights, with weights_only=True, for want of others.")
+    recipes: tuple[str, ...] = Field((), description="Those of the zoo's recipes that this model gets; left out: all.")
+    gates: Gates = Field({}, description="What differs for this model, by family of recipes or by recipe.")
+
+
+class Verify(Frozen):
+    """How artifacts are compared with their reference."""
+
+    dataset: Dataset
+    tokens: int = Field(16384, ge=256, description="Held-out tokens to compare on.")
+    sequence_length: int = Field(512, ge=8)
+    gates: str | Gates = Field(
+        "default",
+        description="A set from configs/gates.yaml, or what differs from the default one, by family of recipes (w4, "
+        "nf4, ...) or by recipe.",
+    )
+
+    @model_validator(mode="after")
+    def _enough_for_a_bound(self) -> Self:
+        if self.tokens <= self.sequence_length:
+            raise ValueError(
+                f"tokens: got {self.tokens}, one sequence of {self.sequence_length}; "
+                "confidence bounds take at least two: raise tokens, or lower sequence_length"
+            )
+        return self
+
+    @property
+    def verification(self) -> Verification:
+        """What a worker needs of it."""
+        return Verification(dataset=self.dataset, tokens=self.tokens, sequence_length=self.sequence_length)
+
+    @field_validator("gates")
+    @classmethod
+    def _known_set(cls, value: str | Gates) -> str | Gates:
+        if isinstance(value, str) and value not in shipped.gates():
+            raise ValueError(f"unknown set of gates; configs/gates.yaml has {', '.join(shipped.gates())}")
+        return value
+
+
+class Publish(Frozen):
+    """Where accepted artifacts go."""
+
+    endpoint: str | None = Field(
+        None,
+        description="URL of a Hub, 'loopback' for the embedded one, or a folder: an absolute path or a URL of fsspec's "
+        "(file:///..., s3://...); left out: HF_ENDPOINT, else the Hub.",
+    )
+    namespace: str = Field(
+        pattern=r"^[\w.-]+$", max_length=96, description="User or organisation that owns the repositories."
+    )
+    name: str = Field("{model}-{recipe}", description="Repository name; {model} and {recipe} are filled in.")
+    private: bool = Field(True, description="Of repositories that are made; one that stands keeps its visibility.")
+    gated: Literal[False, "auto", "manual"] = Field(
+        False, description="Who asks for access gets it at once (auto) or from you (manual); false: nothing is changed."
+    )
+    collection: str | None = Field(
+        None, min_length=1, max_length=59, description="Title of a collection that the zoo's repositories are put into."
+    )
+    keep: int | None = Field(None, ge=1, description="Revisions of a repository whose tags stay; left out: all.")
+    force: bool = Field(False, description="Overwrite what somebody else changed in a repository.")
+    limits: HubLimits = Field(HubLimits(), description="How much of the Hub a run may use.")
+
+    def destination(self, endpoint: str) -> Destination:
+        """What a worker needs of it; ``endpoint`` is the embedded Hub's address once it runs."""
+        terms = {"private", "gated", "keep", "force", "limits"}
+        return Destination(endpoint=endpoint, **{name: getattr(self, name) for name in terms})
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_a_place(cls, value: str | None) -> str | None:
+        if value is None or value == "loopback":
+            return value
+        if "://" not in value and not value.startswith("/"):
+            raise ValueError(
+                "no URL, absolute path or 'loopback'; write file:///... or the path from / on for a folder"
+            )
+        return _without_credentials(value)
+
+    @model_validator(mode="after")
+    def _folders_have_no_gates(self) -> Self:
+        endpoint = self.endpoint or "loopback"
+        if endpoint != "loopback":
+            lacking = destinations.settings_lacking(endpoint, {"gated": self.gated, "collection": self.collection})
+            if lacking:
+                kind = destinations.kind_of(endpoint).name
+                raise ValueError(f"{lacking[0]}: a {kind} has none, got the endpoint {endpoint!r}; remove it")
+        return self
+
+    @field_validator("name")
+    @classmethod
+    def _tells_artifacts_apart(cls, value: str) -> str:
+        for part in ("{model}", "{recipe}"):
+            if part not in value:
+                raise ValueError(f"must contain {part}, or two artifacts would share a repository")
+        try:
+            value.format(model="m", recipe="r")
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"only {{model}} and {{recipe}} are filled in ({error!r}); remove the rest") from error
+        return value
+
+    def repo_id(self, model_name: str, recipe: str) -> str:
+        """``namespace/name`` of an artifact's repository."""
+        return f"{self.namespace}/{self.name.format(model=model_name, recipe=recipe)}"
+
+
+def _without_credentials(url: str) -> str:
+    if "@" in url.partition("://")[2].partition("/")[0]:
+        raise ValueError("holds credentials, which manifests and reports would show; give them in the environment")
+    return url
+
+
+NamedOrDefined = Annotated[
+    Annotated[str, Tag("recipe-name")] | Annotated[Recipe, Tag("recipe-definition")],
+    Discriminator(lambda value: "recipe-name" if isinstance(value, str) else "recipe-definition"),
+]
+
+
+class Zoo(Frozen):
+    """A zoo: every model under every recipe."""
+
+    name: str = Field(pattern=SLUG.pattern, max_length=64)
+    models: tuple[ModelEntry, ...] = Field(min_length=1)
+    recipes: tuple[NamedOrDefined, ...] = Field(min_length=1)
+    calibration: Calibration | None = None
+    verify: Verify
+    publish: Publish | None = None
+    storage: str | None = Field(
+        None, description="A folder or URL that all nodes see: what is made is kept there until it's published."
+    )
+
+    @field_validator("storage")
+    @classmethod
+    def _all_nodes_see_it(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if value.startswith(("http://", "https://")) or ("://" not in value and not value.startswith("/")):
+            raise ValueError("no absolute path, nor the URL of a folder (s3://..., gs://..., file:///...); name one")
+        return _without_credentials(value)
+
+    @property
+    def resolved_recipes(self) -> tuple[Recipe, ...]:
+        """The recipes, shipped ones looked up by name."""
+        return tuple(shipped.recipe(item) if isinstance(item, str) else item for item in self.recipes)
+
+    def recipes_of(self, model: ModelEntry) -> tuple[Recipe, ...]:
+        """The recipes that a model gets, in the zoo's order."""
+        return tuple(r for r in self.resolved_recipes if not model.recipes or r.name in model.recipes)
+
+    def thresholds(self, model: ModelEntry, recipe: Recipe) -> Thresholds:
+        """The gates of an artifact: the set's, what the zoo says of its family and recipe, what the model says.
+
+        Raises:
+            ZooError: if there are none for that family.
+        """
+        said = self.verify.gates
+        if isinstance(said, str):
+            return gating.thresholds(shipped.gates()[said], [model.gates], recipe)
+        return gating.thresholds(shipped.gates()["default"], [said, model.gates], recipe)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        recipes = [item if isinstance(item, str) else item.name for item in self.recipes]
+        for what, names in (("recipe", recipes), ("model", [model.id for model in self.models])):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"{what} {twice[0]!r} is listed twice; list it once")
+        for model in self.models:
+            unknown = sorted(set(model.recipes) - set(recipes))
+            if unknown:
+                raise ValueError(
+                    f"model {model.id!r}: recipe {unknown[0]!r} isn't among the zoo's recipes ({', '.join(recipes)}); "
+                    "add it there, or remove it here"
+                )
+        if self.calibration and self.calibration.dataset == self.verify.dataset:
+            raise ValueError("verify.dataset is the calibration data; verify on text that was not calibrated on")
+        return self
+
+
+def load(path: Path) -> Zoo:
+    """Read a zoo file; recipe names and gates are looked up, so that a mistake shows here.
+
+    Raises:
+        ZooError: naming the key, the value and the remedy, for all findings at once.
+    """
+    try:
+        raw = yaml.load(path.read_text(), _UniqueKeys)
+    except FileNotFoundError:
+        raise ZooError(f"zoo file: no such file, got {str(path)!r}; `quantmill init` writes a first one") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ZooError(f"{path}: not a readable YAML file: {error}") from error
+    if not isinstance(raw, dict):
+        raise ZooError(f"{path}: expected a mapping with name, models, recipes, verify; got {type(raw).__name__}")
+    try:
+        zoo = Zoo.model_validate(raw)
+    except ValidationError as error:
+        raise ZooError(explain(error, str(path), raw, Zoo)) from error
+    for where, gates in _gates(zoo):
+        if unknown := gating.unknown_keys(gates, zoo.resolved_recipes):
+            families = sorted({recipe.scheme.family for recipe in zoo.resolved_recipes})
+            raise ZooError(
+                f"{path}: {where}: {unknown[0]!r} is neither a recipe of the zoo nor the family of one "
+                f"({', '.join(families)}); correct or remove it"
+            )
+    for recipe in zoo.resolved_recipes:
+        for model in zoo.models:
+            zoo.thresholds(model, recipe)
+        if recipe.calibrated and zoo.calibration is None:
+            raise ZooError(
+                f"{path}: recipe {recipe.name!r} needs calibration data, but the zoo has no 'calibration'; "
+                "add one (dataset, samples, sequence_length), or take a data-free recipe"
+            )
+    return zoo
+
+
+def _gates(zoo: Zoo) -> Iterator[tuple[str, Gates]]:
+    if not isinstance(zoo.verify.gates, str):
+        yield "verify.gates", zoo.verify.gates
+    for model in zoo.models:
+        yield f"gates of {model.id!r}", model.gates
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key given twice is an error, not a silent overwrite."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)

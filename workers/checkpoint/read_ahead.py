@@ -1,0 +1,47 @@
+"""The next layer's tensors are read while this one computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Self
+
+from torch import Tensor
+
+from workers.checkpoint.source import TensorSource
+
+
+class ReadAhead:
+    """Reads groups of tensors in a thread, one group ahead of the one that was taken last."""
+
+    def __init__(self, source: TensorSource, groups: Sequence[Sequence[str]]) -> None:
+        self._source = source
+        self._groups = groups
+        self._reader = ThreadPoolExecutor(1, "read-ahead")
+        self._next: tuple[int, Future[dict[str, Tensor]]] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._reader.shutdown(cancel_futures=True)
+
+    def take(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a group, by name; an error of reading them is raised here."""
+        if self._next is None or self._next[0] != index:
+            self._begin(index)
+        assert self._next is not None
+        tensors = self._next[1].result()
+        self._next = None
+        if index + 1 < len(self._groups):
+            self._begin(index + 1)
+        return tensors
+
+    def _begin(self, index: int) -> None:
+        self._next = (index, self._reader.submit(self._read, self._groups[index]))
+
+    def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        return {name: self._source.read(name) for name in names}

@@ -1,0 +1,157 @@
+"""The maker of artifacts by our own methods: codes of linear layers, in one of the formats that hold them."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from workers.checkpoint.source import Source
+from workers.engines.maker import Maker
+from workers.formats.table import CODECS
+from workers.methods import linear, schemes
+from workers.methods.layer import Coded, Layer, LayerWork
+from workers.methods.scaling import Scaling, some
+from workers.model.loading import QuantizableWeight, StreamedModel
+from workers.model.statistics import InputStatistics
+from workers.numerics.precision import coarse_products
+from workers.spec.job import ArtifactMade, Job, Order
+from workers.spec.layers import Layout
+from workers.spec.recipes import BitsAndBytesRecipe
+from workers.spec.schemes import LinearScheme
+from workers.spec.workspace import folds_folder
+
+
+class LinearMaker(Maker):
+    """Codes of linear layers."""
+
+    def __init__(self, job: Job, order: Order, streamed: StreamedModel, source: Source, partial: Path) -> None:
+        super().__init__(job, order, streamed, source, partial)
+        assert not isinstance(order.recipe, BitsAndBytesRecipe)
+        self._recipe = order.recipe
+        codec = CODECS[order.recipe.format]
+        assert codec.encode is not None, "the recipe names a format that linear layers are stored in"
+        assert codec.config is not None, "the recipe names a format that linear layers are stored in"
+        self._encode, self._config = codec.encode, codec.config
+        self._schemes = schemes.schemes_of(self._recipe, streamed)
+        self._weights = {weight.key: weight for weight in streamed.weights}
+        self._conv1d = [weight.module for weight in streamed.weights if weight.transposed]
+        self.quantization_config()  # refuses what the format can't hold
+        self.fallbacks = dict.fromkeys(schemes.deviations(self._recipe, streamed.weights, self._schemes))
+        unknown = self._other_matrices()
+        if unknown:
+            said = f"left in half precision, for they are no linear layers that can be streamed: {some(unknown)}"
+            self.fallbacks[said] = None
+
+    def _other_matrices(self) -> list[str]:
+        """Large tensors of the layers that aren't linear weights of their own: experts stored as one tensor."""
+        streamed, known = self._streamed, {weight.key for weight in self._streamed.weights}
+        found = []
+        for index in range(len(streamed.layers)):
+            shapes = {key: self._source.headers[key].shape for key in streamed.keys_of_layer(index)}
+            threshold = sum(map(math.prod, shapes.values())) // 100
+            large = (key for key, shape in shapes.items() if len(shape) > 1 and math.prod(shape) > threshold)
+            found += [key for key in large if key not in known and not self._recipe.ignores(key.rpartition(".")[0])]
+        return found
+
+    def layout(self) -> Layout:
+        """The schemes of the method's modules, deviations included."""
+        return Layout.of(self._by_module())
+
+    def _by_module(self) -> dict[str, LinearScheme]:
+        return {self._weights[key].module: scheme for key, scheme in self._schemes.items()}
+
+    def quantization_config(self) -> dict[str, Any]:
+        """As the format defines it."""
+        conv1d = [self._weights[key].module for key in self._schemes if self._weights[key].transposed]
+        return self._config(self._by_module(), self._kept(), conv1d)
+
+    def _kept(self) -> list[str]:
+        """Every linear module that stays as it is, by its names in the model and in the checkpoint."""
+        weights = self._weights
+        coded = {weights[key].input[0].removesuffix(".weight") for key in self._schemes}
+        linears = [name for name, module in self._streamed.model.named_modules() if isinstance(module, nn.Linear)]
+        in_checkpoint = [weight.module for key, weight in weights.items() if key not in self._schemes]
+        return [*(name for name in linears if name not in coded), *in_checkpoint]
+
+    def layer(self, work: LayerWork) -> None:
+        """Code what is to be quantized, copy the rest."""
+        keys = self._streamed.keys_of_layer(work.index)
+        chosen = [(self._weights[key], self._schemes[key]) for key in keys if key in self._schemes]
+        scaling = self._scaling(work)
+        layer = Layer(
+            read=lambda weight: scaling.weight(weight, self._matrix(work, weight)),
+            statistics=lambda weight: scaling.statistics(weight, self._statistics(work, weight)),
+            dtype=self._source.headers[chosen[0][0].key].dtype if chosen else self._streamed.dtype,
+            factors=work.factors,
+        )
+        self.decoded = {}
+        for coded in linear.code_layer(self._recipe, chosen, layer):
+            self._put(coded, layer)
+        self.copy({key: scaling.replaced.get(key, work.tensors[key]) for key in keys if key not in self._schemes})
+        self._note_borrowing(work, [weight for weight, _ in chosen])
+        if scaling.changed:
+            scaling.save(self._folds / f"{work.index:05d}.safetensors")
+
+    def _put(self, coded: Coded, layer: Layer) -> None:
+        weight = coded.weight
+        self.put(weight.module, self._encode(coded.codes, self._schemes[weight.key]))
+        self.fallbacks.update(dict.fromkeys(coded.fallbacks))
+        if self._recipe.needs.own_stream:
+            matrix_OI = coded.codes.dequantize().to("cpu", layer.dtype)
+            self.decoded[weight.key] = matrix_OI.T.contiguous() if weight.transposed else matrix_OI
+
+    def _scaling(self, work: LayerWork) -> Scaling:
+        """The scales of the layer's inputs, chosen and folded, where the method has any."""
+        scaling = Scaling(self._streamed, work, {key: s for key, s in self._schemes.items() if key in work.tensors})
+        if self._recipe.needs.folds:
+            with coarse_products():
+                scaling.choose(self._recipe)
+            self.fallbacks.update(dict.fromkeys(scaling.notes))
+        return scaling
+
+    def _matrix(self, work: LayerWork, weight: QuantizableWeight) -> Tensor:
+        matrix = work.tensors[weight.key].to(self._streamed.device)
+        return matrix.T.contiguous() if weight.transposed else matrix
+
+    def _statistics(self, work: LayerWork, weight: QuantizableWeight) -> InputStatistics | None:
+        if work.observer is None or not self._recipe.calibrated:
+            return None
+        return work.observer.of(weight.input)
+
+    def _note_borrowing(self, work: LayerWork, weights: Iterable[QuantizableWeight]) -> None:
+        """Say which experts had too few tokens, a line for each layer."""
+        if work.observer is None or not self._recipe.calibrated:
+            return
+        short = {w.module: n for w in weights if (n := work.observer.borrowed(w.input)) is not None}
+        if short:
+            least, most = min(short.values()), max(short.values())
+            said = f"{least} to {most} tokens" if least != most else f"{least} tokens"
+            self.fallbacks[
+                f"calibrated on the tokens of all experts of its layer, for only {said} came to it: "
+                f"{some(sorted(short))}"
+            ] = None
+
+    @property
+    def _folds(self) -> Path:
+        return self._partial.with_name(f"{self._partial.name}.folds")
+
+    def finish(self) -> ArtifactMade:
+        """Write what belongs to no layer, and put the artifact in its place; the folded scales beside it first."""
+        target = folds_folder(self.place)
+        shutil.rmtree(target, ignore_errors=True)
+        if self._folds.is_dir():
+            # Copied: a kill before the artifact is in its place leaves them to the next attempt.
+            shutil.copytree(self._folds, target)
+        made = super().finish()
+        shutil.rmtree(self._folds, ignore_errors=True)
+        return made
+
+    def discard(self) -> None:
+        """Remove what was written so far."""
+        super().discard()
+        shutil.rmtree(self._folds, ignore_errors=True)

@@ -1,0 +1,109 @@
+"""The compressed-tensors format, as llm-compressor and vLLM use it: the stored form of each module, written and read.
+
+The forms are in ``ct_packed``, ``ct_plain`` and ``ct_float4``, config.json is in ``ct_config``. Specification:
+``compressed_tensors`` 0.20.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from workers.checkpoint.source import Header, Source
+from workers.errors import CheckpointError
+from workers.formats.compressed_tensors import float4 as ct_float4
+from workers.formats.compressed_tensors import packed as ct_packed
+from workers.formats.compressed_tensors import plain as ct_plain
+from workers.formats.compressed_tensors.config import EXPERT as EXPERT
+from workers.formats.compressed_tensors.config import MXFP4, NVFP4, PACKED, Declared, form_of
+from workers.formats.compressed_tensors.config import Declarations as Declarations
+from workers.formats.compressed_tensors.config import quantization_config as quantization_config
+from workers.formats.compressed_tensors.config import some as some
+from workers.formats.compressed_tensors.packed import check_words as check_words
+from workers.formats.decoder import Decoder
+from workers.numerics import activations
+from workers.numerics.codes import CodedWeight, Float4Weight, IntWeight
+from workers.spec.schemes import LinearScheme
+
+ANCHORS = ("weight_packed", "weight_scale")
+SUFFIXES = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_global_scale", "input_scale")
+GROUP_SIZES = {MXFP4: 32, NVFP4: 16}
+NAMES = {PACKED: ct_packed.NAMES, MXFP4: ct_float4.NAMES, NVFP4: (*ct_float4.NAMES, ct_float4.GLOBAL)}
+
+
+def encode(weight: CodedWeight, scheme: LinearScheme) -> dict[str, Tensor]:
+    """Return the stored tensors by their names within the module, as the form of ``scheme`` has them."""
+    if isinstance(weight, Float4Weight):
+        return ct_float4.encode(weight)
+    if isinstance(weight, IntWeight) and form_of(scheme) == PACKED:
+        return ct_packed.encode(weight)
+    return ct_plain.encode(weight)
+
+
+def is_packed(scheme: LinearScheme) -> bool:
+    """Whether a module stored so has no ``weight``, but ``weight_packed``."""
+    return form_of(scheme) in NAMES
+
+
+def header(stored: Mapping[str, Header], read: Callable[[str], Tensor], said: Declared) -> Header:
+    """Return shape and dtype of what :func:`decode` gives; ``read`` reads a stored tensor by its name.
+
+    Raises:
+        CheckpointError: tensors that the declared form has aren't there.
+    """
+    static = ("input_scale",) if said.activations == "static" else ()
+    missing = [name for name in (*NAMES.get(said.form, ct_plain.NAMES), *static) if name not in stored]
+    if missing:
+        raise CheckpointError(
+            f"quantized, but its {', '.join(missing)} isn't there, as {said.form!r} has it; fetch it again"
+        )
+    if said.form == PACKED:
+        return ct_packed.header(stored, read)
+    return ct_float4.header(stored) if said.form in GROUP_SIZES else ct_plain.header(stored)
+
+
+def decode(stored: Mapping[str, Tensor], said: Declared) -> Tensor:
+    """Decode the tensors of one module to its weight (O, I), in the dtype that the library decodes it to.
+
+    Raises:
+        CheckpointError: what is stored isn't what is declared.
+    """
+    if said.form == PACKED:
+        return ct_packed.decode(stored, said.bits, said.group_size)
+    if said.form in GROUP_SIZES:
+        return ct_float4.decode(stored, GROUP_SIZES[said.form])
+    return ct_plain.decode(stored, said.kind)
+
+
+def input_rounding(module: str, said: Declared, stored: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor] | None:
+    """What transformers 5.23 does to the input of a module before it multiplies, on a CPU as on a GPU; None: nothing.
+
+    ``stored`` has the module's ``input_scale``, if there is one. Experts are fused, and get their input as it is.
+    """
+    if EXPERT.search(module):
+        return None
+    match said.activations:
+        case "int8":
+            return activations.round_int8_token
+        case "dynamic":
+            return activations.round_fp8_token
+        case "static":
+            scale = stored["input_scale"]
+            return lambda x: activations.round_fp8_static(x, scale.to(x.device))
+        case _:
+            return None
+
+
+def open_(config: Mapping[str, Any], source: Source, trust_remote_code: bool) -> Decoder:
+    """What decodes a checkpoint with this ``quantization_config``."""
+    said = Declarations(config).of
+    return Decoder(
+        anchors=ANCHORS,
+        suffixes=SUFFIXES,
+        required=(),  # it depends on the module's group
+        header=lambda module, headers, read: header(headers, read, said(module)),
+        decode=lambda module, stored: decode(stored, said(module)),
+        rounding=lambda module, stored, _: input_rounding(module, said(module), stored),
+    )

@@ -1,0 +1,42 @@
+"""Errors as they travel to the driver, and the peak memory of this process."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+
+from workers.errors import DiskFull, HubUnavailable, OutOfMemory, QuantmillError
+from workers.machine.memory import peak_host_bytes
+from workers.spec.job import Failure, PeakMemory
+
+
+def describe(error: BaseException) -> Failure:
+    """An error as it travels to the driver: its class in ``workers.errors``, or its own where it isn't ours."""
+    known = classify(error)
+    return Failure(
+        kind=type(known).__name__,
+        message=str(known) or type(known).__name__,
+        retry_after=known.retry_after if isinstance(known, HubUnavailable) else None,
+        traceback="".join(traceback.format_exception(error))[-8000:],
+    )
+
+
+def classify(error: BaseException) -> BaseException:
+    """The same error, or the one of ours that says what it means: no memory, no disk."""
+    if isinstance(error, QuantmillError):
+        return error
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return OutOfMemory(f"out of memory ({error}); use a larger machine, or lower calibration.samples")
+    # safetensors reports a full disk as an error of its own, with the system's text in it.
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left on device" in str(error):
+        return DiskFull(f"no space left on the device ({error}); free some, or choose another --out")
+    return error
+
+
+def peak_memory() -> PeakMemory:
+    """Peak bytes of this process so far, on the host and on its CUDA device."""
+    torch = sys.modules.get("torch")
+    device = torch.cuda.max_memory_allocated() if torch is not None and torch.cuda.is_initialized() else 0
+    return PeakMemory(host=peak_host_bytes(), device=device)

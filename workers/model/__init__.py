@@ -1,0 +1,1 @@
+"""A model streamed layer by layer, and what is seen of it."""

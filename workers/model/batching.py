@@ -1,0 +1,60 @@
+"""How many tokens pass a layer at a time: as many as the memory for it holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from workers.errors import OutOfMemory
+from workers.machine.environment import host_memory
+from workers.model.loading import StreamedModel
+from workers.spec.workspace import MICRO_BATCH_TOKENS
+
+# Share of the device's whole memory that one micro-batch's activations may take. Not of what is free: the size of the
+# micro-batches shows in the last bits of the statistics, and the same job on the same machine makes the same bytes.
+SHARE = 0.125
+
+
+def micro_batch_tokens(streamed: StreamedModel, sequence_length: int) -> int:
+    """Tokens of a micro-batch: at most ``MICRO_BATCH_TOKENS``, at least one sequence."""
+    budget = SHARE * _memory(streamed.device)
+    fitting = int(budget // bytes_per_token(streamed, sequence_length))
+    return max(sequence_length, min(MICRO_BATCH_TOKENS, fitting))
+
+
+def bytes_per_token(streamed: StreamedModel, sequence_length: int) -> int:
+    """What one token's activations take at most while the widest layer runs, attention scores included."""
+    widths: dict[int, int] = {}
+    for weight in streamed.weights:
+        if weight.input[1] in (None, 0):
+            widths[weight.layer] = widths.get(weight.layer, 0) + sum(weight.shape_OI)
+    config = streamed.model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", 1) or 1
+    scores = 2 * (heads if isinstance(heads, int) else max(heads)) * sequence_length
+    return math.ceil(4 * (max(widths.values(), default=1) + scores))
+
+
+def halved(tokens: int, sequence_length: int) -> int | None:
+    """The next size to try after running out of memory; None when there is none."""
+    return max(tokens // 2, sequence_length) if tokens > sequence_length else None
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that memory for a tensor was lacking; torch has no class of its own for the host's.
+
+    ``OutOfMemory`` is a decision made already: smaller micro-batches don't help.
+    """
+    if isinstance(error, OutOfMemory):
+        return False
+    texts: Iterable[str] = ("DefaultCPUAllocator", "can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
+
+
+def _memory(device: str) -> int:
+    if device.startswith("cuda"):
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return host_memory()

@@ -1,0 +1,37 @@
+"""Where to compute, in which dtype, and a model opened there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from workers.checkpoint.source import Source
+from workers.model.loading import StreamedModel
+from workers.spec.job import Job
+
+
+def compute_device() -> tuple[str, torch.dtype | None]:
+    """Where to compute and in which dtype: a GPU in the checkpoint's own (None), a CPU in float32."""
+    return ("cuda", None) if torch.cuda.is_available() else ("cpu", torch.float32)
+
+
+def checkpoint_dtype(source: Source) -> torch.dtype:
+    """The floating dtype that most of a checkpoint's matrices have."""
+    counts: dict[torch.dtype, int] = {}
+    for header in source.headers.values():
+        if header.dtype.is_floating_point and len(header.shape) > 1:
+            counts[header.dtype] = counts.get(header.dtype, 0) + 1
+    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
+
+
+def open_model(job: Job, folder: Path, source: Source) -> StreamedModel:
+    """The job's model, on the meta device, to be streamed where ``compute_device`` says."""
+    device, dtype = compute_device()
+    return StreamedModel(
+        folder,
+        source,
+        dtype=dtype or checkpoint_dtype(source),
+        device=device,
+        trust_remote_code=job.model.trust_remote_code,
+    )

@@ -1,0 +1,199 @@
+"""Going on after a kill: what a pass keeps on disk after each layer, and how the next attempt takes it up.
+
+After a layer, what it returned for each micro-batch is kept, with what every maker has written. The next attempt runs
+the model's own forward again with the finished layers replaced: the last of them returns what was kept, the others
+NaN. If the next layer's arguments then aren't what they were (a model that looks further back), the pass begins anew.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from workers.engines.maker import MakerState
+from workers.machine.files import write_text
+from workers.model.forward import Lanes
+from workers.spec.base import Frozen
+from workers.spec.job import ArtifactMade
+
+STATE = "state.json"
+LOCK = ".lock"
+
+
+class NotResumable(Exception):
+    """What is on the disk can't be taken up; the pass begins anew."""
+
+
+class GroupState(Frozen):
+    """A group of lanes: how what a layer returns is built, and what the next layer was given (``door_digest``)."""
+
+    structure: str
+    door: str
+
+
+class PassState(Frozen):
+    """A pass after ``layers`` of its layers. ``makers`` and ``failed`` by fingerprint; ``groups`` of lanes by name."""
+
+    layers: int
+    micro_batch_tokens: int
+    makers: dict[str, MakerState]
+    failed: dict[str, ArtifactMade]
+    groups: dict[str, GroupState]
+
+
+class PassFolder:
+    """Where a pass keeps its state and the artifacts in the making; held by one process at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def partial(self, fingerprint: str) -> Path:
+        """The folder of an artifact in the making."""
+        return self.path / fingerprint[:16]
+
+    def load(self) -> PassState | None:
+        """The state that was saved last; None if there is none that can be read."""
+        try:
+            return PassState.model_validate_json((self.path / STATE).read_text())
+        except (OSError, ValueError):
+            return None
+
+    def save(self, state: PassState, groups: Mapping[str, Lanes]) -> None:
+        """Keep a state, and what the last layer returned; the one before stays until this one is whole.
+
+        Raises:
+            NotResumable: a layer that returns something else than tensors.
+        """
+        kept = self._hidden(state.layers)
+        partial = kept.with_suffix(".partial")
+        tensors = {
+            f"{name}.{lane:06d}.{leaf:02d}": tensor.contiguous()
+            for name, lanes in groups.items()
+            for lane, output in enumerate(lanes.left())
+            for leaf, (_, tensor) in enumerate(_leaves(output, ""))
+        }
+        save_file(tensors, partial)
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
+        partial.rename(kept)
+        write_text(self.path / STATE, state.model_dump_json())
+        for old in self.path.glob("hidden-*"):
+            if old != kept:
+                old.unlink()
+
+    def replay(self, state: PassState, groups: Mapping[str, Lanes]) -> None:
+        """Take all lanes to where they were when ``state`` was saved.
+
+        Raises:
+            NotResumable: they don't get there.
+        """
+        try:
+            kept = load_file(self._hidden(state.layers))
+        except (OSError, SafetensorError) as error:
+            raise NotResumable(str(error)) from error
+        if set(state.groups) != set(groups):
+            raise NotResumable(f"other groups of lanes: {sorted(state.groups)}, now {sorted(groups)}")
+        for name, lanes in groups.items():
+            was = state.groups[name]
+            left = [_rebuilt(was.structure, tensors, lanes.device) for tensors in _by_lane(kept, name)]
+            try:
+                lanes.replay(state.layers, left)
+            except (ValueError, KeyError, IndexError, AttributeError, TypeError, RuntimeError) as error:
+                raise NotResumable(f"{type(error).__name__}: {error}") from error
+            if group_state(lanes, left) != was or _any_nan(lanes):
+                raise NotResumable(f"{name}: the next layer's arguments aren't what they were")
+
+    def clear(self) -> None:
+        """Remove everything but the lock."""
+        for path in self.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != LOCK:
+                path.unlink()
+
+    def _hidden(self, layers: int) -> Path:
+        return self.path / f"hidden-{layers:05d}.safetensors"
+
+
+@contextmanager
+def held(path: Path) -> Iterator[PassFolder]:
+    """The pass's folder while the context lasts. Another process at the same pass gets one that nobody takes up."""
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder = PassFolder(path)
+        except BlockingIOError:
+            folder = PassFolder(path.with_name(f"{path.name}-{os.getpid()}"))
+            folder.path.mkdir(parents=True, exist_ok=True)
+        yield folder
+
+
+def group_state(lanes: Lanes, left: Sequence[Any]) -> GroupState:
+    """What has to be the same again when lanes are taken to where they are.
+
+    Raises:
+        NotResumable: a layer that returns something else than tensors.
+    """
+    structures = {_structure(output) for output in left}
+    if len(structures) != 1:
+        raise NotResumable(f"a layer returns different things: {sorted(structures)}")
+    digest = hashlib.sha256()
+    for path, tensor in _leaves(lanes.door()[0], ""):
+        digest.update(f"{path}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return GroupState(structure=structures.pop(), door=digest.hexdigest())
+
+
+def _any_nan(lanes: Lanes) -> bool:
+    found = (tensor for inputs in lanes.door() for _, tensor in _leaves(inputs, ""))
+    return any(bool(tensor.isnan().any()) for tensor in found if tensor.is_floating_point())
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+    match value:
+        case Tensor():
+            yield path, value
+        case tuple() | list():
+            for index, item in enumerate(value):
+                yield from _leaves(item, f"{path}/{index}")
+        case dict():
+            for key, item in value.items():
+                yield from _leaves(item, f"{path}/{key}")
+
+
+def _structure(output: Any) -> str:
+    """T for a tensor, (T-T) for a tuple of a tensor, None and a tensor."""
+    if isinstance(output, Tensor):
+        return "T"
+    if isinstance(output, tuple) and all(item is None or isinstance(item, Tensor) for item in output):
+        return f"({''.join('-' if item is None else 'T' for item in output)})"
+    raise NotResumable(f"a layer returns {type(output).__name__}")
+
+
+def _rebuilt(structure: str, tensors: Sequence[Tensor], device: str) -> Any:
+    moved = (tensor.to(device) for tensor in tensors)
+    if structure == "T":
+        return next(moved)
+    return tuple(next(moved) if kind == "T" else None for kind in structure[1:-1])
+
+
+def _by_lane(kept: Mapping[str, Tensor], group: str) -> list[list[Tensor]]:
+    """The tensors of a group's lanes, in their order; names are GROUP.LANE.LEAF."""
+    found: dict[str, list[Tensor]] = {}
+    for key in sorted(kept):
+        name, lane, _ = key.rsplit(".", 2)
+        if name == group:
+            found.setdefault(lane, []).append(kept[key])
+    return list(found.values())

@@ -1,0 +1,258 @@
+"""Publish into a folder of any file system that fsspec knows, so that a reader of ``main.json`` sees whole states only.
+
+    ROOT/<namespace>/<name>/quantmill-<fingerprint>/    a revision: all files, its manifest written last; never changed
+                           /main.json                   which revision is the current one, and those of each day
+
+A revision's folder that holds other bytes is left alone: the new one gets the next free name (.2, .3, ...).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from datetime import date
+from functools import partial
+
+from pydantic import Field, ValidationError
+
+from workers.errors import HubRefused, HubUnavailable, ZooError
+from workers.spec.base import Frozen
+from workers.spec.job import Destination, Manifest
+from workers.spec.workspace import MANIFEST
+from workers.transfer.artifact import Artifact, Recorded, recorded
+from workers.transfer.filesystems import FileSystem
+from workers.transfer.pace import Pace
+from workers.transfer.revisions import day_tag, newest, tag_name
+
+MAIN = "main.json"
+REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+class Main(Frozen):
+    """``main.json``: replaced as a whole, and last of all."""
+
+    schema_version: int = 1
+    revision: str
+    fingerprint: str
+    manifest_sha256: str
+    days: dict[str, str] = Field(description="The revision of each tag of a day.")
+
+
+class FolderChange(Frozen):
+    """What a publish has to do yet, in this order."""
+
+    revision: str
+    add: tuple[str, ...]
+    main: Main | None
+    stale: tuple[str, ...]
+
+
+class FolderStore:
+    """The root that ``publish.endpoint`` names.
+
+    Raises:
+        ZooError: no such file system, or its package isn't installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._files = FileSystem(url, "publish.endpoint")
+
+    def check(self) -> None:
+        """Whether this user may write there, as far as it can be told without writing.
+
+        Raises:
+            HubRefused: not.
+        """
+        self._files.check()
+
+    def current(self, repo_id: str) -> Main | None:
+        """What ``main.json`` says; None if nothing is published there.
+
+        Raises:
+            HubRefused: a file of that name that isn't quantmill's.
+        """
+        path = f"{repo_id}/{MAIN}"
+        text = self._files.read(path)
+        if text is None:
+            return None
+        try:
+            return Main.model_validate_json(text)
+        except ValidationError as error:
+            raise HubRefused(
+                f"publish {repo_id}: {self._files.shown(path)} isn't what quantmill wrote; remove it, or use --force "
+                "(publish.force)"
+            ) from error
+
+    def manifest(self, repo_id: str, revision: str) -> bytes | None:
+        """The manifest of a revision, if the revision is whole."""
+        text = self._files.read(f"{repo_id}/{revision}/{MANIFEST}")
+        meant = recorded(text) if text is not None else None
+        return text if meant is not None and not self._odd(repo_id, revision, meant) else None
+
+    def decide(self, repo_id: str, artifact: Artifact, to: Destination, today: date) -> FolderChange:
+        """What there's to do.
+
+        Raises:
+            HubRefused: somebody else changed what is there, and ``to`` doesn't force.
+        """
+        if not REPO_ID.fullmatch(repo_id) or ".." in repo_id:
+            raise ZooError(f"publish: {repo_id!r} is no name of a folder there; expected namespace/name")
+        main = self._checked(repo_id, to.force)
+        revision, add = self._place(repo_id, artifact)
+        days = dict(main.days) if main else {}
+        if revision not in days.values():
+            days[day_tag(days, today)] = revision
+        kept = newest(days, revision)[: to.keep]
+        wanted = Main(
+            revision=revision,
+            fingerprint=artifact.manifest.fingerprint,
+            manifest_sha256=artifact.sha256[MANIFEST],
+            days={name: at for name, at in days.items() if at in kept},
+        )
+        revisions = (name for name in self._files.names(repo_id) if name.startswith("quantmill-"))
+        gone = [name for name in revisions if name not in kept and self.manifest(repo_id, name) is not None]
+        return FolderChange(
+            revision=revision,
+            add=tuple(add),
+            main=wanted if wanted != main else None,
+            stale=tuple(gone) if to.keep else (),
+        )
+
+    def publish(self, repo_id: str, artifact: Artifact, to: Destination, today: date) -> str:
+        """Make ``main.json`` name a revision that is the artifact; return its name.
+
+        Raises:
+            CheckpointError: a file isn't what was verified.
+            HubRefused: as ``decide`` says.
+            HubUnavailable: the file system failed.
+        """
+        try:
+            change = self.decide(repo_id, artifact, to, today)
+            for path in change.add:
+                check = partial(artifact.check, path)
+                self._files.copy(artifact.folder / path, f"{repo_id}/{change.revision}/{path}", check)
+            if change.add:
+                self._files.clear(f"{repo_id}/{change.revision}")
+            if change.main is not None:
+                self._files.replace(f"{repo_id}/{MAIN}", change.main.model_dump_json(indent=1).encode() + b"\n")
+            for revision in change.stale:
+                self._remove(repo_id, revision)
+        except PermissionError as error:
+            raise HubRefused(f"publish {repo_id}: {error}; let this user write there") from error
+        except (TimeoutError, ConnectionError) as error:
+            raise HubUnavailable(f"publish {repo_id}: {type(error).__name__}: {error}") from error
+        return change.revision
+
+    def _checked(self, repo_id: str, force: bool) -> Main | None:
+        """The current state, after a look at whether it's still quantmill's."""
+        try:
+            main = self.current(repo_id)
+        except HubRefused:
+            if not force:
+                raise
+            return None
+        if force:
+            return main
+        if main is None:
+            foreign = [name for name in self._files.names(repo_id) if not name.startswith(("quantmill-", "."))]
+            if foreign:
+                raise HubRefused(
+                    f"publish {repo_id}: the folder holds what quantmill didn't publish, got {foreign[:5]}; "
+                    "choose another publish.name, empty it, or use --force (publish.force)"
+                )
+            return None
+        text = self._files.read(f"{repo_id}/{main.revision}/{MANIFEST}")
+        if text is None or hashlib.sha256(text).hexdigest() != main.manifest_sha256:
+            odd = [MANIFEST]
+        else:
+            meant = recorded(text)
+            odd = self._odd(repo_id, main.revision, meant) if meant else [MANIFEST]
+        if odd:
+            raise HubRefused(
+                f"publish {repo_id}: somebody else changed {odd[:5]} in {main.revision} since quantmill published it; "
+                "keep the changes elsewhere and undo them, or use --force (publish.force)"
+            )
+        return main
+
+    def _place(self, repo_id: str, artifact: Artifact) -> tuple[str, list[str]]:
+        """The revision's folder, and which files it lacks: the manifest is the last of them."""
+        name, number = tag_name(artifact.manifest.fingerprint), 1
+        revision = name
+        while (missing := self._missing(repo_id, revision, artifact)) is None:
+            number += 1
+            revision = f"{name}.{number}"
+        return revision, missing
+
+    def _missing(self, repo_id: str, revision: str, artifact: Artifact) -> list[str] | None:
+        """The artifact's files that a folder lacks; None if it holds anything else."""
+        there = self._files.sizes(f"{repo_id}/{revision}")
+        if not set(there) <= set(artifact.sizes) or any(size != artifact.sizes[path] for path, size in there.items()):
+            return None
+        if MANIFEST in there:  # written last: then sizes and the manifest's bytes tell
+            whole = len(there) == len(artifact.sizes)
+            return (
+                []
+                if whole and self._files.sha256(f"{repo_id}/{revision}/{MANIFEST}") == artifact.sha256[MANIFEST]
+                else None
+            )
+        if any(self._files.sha256(f"{repo_id}/{revision}/{path}") != artifact.sha256[path] for path in there):
+            return None
+        return [*sorted(set(artifact.sizes) - set(there) - {MANIFEST}), MANIFEST]
+
+    def _odd(self, repo_id: str, revision: str, meant: Recorded) -> list[str]:
+        """Files whose presence or size isn't what the manifest says."""
+        there = self._files.sizes(f"{repo_id}/{revision}")
+        there.pop(MANIFEST, None)
+        wanted = {path: entry.size for path, entry in meant.files.items()}
+        return sorted(path for path in {*there, *wanted} if there.get(path) != wanted.get(path))
+
+    def _remove(self, repo_id: str, revision: str) -> None:
+        """Delete a revision that is quantmill's alone; one in which somebody put or changed something stays."""
+        if self.manifest(repo_id, revision) is not None:
+            self._files.remove(f"{repo_id}/{revision}", first=MANIFEST)
+
+
+# ----------------------------------------------------------------------------------- as a destination
+
+
+def takes(endpoint: str) -> bool:
+    """Whether an endpoint is a folder: a path, or a URL of fsspec's."""
+    return not endpoint.startswith(("http://", "https://"))
+
+
+def check(endpoint: str, namespace: str | None) -> None:
+    """Whether this user may write there.
+
+    Raises:
+        HubRefused: not.
+    """
+    FolderStore(endpoint).check()
+
+
+def publish(to: Destination, repo_id: str, artifact: Artifact, pace: Pace | None, today: Callable[[], date]) -> str:
+    """Make ``main.json`` name the artifact; return its revision. Errors as of ``FolderStore.publish``."""
+    return FolderStore(to.endpoint).publish(repo_id, artifact, to, today())
+
+
+def preview(to: Destination, repo_id: str, artifact: Artifact, today: date) -> list[str]:
+    """What ``publish`` would do now, one action a line."""
+    change = FolderStore(to.endpoint).decide(repo_id, artifact, to, today)
+    new_days = change.main.days if change.main else {}
+    return [
+        *(f"upload {change.revision}/{path} ({artifact.sizes[path]:,} bytes)" for path in change.add),
+        *([f"point main.json to {change.revision}"] if change.main else []),
+        *(f"tag {day}" for day, revision in new_days.items() if revision == change.revision),
+        *(f"delete {revision}" for revision in change.stale),
+    ]
+
+
+def standing(endpoint: str, repo_id: str, fingerprint: str) -> tuple[Manifest, str] | None:
+    """The manifest and the revision of the current artifact, if it has that fingerprint and is whole."""
+    store = FolderStore(endpoint)
+    try:
+        main = store.current(repo_id)
+        text = store.manifest(repo_id, main.revision) if main and main.fingerprint == fingerprint else None
+        return (Manifest.model_validate_json(text), main.revision) if main and text is not None else None
+    except (HubRefused, ValidationError):
+        return None  # somebody else's, or another version's: the publish itself says so

@@ -1,0 +1,373 @@
+"""Publish an artifact to a Hub: look, decide, act, until nothing is left to do. One commit, then its tags.
+
+``decide`` is pure. A publish that died anywhere, or whose answers were lost, is taken up by looking again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from workers.errors import HubRefused, HubUnavailable, ModelNotFound
+from workers.spec.job import Destination, Manifest
+from workers.spec.workspace import MANIFEST
+from workers.transfer import hub
+from workers.transfer.artifact import Artifact, Recorded, recorded
+from workers.transfer.hub import hub_errors, read_file
+from workers.transfer.pace import Pace
+from workers.transfer.patience import PUBLISH_SECONDS, Patience, transfer_seconds
+from workers.transfer.revisions import OF_A_DAY, day_tag, stale, tag_name
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+T = TypeVar("T")
+
+# Written by the Hub itself into every new repository.
+HUB_OWN_FILES = frozenset({".gitattributes"})
+CARD = "README.md"
+# Sent as the bytes that were checked; what is larger is LFS everywhere, and the Hub checks it by its sha256.
+SENT_FROM_MEMORY = 10 << 20
+NEW = "the new commit"
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository as it stands: path -> sha256 (LFS) or git blob sha1 at its head, tag -> commit."""
+
+    exists: bool
+    head: str = ""
+    tree: Mapping[str, str] | None = None
+    tags: Mapping[str, str] | None = None
+    gated: object = False
+    changed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a publish has to do yet, in this order."""
+
+    create: bool = False
+    gate: bool = False
+    moved: tuple[str, ...] = ()
+    add: tuple[str, ...] = ()
+    delete: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    stale_tags: tuple[str, ...] = ()
+
+    @property
+    def commits(self) -> bool:
+        """Whether there is something to commit."""
+        return bool(self.add or self.delete)
+
+
+def decide(repo_id: str, repo: Repository, artifact: Artifact, to: Destination, today: date) -> Change:
+    """What makes the repository show the artifact, and keep the revisions that it should.
+
+    Raises:
+        HubRefused: somebody else changed it, and ``to`` doesn't force.
+    """
+    if repo.changed and not to.force:
+        raise HubRefused(_changed_by_others(repo_id, repo))
+    tree, tags = repo.tree or {}, dict(repo.tags or {})
+    add = tuple(path for path in artifact.sha256 if path not in tree or not artifact.is_at(path, tree[path]))
+    delete = tuple(sorted(set(tree) - set(artifact.sha256) - HUB_OWN_FILES))
+    target = NEW if add or delete else repo.head
+    identity = tag_name(artifact.manifest.fingerprint)
+    # Before the commit: a tag of identity that isn't at the head then always means that somebody else committed.
+    moved = (identity,) if tags.get(identity, target) != target else ()
+    wanted = []
+    if not any(OF_A_DAY.fullmatch(name) and at == target for name, at in tags.items()):
+        wanted.append(day_tag(tags, today))
+    if tags.get(identity) != target:
+        wanted.append(identity)  # last: with it, the artifact counts as published
+    after = {**tags, **dict.fromkeys(wanted, target)}
+    return Change(
+        create=not repo.exists,
+        gate=to.gated is not False and repo.gated != to.gated,
+        moved=moved,
+        add=add,
+        delete=delete,
+        tags=tuple(wanted),
+        stale_tags=tuple(stale(after, target, to.keep)),
+    )
+
+
+def _changed_by_others(repo_id: str, repo: Repository) -> str:
+    names = ", ".join(repr(name) for name in repo.changed[:5])
+    more = f" and {len(repo.changed) - 5} more" if len(repo.changed) > 5 else ""
+    if MANIFEST not in (repo.tree or {}):
+        return (
+            f"publish {repo_id}: the repository holds files that quantmill didn't publish, got {names}{more}; "
+            "choose another publish.name, empty the repository, or overwrite it with --force (publish.force)"
+        )
+    return (
+        f"publish {repo_id}: somebody else changed {names}{more} on main since quantmill published it; keep the "
+        "changes elsewhere and undo them there, or overwrite them with --force (publish.force)"
+    )
+
+
+def publish(
+    api: HfApi,
+    repo_id: str,
+    artifact: Artifact,
+    to: Destination,
+    *,
+    patience: Patience | None = None,
+    today: Callable[[], date] = lambda: datetime.now(UTC).date(),
+) -> str:
+    """Make ``main`` show the artifact by one commit and its tags; return that commit.
+
+    Idempotent: the same artifact makes no second commit, also when an answer was lost or a publisher died.
+
+    Raises:
+        CheckpointError: a file isn't what was verified.
+        HubRefused: a repository that somebody else changed, a card that the Hub refuses, a token that may not write.
+        HubUnavailable: worth trying again.
+    """
+    patience = patience or Patience(PUBLISH_SECONDS + transfer_seconds(artifact.size))
+    return _Publisher(api, repo_id, artifact, to, patience).run(today)
+
+
+def preview(api: HfApi, repo_id: str, artifact: Artifact, to: Destination, today: date) -> Change:
+    """What ``publish`` would do now; writes nothing."""
+    return decide(repo_id, _Publisher(api, repo_id, artifact, to, Patience(300.0)).look(), artifact, to, today)
+
+
+class _Publisher:
+    """One publish: the calls, each with patience, and what is known of commits that can't change any more."""
+
+    def __init__(self, api: HfApi, repo_id: str, artifact: Artifact, to: Destination, patience: Patience) -> None:
+        self._api = api
+        self._repo_id = repo_id
+        self._artifact = artifact
+        self._to = to
+        self._patience = patience
+        self._trees: dict[str, dict[str, str]] = {}
+        self._committed: str | None = None
+
+    def run(self, today: Callable[[], date]) -> str:
+        """Look and act until nothing is left; a failure in between is waited for and looked at anew."""
+        done, failures = 0, 0
+        while True:
+            repo = self.look()
+            change = decide(self._repo_id, repo, self._artifact, self._to, today())
+            if change == Change():
+                return repo.head
+            if done > 1:  # made, and filled: now only a Hub whose answers lag behind shows something to do
+                failures += 1
+                unseen = HubUnavailable(f"publish {self._repo_id}: the Hub doesn't show yet what was done")
+                self._patience.wait(unseen, failures)
+            if change.commits and repo.head == self._committed:
+                raise HubRefused(
+                    f"publish {self._repo_id}: its commit {repo.head} holds other files than were sent, got "
+                    f"{[*change.add, *change.delete][:5]}; look at the repository"
+                )
+            try:
+                if change.create:
+                    self._create()
+                else:
+                    self._act(change, repo.head)
+                done += 1
+            except HubUnavailable as error:
+                failures += 1
+                self._patience.wait(error, failures)
+
+    def look(self) -> Repository:
+        """The repository as it stands."""
+        try:
+            refs = self._call("list the revisions of", lambda: self._api.list_repo_refs(self._repo_id))
+        except ModelNotFound:
+            return Repository(exists=False)
+        head = next((str(ref.target_commit) for ref in refs.branches if ref.name == "main"), None)
+        if head is None:
+            raise HubRefused(f"publish {self._repo_id}: the repository has no branch main; create it anew")
+        gated: object = False
+        if self._to.gated is not False:
+            gated = self._call(
+                "ask for the gate of", lambda: self._api.model_info(self._repo_id, expand=["gated"]).gated
+            )
+        tags = {str(ref.name): str(ref.target_commit) for ref in refs.tags}
+        tree = self._tree(head)
+        changed = () if self._holds(tree) else self._changed(head, tree, tags)
+        return Repository(exists=True, head=head, tree=tree, tags=tags, gated=gated, changed=changed)
+
+    def _holds(self, tree: Mapping[str, str]) -> bool:
+        files = {path: identity for path, identity in tree.items() if path not in HUB_OWN_FILES}
+        return set(files) == set(self._artifact.sha256) and all(self._artifact.is_at(*file) for file in files.items())
+
+    def _changed(self, head: str, tree: Mapping[str, str], tags: Mapping[str, str]) -> tuple[str, ...]:
+        """Files on ``main`` that aren't what quantmill published there last."""
+        files = {path: identity for path, identity in tree.items() if path not in HUB_OWN_FILES}
+        if MANIFEST not in files:
+            return tuple(sorted(files))
+        there = self._read(MANIFEST, head)
+        meant = recorded(there) if there is not None else None
+        if meant is None:
+            return (MANIFEST,)
+        published = tags.get(tag_name(meant.fingerprint))
+        if published == head:
+            return ()
+        if published is None:  # a publish that died between commit and tag
+            return tuple(
+                sorted(path for path in {*files, *meant.files} - {MANIFEST} if self._differs(path, head, files, meant))
+            )
+        before = self._tree(published)
+        return tuple(sorted(p for p in {*files, *before} - HUB_OWN_FILES if files.get(p) != before.get(p)))
+
+    def _differs(self, path: str, head: str, files: Mapping[str, str], meant: Recorded) -> bool:
+        if path not in files or path not in meant.files:
+            return True
+        sha256 = meant.files[path].sha256
+        if len(files[path]) == len(sha256):
+            return files[path] != sha256
+        content = self._read(path, head)
+        return content is None or hashlib.sha256(content).hexdigest() != sha256
+
+    def _create(self) -> None:
+        self._call("create", lambda: self._api.create_repo(self._repo_id, private=self._to.private, exist_ok=True))
+
+    def _act(self, change: Change, head: str) -> None:
+        """Do it; raises HubUnavailable where only another look tells how far it went."""
+        api, repo_id = self._api, self._repo_id
+        if change.gate:
+            gated = self._to.gated
+            self._call("set the gate of", lambda: api.update_repo_settings(repo_id, gated=gated))
+        for tag in change.moved:
+            self._delete_tag(tag)
+        target = self._commit(change, head) if change.commits else head
+        for tag in change.tags:
+            self._call(f"tag {tag} of", partial(api.create_tag, repo_id, tag=tag, revision=target, exist_ok=True))
+        for tag in change.stale_tags:
+            self._delete_tag(tag)
+
+    def _commit(self, change: Change, head: str) -> str:
+        """One commit on top of ``head``, and of nothing else."""
+        from huggingface_hub import CommitOperationDelete
+
+        if CARD in change.add:
+            self._check_card()
+        size = sum(self._artifact.sizes[path] for path in change.add)
+        additions = self._call("upload the files of", lambda: self._upload(change), transfer_seconds(size))
+        operations: list[Any] = [*additions, *(CommitOperationDelete(path_in_repo=path) for path in change.delete)]
+
+        def commit() -> str:
+            with hub_errors(f"commit to {self._repo_id}"):
+                title = self._artifact.message
+                info = self._api.create_commit(self._repo_id, operations, commit_message=title, parent_commit=head)
+                return str(info.oid)
+
+        # Once: a lost answer and a head that moved are told apart by looking, not by sending it again.
+        self._committed = self._patience.once(f"commit to {self._repo_id}", commit)
+        return self._committed
+
+    def _upload(self, change: Change) -> list[CommitOperationAdd]:
+        """Upload what goes to LFS; the operations are new each time, for they remember what the Hub said before."""
+        from huggingface_hub import CommitOperationAdd
+
+        additions = []
+        for path in change.add:
+            small = self._artifact.sizes[path] <= SENT_FROM_MEMORY
+            content = self._artifact.read(path) if small else self._artifact.folder / path
+            additions.append(CommitOperationAdd(path_in_repo=path, path_or_fileobj=content))
+            self._artifact.check(path, additions[-1].upload_info.sha256.hex())
+        self._api.preupload_lfs_files(self._repo_id, additions=additions)
+        return additions
+
+    def _check_card(self) -> None:
+        """Let the Hub check the card's metadata before anything is uploaded; one without that service is not asked.
+
+        ``ModelCard.validate`` would ask the Hub of HF_ENDPOINT, whatever the destination is.
+        """
+        from huggingface_hub.utils._http import get_session
+
+        text = self._artifact.read(CARD).decode()
+
+        def check() -> Any:
+            body = {"content": text, "repoType": "model"}
+            answer = get_session().post(f"{self._api.endpoint}/api/validate-yaml", json=body)
+            if answer.status_code == 429 or answer.status_code >= 500:
+                raise HubUnavailable(f"check the card of {self._repo_id}: the Hub answered {answer.status_code}")
+            return answer.json() if answer.status_code in (200, 400) else {}
+
+        errors = [str(error.get("message")) for error in self._call("check the card of", check).get("errors", [])]
+        if errors:
+            raise HubRefused(
+                f"publish {self._repo_id}: the Hub refuses the card's metadata ({'; '.join(errors)}); "
+                "mend the source model's card, whose metadata is inherited, and run the zoo again"
+            )
+
+    def _delete_tag(self, tag: str) -> None:
+        try:
+            self._call(f"delete tag {tag} of", lambda: self._api.delete_tag(self._repo_id, tag=tag))
+        except ModelNotFound:
+            return  # gone: by the call whose answer was lost
+
+    def _tree(self, commit: str) -> dict[str, str]:
+        from huggingface_hub.hf_api import RepoFile
+
+        def listed() -> dict[str, str]:
+            entries = self._api.list_repo_tree(self._repo_id, recursive=True, revision=commit)
+            files = [entry for entry in entries if isinstance(entry, RepoFile)]
+            return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
+
+        if commit not in self._trees:
+            self._trees[commit] = self._call("list", listed)
+        return self._trees[commit]
+
+    def _read(self, path: str, commit: str) -> bytes | None:
+        found = self._call(f"read {path} of", lambda: read_file(self._api, self._repo_id, path, commit))
+        return found[0] if found else None
+
+    def _call(self, what: str, action: Callable[[], T], extra_seconds: float = 0.0) -> T:
+        thing = f"{what} {self._repo_id}"
+
+        def told() -> T:
+            with hub_errors(thing):
+                return action()
+
+        return self._patience.call(thing, told, extra_seconds)
+
+
+# ----------------------------------------------------------------------------------- as a destination
+
+
+def takes(endpoint: str) -> bool:
+    """Whether an endpoint is the URL of a Hub."""
+    return endpoint.startswith(("http://", "https://"))
+
+
+def publish_to(to: Destination, repo_id: str, artifact: Artifact, pace: Pace | None, today: Callable[[], date]) -> str:
+    """Make ``main`` show the artifact; return its commit. Errors as of ``publish``."""
+    return publish(hub.connect(to.endpoint, pace), repo_id, artifact, to, today=today)
+
+
+def preview_of(to: Destination, repo_id: str, artifact: Artifact, today: date) -> list[str]:
+    """What ``publish_to`` would do now, one action a line."""
+    todo = preview(hub.connect(to.endpoint), repo_id, artifact, to, today)
+    return [
+        *([f"create {repo_id} ({'private' if to.private else 'public'})"] if todo.create else []),
+        *([f"set gated to {to.gated}"] if todo.gate else []),
+        *(f"upload {path} ({artifact.sizes[path]:,} bytes)" for path in todo.add),
+        *(f"delete {path}" for path in todo.delete),
+        *(["commit once"] if todo.commits else []),
+        *(f"tag {tag}" for tag in todo.tags),
+        *(f"delete tag {tag}" for tag in todo.stale_tags),
+    ]
+
+
+def standing(endpoint: str, repo_id: str, fingerprint: str) -> tuple[Manifest, str] | None:
+    """The manifest and the commit of the artifact that stands, if it has that fingerprint and is whole.
+
+    It's whole with the tag that comes after the commit; what somebody changed on ``main`` later isn't in it.
+    """
+    api = hub.connect(endpoint)
+    there = hub.read_manifest(api, repo_id)
+    if there is None or there[0].fingerprint != fingerprint:
+        return None
+    tagged = hub.read_manifest(api, repo_id, tag_name(fingerprint))
+    return tagged if tagged and tagged[0].fingerprint == fingerprint else None
