@@ -100,7 +100,7 @@ def test_no_other_place_names_a_format() -> None:
         "gptq-v2": {f"{spec}formats.py"},
         "gptq": {f"{spec}formats.py", f"{spec}recipes.py", "workers/methods/table.py", "workers/formats/gptq.py"},
         "awq": {f"{spec}formats.py", f"{spec}recipes.py", "workers/methods/table.py"},
-        "fp8": {f"{spec}formats.py", f"{spec}schemes.py"},
+        "fp8": {f"{spec}formats.py", f"{spec}schemes.py", "workers/formats/fp8.py"},
         "bitsandbytes": {f"{spec}formats.py", f"{spec}recipes.py", f"{spec}engines.py", "workers/machine/warm.py"},
     }
     assert set(allowed) == set(FORMATS)
