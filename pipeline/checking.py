@@ -30,7 +30,7 @@ WIKITEXT = Dataset(path="Salesforce/wikitext", name="wikitext-2-raw-v1", split="
 
 
 @dataclass(frozen=True)
-class Asked:
+class VerifyRequest:
     """What the command line asks for."""
 
     checkpoint: str
@@ -46,7 +46,7 @@ class Asked:
     limit: int | None = None
 
 
-def check(asked: Asked, out: Path) -> tuple[dict[str, Any], Thresholds, str]:
+def check(asked: VerifyRequest, out: Path) -> tuple[dict[str, Any], Thresholds, str]:
     """Verify a checkpoint: the report (``workers.verify.foreign.CheckReport`` as JSON), its thresholds and family.
 
     With tasks for lm-eval the report has their ``scores`` too, which decide nothing.
@@ -60,7 +60,7 @@ def check(asked: Asked, out: Path) -> tuple[dict[str, Any], Thresholds, str]:
         return _check(asked, out, warm)
 
 
-def _check(asked: Asked, out: Path, warm: str | None) -> tuple[dict[str, Any], Thresholds, str]:
+def _check(asked: VerifyRequest, out: Path, warm: str | None) -> tuple[dict[str, Any], Thresholds, str]:
     entry = ModelEntry(
         id=asked.reference.partition("@")[0],
         revision=asked.reference.partition("@")[2] or "main",
@@ -84,7 +84,7 @@ def _check(asked: Asked, out: Path, warm: str | None) -> tuple[dict[str, Any], T
     return report, thresholds, family
 
 
-def _evaluation(asked: Asked, folder: Path, pin: ModelPin) -> dict[str, Any]:
+def _evaluation(asked: VerifyRequest, folder: Path, pin: ModelPin) -> dict[str, Any]:
     return {
         "models": [pin.folder, str(folder)],
         "tasks": asked.tasks,

@@ -9,8 +9,8 @@ from pathlib import Path
 from pipeline.zoo import shipped
 from pipeline.zoo import zoo as zoos
 from workers.errors import PreflightError, ZooError
-from workers.machine import child, environment, environments
-from workers.machine.environment import Facts
+from workers.machine import child, environments, preflight
+from workers.machine.preflight import MachineFacts
 from workers.spec.recipes import Recipe
 
 
@@ -28,7 +28,7 @@ def recipes(names: Sequence[str], zoo: Path | None) -> list[Recipe]:
     return [having[name] for name in names or having]
 
 
-def facts(python: str | Path, out: Path) -> Facts:
+def facts(python: str | Path, out: Path) -> MachineFacts:
     """What a Python of this machine has, as a process of its own finds: looking at the devices takes torch.
 
     Raises:
@@ -36,18 +36,18 @@ def facts(python: str | Path, out: Path) -> Facts:
     """
     try:
         done = child.run(
-            "workers.machine.environment:answer", json.dumps({"workspace": str(out.absolute())}), python=python
+            "workers.machine.preflight:answer", json.dumps({"workspace": str(out.absolute())}), python=python
         )
     except OSError as error:
         raise PreflightError(f"{python} doesn't start ({error})") from error
     if done.answer is None:
         raise PreflightError(f"{python} can't run quantmill ({done.said})")
-    return Facts.model_validate_json(done.answer)
+    return MachineFacts.model_validate_json(done.answer)
 
 
-def examine(chosen: Sequence[Recipe], here: Facts, out: Path) -> dict[str, list[str]]:
+def examine(chosen: Sequence[Recipe], here: MachineFacts, out: Path) -> dict[str, list[str]]:
     """All that is missing, by recipe; ``here`` are the facts of this process's own Python."""
-    found: dict[str | None, Facts | str] = {None: here}
+    found: dict[str | None, MachineFacts | str] = {None: here}
     for name in {recipe.environment for recipe in chosen} - {None}:
         assert name is not None
         try:
@@ -57,5 +57,5 @@ def examine(chosen: Sequence[Recipe], here: Facts, out: Path) -> dict[str, list[
     return {recipe.name: _problems(found[recipe.environment], recipe) for recipe in chosen}
 
 
-def _problems(found: Facts | str, recipe: Recipe) -> list[str]:
-    return [found] if isinstance(found, str) else environment.problems(found, recipe)
+def _problems(found: MachineFacts | str, recipe: Recipe) -> list[str]:
+    return [found] if isinstance(found, str) else preflight.problems(found, recipe)

@@ -31,7 +31,7 @@ def publish(artifact: Path, repo_id: str, to: Destination, *, dry_run: bool) -> 
     if not namespace or not name or "/" in name:
         raise ZooError(f"--to: expected NAMESPACE/NAME, got {repo_id!r}")
     if destinations.settings_lacking(to.endpoint, {"gated": to.gated}):
-        kind = destinations.kind_of(to.endpoint).name
+        kind = destinations.destination_row(to.endpoint).name
         raise ZooError(f"--gated: a {kind} has no gate, got --endpoint {to.endpoint!r}; leave it out")
     open_accepted(artifact)  # before anything is asked of a Hub
     insist(lambda: destinations.check(to.endpoint, namespace))

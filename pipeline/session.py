@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from pipeline.collecting import collect
 from pipeline.fleet.leases import Holder, new_owner, of_this_machine
 from pipeline.fleet.scheduler import Driver
-from pipeline.fleet.sites import Watcher
+from pipeline.fleet.sites import RunWatcher
 from pipeline.fleet.steps import Step
 from pipeline.planning import plan as planning
 from pipeline.planning.plan import Plan
@@ -95,7 +95,7 @@ class LedgerWatcher:
         self._ledger.record(self._run_id, entry, result)
 
 
-def run(plan: Plan, out: Path, address: str | None, watchers: Sequence[Watcher]) -> Finished:
+def run(plan: Plan, out: Path, address: str | None, watchers: Sequence[RunWatcher]) -> Finished:
     """Make what the plan says is missing, and write ``results.json`` and ``report.html``, also when interrupted.
 
     Ray isn't even started for a plan without jobs.
@@ -112,7 +112,7 @@ def run(plan: Plan, out: Path, address: str | None, watchers: Sequence[Watcher])
         jobs, interrupted = [], False
         if plan.jobs:
             from pipeline.fleet.cluster import Cluster
-            from pipeline.report.metrics import Metrics
+            from pipeline.report.metrics import PrometheusMetrics
 
             try:
                 warm = any(job.orders[0].recipe.environment is None for job in plan.jobs)
@@ -120,9 +120,9 @@ def run(plan: Plan, out: Path, address: str | None, watchers: Sequence[Watcher])
                 with Cluster(address, out.resolve(), warm) as cluster, _terminable():
                     folder.mkdir(parents=True)
                     log = stack.enter_context(closing(Logbook(folder, run_id)))
-                    entered: list[Watcher] = [LedgerWatcher(ledger, run_id), log, *watchers]
+                    entered: list[RunWatcher] = [LedgerWatcher(ledger, run_id), log, *watchers]
                     driver = Driver(cluster, plan, entered, holder=_holder(cluster, address, run_id))
-                    driver.watchers.append(Metrics(plan.zoo, driver.pulse))
+                    driver.watchers.append(PrometheusMetrics(plan.zoo, driver.pulse))
                     jobs = driver.jobs
                     driver.run()
             except KeyboardInterrupt:

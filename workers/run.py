@@ -16,7 +16,7 @@ from workers.machine.deadline import ends_within
 from workers.machine.failures import describe, peak_memory
 from workers.machine.files import folder_sha256
 from workers.spec.base import Frozen
-from workers.spec.job import Job, Part, PeakMemory, Stage, StageResult, spoken
+from workers.spec.job import Job, Part, PeakMemory, Stage, StageResult, stage_label
 from workers.spec.workspace import artifact_folder, is_made
 from workers.transfer import destinations, hub
 from workers.transfer.pace import LocalPace, Pace
@@ -57,7 +57,7 @@ def run_stage(
     """
     start = time.monotonic()
     try:
-        with ends_within(seconds, spoken(stage, part, job.model, recipe)):
+        with ends_within(seconds, stage_label(stage, part, job.model, recipe)):
             if part is not None:
                 assert stage is Stage.QUANTIZE
                 result = _quantize_part(job, part)

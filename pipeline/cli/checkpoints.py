@@ -100,7 +100,7 @@ def verify(
     """Verify CHECKPOINT (a folder, or org/name[@commit]), whichever tool made it, beside the model it was made of."""
     from pipeline import checking
 
-    asked = checking.Asked(
+    asked = checking.VerifyRequest(
         checkpoint=checkpoint,
         reference=reference,
         text=text,

@@ -1,4 +1,4 @@
-"""Commands about this machine: what it lacks, and its environments."""
+"""Commands about this machine: what it lacks, and its env_builder."""
 
 from __future__ import annotations
 
@@ -50,25 +50,25 @@ def env() -> None:
 )
 def env_create(name: str, source: Path | None) -> None:
     """Build the environment NAME on this machine, unless it stands as it's defined."""
-    from pipeline import environments
+    from pipeline import env_builder
 
-    environments.create(name, source, click.echo)
+    env_builder.create(name, source, click.echo)
 
 
 @env.command("list")
 def env_list() -> None:
     """Show the known environments and those that are built here."""
-    from pipeline import environments
+    from pipeline import env_builder
 
     rows = [
         {
             "environment": row.name,
             "state": row.state,
-            "size": environments.in_words(row.size) if row.size else "",
+            "size": env_builder.in_words(row.size) if row.size else "",
             "where": row.place,
             "description": row.description,
         }
-        for row in environments.rows()
+        for row in env_builder.rows()
     ]
     print_rows(rows, tuple(rows[0]))
 
@@ -77,6 +77,6 @@ def env_list() -> None:
 @click.argument("name")
 def env_remove(name: str) -> None:
     """Delete the environment NAME from this machine."""
-    from pipeline import environments
+    from pipeline import env_builder
 
-    environments.remove(name, click.echo)
+    env_builder.remove(name, click.echo)

@@ -11,7 +11,7 @@ import click
 from pipeline.cli.options import ADDRESS, INTERRUPTED, LOST, ZOO, print_rows
 
 if TYPE_CHECKING:
-    from pipeline.submit.ray_jobs import Head
+    from pipeline.submit.ray_jobs import JobsClient
 
 
 @click.command()
@@ -33,14 +33,14 @@ def submit(zoo: Path, address: str, out: str, follow: bool, shared: tuple[Path, 
     Tokens are not: HF_TOKEN has to be set where Ray was started on the cluster's nodes.
     """
     from pipeline.submit import parcel, submit
-    from pipeline.submit.ray_jobs import Head
+    from pipeline.submit.ray_jobs import JobsClient
     from pipeline.zoo import zoo as zoos
     from workers.errors import TransientError
 
     loaded = zoos.load(zoo)
     submit.check(loaded, out)
     packed = parcel.pack(loaded, zoo, shared)
-    head = Head(address)
+    head = JobsClient(address)
     head.check()
     try:
         there = submit.submit(head, loaded, packed, out, python)
@@ -64,9 +64,9 @@ def submit(zoo: Path, address: str, out: str, follow: bool, shared: tuple[Path, 
 def logs(submitted: str, address: str, follow: bool) -> None:
     """Print what the submitted run ID has printed."""
     from pipeline.submit import submit
-    from pipeline.submit.ray_jobs import Head
+    from pipeline.submit.ray_jobs import JobsClient
 
-    head = Head(address)
+    head = JobsClient(address)
     head.check()
     submit.find(head, submitted)
     if follow:
@@ -80,10 +80,10 @@ def logs(submitted: str, address: str, follow: bool) -> None:
 def cancel(submitted: str, address: str) -> None:
     """End the submitted run ID in order: what it was at is given up, results.json and the report are written."""
     from pipeline.submit import submit
-    from pipeline.submit.ray_jobs import Head
+    from pipeline.submit.ray_jobs import JobsClient
     from workers.errors import TransientError
 
-    head = Head(address)
+    head = JobsClient(address)
     head.check()
     try:
         click.echo(submit.ending(submit.cancel(head, submitted)))
@@ -92,7 +92,7 @@ def cancel(submitted: str, address: str) -> None:
         sys.exit(LOST)
 
 
-def _follow(head: Head, submitted: str) -> NoReturn:
+def _follow(head: JobsClient, submitted: str) -> NoReturn:
     """Print what a submitted run prints until it has ended, and end with its exit code."""
     from pipeline.submit import submit
     from workers.errors import TransientError
@@ -120,9 +120,9 @@ def _follow(head: Head, submitted: str) -> NoReturn:
 
 def print_submitted(address: str, submitted: str | None) -> None:
     from pipeline.submit import submit
-    from pipeline.submit.ray_jobs import Head
+    from pipeline.submit.ray_jobs import JobsClient
 
-    head = Head(address)
+    head = JobsClient(address)
     head.check()
     jobs = [submit.find(head, submitted)] if submitted else submit.submitted(head)
     print_rows([submit.row(job) for job in jobs], ("id", "status", "exit code", "started", "seconds", "out"))

@@ -19,10 +19,10 @@ from pipeline.fleet.placement import Claim, Node
 from pipeline.fleet.steps import NETWORK_STAGES, Step
 from workers.errors import OutOfMemory, PreflightError, QuantmillError, WorkerDied, ZooError
 from workers.machine import child
-from workers.machine.environment import Facts, host_memory
+from workers.machine.preflight import MachineFacts, host_memory
 from workers.machine.warm import Parents
 from workers.run import Told, run_stage
-from workers.spec.job import Failure, Job, StageResult, spoken
+from workers.spec.job import Failure, Job, StageResult, stage_label
 from workers.transfer.pace import LocalPace
 
 # Ray's processes hold nothing of a stage that computed, for that ran in a child; what moved files goes now and then.
@@ -103,13 +103,13 @@ class Cluster:
 
     def probe(
         self, nodes: Sequence[Node], environments: Iterable[str | None]
-    ) -> dict[str, dict[str | None, Facts | str]]:
+    ) -> dict[str, dict[str | None, MachineFacts | str]]:
         """What each node has in each environment, or why it can't be used; nodes that don't answer are left out."""
         named = [environment for environment in environments if environment is not None]
         if self._warm_first:
             for node in nodes:
                 self._warm(node, None)
-        found: dict[str, dict[str | None, Facts | str]] = {}
+        found: dict[str, dict[str | None, MachineFacts | str]] = {}
         calls: dict[tuple[str, str | None], Any] = {(node.id, None): self._look(node, None) for node in nodes}
         if named:
             # Ray tries a Python that doesn't start for minutes: what isn't there is told before it's asked for.
@@ -123,7 +123,7 @@ class Cluster:
                     calls |= {(node.id, name): self._look(node, name) for name in paths}
         for (node_id, environment), call in calls.items():
             try:
-                found.setdefault(node_id, {})[environment] = Facts.model_validate_json(
+                found.setdefault(node_id, {})[environment] = MachineFacts.model_validate_json(
                     self._ray.get(call, timeout=PROBE_SECONDS)
                 )
             except self._ray.exceptions.RayError as error:
@@ -156,7 +156,7 @@ class Cluster:
         stage, more = self.stage(step)
         calls = STAGES_OF_A_PROCESS if computing else TRANSFERS_OF_A_PROCESS
         call = self._ray.remote(max_calls=calls, max_retries=0)(stage).options(
-            name=spoken(step.stage, step.part, job.model, step.recipe),
+            name=stage_label(step.stage, step.part, job.model, step.recipe),
             num_cpus=claim.cpus,
             num_gpus=claim.gpus,
             memory=claim.memory if node.memory else None,
@@ -255,7 +255,7 @@ def _pinned(node_id: str) -> dict[str, Any]:
 
 
 def _probe(workspace: str, with_devices: bool) -> str:
-    from workers.machine.environment import probe
+    from workers.machine.preflight import probe
 
     return probe(Path(workspace), with_devices).model_dump_json()
 

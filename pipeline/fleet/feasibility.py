@@ -13,8 +13,8 @@ from pipeline.fleet.sites import Fleet, Probed
 from pipeline.fleet.steps import Step
 from pipeline.planning.plan import Plan
 from workers.errors import PreflightError
-from workers.machine import environment, environments
-from workers.machine.environment import Facts
+from workers.machine import environments, preflight
+from workers.machine.preflight import MachineFacts
 from workers.spec.job import Job, StageResult
 
 CARD = Path("/dev/nvidia0")
@@ -44,7 +44,7 @@ class ThisMachine:
     def __init__(self, out: Path) -> None:
         self._out = out
         # Looking at cards takes torch, in a process of its own.
-        self._facts = doctor.facts(sys.executable, out) if CARD.exists() else environment.probe(out, False)
+        self._facts = doctor.facts(sys.executable, out) if CARD.exists() else preflight.probe(out, False)
 
     def nodes(self) -> list[Node]:
         """One."""
@@ -53,7 +53,7 @@ class ThisMachine:
 
     def probe(self, nodes: Sequence[Node], environments_: Iterable[str | None]) -> Probed:
         """As ``Fleet`` says."""
-        found: dict[str | None, Facts | str] = {}
+        found: dict[str | None, MachineFacts | str] = {}
         for name in environments_:
             try:
                 found[name] = doctor.facts(environments.interpreter(name), self._out) if name else self._facts

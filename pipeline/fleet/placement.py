@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pipeline.planning.sizing import Need
-from workers.machine.environment import Facts
+from workers.machine.preflight import MachineFacts
 
 # Jobs on one card at most, and how much of its memory estimates may fill.
 MOST_SHARES, USABLE = 8, 0.9
@@ -47,7 +47,7 @@ class Claim:
 class Room:
     """What is free on one node; ``free_disk`` counts what is promised to jobs as taken."""
 
-    def __init__(self, node: Node, facts: Facts) -> None:
+    def __init__(self, node: Node, facts: MachineFacts) -> None:
         self.node = node
         self.facts = facts
         self.host_memory = min(facts.host_memory, node.memory or facts.host_memory)

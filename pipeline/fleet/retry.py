@@ -14,7 +14,7 @@ ATTEMPTS = {HubUnavailable.__name__: 6, WorkerDied.__name__: 3, StageHung.__name
 LONGEST_WAIT_SECONDS = 300.0
 
 
-class How(Enum):
+class RetryMode(Enum):
     """In what way a stage is tried again."""
 
     SAME = "as it was"
@@ -24,11 +24,11 @@ class How(Enum):
 
 
 @dataclass(frozen=True)
-class Again:
+class Retry:
     """Try again, after so many seconds."""
 
     seconds: float
-    how: How = How.SAME
+    how: RetryMode = RetryMode.SAME
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Choices:
 NO_CHOICE = Choices()
 
 
-def decide(failure: Failure, before: Sequence[tuple[str, How]], choices: Choices = NO_CHOICE) -> Again | None:
+def decide(failure: Failure, before: Sequence[tuple[str, RetryMode]], choices: Choices = NO_CHOICE) -> Retry | None:
     """What to do; None: give up.
 
     ``before`` has every attempt that failed so far, this one last, as its error's class and how it was made. Transient
@@ -53,12 +53,12 @@ def decide(failure: Failure, before: Sequence[tuple[str, How]], choices: Choices
     tried = [how for name, how in before if name == kind]
     if kind == OutOfMemory.__name__:
         # Alone costs its neighbours their place, but no download; a larger node is the last thing to try.
-        if How.ALONE not in tried:
-            return Again(0.0, How.ALONE)
-        return Again(0.0, How.LARGER) if choices.larger else None
+        if RetryMode.ALONE not in tried:
+            return Retry(0.0, RetryMode.ALONE)
+        return Retry(0.0, RetryMode.LARGER) if choices.larger else None
     if kind == DiskFull.__name__:
-        return Again(0.0, How.ROOMIER) if choices.roomier and How.ROOMIER not in tried else None
+        return Retry(0.0, RetryMode.ROOMIER) if choices.roomier and RetryMode.ROOMIER not in tried else None
     if len(tried) >= ATTEMPTS.get(kind, 1):
         return None
     wait = min(max(2.0 ** (len(tried) - 1), failure.retry_after or 0.0), LONGEST_WAIT_SECONDS)
-    return Again(wait)
+    return Retry(wait)

@@ -19,14 +19,14 @@ from typing import Literal
 from pipeline.fleet.demand import demands
 from pipeline.fleet.leases import ASK_SECONDS, RENEW_SECONDS, Holder
 from pipeline.fleet.placement import Claim, Room, gigabytes, lacking, unmatched
-from pipeline.fleet.retry import Again, Choices, How, decide
-from pipeline.fleet.sites import Fleet, Site, Watcher, environment, kind_of
+from pipeline.fleet.retry import Choices, Retry, RetryMode, decide
+from pipeline.fleet.sites import Fleet, RunWatcher, Site, environment, kind_of
 from pipeline.fleet.spreads import Spread
 from pipeline.fleet.steps import NETWORK_STAGES, JobRun, Step
 from pipeline.planning.plan import Plan
 from pipeline.planning.sizing import deadline_seconds, typical_seconds
 from workers.errors import DiskFull, PreflightError, WorkerDied
-from workers.machine.environment import Facts, problems
+from workers.machine.preflight import MachineFacts, problems
 from workers.spec.job import Failure, Part, PeakMemory, Stage, StageResult
 from workers.spec.recipes import Recipe
 from workers.spec.split import spreadable
@@ -56,7 +56,7 @@ class Flight:
 
     site: str
     claim: Claim
-    how: How
+    how: RetryMode
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Driver:
         self,
         fleet: Fleet,
         plan: Plan,
-        watchers: Sequence[Watcher],
+        watchers: Sequence[RunWatcher],
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
         holder: Holder | None = None,
@@ -100,14 +100,14 @@ class Driver:
         self._queued: set[int] = set()
         self._queues: dict[int, list[tuple[int, int, int]]] = {}
         self._stirred: set[str] = set()
-        self._delayed: list[tuple[float, int, Step, How]] = []
+        self._delayed: list[tuple[float, int, Step, RetryMode]] = []
         self._flying: dict[Step, Flight] = {}
         self._alone: set[Step] = set()
         self._open: Counter[int] = Counter()  # steps of a job that are ready, delayed or flying
         self._attempts: Counter[Key] = Counter()
-        self._failed: defaultdict[Key, list[tuple[str, How]]] = defaultdict(list)
+        self._failed: defaultdict[Key, list[tuple[str, RetryMode]]] = defaultdict(list)
         self._spreads: dict[int, Spread] = {}
-        self._outgrown: dict[int, tuple[How, Room]] = {}  # where a job ran out of memory or disk
+        self._outgrown: dict[int, tuple[RetryMode, Room]] = {}  # where a job ran out of memory or disk
         self._order = itertools.count()
         self._surveyed = 0.0
 
@@ -200,7 +200,7 @@ class Driver:
         if new:
             wanted = sorted({None, *(environment(run.job) for run in self.jobs)}, key=str)
             for name, facts in self._fleet.probe(new, wanted).items():
-                if isinstance(own := facts.get(None), Facts):
+                if isinstance(own := facts.get(None), MachineFacts):
                     room = Room(nodes[name], own)
                     kind = self._kinds.setdefault(kind_of(room, facts), len(self._kinds))
                     self._sites[name] = Site(room, facts, kind)
@@ -236,8 +236,8 @@ class Driver:
             return [f"{node}: {facts}"]
         found = [line for order in job.orders for line in self._lacks_for(site, order.recipe, facts)]
         found += lacking(room, demand.largest, demand.disk, f"{job.model.id!r}")
-        how, outgrown = self._outgrown.get(index, (How.SAME, room))
-        if how is How.LARGER and not room.larger_than(outgrown):
+        how, outgrown = self._outgrown.get(index, (RetryMode.SAME, room))
+        if how is RetryMode.LARGER and not room.larger_than(outgrown):
             found.append(f"memory: no more on {node} than on {outgrown.facts.node}, where it ran out")
         return list(dict.fromkeys(found))
 
@@ -246,7 +246,7 @@ class Driver:
         """How long all of the cluster takes for what is left."""
         return self._work_left / self._speed
 
-    def _lacks_for(self, site: Site, recipe: Recipe, facts: Facts) -> list[str]:
+    def _lacks_for(self, site: Site, recipe: Recipe, facts: MachineFacts) -> list[str]:
         """What sites of this kind lack for a recipe, whatever the model: packages, capabilities, labels."""
         key = site.kind, recipe.name
         if key not in self._lacks:
@@ -280,8 +280,8 @@ class Driver:
         return found
 
     def _files_fit(self, index: int, room: Room) -> bool:
-        how, outgrown = self._outgrown.get(index, (How.SAME, room))
-        enough = how is not How.ROOMIER or room.roomier_than(outgrown)
+        how, outgrown = self._outgrown.get(index, (RetryMode.SAME, room))
+        enough = how is not RetryMode.ROOMIER or room.roomier_than(outgrown)
         return enough and self._demands[index].disk <= room.free_disk
 
     def _place(self, run: JobRun, name: str) -> None:
@@ -295,7 +295,7 @@ class Driver:
         site.load += demand.work
         site.room.free_disk -= demand.disk
         self._open[run.index] += 1
-        self._make_ready(run.first(), How.SAME)
+        self._make_ready(run.first(), RetryMode.SAME)
 
     def _unplace(self, run: JobRun) -> None:
         """The job is done, or goes elsewhere; what it wrote stays on the disk."""
@@ -332,16 +332,16 @@ class Driver:
 
     # --------------------------------------------------------------------------------- which step, when
 
-    def _make_ready(self, step: Step, how: How) -> None:
+    def _make_ready(self, step: Step, how: RetryMode) -> None:
         if step.generation != self.jobs[step.job].generation:
             return
         site = self._sites.get(self.jobs[step.job].node)
         if site is None:
             self._begin_anew(self.jobs[step.job])
             return
-        if how is How.ALONE:
+        if how is RetryMode.ALONE:
             self._alone.add(step)
-        urgency = 0 if how is How.ALONE else URGENCY[step.stage]
+        urgency = 0 if how is RetryMode.ALONE else URGENCY[step.stage]
         heapq.heappush(site.ready, (urgency, -self._demands[step.job].work, next(self._order), step))
         self._stirred.add(self.jobs[step.job].node)
 
@@ -400,7 +400,7 @@ class Driver:
             return False
         spread = self._spreads[step.job] = Spread(step, slots, self._clock())
         for part in sorted(spread.step("gather"), key=str):
-            self._make_ready(part, How.SAME)
+            self._make_ready(part, RetryMode.SAME)
         return True
 
     def _land_part(self, run: JobRun, step: Step, result: StageResult) -> StageResult | None:
@@ -416,7 +416,7 @@ class Driver:
             following: dict[str, Literal["solve", "join"]] = {"gather": "solve", "solve": "join"}
             if step.part.step in following:
                 for part in sorted(spread.step(following[step.part.step]), key=str):
-                    self._make_ready(part, How.SAME)
+                    self._make_ready(part, RetryMode.SAME)
                 return None
         del self._spreads[run.index]
         peak = PeakMemory(host=spread.host_bytes, device=spread.device_bytes)
@@ -431,7 +431,7 @@ class Driver:
             site.backlog.discard(step.job)
             self._stirred.add(name)
         self._attempts[_key(step)] += 1
-        self._flying[step] = Flight(name, claim, How.ALONE if step in self._alone else How.SAME)
+        self._flying[step] = Flight(name, claim, RetryMode.ALONE if step in self._alone else RetryMode.SAME)
         work = demand.pass_work + demand.own_work if step.stage == Stage.QUANTIZE else demand.own_work
         seconds = deadline_seconds(step.stage, demand.source_bytes, work, node.cpus_per_stage, node.gpus)
         self._fleet.start(step, run.job, node, claim, seconds)
@@ -454,7 +454,7 @@ class Driver:
         if step.generation != run.generation or (step.part and run.index not in self._spreads):
             return
         again = self._again(step, result.failure, flight) if result.failure else None
-        if step.part and (again is None or again.how is not How.SAME):
+        if step.part and (again is None or again.how is not RetryMode.SAME):
             whole = self._land_part(run, step, result)
             if whole is None:
                 return
@@ -468,7 +468,7 @@ class Driver:
         self._open[run.index] -= 1
         for later in run.follow(step, result, attempts):
             self._open[run.index] += 1
-            self._make_ready(later, How.SAME)
+            self._make_ready(later, RetryMode.SAME)
         if not self._open[run.index]:
             self._unplace(run)
             self._let_go(run)
@@ -478,7 +478,7 @@ class Driver:
         if self._holder:
             self._holder.let_go(run.index)
 
-    def _again(self, step: Step, failure: Failure, flight: Flight) -> Again | None:
+    def _again(self, step: Step, failure: Failure, flight: Flight) -> Retry | None:
         history = self._failed[_key(step)]
         history.append((failure.kind, flight.how))
         return decide(failure, history, self._choices(step.job, flight.site))
@@ -495,8 +495,8 @@ class Driver:
             roomier=any(other.roomier_than(here.room) for other in others),
         )
 
-    def _repeat(self, run: JobRun, step: Step, again: Again, *, died: bool) -> None:
-        if again.how in (How.LARGER, How.ROOMIER):
+    def _repeat(self, run: JobRun, step: Step, again: Retry, *, died: bool) -> None:
+        if again.how in (RetryMode.LARGER, RetryMode.ROOMIER):
             self._outgrown[run.index] = again.how, self._sites[run.node].room
             self._begin_anew(run)
             return

@@ -9,13 +9,13 @@ from typing import Protocol
 
 from pipeline.fleet.placement import Claim, Node, Room
 from pipeline.fleet.steps import Step
-from workers.machine.environment import Facts
+from workers.machine.preflight import MachineFacts
 from workers.spec.job import Job, Stage, StageResult
 
-Probed = dict[str, dict[str | None, Facts | str]]
+Probed = dict[str, dict[str | None, MachineFacts | str]]
 
 
-class Watcher(Protocol):
+class RunWatcher(Protocol):
     """Who wants to know how a run goes: the progress display, the ledger."""
 
     def started(self, job: Job, step: Step, attempt: int) -> None:
@@ -49,7 +49,7 @@ class Site:
     """A node, what is placed there, and what is ready to start."""
 
     room: Room
-    facts: dict[str | None, Facts | str]
+    facts: dict[str | None, MachineFacts | str]
     kind: int
     load: int = 0
     backlog: set[int] = field(default_factory=set)  # jobs that haven't begun to compute
@@ -73,7 +73,7 @@ class Site:
         return len(self.backlog) < self.room.node.slots
 
 
-def kind_of(room: Room, facts: dict[str | None, Facts | str]) -> object:
+def kind_of(room: Room, facts: dict[str | None, MachineFacts | str]) -> object:
     """What a node has in common with those that the same jobs fit."""
     node = room.node
     packages = tuple(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from pipeline.planning.sources import Source
+from pipeline.planning.sources import PinnedModel
 from workers.spec.layers import EXPERT, LayerKinds, LayerScheme, out_in_shape, quantizable, scheme_for
 from workers.spec.recipes import IntRecipe, Recipe
 from workers.spec.runtimes import misfit
@@ -24,7 +24,7 @@ class _Layer:
     gets: LayerScheme
 
 
-def model_problem(source: Source) -> str | None:
+def model_problem(source: PinnedModel) -> str | None:
     """Why a model of this family can't be quantized at all; or None."""
     reason = source.family.refused
     if not reason:
@@ -33,7 +33,7 @@ def model_problem(source: Source) -> str | None:
     return f"model {source.pin.id!r}: model_type {kind!r} isn't supported: {reason}; leave it out"
 
 
-def recipe_problems(source: Source, recipe: Recipe) -> Iterator[str]:
+def recipe_problems(source: PinnedModel, recipe: Recipe) -> Iterator[str]:
     """What is wrong with a recipe for a model, and what would do."""
     layers = [_layer(source, recipe, tensor) for tensor in source.tensors if quantizable(tensor, recipe)]
     problem = _format_problem(source, recipe, layers) or _shape_problem(source, recipe, layers)
@@ -41,12 +41,12 @@ def recipe_problems(source: Source, recipe: Recipe) -> Iterator[str]:
         yield problem
 
 
-def _layer(source: Source, recipe: Recipe, tensor: TensorHeader) -> _Layer:
+def _layer(source: PinnedModel, recipe: Recipe, tensor: TensorHeader) -> _Layer:
     shape_OI = out_in_shape(tensor, conv1d=source.family.conv1d)
     return _Layer(tensor.name, shape_OI, scheme_for(recipe, tensor.name.removesuffix(".weight"), shape_OI))
 
 
-def _format_problem(source: Source, recipe: Recipe, layers: Iterable[_Layer]) -> str | None:
+def _format_problem(source: PinnedModel, recipe: Recipe, layers: Iterable[_Layer]) -> str | None:
     """Layers of the model that no runtime that checks the recipe's format reads; or None."""
     first: dict[tuple[Scheme, LayerKinds], str] = {}
     for layer in layers:
@@ -62,7 +62,7 @@ def _format_problem(source: Source, recipe: Recipe, layers: Iterable[_Layer]) ->
     return None
 
 
-def _shape_problem(source: Source, recipe: Recipe, layers: list[_Layer]) -> str | None:
+def _shape_problem(source: PinnedModel, recipe: Recipe, layers: list[_Layer]) -> str | None:
     """Layers whose shapes the recipe's schemes or its format don't take, and what would do; or None."""
     for scheme in dict.fromkeys(layer.gets.wanted for layer in layers):
         alike = [layer for layer in layers if layer.gets.wanted == scheme]
@@ -81,7 +81,7 @@ def _shape_problem(source: Source, recipe: Recipe, layers: list[_Layer]) -> str 
     return None
 
 
-def _group_size_problem(source: Source, recipe: Recipe, scheme: Scheme, alike: list[_Layer]) -> str:
+def _group_size_problem(source: PinnedModel, recipe: Recipe, scheme: Scheme, alike: list[_Layer]) -> str:
     if isinstance(scheme, MicroscalingScheme):
         name = next(layer.name for layer in alike if layer.gets.why)
         return (

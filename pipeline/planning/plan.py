@@ -29,7 +29,7 @@ BATCH = 32
 class PlannedArtifact:
     """One cell of models x recipes: what would be made, or why not."""
 
-    source: sources.Source
+    source: sources.PinnedModel
     order: Order
     estimate: sizing.Estimate
     standing: Manifest | None = None
@@ -116,7 +116,7 @@ def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None)
     return Plan(zoo.name, artifacts, jobs, collection)
 
 
-def _resolve_all(zoo: Zoo, zoo_folder: Path) -> tuple[list[tuple[ModelEntry, sources.Source]], list[str]]:
+def _resolve_all(zoo: Zoo, zoo_folder: Path) -> tuple[list[tuple[ModelEntry, sources.PinnedModel]], list[str]]:
     results = _at_once(lambda entry: _try(lambda: sources.resolve(entry, zoo_folder)), zoo.models)
     pairs = zip(zoo.models, results, strict=True)
     # The same headers are kept once: a zoo has many finetunes of few models.
@@ -124,7 +124,7 @@ def _resolve_all(zoo: Zoo, zoo_folder: Path) -> tuple[list[tuple[ModelEntry, sou
     found = [
         (entry, replace(result, tensors=known.setdefault(result.tensors, result.tensors)))
         for entry, result in pairs
-        if isinstance(result, sources.Source)
+        if isinstance(result, sources.PinnedModel)
     ]
     return found, [str(result) for result in results if isinstance(result, UserError)]
 
@@ -137,7 +137,7 @@ def _at_once(look: Callable[[T], U], things: Sequence[T]) -> list[U]:
         return [found for batch in pool.map(lambda batch: [look(thing) for thing in batch], batches) for found in batch]
 
 
-def _misfits(cells: list[tuple[sources.Source, Recipe]], refused: Mapping[str, str]) -> list[str]:
+def _misfits(cells: list[tuple[sources.PinnedModel, Recipe]], refused: Mapping[str, str]) -> list[str]:
     """What is wrong with recipes for models; those of one shape, such as finetunes, are looked at once."""
     fine: set[tuple[object, ...]] = set()
     found: list[str] = []
@@ -181,7 +181,7 @@ def _try(action: Callable[[], U]) -> U | UserError:
         return problem
 
 
-def _too_long(source: sources.Source, calibration: Calibration | None, verification: Verification) -> list[str]:
+def _too_long(source: sources.PinnedModel, calibration: Calibration | None, verification: Verification) -> list[str]:
     """Sequences longer than the model has positions for."""
     longest = source.config.get("max_position_embeddings") or source.config.get("n_positions")
     asked = {"verify": verification.sequence_length, "calibration": calibration.sequence_length if calibration else 0}
@@ -195,7 +195,7 @@ def _too_long(source: sources.Source, calibration: Calibration | None, verificat
 def _order(
     zoo: Zoo,
     entry: ModelEntry,
-    source: sources.Source,
+    source: sources.PinnedModel,
     recipe: Recipe,
     calibration: Calibration | None,
     data_sha256: str | None,
@@ -208,7 +208,7 @@ def _order(
     )
 
 
-def _check_twins(cells: list[tuple[sources.Source, Recipe]], orders: list[Order]) -> None:
+def _check_twins(cells: list[tuple[sources.PinnedModel, Recipe]], orders: list[Order]) -> None:
     """Two models of the same content would be the same artifact, made twice at the same place."""
     owners: dict[str, tuple[str, str]] = {}
     for (source, recipe), order in zip(cells, orders, strict=True):

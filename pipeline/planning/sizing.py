@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from pipeline.planning.sources import Source
+from pipeline.planning.sources import PinnedModel
 from workers.spec.formats import FORMATS
 from workers.spec.job import Calibration, Stage, Verification
 from workers.spec.layers import EXPERT, LAYER, out_in_shape, quantizable, scheme_for
@@ -81,7 +81,9 @@ class Estimate:
         return max(self.quantize.device, self.verify.device)
 
 
-def estimate(source: Source, recipe: Recipe, calibration: Calibration | None, verification: Verification) -> Estimate:
+def estimate(
+    source: PinnedModel, recipe: Recipe, calibration: Calibration | None, verification: Verification
+) -> Estimate:
     """Sizes for one model under one recipe; zeros for a pickled checkpoint, whose headers can't be read."""
     shape = shape_of(source)
     artifact = sum(count * _stored_bytes(tensor, source, recipe) for tensor, count in _tensors(shape, recipe))
@@ -108,7 +110,7 @@ class Estimates:
         self._calibration, self._verification = calibration, verification
         self._known: dict[tuple[object, ...], Estimate] = {}
 
-    def of(self, source: Source, recipe: Recipe) -> Estimate:
+    def of(self, source: PinnedModel, recipe: Recipe) -> Estimate:
         """As ``estimate`` says."""
         key = (*alike(source), recipe.name)
         if key not in self._known:
@@ -116,7 +118,7 @@ class Estimates:
         return self._known[key]
 
 
-def alike(source: Source) -> tuple[object, ...]:
+def alike(source: PinnedModel) -> tuple[object, ...]:
     """What sources have in common that are sized, and fit recipes, alike; tensors have to be the same object."""
     return id(source.tensors), *(str(source.config.get(name)) for name in CONFIG)
 
@@ -137,16 +139,16 @@ def _calibration_tokens(recipe: Recipe, calibration: Calibration | None) -> int:
     return calibration.samples * calibration.sequence_length if calibration and recipe.calibrated else 0
 
 
-def _size(source: Source, *names: str) -> int:
+def _size(source: PinnedModel, *names: str) -> int:
     return next((int(value) for name in names if isinstance(value := source.config.get(name), int)), 0)
 
 
-def _in_features(tensor: TensorHeader, source: Source) -> int:
+def _in_features(tensor: TensorHeader, source: PinnedModel) -> int:
     """The width along which a weight's groups run."""
     return out_in_shape(tensor, conv1d=source.family.conv1d)[1]
 
 
-def _stored_bytes(tensor: TensorHeader, source: Source, recipe: Recipe) -> int:
+def _stored_bytes(tensor: TensorHeader, source: PinnedModel, recipe: Recipe) -> int:
     """Bytes of a tensor in the artifact, its entries in the header of its file included."""
     as_it_is = tensor.bytes + tensor.header_bytes
     if not quantizable(tensor, recipe):
@@ -207,7 +209,7 @@ class _Same:
         return isinstance(other, _Same) and other.tensors is self.tensors
 
 
-def shape_of(source: Source) -> Shape:
+def shape_of(source: PinnedModel) -> Shape:
     """The shape of a model's checkpoint."""
     return _shape(_Same(source.tensors))
 
@@ -221,7 +223,7 @@ def _tensors(shape: Shape, recipe: Recipe) -> Iterable[tuple[TensorHeader, int]]
 
 
 def _quantizing(
-    source: Source, shape: Shape, recipe: Recipe, calibration: Calibration | None, verification: Verification
+    source: PinnedModel, shape: Shape, recipe: Recipe, calibration: Calibration | None, verification: Verification
 ) -> Need:
     """One pass: what lies outside the layers, two layers, statistics and their factors, hidden states, activations."""
     tokens = verification.tokens + _calibration_tokens(recipe, calibration)
@@ -237,7 +239,7 @@ def _quantizing(
     return Need(host, device)
 
 
-def _verifying(source: Source, shape: Shape, verification: Verification) -> Need:
+def _verifying(source: PinnedModel, shape: Shape, verification: Verification) -> Need:
     """Both models streamed side by side; and a process beside it that loads the whole artifact as users do, which a
     CPU mostly decodes to float32."""
     outside = sum(tensor.numel for tensor in shape.outside)
@@ -250,7 +252,7 @@ def _verifying(source: Source, shape: Shape, verification: Verification) -> Need
     return Need(host, device)
 
 
-def _hessian_bytes(layer: tuple[TensorHeader, ...], source: Source, recipe: Recipe) -> int:
+def _hessian_bytes(layer: tuple[TensorHeader, ...], source: PinnedModel, recipe: Recipe) -> int:
     """Float32 statistics of all distinct inputs of a layer: projections of one module and width share theirs, but for
     those that lead out of it."""
     if not recipe.calibrated:
@@ -258,7 +260,7 @@ def _hessian_bytes(layer: tuple[TensorHeader, ...], source: Source, recipe: Reci
     return sum(4 * width**2 for width in _inputs(layer, source, recipe))
 
 
-def _inputs(layer: tuple[TensorHeader, ...], source: Source, recipe: Recipe) -> list[int]:
+def _inputs(layer: tuple[TensorHeader, ...], source: PinnedModel, recipe: Recipe) -> list[int]:
     """The widths of a layer's distinct inputs."""
     inputs: dict[tuple[str, int, bool], int] = {}
     for tensor in layer:
@@ -269,7 +271,7 @@ def _inputs(layer: tuple[TensorHeader, ...], source: Source, recipe: Recipe) -> 
     return list(inputs.values())
 
 
-def _widths(source: Source, shape: Shape, recipe: Recipe) -> list[int]:
+def _widths(source: PinnedModel, shape: Shape, recipe: Recipe) -> list[int]:
     """The widths of all layers' inputs; of experts, as many as a token is sent to."""
     if not recipe.calibrated:
         return []
@@ -282,14 +284,14 @@ def _widths(source: Source, shape: Shape, recipe: Recipe) -> list[int]:
     return found
 
 
-def _bytes_for_each_token(source: Source, shape: Shape, longest: int) -> int:
+def _bytes_for_each_token(source: PinnedModel, shape: Shape, longest: int) -> int:
     """What waits between two layers: hidden states, the mask, rotary embeddings. With experts several times as much:
     their tokens are gathered in pieces of all sizes, which allocators don't give back."""
     experts = any(EXPERT_ONE.search(tensor.name) for layer, _ in shape.layers for tensor in layer)
     return 4 * (9 if experts else 1) * _size(source, "hidden_size", "n_embd") + longest + 512
 
 
-def _activations(source: Source, shape: Shape, longest: int, tokens: int) -> int:
+def _activations(source: PinnedModel, shape: Shape, longest: int, tokens: int) -> int:
     """One micro-batch in the widest layer, attention scores included (as ``workers.model.batching`` counts them)."""
     widths = [
         sum(sum(tensor.shape) for tensor in layer if len(tensor.shape) == 2 and EXPERT_ONE.search(tensor.name) is None)

@@ -26,7 +26,7 @@ CAUSAL_LM = re.compile(r"(ForCausalLM|LMHeadModel|LMHead)$")
 
 
 @dataclass(frozen=True)
-class Source:
+class PinnedModel:
     """A pinned model, its config and its tensors; no tensors for a checkpoint that is pickled."""
 
     pin: ModelPin
@@ -44,7 +44,7 @@ class Source:
         return Path(self.pin.id).name
 
 
-def resolve(entry: ModelEntry, zoo_folder: Path) -> Source:
+def resolve(entry: ModelEntry, zoo_folder: Path) -> PinnedModel:
     """Pin one model: a folder by its content, a repository by its commit.
 
     Raises:
@@ -87,7 +87,7 @@ def _check_loadable(entry: ModelEntry, config: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------- folders
 
 
-def _resolve_folder(entry: ModelEntry, folder: Path) -> Source:
+def _resolve_folder(entry: ModelEntry, folder: Path) -> PinnedModel:
     config = _read_config(entry, folder / "config.json")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
@@ -100,7 +100,7 @@ def _resolve_folder(entry: ModelEntry, folder: Path) -> Source:
         trust_remote_code=entry.trust_remote_code,
         allow_pickle=entry.allow_pickle,
     )
-    return Source(pin, config, tensors)
+    return PinnedModel(pin, config, tensors)
 
 
 def _read_config(entry: ModelEntry, path: Path) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def read_header(path: Path) -> list[TensorHeader]:
 # -------------------------------------------------------------------------------------------- repositories
 
 
-def _resolve_repository(entry: ModelEntry, api: HfApi) -> Source:
+def _resolve_repository(entry: ModelEntry, api: HfApi) -> PinnedModel:
     with hub.hub_errors(f"models: {entry.id}@{entry.revision} on {api.endpoint}"):
         info = api.model_info(entry.id, revision=entry.revision)
         commit = str(info.sha)
@@ -171,7 +171,7 @@ def _resolve_repository(entry: ModelEntry, api: HfApi) -> Source:
         trust_remote_code=entry.trust_remote_code,
         allow_pickle=entry.allow_pickle,
     )
-    return Source(pin, _parsed(entry, raw[0] if raw else b""), tensors)
+    return PinnedModel(pin, _parsed(entry, raw[0] if raw else b""), tensors)
 
 
 def _remote_tensors(entry: ModelEntry, api: HfApi, commit: str, files: list[str]) -> tuple[TensorHeader, ...]:

@@ -12,7 +12,7 @@ from workers.spec.job import Job, Stage, StageResult
 SECONDS = [1.0, 10.0, 60.0, 300.0, 1200.0, 3600.0, 4 * 3600.0, 12 * 3600.0]
 
 
-class Metrics:
+class PrometheusMetrics:
     """Counts what starts and ends; ``pulse`` tells of the fleet in between. Needs a driver connected to Ray."""
 
     def __init__(self, zoo: str, pulse: Callable[[], Pulse]) -> None:

@@ -53,7 +53,7 @@ _JOB = TypeAdapter(RayJob)
 _JOBS = TypeAdapter(list[RayJob])
 
 
-class Head:
+class JobsClient:
     """A Ray head, by the address of its dashboard.
 
     Every method raises TransientError where there's no answer, or one that says that the head itself failed, and

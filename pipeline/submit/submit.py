@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.submit.parcel import Parcel
-from pipeline.submit.ray_jobs import Head, RayJob
+from pipeline.submit.ray_jobs import JobsClient, RayJob
 from pipeline.zoo.zoo import LOOPBACK, Zoo
 from workers.errors import TransientError, ZooError
 from workers.spec.base import canonical_json
@@ -69,7 +69,7 @@ def command(parcel: Parcel, out: str, python: str) -> str:
     )
 
 
-def submit(head: Head, zoo: Zoo, parcel: Parcel, out: str, python: str) -> Submission:
+def submit(head: JobsClient, zoo: Zoo, parcel: Parcel, out: str, python: str) -> Submission:
     """Start the run, unless the very same is waiting or at work.
 
     Look, decide, act, look again: a lost answer is found by looking. A run that has ended is followed by another one
@@ -130,13 +130,13 @@ def _request(name: str, entrypoint: str, uri: str, zoo: str, out: str, fingerpri
     }
 
 
-def submitted(head: Head) -> list[RayJob]:
+def submitted(head: JobsClient) -> list[RayJob]:
     """The runs that were submitted to the cluster, the newest first."""
     ours = [job for job in head.jobs() if (job.submission_id or "").startswith(PREFIX)]
     return sorted(ours, key=lambda job: job.start_time or 0, reverse=True)
 
 
-def find(head: Head, name: str) -> RayJob:
+def find(head: JobsClient, name: str) -> RayJob:
     """The submitted run of that name.
 
     Raises:
@@ -149,7 +149,7 @@ def find(head: Head, name: str) -> RayJob:
     return job
 
 
-def follow(head: Head, name: str, write: Callable[[str], object], tell: Callable[[str], object]) -> RayJob:
+def follow(head: JobsClient, name: str, write: Callable[[str], object], tell: Callable[[str], object]) -> RayJob:
     """Hand on what the run prints, as it prints it, until it has ended; lost connections are taken up again.
 
     Raises:
@@ -185,7 +185,7 @@ def follow(head: Head, name: str, write: Callable[[str], object], tell: Callable
         time.sleep(max(POLL_SECONDS, len(text) / READ_RATE))
 
 
-def cancel(head: Head, name: str) -> RayJob:
+def cancel(head: JobsClient, name: str) -> RayJob:
     """Ask a run to end, and wait until it has: it writes its results first. One that has ended is left as it is.
 
     Raises:

@@ -111,7 +111,7 @@ class Publish(Frozen):
         if endpoint != "loopback":
             lacking = destinations.settings_lacking(endpoint, {"gated": self.gated, "collection": self.collection})
             if lacking:
-                kind = destinations.kind_of(endpoint).name
+                kind = destinations.destination_row(endpoint).name
                 raise ValueError(f"{lacking[0]}: a {kind} has none, got the endpoint {endpoint!r}; remove it")
         return self
 

@@ -19,7 +19,7 @@ from pipeline.fleet.demand import demands
 from pipeline.fleet.scheduler import Driver
 from pipeline.planning import plan as planning
 from pipeline.planning import sources
-from pipeline.planning.sources import Source
+from pipeline.planning.sources import PinnedModel
 from pipeline.zoo import shipped
 from pipeline.zoo.zoo import ModelEntry, Zoo
 from tests.bench import models
@@ -34,7 +34,7 @@ RECIPES = (
 SIZES = 40
 
 
-def source(index: int) -> Source:
+def source(index: int) -> PinnedModel:
     """A llama of one of the sizes."""
     layers, hidden = 16 + index % SIZES, 1024 + 256 * (index % SIZES)
     shapes = {"embed_tokens": (32000, hidden), "norm": (hidden,)}
@@ -47,7 +47,7 @@ def source(index: int) -> Source:
     tensors = tuple(TensorHeader(f"model.{name}.weight", shape, "BF16") for name, shape in shapes.items())
     pin = ModelPin(id=f"org/model-{index}", revision=f"{index:040x}", endpoint="https://hub.invalid")
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "vocab_size": 32000}
-    return Source(pin, config, tensors)
+    return PinnedModel(pin, config, tensors)
 
 
 def main() -> None:
@@ -69,11 +69,11 @@ def main() -> None:
     )
     sizes = [source(index) for index in range(min(SIZES, count))]
 
-    def at_hand(entry: ModelEntry, folder: Path) -> Source:
+    def at_hand(entry: ModelEntry, folder: Path) -> PinnedModel:
         index = int(entry.id.rpartition("-")[2])
         pin = ModelPin(id=entry.id, revision=f"{index:040x}", endpoint="https://hub.invalid")
         like = sizes[index % SIZES]
-        return Source(pin, dict(like.config), tuple(like.tensors))
+        return PinnedModel(pin, dict(like.config), tuple(like.tensors))
 
     print(models.machine())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

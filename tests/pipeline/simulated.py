@@ -18,9 +18,9 @@ from pipeline.fleet.sites import Probed
 from pipeline.fleet.steps import NETWORK_STAGES, Step
 from pipeline.planning.plan import Plan, PlannedArtifact
 from pipeline.planning.sizing import Estimate, Need
-from pipeline.planning.sources import Source
+from pipeline.planning.sources import PinnedModel
 from tests.pipeline.fleet.test_decisions import job, made, manifest
-from workers.machine.environment import Device, Facts
+from workers.machine.preflight import Device, MachineFacts
 from workers.spec.job import Failure, Job, ModelPin, Stage, StageResult
 
 GIB = 1024**3
@@ -107,11 +107,11 @@ class SimulatedFleet:
         wanted = list(environments)
         return {node.id: {name: self._facts(node) for name in wanted} for node in nodes}
 
-    def _facts(self, node: Node) -> Facts:
+    def _facts(self, node: Node) -> MachineFacts:
         gib = self._card_gib if isinstance(self._card_gib, int) else self._card_gib(node)
         card = Device(name="card", capability=(9, 0), memory=gib * GIB, processors=self._processors(node))
         devices = (card,) * node.gpus
-        return Facts(
+        return MachineFacts(
             node=node.id, python="3", packages=PACKAGES, devices=devices, host_memory=node.memory,
             disk_free=self.disks[node.id], cpus=node.cpus,
         )  # fmt: skip
@@ -192,7 +192,7 @@ def plan_of(sizes: Sequence[Estimate], *recipes: str) -> Plan:
     for index, size in enumerate(sizes):
         pin = ModelPin(id=f"org/model-{index}", revision="r")
         jobs.append(job(*recipes).model_copy(update={"model": pin}))
-        cells += [PlannedArtifact(Source(pin, {}, ()), order, size) for order in jobs[-1].orders]
+        cells += [PlannedArtifact(PinnedModel(pin, {}, ()), order, size) for order in jobs[-1].orders]
     return Plan("simulated", tuple(cells), tuple(jobs))
 
 

@@ -15,7 +15,7 @@ from tests.toy import engine, format, runtime
 from tests.workers import jobs
 from workers.formats.decoded import Decoded, open_decoded
 from workers.formats.table import CODECS
-from workers.machine.environment import probe, problems
+from workers.machine.preflight import probe, problems
 from workers.quantize.one_pass import quantize
 from workers.spec.engines import ENGINES
 from workers.spec.formats import FORMATS

@@ -15,7 +15,7 @@ from tests.workers.families import save_tokenizer
 from tests.workers.jobs import job, recipe
 from workers.checkpoint.source import Source
 from workers.formats.decoded import Decoded, open_decoded
-from workers.model.forward import Head, stream
+from workers.model.forward import LogitsHead, stream
 from workers.model.loading import StreamedModel, find_layers
 from workers.quantize.one_pass import quantize
 from workers.spec.job import ArtifactMade, Job
@@ -88,7 +88,7 @@ def check_stream(model: Path) -> float:
     assert all(bool(want.isfinite().all()) and want.std() > 1e-3 for want in expected), "the model itself is no good"
     with Source(model) as source:
         streamed = StreamedModel(model, source, dtype=torch.float32)
-        head = Head(streamed)
+        head = LogitsHead(streamed)
         for hidden, want in zip(stream(streamed, tokens()), expected, strict=True):
             torch.testing.assert_close(head.logits(hidden), want, rtol=0, atol=1e-5 * float(want.std()))
         return _quantizable_share(streamed)
@@ -111,7 +111,7 @@ def check_artifact(made: ArtifactMade, place: Path) -> None:
     with open_decoded(place) as decoded:
         assert isinstance(decoded, Decoded)
         streamed = StreamedModel(place, decoded, dtype=torch.float32)
-        head = Head(streamed)
+        head = LogitsHead(streamed)
         with rounded_inputs(streamed, decoded):
             hidden = stream(streamed, tokens())
         ours = [head.logits(states) for states in hidden]

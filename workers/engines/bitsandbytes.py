@@ -158,7 +158,7 @@ class BitsAndBytesMaker(Maker):
         assert isinstance(recipe, BitsAndBytesRecipe)
         self._recipe = recipe
         self._plan = plan(streamed.model, recipe)
-        self._modules = {weight.key: weight.input[0].removesuffix(".weight") for weight in streamed.weights}
+        self._modules = {weight.key: weight.input.module for weight in streamed.weights}
         if not self._plan.converted:
             raise UnsupportedRecipe(
                 f"recipe {recipe.name!r}: nothing is left to quantize, got ignore {list(recipe.ignore)}; shorten it"

@@ -73,7 +73,7 @@ class LinearMaker(Maker):
     def _kept(self) -> list[str]:
         """Every linear module that stays as it is, by its names in the model and in the checkpoint."""
         weights = self._weights
-        coded = {weights[key].input[0].removesuffix(".weight") for key in self._schemes}
+        coded = {weights[key].input.module for key in self._schemes}
         linears = [name for name, module in self._streamed.model.named_modules() if isinstance(module, nn.Linear)]
         in_checkpoint = [weight.module for key, weight in weights.items() if key not in self._schemes]
         return [*(name for name in linears if name not in coded), *in_checkpoint]

@@ -53,7 +53,7 @@ def _decided(recipe: Recipe, streamed: StreamedModel) -> dict[str, Scheme]:
         from workers.engines import bitsandbytes
 
         converted = bitsandbytes.plan(streamed.model, recipe).converted
-        modules = [w.module for w in streamed.weights if w.input[0].removesuffix(".weight") in converted]
+        modules = [w.module for w in streamed.weights if w.input.module in converted]
         return dict.fromkeys(modules, recipe.scheme)
     from workers.methods.schemes import schemes_of
 

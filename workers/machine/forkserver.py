@@ -48,7 +48,7 @@ READ_LATER = re.compile(
 
 
 @dataclass(eq=False)
-class Asked:
+class ForkRequest:
     """A request: the connection it came by (None: closed), what was read of it, its child and the file of its end."""
 
     line: socket.socket | None
@@ -64,7 +64,7 @@ class Server:
         self._listener: socket.socket | None = listener
         self._address = address
         self._environment = dict(environment)
-        self._open: set[Asked] = set()
+        self._open: set[ForkRequest] = set()
         self._wake, self._woken = socket.socketpair()
         self._selector = selectors.DefaultSelector()
         for each in (listener, self._woken):
@@ -74,7 +74,7 @@ class Server:
         """Serve; returns when retired, in the parent and never in a child."""
         while self._listener is not None or self._open:
             for key, _ in self._selector.select():
-                asked: Asked | None = key.data
+                asked: ForkRequest | None = key.data
                 if asked is None:
                     self._accept() if key.fileobj is self._listener else self._close_listener()
                 elif key.fd == asked.end:
@@ -102,11 +102,11 @@ class Server:
     def _accept(self) -> None:
         assert self._listener is not None
         line, _ = self._listener.accept()
-        asked = Asked(line)
+        asked = ForkRequest(line)
         self._open.add(asked)
         self._selector.register(line, selectors.EVENT_READ, asked)
 
-    def _hear(self, asked: Asked, line: socket.socket) -> None:
+    def _hear(self, asked: ForkRequest, line: socket.socket) -> None:
         """More of a request, or the end of whoever asked, which is the child's."""
         try:
             more = line.recv(1 << 16)
@@ -121,14 +121,14 @@ class Server:
         if asked.said.endswith(b"\n") and not asked.pid:
             self._begin(asked, line, json.loads(asked.said))
 
-    def _hang_up(self, asked: Asked, line: socket.socket) -> None:
+    def _hang_up(self, asked: ForkRequest, line: socket.socket) -> None:
         self._selector.unregister(line)
         line.close()
         asked.line = None
         if not asked.pid:
             self._open.discard(asked)
 
-    def _begin(self, asked: Asked, line: socket.socket, told: dict[str, Any]) -> None:
+    def _begin(self, asked: ForkRequest, line: socket.socket, told: dict[str, Any]) -> None:
         if differing := _differing(self._environment, told["environment"]):
             _send(line, {"refused": f"it was started with another environment ({', '.join(differing)})"})
             self._hang_up(asked, line)
@@ -149,7 +149,7 @@ class Server:
         self._selector.close()
         self._wake.close()
 
-    def _reap(self, asked: Asked) -> None:
+    def _reap(self, asked: ForkRequest) -> None:
         # While it isn't reaped nobody else has its number: what it left running goes with it.
         _kill(asked.pid)
         _, status = os.waitpid(asked.pid, 0)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from workers.methods.layer import FoldableInput, Solved, Stack
-from workers.model.loading import QuantizableWeight
-from workers.model.statistics import InputName, InputStatistics
+from workers.model.loading import InputName, QuantizableWeight
+from workers.model.statistics import InputStatistics
 from workers.numerics import awq, rounding
 from workers.spec.recipes import AwqRecipe
 from workers.spec.schemes import IntScheme
@@ -32,7 +32,7 @@ def input_scales(recipe: AwqRecipe, foldable: FoldableInput) -> Tensor:
     """s of the input, float32 [I]: the exponent of the mean activation that makes the output error least."""
     problems: dict[InputName, list[tuple[QuantizableWeight, InputStatistics]]] = {}
     for weight, statistics in foldable.seen:
-        name = weight.input if weight.input[1] is not None else ("", None)
+        name = weight.input if weight.input.expert is not None else InputName("", None)
         problems.setdefault(name, []).append((weight, statistics))
     tokens = sum(group[0][1].count for group in problems.values())
     mean_I = torch.stack([group[0][1].abs_sum_I for group in problems.values()]).sum(0) / max(tokens, 1)

@@ -41,7 +41,7 @@ def _problems(weights: Sequence[tuple[QuantizableWeight, LinearScheme]], layer: 
     for weight, scheme in weights:
         found = layer.statistics(weight)
         # Experts that share statistics stay problems of their own: they are stacked as far as memory goes.
-        name: object = weight.key if found is None else (id(found), weight.input[1])
+        name: object = weight.key if found is None else (id(found), weight.input.expert)
         together.setdefault((name, scheme), []).append(weight)
     for (_, scheme), group in together.items():
         matrices = [require_finite(weight.key, layer.read(weight)) for weight in group]
@@ -54,7 +54,7 @@ def _batches(problems: Iterable[Problem]) -> Iterator[list[Problem]]:
     for problem in problems:
         fits = (
             batch
-            and problem.weights[0].input[1] is not None
+            and problem.weights[0].input.expert is not None
             and problem.matrix_OI.shape == batch[0].matrix_OI.shape
             and problem.scheme == batch[0].scheme
             and len(problem.weights) == len(batch[0].weights)

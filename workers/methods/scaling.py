@@ -16,8 +16,8 @@ from torch import Tensor
 from workers.methods.layer import FoldableInput, LayerWork
 from workers.methods.table import METHODS
 from workers.model.folding import Fold, fold_source
-from workers.model.loading import QuantizableWeight, StreamedModel
-from workers.model.statistics import InputName, InputStatistics
+from workers.model.loading import InputName, QuantizableWeight, StreamedModel
+from workers.model.statistics import InputStatistics
 from workers.numerics.smoothing import scaled
 from workers.spec.recipes import LinearRecipe
 from workers.spec.schemes import LinearScheme
@@ -87,13 +87,13 @@ class Scaling:
             self.notes.append(f"inputs not scaled, for nothing before them can take the scales: {some(left)}")
 
     def _sinks(self, fold: Fold) -> list[QuantizableWeight]:
-        names = {(sink.weight, sink.expert) for sink in fold.sinks}
+        names = set(fold.sinks)
         return [weight for weight in self._weights if weight.input in names]
 
     def _reachable(self, fold: Fold) -> bool:
         """Whether every tensor that the fold changes has a key of its own in the checkpoint."""
         inputs = {weight.input for weight in self._weights}
-        return all((sink.weight, sink.expert) in inputs or sink.weight in self._keys for sink in fold.sinks)
+        return all(sink in inputs or sink.parameter in self._keys for sink in fold.sinks)
 
     def _chosen(self, recipe: LinearRecipe, fold: Fold, sinks: Sequence[QuantizableWeight]) -> Tensor | None:
         """s of the sinks' input, float32 [I]; one value for all columns that come from one channel of the source."""
@@ -114,7 +114,7 @@ class Scaling:
     def _fold(self, fold: Fold, scale_I: Tensor) -> None:
         """Divide the source by the scales, and multiply the sinks with what that achieved in the stored dtype."""
         effective_I = self._divide_source(fold, scale_I)
-        names = {(sink.weight, sink.expert) for sink in fold.sinks}
+        names = set(fold.sinks)
         for name in names:
             self._inputs[name] = effective_I
         inputs = {weight.input: None for weight in self._weights}

@@ -62,7 +62,7 @@ def _unloadable(recipe: LinearRecipe, streamed: StreamedModel, schemes: Mapping[
     without_weight = FORMATS[recipe.format].without_weight
     packed = [weight for weight in streamed.weights if weight.key in schemes and without_weight(schemes[weight.key])]
     unpackable = unpackable_modules(streamed) if packed else frozenset()
-    return [weight.key for weight in packed if weight.input[0].removesuffix(".weight") in unpackable]
+    return [weight.key for weight in packed if weight.input.module in unpackable]
 
 
 def deviations(

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from workers.errors import OutOfMemory
-from workers.machine.environment import host_memory
+from workers.machine.preflight import host_memory
 from workers.model.loading import StreamedModel
 from workers.spec.workspace import MICRO_BATCH_TOKENS
 
@@ -28,7 +28,7 @@ def bytes_per_token(streamed: StreamedModel, sequence_length: int) -> int:
     """What one token's activations take at most while the widest layer runs, attention scores included."""
     widths: dict[int, int] = {}
     for weight in streamed.weights:
-        if weight.input[1] in (None, 0):
+        if weight.input.expert in (None, 0):
             widths[weight.layer] = widths.get(weight.layer, 0) + sum(weight.shape_OI)
     config = streamed.model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 1) or 1

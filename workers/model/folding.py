@@ -9,7 +9,7 @@ its own dtype, which none of them leaves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,31 +17,23 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
+from workers.model import trees
 from workers.model.batching import ran_out
-from workers.model.loading import QuantizableWeight
+from workers.model.loading import InputName, QuantizableWeight
+from workers.model.products import Products
 
 FoldKind = Literal["norm", "unit-offset-norm", "linear"]
-Name = tuple[str, int | None]
 # A tensor of the layer, and what it is to hold.
-Change = tuple[Tensor, Tensor]
+TensorChange = tuple[Tensor, Tensor]
 # Exponents of the powers of two that a proof scales with.
 EXPONENTS = (-20.0, -1.0, 1.0, 20.0)
 
 
 @dataclass(frozen=True)
-class Sink:
-    """A parameter of the model, by its name there, whose input columns are multiplied; one expert of it, or all."""
-
-    weight: str
-    expert: int | None
-
-
-@dataclass(frozen=True)
 class Fold:
-    """A source that is divided, and all the sinks that undo it.
+    """A source that is divided, and all the sinks that undo it: parameters whose input columns are multiplied.
 
     ``source`` names the module, or for an expert of a fused parameter that parameter; ``rows_I`` (int64) is the channel
     of the source that each column of the sinks comes from.
@@ -51,7 +43,7 @@ class Fold:
     kind: FoldKind
     expert: int | None
     rows_I: Tensor
-    sinks: tuple[Sink, ...]
+    sinks: tuple[InputName, ...]
 
 
 def find_folds(
@@ -87,31 +79,14 @@ def fold_source(
 class _Seen:
     """What one run showed: the input of each product, and each norm's arguments and output."""
 
-    inputs: dict[Name, Tensor] = field(default_factory=dict)
+    inputs: dict[InputName, Tensor] = field(default_factory=dict)
     norms: dict[str, tuple[tuple[Any, ...], dict[str, Any], Tensor]] = field(default_factory=dict)
     entered: dict[str, list[Tensor]] = field(default_factory=dict)
     result: tuple[Tensor, ...] = ()
 
-
-class _Products(TorchFunctionMode):
-    """Notes the first input of every ``linear`` with a parameter, or a slice of one, of whatever module."""
-
-    def __init__(self, parameters: Mapping[int, tuple[str, nn.Parameter]], seen: _Seen) -> None:
-        super().__init__()
-        self._parameters = parameters
-        self._seen = seen
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is nn.functional.linear and len(args) >= 2:
-            self._note(args[0], args[1])
-        return func(*args, **(kwargs or {}))
-
-    def _note(self, inputs: Tensor, weight: Tensor) -> None:
-        found = self._parameters.get(weight.untyped_storage().data_ptr())
-        if found is not None:
-            name, parameter = found
-            expert = weight.storage_offset() // parameter.stride(0) if parameter.dim() == 3 else None
-            self._seen.inputs.setdefault((name, expert), inputs)
+    def note(self, name: InputName, inputs: Tensor) -> None:
+        """Keep the first input that came to a product."""
+        self.inputs.setdefault(name, inputs)
 
 
 class _Probe:
@@ -133,7 +108,7 @@ class _Probe:
     def _look(self) -> _Seen:
         """Run the layer, and note what goes on inside."""
         seen = _Seen()
-        by_storage = {p.untyped_storage().data_ptr(): (name, p) for name, p in self._parameters.items() if p.dim() > 1}
+        matrices = [(name, parameter) for name, parameter in self._parameters.items() if parameter.dim() > 1]
         with ExitStack() as stack:
             for name, module in self._modules.items():
                 before = module.register_forward_pre_hook(partial(_note_entry, seen, name))
@@ -145,14 +120,14 @@ class _Probe:
                 if _is_norm(module):
                     hook = partial(_note_norm, seen, name)
                     stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
-            stack.enter_context(_Products(by_storage, seen))
-            seen.result = tuple(tensor.clone() for tensor in _tensors(self._run()))
+            stack.enter_context(Products(matrices, seen.note))
+            seen.result = tuple(tensor.clone() for _, tensor in trees.leaves(self._run()))
         return seen
 
     def _result(self) -> tuple[Tensor, ...] | None:
         """What the layer returns under changed weights; None if it fails."""
         try:
-            return tuple(_tensors(self._run()))
+            return tuple(tensor for _, tensor in trees.leaves(self._run()))
         except (RuntimeError, ValueError, IndexError) as error:
             if ran_out(error):
                 raise
@@ -175,9 +150,9 @@ class _Probe:
                 rows_I = torch.arange(output.shape[-1], device=norm.weight.device)
                 yield Fold(name, kind, None, rows_I, tuple(sinks))
 
-    def _takers(self, output: Tensor) -> list[Sink]:
+    def _takers(self, output: Tensor) -> list[InputName]:
         """The products with a tensor, and all products of its width in a mixture of experts that it goes into."""
-        width, names = output.shape[-1], dict[Name, None]()
+        width, names = output.shape[-1], dict[InputName, None]()
         for name, inputs in self._plain.inputs.items():
             if _shares(inputs, output) and inputs.shape[-1] == width:
                 names[name] = None
@@ -186,13 +161,13 @@ class _Probe:
             fused = name[1] is not None and name[0].rpartition(".")[0] in inside
             if fused and self._width(name) == width:
                 names[name] = None
-        return [Sink(*name) for name in names]
+        return list(names)
 
     # ---------------------------------------------------------------------------------------- linears
 
     def from_linears(self) -> Iterator[Fold]:
         """For each target the linear layer beside it that makes its input, channel by channel."""
-        taken = {sink.weight for fold in self.from_norms() for sink in fold.sinks}
+        taken = {sink.parameter for fold in self.from_norms() for sink in fold.sinks}
         for sink in dict.fromkeys(parameter for parameter, _ in self._targets):
             if sink in taken:
                 continue
@@ -217,7 +192,8 @@ class _Probe:
         """Which row of the source each column of the sink comes from, if it does."""
         if self._experts(source) != self._experts(sink):
             return None
-        rows, width = self._rows((source, self._experts(source)[0])), self._width((sink, self._experts(sink)[0]))
+        rows = self._rows(InputName(source, self._experts(source)[0]))
+        width = self._width(InputName(sink, self._experts(sink)[0]))
         for rows_I in _row_maps(rows, width, self._head_sizes(sink)):
             if self._follows(source, sink, rows_I):
                 return source, rows_I.to(self._parameters[sink].device)
@@ -225,7 +201,7 @@ class _Probe:
 
     def _follows(self, source: str, sink: str, rows_I: Tensor) -> bool:
         """Whether the sink's inputs, and they alone, are scaled with the source's rows."""
-        scale_O = torch.ones(self._rows((source, self._experts(source)[0])))
+        scale_O = torch.ones(self._rows(InputName(source, self._experts(source)[0])))
         scale_O[rows_I] = self._powers(len(scale_O), torch.device("cpu"))[rows_I]
         changes = (c for expert in self._experts(source) for c in self._divided_rows(source, expert, scale_O))
         with _changed(changes):
@@ -253,7 +229,7 @@ class _Probe:
         module = source.removesuffix(".weight")
         for expert in self._experts(source):
             name = source if expert is not None else module
-            yield Fold(name, "linear", expert, rows_I, (Sink(sink, expert),))
+            yield Fold(name, "linear", expert, rows_I, (InputName(sink, expert),))
 
     def _head_sizes(self, sink: str) -> list[int]:
         """What the module of attention says of the size of its heads."""
@@ -290,10 +266,10 @@ class _Probe:
             return False
         return _same(plain, whole) and not _same(plain, half)
 
-    def _divided(self, fold: Fold, scale_I: Tensor) -> Iterator[Change]:
+    def _divided(self, fold: Fold, scale_I: Tensor) -> Iterator[TensorChange]:
         if fold.kind == "linear":
             parameter = fold.source if fold.expert is not None else f"{fold.source}.weight"
-            scale_O = torch.ones(self._rows((parameter, fold.expert)), device=scale_I.device)
+            scale_O = torch.ones(self._rows(InputName(parameter, fold.expert)), device=scale_I.device)
             scale_O[fold.rows_I] = scale_I
             yield from self._divided_rows(parameter, fold.expert, scale_O)
             return
@@ -303,33 +279,33 @@ class _Probe:
         if bias is not None and new_bias is not None:
             yield bias, new_bias
 
-    def _divided_rows(self, parameter: str, expert: int | None, scale_O: Tensor) -> Iterator[Change]:
-        matrix = self._matrix((parameter, expert))
+    def _divided_rows(self, parameter: str, expert: int | None, scale_O: Tensor) -> Iterator[TensorChange]:
+        matrix = self._matrix(InputName(parameter, expert))
         scale_O = scale_O.to(matrix)
         yield matrix, matrix / (scale_O if self._transposed(parameter) else scale_O[:, None])
         bias = self._parameters.get(f"{parameter.removesuffix('.weight')}.bias")
         if expert is None and bias is not None:
             yield bias, bias.data / scale_O
 
-    def _multiplied(self, fold: Fold, scale_I: Tensor) -> Iterator[Change]:
+    def _multiplied(self, fold: Fold, scale_I: Tensor) -> Iterator[TensorChange]:
         for sink in fold.sinks:
-            matrix = self._matrix((sink.weight, sink.expert))
+            matrix = self._matrix(sink)
             columns = scale_I.to(matrix)
-            yield matrix, matrix * (columns[:, None] if self._transposed(sink.weight) else columns)
+            yield matrix, matrix * (columns[:, None] if self._transposed(sink.parameter) else columns)
 
     # ----------------------------------------------------------------------------------------- matrices
 
-    def _matrix(self, name: Name) -> Tensor:
+    def _matrix(self, name: InputName) -> Tensor:
         parameter = self._parameters[name[0]].data
         return parameter if name[1] is None else parameter[name[1]]
 
     def _transposed(self, parameter: str) -> bool:
         return isinstance(self._modules.get(parameter.rpartition(".")[0]), Conv1D)
 
-    def _rows(self, name: Name) -> int:
+    def _rows(self, name: InputName) -> int:
         return self._matrix(name).shape[1 if self._transposed(name[0]) else 0]
 
-    def _width(self, name: Name) -> int:
+    def _width(self, name: InputName) -> int:
         return self._matrix(name).shape[0 if self._transposed(name[0]) else 1]
 
 
@@ -339,7 +315,7 @@ def _note_entry(seen: _Seen, name: str, module: nn.Module, args: tuple[Any, ...]
 
 def _note_input(seen: _Seen, weight: str, module: nn.Module, args: tuple[Any, ...]) -> None:
     if args:
-        seen.inputs.setdefault((weight, None), args[0])
+        seen.inputs.setdefault(InputName(weight, None), args[0])
 
 
 def _note_norm(
@@ -441,9 +417,9 @@ def _in_float32(layer: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _changed(changes: Iterable[Change]) -> Iterator[None]:
+def _changed(changes: Iterable[TensorChange]) -> Iterator[None]:
     """Tensors hold other values while the context lasts."""
-    kept: list[Change] = []
+    kept: list[TensorChange] = []
     try:
         for tensor, value in changes:
             kept.append((tensor.data, tensor.data.clone()))
@@ -452,18 +428,6 @@ def _changed(changes: Iterable[Change]) -> Iterator[None]:
     finally:
         for tensor, value in reversed(kept):
             tensor.copy_(value)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    match value:
-        case Tensor():
-            yield value
-        case tuple() | list():
-            for item in value:
-                yield from _tensors(item)
-        case dict():
-            for item in value.values():
-                yield from _tensors(item)
 
 
 def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from workers.checkpoint.read_ahead import ReadAhead
 from workers.errors import UnsupportedModel
+from workers.model import trees
 from workers.model.loading import StreamedModel
 from workers.model.statistics import Observer
 
@@ -105,20 +106,20 @@ class Lanes:
             lane.go_on()
         self._at += 1
 
-    def rehearse(self) -> None:
+    def run_without_advancing(self) -> None:
         """Run the layer on what waits at its door, for those who look on; nothing goes on."""
         for lane in self._lanes:
             lane.require_before(self._at)
-            lane.rehearse()
+            lane.run_without_advancing()
 
-    def rehearsal(self) -> Callable[[], Any]:
+    def float32_run(self) -> Callable[[], Any]:
         """A function that runs the layer on what waits in the first lane: its output, and its arguments afterwards.
 
         All floats are float32, as the layer's own are to be while it's called.
         """
         lane = self._lanes[0]
         lane.require_before(self._at)
-        return lane.rehearse_in_float32
+        return lane.run_in_float32
 
     def outputs(self) -> list[Tensor]:
         """The decoder's output for each batch, float [B, T, hidden] on the CPU, once all are through."""
@@ -131,20 +132,20 @@ class Lanes:
 
     # ---------------------------------------------------------------------- going on after a kill
 
-    def left(self) -> list[Any]:
+    def last_outputs(self) -> list[Any]:
         """What the last layer returned, for each lane."""
-        return [lane.left for lane in self._lanes]
+        return [lane.last_output for lane in self._lanes]
 
-    def door(self) -> list[Any]:
+    def next_inputs(self) -> list[Any]:
         """The arguments of the layer that comes next, for each lane; None at the end."""
         return [lane.inputs for lane in self._lanes]
 
-    def replay(self, layers: int, left: Sequence[Any]) -> None:
-        """Take all to the door of layer ``layers`` without computing: the last before it returns ``left``.
+    def replay(self, layers: int, last_outputs: Sequence[Any]) -> None:
+        """Take all to the door of layer ``layers`` without computing: the last before it returns ``last_outputs``.
 
         The earlier ones return NaN, which must not be seen at the door: the caller looks there.
         """
-        for lane, output in zip(self._lanes, left, strict=True):
+        for lane, output in zip(self._lanes, last_outputs, strict=True):
             nothing = _poisoned(output)
             for index in range(layers):
                 lane.require_before(index)
@@ -164,22 +165,22 @@ class _Lane:
         self.inputs: Any = None
 
     @property
-    def left(self) -> Any:
+    def last_output(self) -> Any:
         """What the last layer returned."""
-        return self._greenlet.left
+        return self._greenlet.last_output
 
     def go_on(self) -> None:
         """Run until the next layer's door, or to the end."""
         self._next, self.inputs = self._greenlet.switch() or (None, None)
 
-    def rehearse(self) -> Any:
+    def run_without_advancing(self) -> Any:
         """Run the layer on its arguments, and return what it returns; the lane stays where it is."""
         assert self._next is not None
         args, kwargs = self.inputs
         return self._next(*args, **kwargs)
 
-    def rehearse_in_float32(self) -> tuple[Any, Any]:
-        """As ``rehearse``, on the arguments in float32; they come back beside the output."""
+    def run_in_float32(self) -> tuple[Any, Any]:
+        """As ``run_without_advancing``, on the arguments in float32; they come back beside the output."""
         assert self._next is not None
         args, kwargs = _in_float32(self.inputs)
         return self._next(*args, **kwargs), (args, kwargs)
@@ -221,12 +222,12 @@ class _Lane:
 class _LaneGreenlet(greenlet):  # type: ignore[misc]  # the library has no types
     """A greenlet with places for what the last layer returned in it, and for what the next is to return instead."""
 
-    left: Any = None
+    last_output: Any = None
     pretended: tuple[Any] | None = None
 
 
 def _rest(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A layer in a lane gives way to the scheduler before it runs; in a rehearsal, outside of the lanes, it runs."""
+    """A layer in a lane gives way to the scheduler before it runs; called outside of the lanes, it runs."""
     parent = getcurrent().parent
     if parent is not None:
         parent.switch((module, (args, kwargs)))
@@ -258,33 +259,17 @@ def _pretending(layer: nn.Module) -> Iterator[None]:
 def _note_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     lane = getcurrent()
     if isinstance(lane, _LaneGreenlet):
-        lane.left = output
+        lane.last_output = output
 
 
 def _poisoned(output: Any) -> Any:
     """The same structure, its floats NaN."""
-    match output:
-        case Tensor():
-            return torch.full_like(output, torch.nan) if output.is_floating_point() else output
-        case tuple() | list():
-            return type(output)(_poisoned(item) for item in output)
-        case _:
-            return output
+    return trees.mapped(lambda t: torch.full_like(t, torch.nan) if t.is_floating_point() else t, output)
 
 
 def _in_float32(value: Any) -> Any:
     """The same structure, its floats in float32."""
-    match value:
-        case Tensor():
-            return value.float() if value.is_floating_point() else value
-        case tuple() if hasattr(value, "_fields"):
-            return type(value)(*map(_in_float32, value))
-        case tuple() | list():
-            return type(value)(map(_in_float32, value))
-        case dict():
-            return {key: _in_float32(item) for key, item in value.items()}
-        case _:
-            return value
+    return trees.mapped(lambda t: t.float() if t.is_floating_point() else t, value)
 
 
 def stream(
@@ -317,7 +302,7 @@ def stream(
         return others.outputs()
 
 
-class Head:
+class LogitsHead:
     """Turns the decoder's output into logits by the model's own forward, head, scaling and capping included."""
 
     def __init__(self, streamed: StreamedModel) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,24 +22,36 @@ from workers.errors import CheckpointError, UnsupportedModel
 
 
 @dataclass(frozen=True)
-class Place:
+class KeyTarget:
     """Where a checkpoint key goes: a parameter or buffer, and the pattern of the series that the loader fuses it in."""
 
     owner: str
     series: str | None
 
 
+class InputName(NamedTuple):
+    """What is multiplied with an input: a parameter of the model, and the expert where one parameter holds many."""
+
+    parameter: str
+    expert: int | None
+
+    @property
+    def module(self) -> str:
+        """The module in the model that has the parameter as its weight."""
+        return self.parameter.removesuffix(".weight")
+
+
 @dataclass(frozen=True)
 class QuantizableWeight:
     """A matrix of a decoder layer that recipes turn into codes, by its name in the checkpoint.
 
-    ``input`` names what it's multiplied with: the parameter, and the expert where one parameter holds many. Weights
-    of different checkpoint keys that are fused in memory have the same input.
+    ``input`` names what it's multiplied with. Weights of different checkpoint keys that are fused in memory have the
+    same input.
     """
 
     key: str
     layer: int
-    input: tuple[str, int | None]
+    input: InputName
     shape_OI: tuple[int, int]
     transposed: bool
 
@@ -74,7 +86,7 @@ class StreamedModel:
         self.device = device
         self.model = build_on_meta(folder, dtype, trust_remote_code)
         self.layers_name, self.layers = find_layers(self.model)
-        places = places_of_keys(self.model, source.headers)
+        places = targets_of_keys(self.model, source.headers)
         self.owners = {key: place.owner for key, place in places.items()}
         self._keys_of_layer = self._by_layer(places)
         inside = {key for keys in self._keys_of_layer.values() for key in keys}
@@ -146,7 +158,7 @@ class StreamedModel:
                 "or name a checkpoint that fits its config.json"
             )
 
-    def _by_layer(self, places: Mapping[str, Place]) -> dict[int, list[str]]:
+    def _by_layer(self, places: Mapping[str, KeyTarget]) -> dict[int, list[str]]:
         pattern = re.compile(re.escape(self.layers_name) + r"\.(\d+)\.")
         found: dict[int, list[str]] = {index: [] for index in range(len(self.layers))}
         for key, place in places.items():
@@ -155,7 +167,7 @@ class StreamedModel:
                 found[int(match.group(1))].append(key)
         return found
 
-    def _quantizable(self, places: Mapping[str, Place]) -> Iterator[QuantizableWeight]:
+    def _quantizable(self, places: Mapping[str, KeyTarget]) -> Iterator[QuantizableWeight]:
         """Linear layers, found by what they are: Linear, Conv1D, and matrices that are fused into 3-D parameters."""
         from transformers.pytorch_utils import Conv1D
 
@@ -170,11 +182,12 @@ class StreamedModel:
                 if len(shape) != 2 or not key.endswith(".weight"):
                     continue
                 if isinstance(module, nn.Linear) and leaf == "weight" and keys_per_owner[owner] == 1:
-                    yield QuantizableWeight(key, layer, (owner, None), (shape[0], shape[1]), False)
+                    yield QuantizableWeight(key, layer, InputName(owner, None), (shape[0], shape[1]), False)
                 elif isinstance(module, Conv1D) and leaf == "weight":
-                    yield QuantizableWeight(key, layer, (owner, None), (shape[1], shape[0]), True)
+                    yield QuantizableWeight(key, layer, InputName(owner, None), (shape[1], shape[0]), True)
                 elif key in position and getattr(module, leaf).dim() == 3:
-                    yield QuantizableWeight(key, layer, (owner, position[key]), (shape[0], shape[1]), False)
+                    name = InputName(owner, position[key])
+                    yield QuantizableWeight(key, layer, name, (shape[0], shape[1]), False)
             self._check(_absent_experts(self.model, position, places))
 
 
@@ -234,10 +247,10 @@ def _reads_text(model: nn.Module, name: str) -> bool:
 
 def owners_of_keys(model: Any, headers: Mapping[str, Header]) -> dict[str, str]:
     """For each checkpoint key that the model uses, the parameter or buffer that it goes into."""
-    return {key: place.owner for key, place in places_of_keys(model, headers).items()}
+    return {key: place.owner for key, place in targets_of_keys(model, headers).items()}
 
 
-def places_of_keys(model: Any, headers: Mapping[str, Header]) -> dict[str, Place]:
+def targets_of_keys(model: Any, headers: Mapping[str, Header]) -> dict[str, KeyTarget]:
     """For each checkpoint key that the model uses, where transformers' loader puts it."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -252,13 +265,13 @@ def places_of_keys(model: Any, headers: Mapping[str, Header]) -> dict[str, Place
         if name not in state and key in state:
             name, series = rename_source_key(key, [], [], model.base_model_prefix, state)
         if name in state:
-            places[key] = Place(name, series)
+            places[key] = KeyTarget(name, series)
     return places
 
 
-def _positions_in_series(keys: Iterable[str], places: Mapping[str, Place]) -> dict[str, int]:
+def _positions_in_series(keys: Iterable[str], places: Mapping[str, KeyTarget]) -> dict[str, int]:
     """Which slice of a fused parameter each key becomes: the loader stacks a series in natural order of its keys."""
-    taken: Counter[Place] = Counter()
+    taken: Counter[KeyTarget] = Counter()
     positions = {}
     for key in sorted(keys, key=_natural):
         place = places[key]
@@ -268,7 +281,7 @@ def _positions_in_series(keys: Iterable[str], places: Mapping[str, Place]) -> di
     return positions
 
 
-def _absent_experts(model: nn.Module, fused: Iterable[str], places: Mapping[str, Place]) -> Iterator[str]:
+def _absent_experts(model: nn.Module, fused: Iterable[str], places: Mapping[str, KeyTarget]) -> Iterator[str]:
     """Keys that are lacking in a series whose parameter holds more slices."""
     series = defaultdict(list)
     for key in fused:

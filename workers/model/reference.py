@@ -22,7 +22,7 @@ from workers.spec.workspace import MICRO_BATCH_TOKENS
 
 
 @dataclass(frozen=True)
-class Place:
+class ReferenceFile:
     """Where the reference of a model on some tokens lies; the name is its identity."""
 
     path: Path
@@ -33,14 +33,14 @@ class Place:
         return self.path.is_file()
 
 
-def place_of(model: ModelPin, workspace: Path, tokens_NT: Tensor, dtype: torch.dtype) -> Place:
+def reference_file(model: ModelPin, workspace: Path, tokens_NT: Tensor, dtype: torch.dtype) -> ReferenceFile:
     """Identity: the model's commit, the tokens themselves, the dtype of the computation."""
     digest = hashlib.sha256(f"{model.id if model.endpoint else ''}@{model.revision} {dtype}".encode())
     digest.update(tokens_NT.numpy().tobytes())
-    return Place(workspace / "references" / f"{digest.hexdigest()[:32]}.safetensors")
+    return ReferenceFile(workspace / "references" / f"{digest.hexdigest()[:32]}.safetensors")
 
 
-def store(place: Place, hidden: Sequence[Tensor]) -> None:
+def store(place: ReferenceFile, hidden: Sequence[Tensor]) -> None:
     """Keep the decoder's outputs, one tensor for each micro-batch; whole or not at all."""
     place.path.parent.mkdir(parents=True, exist_ok=True)
     partial = place.path.with_name(f".{place.path.name}.{os.getpid()}.partial")
@@ -48,7 +48,7 @@ def store(place: Place, hidden: Sequence[Tensor]) -> None:
     partial.rename(place.path)
 
 
-def load(place: Place) -> list[Tensor]:
+def load(place: ReferenceFile) -> list[Tensor]:
     """The decoder's outputs, [B, T, hidden] for each micro-batch."""
     with safe_open(place.path, framework="pt") as reader:
         return [reader.get_tensor(name) for name in sorted(reader.keys())]

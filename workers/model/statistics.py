@@ -15,13 +15,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from workers.errors import NumericalError, UnsupportedRecipe
-from workers.model.loading import StreamedModel
+from workers.model.loading import InputName, StreamedModel
+from workers.model.products import Products
 from workers.numerics.precision import add_product
 
-InputName = tuple[str, int | None]
 WIDE = 1024
 
 
@@ -87,7 +86,7 @@ def _stride(width: int) -> int:
     return width if width < WIDE else -(-width // 4)
 
 
-class Watcher(ABC):
+class InputWatcher(ABC):
     """Sees the inputs of one layer's linear modules and fused experts, while it runs.
 
     With ``all_tokens`` every expert is shown all tokens of its layer, else those that are sent to it.
@@ -115,7 +114,7 @@ class Watcher(ABC):
             for parameter, expert in inputs:
                 module, _, leaf = parameter.rpartition(".")
                 if expert is None:
-                    hook = self._hook((parameter, None))
+                    hook = self._hook(InputName(parameter, None))
                     handle = streamed.model.get_submodule(module).register_forward_pre_hook(hook)
                     stack.callback(handle.remove)
                 elif leaf not in fused.setdefault(module, []):
@@ -145,13 +144,13 @@ class Watcher(ABC):
     def _experts(self, module: nn.Module, name: str, leaves: list[str]) -> Iterator[None]:
         """See the products with slices of 3-D parameters while the module's forward runs."""
         plain = module.forward
-        parameters = {leaf: module.get_parameter(leaf) for leaf in leaves}
+        parameters = [(f"{name}.{leaf}", module.get_parameter(leaf)) for leaf in leaves]
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             if not self._all_tokens:
-                with _Products(self, name, parameters):
+                with Products(parameters, self._see):
                     return plain(*args, **kwargs)
-            with _Products(self, name, parameters):
+            with Products(parameters, self._see):
                 plain(*_to_all_experts(module, name, args, kwargs))
             return plain(*args, **kwargs)
 
@@ -167,7 +166,7 @@ def inputs_of(streamed: StreamedModel, layer: int) -> list[InputName]:
     return list(dict.fromkeys(weight.input for weight in streamed.weights if weight.layer == layer))
 
 
-class Observer(Watcher):
+class Observer(InputWatcher):
     """Gathers the statistics of one layer at a time; ``of`` tells them after the layer has run.
 
     ``experts``: whether an expert learns from the tokens sent to it (``routed``) or from all of its layer (``all``).
@@ -271,23 +270,3 @@ def _to_all_experts(
     count = next(iter(module.parameters())).shape[0]
     everyone = torch.arange(count, device=chosen.device, dtype=chosen.dtype).expand(*chosen.shape[:-1], count)
     return hidden, everyone, weights.new_zeros(everyone.shape)
-
-
-class _Products(TorchFunctionMode):
-    """Shows a watcher every ``linear`` whose weight is a slice of one of the parameters."""
-
-    def __init__(self, watcher: Watcher, module: str, parameters: dict[str, nn.Parameter]) -> None:
-        super().__init__()
-        self._watcher = watcher
-        self._module = module
-        self._starts = {p.untyped_storage().data_ptr(): (leaf, p) for leaf, p in parameters.items()}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is nn.functional.linear and len(args) >= 2:
-            inputs, weight = args[0], args[1]
-            found = self._starts.get(weight.untyped_storage().data_ptr())
-            if found is not None:
-                leaf, parameter = found
-                expert = weight.storage_offset() // parameter.stride(0)
-                self._watcher._see((f"{self._module}.{leaf}", expert), inputs)
-        return func(*args, **(kwargs or {}))

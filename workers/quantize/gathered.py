@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from workers.checkpoint.shards import Spooled, read_back
-from workers.model.folding import Fold, FoldKind, Sink
-from workers.model.statistics import InputName, Watcher
+from workers.model.folding import Fold, FoldKind
+from workers.model.loading import InputName
+from workers.model.statistics import InputWatcher
 from workers.quantize.solved import LayerWriter
 from workers.spec.base import Frozen
 
@@ -46,7 +47,7 @@ class Log(Frozen):
     folds: tuple[FoldHeader, ...]
 
 
-class Recorder(Watcher):
+class Recorder(InputWatcher):
     """Writes what comes to a layer's weights."""
 
     def __init__(self, writer: LayerWriter, *, all_tokens: bool) -> None:
@@ -75,7 +76,7 @@ class Recorder(Watcher):
                 source=fold.source,
                 kind=fold.kind,
                 expert=fold.expert,
-                sinks=tuple((sink.weight, sink.expert) for sink in fold.sinks),
+                sinks=fold.sinks,
                 rows=self._write(fold.source, fold.rows_I),
             )
             for fold in folds
@@ -91,7 +92,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one, other)
 
 
-def replay(log: Log, tensors: Path, watcher: Watcher, device: str) -> list[Fold]:
+def replay(log: Log, tensors: Path, watcher: InputWatcher, device: str) -> list[Fold]:
     """Show a watcher what a part has seen, and return the folds that it found.
 
     Raises:
@@ -110,7 +111,7 @@ def replay(log: Log, tensors: Path, watcher: Watcher, device: str) -> list[Fold]
                 kind=fold.kind,
                 expert=fold.expert,
                 rows_I=read_back(stream, log.tensors[fold.rows]).to(device),
-                sinks=tuple(Sink(weight, expert) for weight, expert in fold.sinks),
+                sinks=fold.sinks,
             )
             for fold in log.folds
         ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from workers.machine.environment import versions
+from workers.machine.preflight import versions
 from workers.model import reference
 from workers.model.folding import Fold, find_folds
 from workers.model.forward import Lanes, LoadedLayer
@@ -46,7 +46,7 @@ def folds_of(streamed: StreamedModel, layer: LoadedLayer, probe: Lanes) -> list[
     """The folds of a layer that the lanes of the probe rest before."""
     prefix = f"{streamed.layers_name}.{layer.index}"
     weights = [weight for weight in streamed.weights if weight.layer == layer.index]
-    return find_folds(streamed.layers[layer.index], prefix, probe.rehearsal(), weights)
+    return find_folds(streamed.layers[layer.index], prefix, probe.float32_run(), weights)
 
 
 def own(recipe: Recipe) -> str:
@@ -60,7 +60,7 @@ class Tokens:
     def __init__(self, job: Job, folder: Path, orders: list[Order], dtype: torch.dtype) -> None:
         tokenizer = load_tokenizer(folder, job.model)
         self.held_out = held_out_tokens(job.verification, tokenizer)
-        self.place = reference.place_of(job.model, Path(job.workspace), self.held_out, dtype)
+        self.place = reference.reference_file(job.model, Path(job.workspace), self.held_out, dtype)
         self.calibration: Tensor | None = None
         if any(order.recipe.calibrated for order in orders):
             assert job.calibration is not None

@@ -33,7 +33,7 @@ from workers.quantize.inputs import (
     observer_of,
     own,
 )
-from workers.quantize.resume import NotResumable, PassFolder, PassState, group_state, held
+from workers.quantize.resume import NotResumable, PassFolder, PassState, group_state, locked_pass_folder
 from workers.spec.engines import ENGINES
 from workers.spec.job import ArtifactMade, Job, Order
 from workers.spec.recipes import Recipe
@@ -84,7 +84,7 @@ class _Pass:
 
     def run(self) -> dict[str, ArtifactMade]:
         """Make the artifacts of the orders; results by the recipe's name."""
-        with held(Path(self._job.workspace) / "passes" / self._tokens.digest) as folder:
+        with locked_pass_folder(Path(self._job.workspace) / "passes" / self._tokens.digest) as folder:
             full = batching.micro_batch_tokens(self._streamed, self._tokens.longest)
             sizes = Sizes(full, self._tokens.longest, self._job.lean)
             attempts(folder, sizes, partial(self._attempt, folder, full), self._start_over)
@@ -198,7 +198,7 @@ class _Pass:
         """Statistics from what the recipe's own quantized layers gave, and on through this one, quantized too."""
         observer = self._observer([maker.order.recipe])
         with observer.watch(self._streamed, layer.index), coarse_forwards():
-            lanes.rehearse()
+            lanes.run_without_advancing()
         observer.check(layer.index)
         maker.layer(LayerWork(layer.index, layer.tensors, observer))
         self._streamed.free_layer(layer.index)
@@ -217,7 +217,7 @@ class _Pass:
                 micro_batch_tokens=size,
                 makers={maker.order.fingerprint: maker.state() for maker in self._makers},
                 failed={prints[name]: made for name, made in self._results.items()},
-                groups={name: group_state(lanes, lanes.left()) for name, lanes in groups.items()},
+                groups={name: group_state(lanes, lanes.last_outputs()) for name, lanes in groups.items()},
             )
         except NotResumable:
             return

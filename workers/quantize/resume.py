@@ -23,6 +23,7 @@ from torch import Tensor
 
 from workers.engines.maker import MakerState
 from workers.machine.files import write_text
+from workers.model import trees
 from workers.model.forward import Lanes
 from workers.spec.base import Frozen
 from workers.spec.job import ArtifactMade
@@ -80,8 +81,8 @@ class PassFolder:
         tensors = {
             f"{name}.{lane:06d}.{leaf:02d}": tensor.contiguous()
             for name, lanes in groups.items()
-            for lane, output in enumerate(lanes.left())
-            for leaf, (_, tensor) in enumerate(_leaves(output, ""))
+            for lane, output in enumerate(lanes.last_outputs())
+            for leaf, (_, tensor) in enumerate(trees.leaves(output))
         }
         save_file(tensors, partial)
         with partial.open("rb") as stream:
@@ -127,7 +128,7 @@ class PassFolder:
 
 
 @contextmanager
-def held(path: Path) -> Iterator[PassFolder]:
+def locked_pass_folder(path: Path) -> Iterator[PassFolder]:
     """The pass's folder while the context lasts. Another process at the same pass gets one that nobody takes up."""
     path.mkdir(parents=True, exist_ok=True)
     with (path / LOCK).open("w") as lock:
@@ -150,27 +151,15 @@ def group_state(lanes: Lanes, left: Sequence[Any]) -> GroupState:
     if len(structures) != 1:
         raise NotResumable(f"a layer returns different things: {sorted(structures)}")
     digest = hashlib.sha256()
-    for path, tensor in _leaves(lanes.door()[0], ""):
+    for path, tensor in trees.leaves(lanes.next_inputs()[0]):
         digest.update(f"{path}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return GroupState(structure=structures.pop(), door=digest.hexdigest())
 
 
 def _any_nan(lanes: Lanes) -> bool:
-    found = (tensor for inputs in lanes.door() for _, tensor in _leaves(inputs, ""))
+    found = (tensor for inputs in lanes.next_inputs() for _, tensor in trees.leaves(inputs))
     return any(bool(tensor.isnan().any()) for tensor in found if tensor.is_floating_point())
-
-
-def _leaves(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
-    match value:
-        case Tensor():
-            yield path, value
-        case tuple() | list():
-            for index, item in enumerate(value):
-                yield from _leaves(item, f"{path}/{index}")
-        case dict():
-            for key, item in value.items():
-                yield from _leaves(item, f"{path}/{key}")
 
 
 def _structure(output: Any) -> str:

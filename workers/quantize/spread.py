@@ -27,8 +27,8 @@ from workers.checkpoint.source import Source
 from workers.engines.maker import Maker
 from workers.engines.table import maker_class
 from workers.errors import TransientError, UnsupportedRecipe
-from workers.machine.environment import versions
 from workers.machine.files import write_text
+from workers.machine.preflight import versions
 from workers.methods.layer import LayerWork
 from workers.model import batching, reference
 from workers.model.device import open_model
@@ -49,7 +49,7 @@ from workers.quantize.inputs import (
     made_before,
     observer_of,
 )
-from workers.quantize.resume import NotResumable, PassFolder, PassState, group_state, held
+from workers.quantize.resume import NotResumable, PassFolder, PassState, group_state, locked_pass_folder
 from workers.quantize.solved import LayerWriter, SolvedFolder, SolvedLayer
 from workers.spec.base import Frozen, canonical_json
 from workers.spec.job import ArtifactMade, Job, Order
@@ -63,7 +63,7 @@ def gather(job: Job, folder: Path, part: int, parts: int) -> None:
         UnsupportedRecipe: a recipe that can't be spread.
         QuantmillError: what fails all artifacts: the model, the text, the device.
     """
-    home = _Home(job, parts)
+    home = SpreadFolder(job, parts)
     if home.gathered(part) is not None or not made_before(job)[1]:
         return
     with Source(folder, allow_pickle=job.model.allow_pickle) as source:
@@ -78,7 +78,7 @@ def solve(job: Job, folder: Path, part: int, parts: int) -> None:
         TransientError: not all parts have gathered.
         QuantmillError: what fails all artifacts: broken activations, the device.
     """
-    home = _Home(job, parts)
+    home = SpreadFolder(job, parts)
     _, orders = made_before(job)
     if not orders:
         return
@@ -95,7 +95,7 @@ def join(job: Job, folder: Path, parts: int) -> tuple[tuple[ArtifactMade, ...], 
         UnsupportedRecipe: a recipe that can't be spread.
         TransientError: a layer that no part has made.
     """
-    home = _Home(job, parts)
+    home = SpreadFolder(job, parts)
     done, orders = made_before(job)
     with Source(folder, allow_pickle=job.model.allow_pickle) as source:
         if orders:
@@ -132,7 +132,7 @@ class Gathered(Frozen):
     full: int
 
 
-class _Home:
+class SpreadFolder:
     """The folder of a pass that is spread; named by the job, the parts, and the versions that decide on the bytes.
 
     Raises:
@@ -178,9 +178,9 @@ class _Home:
         """Where the log of what a part has seen of a layer goes; its tensors beside it."""
         return self._path / "seen" / f"{layer:05d}.{part:05d}.json"
 
-    def reference(self, part: int) -> reference.Place:
+    def reference(self, part: int) -> reference.ReferenceFile:
         """Where a part's share of the reference goes."""
-        return reference.Place(self._path / "reference" / f"{part:05d}.safetensors")
+        return reference.ReferenceFile(self._path / "reference" / f"{part:05d}.safetensors")
 
     def note_gathered(self, part: int, said: Gathered) -> None:
         """A part is through."""
@@ -224,7 +224,7 @@ class _Home:
         shares = [self.reference(part) for part in range(self.parts)]
         if not agreement.is_file() or not all(share.exists for share in shares):
             return
-        place = reference.Place(Path(Agreement.model_validate_json(agreement.read_text()).reference))
+        place = reference.ReferenceFile(Path(Agreement.model_validate_json(agreement.read_text()).reference))
         if not place.exists:
             reference.store(place, [batch for share in shares for batch in reference.load(share)])
 
@@ -242,7 +242,7 @@ class _Home:
 class _Gathering:
     """One part of the texts on its way through the model."""
 
-    def __init__(self, job: Job, folder: Path, source: Source, home: _Home, part: int) -> None:
+    def __init__(self, job: Job, folder: Path, source: Source, home: SpreadFolder, part: int) -> None:
         self._job, self._home, self._part = job, home, part
         self._recipes = [order.recipe for order in job.orders]
         self._streamed = open_model(job, folder, source)
@@ -254,7 +254,7 @@ class _Gathering:
 
     def run(self) -> None:
         """Take the part through all layers."""
-        with held(self._home.gathering(self._part)) as folder:
+        with locked_pass_folder(self._home.gathering(self._part)) as folder:
             sizes = Sizes(self._full, self._tokens.longest, self._job.lean)
             attempts(folder, sizes, partial(self._attempt, folder), lambda: None)
             folder.clear()
@@ -318,7 +318,7 @@ class _Gathering:
 def _keep(folder: PassFolder, layers: int, size: int, groups: Mapping[str, Lanes]) -> None:
     """Keep the state after a layer, if the model's layers allow it."""
     try:
-        states = {name: group_state(lanes, lanes.left()) for name, lanes in groups.items()}
+        states = {name: group_state(lanes, lanes.last_outputs()) for name, lanes in groups.items()}
     except NotResumable:
         return
     folder.save(PassState(layers=layers, micro_batch_tokens=size, makers={}, failed={}, groups=states), groups)
@@ -330,7 +330,9 @@ def _keep(folder: PassFolder, layers: int, size: int, groups: Mapping[str, Lanes
 class _Solving:
     """Makes layers, each by itself; what is there already is left."""
 
-    def __init__(self, job: Job, source: Source, streamed: StreamedModel, home: _Home, orders: list[Order]) -> None:
+    def __init__(
+        self, job: Job, source: Source, streamed: StreamedModel, home: SpreadFolder, orders: list[Order]
+    ) -> None:
         self._job, self._source, self._streamed, self._home = job, source, streamed, home
         self._makers: list[Maker] = []
         for order in orders:
@@ -405,7 +407,7 @@ class _Solving:
 # --------------------------------------------------------------------------------------------- join
 
 
-def _joined(job: Job, order: Order, source: Source, streamed: StreamedModel, home: _Home) -> ArtifactMade:
+def _joined(job: Job, order: Order, source: Source, streamed: StreamedModel, home: SpreadFolder) -> ArtifactMade:
     """One artifact, put together from its layers."""
     solved = home.solved(order)
     if failure := solved.failure():
@@ -428,7 +430,7 @@ def _joined(job: Job, order: Order, source: Source, streamed: StreamedModel, hom
         maker.release()
 
 
-def _whole(maker: Maker, layers: Sequence[SolvedLayer], home: _Home) -> ArtifactMade:
+def _whole(maker: Maker, layers: Sequence[SolvedLayer], home: SpreadFolder) -> ArtifactMade:
     maker.begin()
     home.note_smaller(maker)
     for layer in layers:
@@ -436,5 +438,5 @@ def _whole(maker: Maker, layers: Sequence[SolvedLayer], home: _Home) -> Artifact
     return maker.finish()
 
 
-def _maker(job: Job, order: Order, streamed: StreamedModel, source: Source, home: _Home) -> Maker:
+def _maker(job: Job, order: Order, streamed: StreamedModel, source: Source, home: SpreadFolder) -> Maker:
     return maker_class(order.recipe)(job, order, streamed, source, home.making(order))

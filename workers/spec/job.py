@@ -163,7 +163,7 @@ class Stage(StrEnum):
     PUBLISH = "publish"
 
 
-def spoken(stage: Stage, part: Part | None, model: ModelPin, recipe: str | None) -> str:
+def stage_label(stage: Stage, part: Part | None, model: ModelPin, recipe: str | None) -> str:
     """What people read of a stage: in Ray's dashboard, in an error."""
     of = f"{part.step} {part.index + 1}/{part.of}" if part else None
     return " ".join(filter(None, [stage.value, of, Path(model.id).name, recipe]))

@@ -16,7 +16,7 @@ Today = Callable[[], date]
 
 
 @dataclass(frozen=True)
-class Kind:
+class DestinationRow:
     """One kind of destination.
 
     ``takes`` recognises its endpoints. ``check`` says before anything is made whether this user may write there (to a
@@ -34,7 +34,7 @@ class Kind:
     settings: frozenset[str] = frozenset()
 
 
-HUB = Kind(
+HUB = DestinationRow(
     name="Hub",
     takes=to_hub.takes,
     check=tokens.check_token,
@@ -43,7 +43,7 @@ HUB = Kind(
     standing=to_hub.standing,
     settings=frozenset({"gated", "collection"}),
 )
-FOLDER = Kind(
+FOLDER = DestinationRow(
     name="folder",
     takes=to_folder.takes,
     check=to_folder.check,
@@ -51,12 +51,12 @@ FOLDER = Kind(
     preview=to_folder.preview,
     standing=to_folder.standing,
 )
-KINDS = (HUB, FOLDER)
+DESTINATIONS = (HUB, FOLDER)
 
 
-def kind_of(endpoint: str) -> Kind:
+def destination_row(endpoint: str) -> DestinationRow:
     """The kind of destination that an endpoint is."""
-    return next(kind for kind in KINDS if kind.takes(endpoint))
+    return next(kind for kind in DESTINATIONS if kind.takes(endpoint))
 
 
 def today_utc() -> date:
@@ -70,17 +70,17 @@ def publish(to: Destination, repo_id: str, folder: Path, pace: Pace | None = Non
     Raises:
         CheckpointError, HubRefused, HubUnavailable: as the destinations say.
     """
-    return kind_of(to.endpoint).publish(to, repo_id, open_accepted(folder), pace, today)
+    return destination_row(to.endpoint).publish(to, repo_id, open_accepted(folder), pace, today)
 
 
 def preview(to: Destination, repo_id: str, folder: Path) -> list[str]:
     """What ``publish`` would do now, in words, one action a line; writes nothing."""
-    return kind_of(to.endpoint).preview(to, repo_id, open_accepted(folder), today_utc())
+    return destination_row(to.endpoint).preview(to, repo_id, open_accepted(folder), today_utc())
 
 
 def standing(endpoint: str, repo_id: str, fingerprint: str) -> tuple[Manifest, str] | None:
     """The artifact of that fingerprint as it stands, if it's whole: its manifest and commit (or folder)."""
-    return kind_of(endpoint).standing(endpoint, repo_id, fingerprint)
+    return destination_row(endpoint).standing(endpoint, repo_id, fingerprint)
 
 
 def check(endpoint: str, namespace: str | None = None) -> None:
@@ -90,10 +90,10 @@ def check(endpoint: str, namespace: str | None = None) -> None:
         HubRefused: no token, or one that may not write to the namespace; a folder of somebody else's.
         HubUnavailable: no answer.
     """
-    kind_of(endpoint).check(endpoint, namespace)
+    destination_row(endpoint).check(endpoint, namespace)
 
 
 def settings_lacking(endpoint: str, settings: dict[str, object]) -> list[str]:
     """Which of these settings of a zoo's ``publish`` have a value that a destination of this kind has no use for."""
-    special = frozenset(name for kind in KINDS for name in kind.settings)
-    return [name for name, value in settings.items() if value and name in special - kind_of(endpoint).settings]
+    special = frozenset(name for kind in DESTINATIONS for name in kind.settings)
+    return [name for name, value in settings.items() if value and name in special - destination_row(endpoint).settings]

@@ -28,7 +28,7 @@ KEPT = "quantmill-kept.json"
 OWN, BESIDE = "artifact", "beside"
 
 
-class Kept(Frozen):
+class StorageManifest(Frozen):
     """``quantmill-kept.json``."""
 
     schema_version: int = 1
@@ -71,7 +71,9 @@ class Storage:
                     copied = self._files.copy(source, f"{folder}/{path}")
                     entry = entry.model_copy(update={"sha256": copied})
                 files[path] = entry
-            self._files.replace(f"{folder}/{KEPT}", Kept(files=files).model_dump_json(indent=1).encode() + b"\n")
+            self._files.replace(
+                f"{folder}/{KEPT}", StorageManifest(files=files).model_dump_json(indent=1).encode() + b"\n"
+            )
 
     def restore(self, place: Path) -> bool:
         """Put the copy of an artifact into its folder, if there's a whole one; whether there was.
@@ -112,10 +114,10 @@ class Storage:
             if self._kept(place) is not None:
                 self._files.remove(_name(place), first=KEPT)
 
-    def _kept(self, place: Path) -> Kept | None:
+    def _kept(self, place: Path) -> StorageManifest | None:
         text = self._files.read(f"{_name(place)}/{KEPT}")
         try:
-            kept = Kept.model_validate_json(text) if text is not None else None
+            kept = StorageManifest.model_validate_json(text) if text is not None else None
         except ValidationError:
             return None  # another version's
         parts = [PurePosixPath(path).parts for path in kept.files] if kept else []

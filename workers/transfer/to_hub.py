@@ -48,7 +48,7 @@ class Repository:
 
 
 @dataclass(frozen=True)
-class Change:
+class HubChange:
     """What a publish has to do yet, in this order."""
 
     create: bool = False
@@ -65,7 +65,7 @@ class Change:
         return bool(self.add or self.delete)
 
 
-def decide(repo_id: str, repo: Repository, artifact: Artifact, to: Destination, today: date) -> Change:
+def decide(repo_id: str, repo: Repository, artifact: Artifact, to: Destination, today: date) -> HubChange:
     """What makes the repository show the artifact, and keep the revisions that it should.
 
     Raises:
@@ -86,7 +86,7 @@ def decide(repo_id: str, repo: Repository, artifact: Artifact, to: Destination, 
     if tags.get(identity) != target:
         wanted.append(identity)  # last: with it, the artifact counts as published
     after = {**tags, **dict.fromkeys(wanted, target)}
-    return Change(
+    return HubChange(
         create=not repo.exists,
         gate=to.gated is not False and repo.gated != to.gated,
         moved=moved,
@@ -133,7 +133,7 @@ def publish(
     return _Publisher(api, repo_id, artifact, to, patience).run(today)
 
 
-def preview(api: HfApi, repo_id: str, artifact: Artifact, to: Destination, today: date) -> Change:
+def preview(api: HfApi, repo_id: str, artifact: Artifact, to: Destination, today: date) -> HubChange:
     """What ``publish`` would do now; writes nothing."""
     return decide(repo_id, _Publisher(api, repo_id, artifact, to, Patience(300.0)).look(), artifact, to, today)
 
@@ -156,7 +156,7 @@ class _Publisher:
         while True:
             repo = self.look()
             change = decide(self._repo_id, repo, self._artifact, self._to, today())
-            if change == Change():
+            if change == HubChange():
                 return repo.head
             if done > 1:  # made, and filled: now only a Hub whose answers lag behind shows something to do
                 failures += 1
@@ -231,7 +231,7 @@ class _Publisher:
     def _create(self) -> None:
         self._call("create", lambda: self._api.create_repo(self._repo_id, private=self._to.private, exist_ok=True))
 
-    def _act(self, change: Change, head: str) -> None:
+    def _act(self, change: HubChange, head: str) -> None:
         """Do it; raises HubUnavailable where only another look tells how far it went."""
         api, repo_id = self._api, self._repo_id
         if change.gate:
@@ -245,7 +245,7 @@ class _Publisher:
         for tag in change.stale_tags:
             self._delete_tag(tag)
 
-    def _commit(self, change: Change, head: str) -> str:
+    def _commit(self, change: HubChange, head: str) -> str:
         """One commit on top of ``head``, and of nothing else."""
         from huggingface_hub import CommitOperationDelete
 
@@ -265,7 +265,7 @@ class _Publisher:
         self._committed = self._patience.once(f"commit to {self._repo_id}", commit)
         return self._committed
 
-    def _upload(self, change: Change) -> list[CommitOperationAdd]:
+    def _upload(self, change: HubChange) -> list[CommitOperationAdd]:
         """Upload what goes to LFS; the operations are new each time, for they remember what the Hub said before."""
         from huggingface_hub import CommitOperationAdd
 

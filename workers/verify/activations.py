@@ -54,11 +54,11 @@ def rounded_inputs(streamed: StreamedModel, artifact: Source | Decoded) -> Itera
         if isinstance(artifact, Decoded):
             kind = streamed.device.partition(":")[0]
             for weight in streamed.weights:
-                if weight.module not in artifact.quantized or weight.input[1] is not None:
+                if weight.module not in artifact.quantized or weight.input.expert is not None:
                     continue
                 rounding = artifact.input_rounding(weight.module, kind)
                 if rounding is not None:
-                    module = streamed.model.get_submodule(weight.input[0].rpartition(".")[0])
+                    module = streamed.model.get_submodule(weight.input.parameter.rpartition(".")[0])
                     note = partial(seen.note, weight.module)
                     stack.callback(module.register_forward_pre_hook(_before(rounding, note)).remove)
         yield seen

@@ -17,7 +17,7 @@ from workers.checkpoint.source import Source
 from workers.formats.decoded import Decoded
 from workers.model import reference
 from workers.model.device import checkpoint_dtype, compute_device
-from workers.model.forward import Head, stream
+from workers.model.forward import LogitsHead, stream
 from workers.model.loading import StreamedModel
 from workers.model.text import held_out_tokens, load_tokenizer
 from workers.spec.families import family_of
@@ -76,16 +76,16 @@ class Comparison:
         """Keys of the source's weights that are stored with their inputs first."""
         return frozenset(weight.key for weight in self.reference.weights if weight.transposed)
 
-    def measure(self, place: Path, artifact: Source | Decoded, found: Findings) -> gates.Facts:
+    def measure(self, place: Path, artifact: Source | Decoded, found: Findings) -> gates.Evidence:
         """Fidelity, runtime and continuations of an artifact; ``found`` is what its files have told."""
         ours = self._streamed(place, artifact)
         with rounded_inputs(ours, artifact) as rounded:
             hidden = stream(ours, reference.micro_batches(self.tokens))
-        head = Head(ours)
+        head = LogitsHead(ours)
         metrics = self._metrics(head, hidden)
         answer = self._ask(place)
         agreement, problems = self._agreement(answer, head, hidden)
-        return gates.Facts(
+        return gates.Evidence(
             integrity=[*found.problems, *rounded.problems],
             runtime_problems=problems,
             infeasible=answer.infeasible,
@@ -96,19 +96,19 @@ class Comparison:
             promised_tokens=self.verification.tokens,
         )
 
-    def only_runtime(self, place: Path, integrity: list[str], infeasible: list[str]) -> gates.Facts:
+    def only_runtime(self, place: Path, integrity: list[str], infeasible: list[str]) -> gates.Evidence:
         """What the runtime alone says of files that we can't decode."""
         answer = self._ask(place)
-        return gates.Facts(
+        return gates.Evidence(
             integrity=integrity,
             runtime_problems=answer.problems,
             infeasible=(*infeasible, *answer.infeasible),
             generations=self._generations(answer),
         )
 
-    def _metrics(self, head: Head, hidden: list[Tensor]) -> Metrics:
+    def _metrics(self, head: LogitsHead, hidden: list[Tensor]) -> Metrics:
         reference_hidden = self._reference_hidden()
-        reference_head = Head(self.reference)
+        reference_head = LogitsHead(self.reference)
 
         def pairs() -> Iterator[tuple[Tensor, Tensor]]:
             for theirs, ours in zip(fidelity.rows(reference_hidden), fidelity.rows(hidden), strict=True):
@@ -117,7 +117,7 @@ class Comparison:
         return fidelity.compare(pairs(), self.tokens)
 
     def _reference_hidden(self) -> list[Tensor]:
-        place = reference.place_of(self.model, self.workspace, self.tokens, self.reference.dtype)
+        place = reference.reference_file(self.model, self.workspace, self.tokens, self.reference.dtype)
         if not place.exists:
             reference.store(place, stream(self.reference, reference.micro_batches(self.tokens)))
         return reference.load(place)
@@ -142,7 +142,7 @@ class Comparison:
             return ask(checking(row.name if row else None), request, tokens, prompts)
 
     def _agreement(
-        self, answer: RuntimeAnswer, head: Head, hidden: list[Tensor]
+        self, answer: RuntimeAnswer, head: LogitsHead, hidden: list[Tensor]
     ) -> tuple[Runtime | None, tuple[str, ...]]:
         """How far the runtime's logits are from ours, and what else is wrong with its answer."""
         if answer.logits is None:
@@ -174,7 +174,7 @@ class Comparison:
         longest = max(map(len, made))
         padded = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in made])
         tokens = torch.cat([prompts, padded], dim=1)
-        head = Head(self.reference)
+        head = LogitsHead(self.reference)
         (hidden,) = stream(self.reference, [tokens])
         chosen = head.logits(hidden).argmax(-1)[:, prompts.shape[1] - 1 : -1].cpu().tolist()
         return tuple(

@@ -71,7 +71,7 @@ def check(request: CheckRequest) -> CheckReport:
         )
 
 
-def _facts(comparison: Comparison, folder: Path, found: Findings) -> tuple[gates.Facts, CheckReport]:
+def _facts(comparison: Comparison, folder: Path, found: Findings) -> tuple[gates.Evidence, CheckReport]:
     report = CheckReport(linear=len(comparison.reference.weights))
     try:
         with open_decoded(folder, trust_remote_code=comparison.model.trust_remote_code) as opened:
@@ -87,7 +87,7 @@ def _facts(comparison: Comparison, folder: Path, found: Findings) -> tuple[gates
         # Not the checkpoint's fault; but what the runtime makes of it may be.
         return comparison.only_runtime(folder, found.problems, [f"fidelity: {error}"]), report
     except (UserError, NumericalError) as error:
-        return gates.Facts(integrity=[*found.problems, f"integrity: {error}"]), report
+        return gates.Evidence(integrity=[*found.problems, f"integrity: {error}"]), report
 
 
 def _sealed(folder: Path) -> list[str]:

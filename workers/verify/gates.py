@@ -13,7 +13,7 @@ WEIGHT = (Outcome.REGRESSION, Outcome.ANOMALOUS, Outcome.INFEASIBLE)
 
 
 @dataclass(frozen=True)
-class Facts:
+class Evidence:
     """What was found out of an artifact: what is wrong with its files, in its runtime, and what was measured."""
 
     integrity: Sequence[str] = ()
@@ -34,7 +34,7 @@ class Reason(NamedTuple):
     text: str
 
 
-def judge(facts: Facts, thresholds: Thresholds) -> Verdict:
+def judge(facts: Evidence, thresholds: Thresholds) -> Verdict:
     """The verdict: accepted if nothing speaks against it; every reason names the value and the bound."""
     reasons = [Reason(Outcome.REGRESSION, ReasonCode.INTEGRITY, text) for text in facts.integrity]
     reasons += [Reason(Outcome.REGRESSION, ReasonCode.RUNTIME, text) for text in facts.runtime_problems]

@@ -12,8 +12,8 @@ from workers.engines.table import layout_of
 from workers.errors import CheckpointError, NumericalError, UserError
 from workers.formats.decoded import Decoded, open_decoded
 from workers.formats.folded import Folded
-from workers.machine.environment import versions
 from workers.machine.files import file_sha256, write_text
+from workers.machine.preflight import versions
 from workers.spec.families import Family, family_of
 from workers.spec.job import (
     ArtifactMade,
@@ -75,7 +75,7 @@ def _verified_before(place: Path, verification: Verification) -> Manifest | None
 
 def _judged_again(verdict: Verdict, order: Order) -> Verdict:
     """The same facts by the gates of now: a zoo may have changed them."""
-    facts = gates.Facts(
+    facts = gates.Evidence(
         metrics=verdict.metrics,
         runtime=verdict.runtime,
         worst_layers=verdict.worst_layers,
@@ -93,16 +93,16 @@ def _verdict(job: Job, order: Order, source: Source, place: Path) -> Verdict:
             return gates.judge(_facts(order, comparison, place, artifact), order.thresholds)
     except (UserError, NumericalError) as error:
         # The source was read before: what can't be read now is the artifact.
-        return gates.judge(gates.Facts(integrity=[f"integrity: {error}"]), order.thresholds)
+        return gates.judge(gates.Evidence(integrity=[f"integrity: {error}"]), order.thresholds)
 
 
-def _facts(order: Order, comparison: Comparison, place: Path, artifact: Source | Decoded) -> gates.Facts:
+def _facts(order: Order, comparison: Comparison, place: Path, artifact: Source | Decoded) -> gates.Evidence:
     """What isn't whole is not measured: it's made anew, and its numbers would say nothing."""
     intended = frozenset(layout_of(place, order.recipe, comparison.reference).modules)
     meant = Folded(comparison.source, folds_folder(place), comparison.transposed)
     found = integrity.inspect(meant, artifact, place, intended)
     if found.problems:
-        return gates.Facts(integrity=found.problems, worst_layers=found.worst)
+        return gates.Evidence(integrity=found.problems, worst_layers=found.worst)
     return comparison.measure(place, artifact, found)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from pipeline.fleet import retry
-from pipeline.fleet.retry import Again, Choices, How
+from pipeline.fleet.retry import Choices, Retry, RetryMode
 from pipeline.fleet.steps import JobRun, Step
 from pipeline.zoo.shipped import recipe
 from workers import errors
@@ -165,7 +165,7 @@ def test_only_what_can_pass_is_tried_again(name: str) -> None:
     transient = issubclass(getattr(errors, name), errors.TransientError)
     waits: list[float] = []
     failure = Failure(kind=name, message="")
-    while (again := retry.decide(failure, [(name, How.SAME)] * (len(waits) + 1))) and again.how is How.SAME:
+    while (again := retry.decide(failure, [(name, RetryMode.SAME)] * (len(waits) + 1))) and again.how is RetryMode.SAME:
         waits.append(again.seconds)
         assert len(waits) < 100
     assert bool(waits) == (transient and name != "TransientError")
@@ -174,26 +174,26 @@ def test_only_what_can_pass_is_tried_again(name: str) -> None:
 
 def test_memory_that_ran_out_is_never_asked_for_again_in_the_same_way() -> None:
     failure = Failure(kind="OutOfMemory", message="")
-    history = [("OutOfMemory", How.SAME)]
+    history = [("OutOfMemory", RetryMode.SAME)]
     first = retry.decide(failure, history)
-    assert first == Again(0.0, How.ALONE)
-    history.append(("OutOfMemory", How.ALONE))
+    assert first == Retry(0.0, RetryMode.ALONE)
+    history.append(("OutOfMemory", RetryMode.ALONE))
     assert retry.decide(failure, history) is None
-    assert retry.decide(failure, history, Choices(larger=True)) == Again(0.0, How.LARGER)
+    assert retry.decide(failure, history, Choices(larger=True)) == Retry(0.0, RetryMode.LARGER)
 
 
 def test_a_full_disk_is_left_for_a_roomier_one_once() -> None:
     failure = Failure(kind="DiskFull", message="")
-    assert retry.decide(failure, [("DiskFull", How.SAME)]) is None
-    assert retry.decide(failure, [("DiskFull", How.SAME)], Choices(roomier=True)) == Again(0.0, How.ROOMIER)
-    history = [("DiskFull", How.SAME), ("WorkerDied", How.SAME)]
-    assert retry.decide(Failure(kind="WorkerDied", message=""), history) == Again(1.0)
+    assert retry.decide(failure, [("DiskFull", RetryMode.SAME)]) is None
+    assert retry.decide(failure, [("DiskFull", RetryMode.SAME)], Choices(roomier=True)) == Retry(0.0, RetryMode.ROOMIER)
+    history = [("DiskFull", RetryMode.SAME), ("WorkerDied", RetryMode.SAME)]
+    assert retry.decide(Failure(kind="WorkerDied", message=""), history) == Retry(1.0)
 
 
 def test_a_hub_that_asks_to_wait_is_obeyed_within_reason() -> None:
     def wait(seconds: float) -> float:
         failure = Failure(kind="HubUnavailable", message="", retry_after=seconds)
-        again = retry.decide(failure, [(failure.kind, How.SAME)])
+        again = retry.decide(failure, [(failure.kind, RetryMode.SAME)])
         assert again is not None
         return again.seconds
 

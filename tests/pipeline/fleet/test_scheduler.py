@@ -25,7 +25,7 @@ from tests.pipeline.simulated import (
     plan_of,
     size,
 )
-from workers.machine.environment import Device, Facts
+from workers.machine.preflight import Device, MachineFacts
 from workers.spec.job import Failure, Job, Stage
 
 OUT_OF_MEMORY = Failure(kind="OutOfMemory", message="no memory")
@@ -318,7 +318,7 @@ def test_whatever_breaks_every_job_ends_and_no_node_is_overbooked(seed: int) -> 
 
 
 def test_a_share_of_a_card_is_one_over_a_whole_number() -> None:
-    facts = Facts(
+    facts = MachineFacts(
         node="n", python="3", packages={}, devices=(Device(name="c", capability=(9, 0), memory=80 * GIB),),
         host_memory=GIB, disk_free=1, cpus=64,
     )  # fmt: skip

@@ -286,7 +286,7 @@ def test_a_plan_tells_what_this_machine_has_no_room_for(tmp_path: Path, monkeypa
     command = ["plan", str(tmp_path / "zoo.yaml"), "--out", str(tmp_path / "runs")]
     fits = CliRunner().invoke(main, command)
     assert fits.exit_code == 0, fits.output
-    monkeypatch.setattr("workers.machine.environment.host_memory", lambda: 10**9)
+    monkeypatch.setattr("workers.machine.preflight.host_memory", lambda: 10**9)
     lacks = CliRunner().invoke(main, command)
     assert lacks.exit_code == 1
     assert "INFEASIBLE: 1 problem(s) for" in lacks.output

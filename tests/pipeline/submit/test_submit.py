@@ -29,7 +29,7 @@ from click.testing import CliRunner
 
 from pipeline.cli.main import main
 from pipeline.submit import parcel, ray_jobs, submit
-from pipeline.submit.ray_jobs import Head, RayJob
+from pipeline.submit.ray_jobs import JobsClient, RayJob
 from pipeline.zoo import zoo as zoos
 from tests.pipeline.runs import MARK, MODELS, ROOT, TEXT, marked_processes, wait_for
 from workers.errors import TransientError, ZooError
@@ -111,7 +111,7 @@ def head() -> Iterator[RealHead]:
 
 def answers(address: str) -> bool:
     try:
-        return Head(address, 2.0).jobs() == []
+        return JobsClient(address, 2.0).jobs() == []
     except (TransientError, ZooError):
         return False
 
@@ -223,7 +223,7 @@ def test_a_run_is_submitted_once_followed_over_a_cut_line_and_repeated(head: Rea
 
     listed = quantmill("status", "--address", head.address).stdout.splitlines()
     assert [line.split()[:3] for line in listed[1:]] == [[f"{name}-2", "succeeded", "0"], [name, "succeeded", "0"]]
-    said = json.dumps([job.model_dump() for job in Head(head.address).jobs()])
+    said = json.dumps([job.model_dump() for job in JobsClient(head.address).jobs()])
     said += "".join(str(path.read_bytes()) for path in [*head.folder.glob("ray/session_2*/logs/**/*"), *out.glob("*/*")]
                     if path.is_file())  # fmt: skip
     assert name in said
@@ -268,7 +268,7 @@ def test_following_can_end_before_the_run_and_the_run_by_cancelling(head: RealHe
         assert following.wait(30) == 130
     assert f"{name} goes on; follow it again: quantmill logs {name} --address {head.address} --follow" in told
     assert f"quantmill cancel {name}" in told
-    assert submit.find(Head(head.address), name).status == "RUNNING"
+    assert submit.find(JobsClient(head.address), name).status == "RUNNING"
 
     ended = quantmill("cancel", name, "--address", head.address)
     assert (ended.returncode, ended.stdout) == (0, f"{name}: stopped, exit code 130\n"), ended.stderr
@@ -282,7 +282,7 @@ def test_following_can_end_before_the_run_and_the_run_by_cancelling(head: RealHe
     assert unknown.returncode == 2
     assert name in unknown.stderr
     with pytest.raises(TransientError, match="its head was started anew"):
-        submit.follow(Head(head.address), "quantmill-none", print, print)
+        submit.follow(JobsClient(head.address), "quantmill-none", print, print)
 
 
 @pytest.mark.slow
@@ -290,7 +290,7 @@ def test_an_answer_that_is_lost_starts_nothing_twice(head: RealHead, tmp_path: P
     zoo = write_zoo(tmp_path / "zoo")
     loaded = zoos.load(zoo)
 
-    class Lossy(Head):
+    class Lossy(JobsClient):
         def start(self, request: dict[str, Any]) -> None:
             super().start(request)
             assert wait_for(lambda: submit.find(self, request["submission_id"]).ended, 30)
@@ -298,7 +298,7 @@ def test_an_answer_that_is_lost_starts_nothing_twice(head: RealHead, tmp_path: P
 
     there = submit.submit(Lossy(head.address), loaded, parcel.pack(loaded, zoo), str(tmp_path), "no-such-python")
     assert not there.attached
-    found = [job.submission_id for job in submit.submitted(Head(head.address))]
+    found = [job.submission_id for job in submit.submitted(JobsClient(head.address))]
     assert [name for name in found if name and name.startswith(there.name)] == [there.name]
 
 
@@ -310,12 +310,12 @@ def test_many_who_submit_the_same_at_once_start_it_once(head: RealHead, tmp_path
     waiting.write_text("#!/bin/sh\nexec sleep 60\n")
     waiting.chmod(0o755)
     with ThreadPoolExecutor(6) as pool:
-        asked = (Head(head.address), loaded, packed, str(tmp_path), str(waiting))
+        asked = (JobsClient(head.address), loaded, packed, str(tmp_path), str(waiting))
         calls = [pool.submit(submit.submit, *asked) for _ in range(6)]
         [name] = {call.result().name for call in calls}
-    found = [job for job in Head(head.address).jobs() if (job.submission_id or "").startswith(name)]
+    found = [job for job in JobsClient(head.address).jobs() if (job.submission_id or "").startswith(name)]
     assert [(job.submission_id, job.ended) for job in found] == [(name, False)]
-    assert submit.exit_code(submit.cancel(Head(head.address), name)) == 130
+    assert submit.exit_code(submit.cancel(JobsClient(head.address), name)) == 130
 
 
 # ------------------------------------------------------------------------------------------- wrong addresses
@@ -371,7 +371,7 @@ def test_what_is_no_ray_head_is_told_apart(
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     started = time.monotonic()
     with pytest.raises(ZooError, match=said):
-        Head(f"http://127.0.0.1:{stranger.server_port}/{path}/", 0.5).check()
+        JobsClient(f"http://127.0.0.1:{stranger.server_port}/{path}/", 0.5).check()
     assert time.monotonic() - started < 2
     assert stranger.seen == ["Bearer rays-own"]  # type: ignore[attr-defined]
 
@@ -381,7 +381,7 @@ def test_what_is_no_ray_head_is_told_apart(
 )
 def test_what_is_no_address_is_refused_without_showing_credentials(address: str) -> None:
     with pytest.raises(ZooError, match=r"^--address: ") as refused:
-        Head(address)
+        JobsClient(address)
     assert "secret" not in str(refused.value)
 
 
@@ -538,7 +538,7 @@ def test_following_gives_up_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     [port] = free_ports(1)
     told: list[str] = []
     with pytest.raises(TransientError, match="the run may well go on"):
-        submit.follow(Head(f"http://127.0.0.1:{port}", 0.5), "q", print, told.append)
+        submit.follow(JobsClient(f"http://127.0.0.1:{port}", 0.5), "q", print, told.append)
     assert len(told) == 1
     assert "trying again" in told[0]
 
@@ -561,7 +561,7 @@ def test_no_request_waits_longer_than_its_deadline() -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         started = time.monotonic()
         with pytest.raises(TransientError):
-            Head(f"http://127.0.0.1:{mute.getsockname()[1]}", 0.5).jobs()
+            JobsClient(f"http://127.0.0.1:{mute.getsockname()[1]}", 0.5).jobs()
         assert time.monotonic() - started < 3
 
     def drip(server: socket.socket) -> None:
@@ -580,6 +580,6 @@ def test_no_request_waits_longer_than_its_deadline() -> None:
         thread = threading.Thread(target=drip, args=(endless,))
         thread.start()
         with pytest.raises(TransientError, match="didn't end in time"):
-            Head(f"http://127.0.0.1:{endless.getsockname()[1]}", 0.5).jobs()
+            JobsClient(f"http://127.0.0.1:{endless.getsockname()[1]}", 0.5).jobs()
         thread.join(10)
         assert not thread.is_alive()

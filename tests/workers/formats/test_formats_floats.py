@@ -22,7 +22,7 @@ from workers.formats.compressed_tensors import config as ct_config
 from workers.formats.compressed_tensors import float4 as ct_float4
 from workers.formats.compressed_tensors import module as compressed_tensors
 from workers.formats.decoded import Decoded, open_decoded
-from workers.model.forward import Head, stream
+from workers.model.forward import LogitsHead, stream
 from workers.model.loading import StreamedModel
 from workers.numerics import fp4 as fp4_numerics
 from workers.numerics import fp8 as fp8_numerics
@@ -169,7 +169,7 @@ def test_transformers_computes_what_we_compute(name: str, source: Path, tmp_path
         streamed = StreamedModel(place, decoded, dtype=torch.bfloat16)
         with rounded_inputs(streamed, decoded):
             hidden = stream(streamed, [IDS])
-        ours = Head(streamed).logits(hidden[0]).float()
+        ours = LogitsHead(streamed).logits(hidden[0]).float()
     # As users load them: in the checkpoint's own dtype.
     model, info = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True)
     assert {kind: keys for kind, keys in info.items() if keys} == {}

@@ -10,8 +10,8 @@ import pytest
 
 from workers.errors import PreflightError
 from workers.machine import environments
-from workers.machine.environment import Facts, probe
 from workers.machine.environments import RECORD, Built
+from workers.machine.preflight import MachineFacts, probe
 from workers.spec.job import Calibration, Dataset, ModelPin, fingerprint
 from workers.spec.recipes import BitsAndBytesRecipe, GptqRecipe
 from workers.spec.schemes import FourBitFloatScheme, IntScheme
@@ -115,9 +115,9 @@ def test_the_probe_looks_at_its_own_interpreter(root: Path, tmp_path: Path) -> N
     (extra / "optimum-99.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: optimum\nVersion: 99.0\n")
     checkout = Path(environments.__file__).parents[2]
     by_hand(root / "mine", f"{extra}\n{sysconfig.get_path('purelib')}\n{checkout}")
-    code = "import pathlib, workers.machine.environment as e; print(e.probe(pathlib.Path(), False).model_dump_json())"
+    code = "import pathlib, workers.machine.preflight as e; print(e.probe(pathlib.Path(), False).model_dump_json())"
     command = [environments.interpreter("mine"), "-c", code]
     answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    found = Facts.model_validate_json(answer)
+    found = MachineFacts.model_validate_json(answer)
     assert found.packages["optimum"] == "99.0"
     assert found.packages["torch"] == probe(tmp_path, with_devices=False).packages["torch"]

@@ -15,7 +15,7 @@ from tests.workers.jobs import job, recipe
 from workers.checkpoint.source import Source
 from workers.formats.folded import Folded
 from workers.model.folding import Fold, find_folds, fold_source
-from workers.model.forward import Head, Streaming, stream
+from workers.model.forward import LogitsHead, Streaming, stream
 from workers.model.loading import QuantizableWeight, StreamedModel
 from workers.quantize.one_pass import quantize
 from workers.spec.workspace import artifact_folder, folds_folder
@@ -102,7 +102,7 @@ def last_layer(
                 if layer.index == len(streamed.layers) - 1:
                     weights = [weight for weight in streamed.weights if weight.layer == layer.index]
                     prefix = f"{streamed.layers_name}.{layer.index}"
-                    look(streamed.layers[layer.index], prefix, lanes.rehearsal(), weights)
+                    look(streamed.layers[layer.index], prefix, lanes.float32_run(), weights)
                 lanes.advance()
 
 
@@ -110,7 +110,7 @@ def names(folds: list[Fold], prefix: str) -> dict[str, list[str]]:
     short = lambda name: name.removeprefix(f"{prefix}.").removesuffix(".weight")  # noqa: E731
     found: dict[str, list[str]] = {}
     for fold in folds:
-        found.setdefault(short(fold.source), [short(sink.weight) for sink in fold.sinks])
+        found.setdefault(short(fold.source), [short(sink.parameter) for sink in fold.sinks])
     return found
 
 
@@ -238,6 +238,6 @@ def test_a_folded_model_computes_what_it_computed(method: str, family: str, tmp_
         folded = Folded(source, folds_folder(artifact_folder(of.workspace, of.orders[0])), transposed)
         assert folded.changed
         other = StreamedModel(tmp_path / "model", folded, dtype=torch.float32)
-        want, got = (Head(m).logits(stream(m, [tokens])[0]) for m in (streamed, other))
+        want, got = (LogitsHead(m).logits(stream(m, [tokens])[0]) for m in (streamed, other))
     # A sum of products in another order of magnitude: float32's own noise, and no more.
     assert (got - want).abs().max() < 2e-4 * want.std()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, JambaConfig
 from tests.workers.families import FAMILIES, GROUPED, save_random
 from workers.checkpoint.source import Source
 from workers.errors import CheckpointError, UnsupportedModel
-from workers.model.forward import Head, stream
+from workers.model.forward import LogitsHead, stream
 from workers.model.loading import StreamedModel
 
 ZOO = Path(__file__).parents[2] / "zoo" / "models"
@@ -32,7 +32,7 @@ def assert_logits_identical(folder: Path, plain: Any, dtype: torch.dtype) -> Non
     with Source(folder) as source:
         streamed = StreamedModel(folder, source, dtype=dtype)
         hidden = stream(streamed, batches)
-        head = Head(streamed)
+        head = LogitsHead(streamed)
         for got, want in zip(hidden, expected, strict=True):
             assert torch.equal(head.logits(got), want)
     assert expected[0].std() > 1e-3
@@ -101,7 +101,7 @@ def test_logits_of_the_zoo_are_bit_identical(name: str) -> None:
         expected = plain(input_ids=batches[0], use_cache=False).logits
     with Source(folder) as source:
         streamed = StreamedModel(folder, source, dtype=torch.float32)
-        assert torch.equal(Head(streamed).logits(stream(streamed, batches)[0]), expected)
+        assert torch.equal(LogitsHead(streamed).logits(stream(streamed, batches)[0]), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -173,7 +173,7 @@ def test_an_error_half_way_ends_all_lanes(where: str, tmp_path: Path) -> None:
         hidden = stream(streamed, tokens())
         with torch.inference_mode():
             want = plain(input_ids=tokens()[0], use_cache=False).logits
-        assert torch.equal(Head(streamed).logits(hidden[0]), want)
+        assert torch.equal(LogitsHead(streamed).logits(hidden[0]), want)
 
 
 def assert_clean(streamed: StreamedModel) -> None:

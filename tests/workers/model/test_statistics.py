@@ -130,13 +130,13 @@ def test_every_weight_of_every_family_is_seen(family: str, tmp_path: Path) -> No
     found = observed(tmp_path)
     with Source(tmp_path) as source:
         weights = StreamedModel(tmp_path, source, dtype=torch.float32).weights
-    unseen = [weight.module for weight in weights if weight.key not in found and weight.input[1] is None]
+    unseen = [weight.module for weight in weights if weight.key not in found and weight.input.expert is None]
     # Mamba multiplies with this one's weight itself, and never calls the module.
     assert all(module.endswith("mixer.dt_proj") for module in unseen)
     for weight in weights:
         if weight.key in found:
             assert found[weight.key].gram_II.shape == (weight.shape_OI[1],) * 2
-            assert weight.input[1] is not None or found[weight.key].count == 64
+            assert weight.input.expert is not None or found[weight.key].count == 64
 
 
 def test_the_same_tokens_give_the_same_bits(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from workers.errors import TransientError, UnsupportedRecipe
 from workers.model import batching
 from workers.model.forward import Lanes, Streaming
 from workers.model.loading import StreamedModel
-from workers.model.statistics import Observer, Watcher, inputs_of
+from workers.model.statistics import InputWatcher, Observer, inputs_of
 from workers.quantize import attempts, spread
 from workers.quantize.gathered import Log, Recorder, replay
 from workers.quantize.one_pass import quantize
@@ -251,7 +251,7 @@ def test_a_recipe_with_its_own_stream_is_not_spread(tmp_path: Path) -> None:
         lambda: spread.join(of, source_of(of), 2),
     )
     for step in steps:
-        with pytest.raises(UnsupportedRecipe, match=r"\['own'\] calibrate on their own quantized layers"):
+        with pytest.raises(UnsupportedRecipe, match=r"\['own'\] can't be spread"):
             step()
 
 
@@ -347,7 +347,7 @@ def test_every_layer_goes_to_one_part_and_no_part_gets_much_more(work: list[int]
     assert max(map(len, slices)) - min(map(len, slices)) <= 1
 
 
-def watched(watcher: Watcher, streamed: StreamedModel, tokens: Tensor) -> None:
+def watched(watcher: InputWatcher, streamed: StreamedModel, tokens: Tensor) -> None:
     """Show the inputs of a model's one layer to a watcher."""
     with Streaming(streamed) as streaming:
         lanes = streaming.lanes(list(tokens.split(1)))
@@ -398,7 +398,7 @@ def test_what_is_recorded_is_what_was_seen(experts: Literal["routed", "all"], tm
 
 
 def test_the_first_to_come_decides_how_the_text_is_split(tmp_path: Path) -> None:
-    home = spread._Home(job(ZOO / "models" / "llama-tiny", tmp_path, "bnb-nf4"), 2)
+    home = spread.SpreadFolder(job(ZOO / "models" / "llama-tiny", tmp_path, "bnb-nf4"), 2)
     proposals = [spread.Agreement(micro_batch_tokens=size, reference="x") for size in (512, 4096)]
     assert [home.agree(proposal) for proposal in proposals] == [proposals[0]] * 2
     shutil.rmtree(tmp_path / "passes")

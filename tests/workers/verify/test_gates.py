@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from workers.spec.job import Metrics, Outcome, Runtime, Thresholds, Verdict
-from workers.verify.gates import Facts, judge
+from workers.verify.gates import Evidence, judge
 
 THRESHOLDS = Thresholds(
     kl_mean=0.1, top1_agreement=0.9, perplexity_ratio=1.1, runtime_logit_difference=0.1, kl_least=1e-6
@@ -25,7 +25,7 @@ RUNTIME = Runtime(
 
 def verdict(metrics: dict[str, Any] | None = None, **facts: Any) -> Verdict:
     measured = Metrics(**{**GOOD, **(metrics or {})})
-    return judge(Facts(**{"metrics": measured, "runtime": RUNTIME, "promised_tokens": 4096, **facts}), THRESHOLDS)
+    return judge(Evidence(**{"metrics": measured, "runtime": RUNTIME, "promised_tokens": 4096, **facts}), THRESHOLDS)
 
 
 def test_what_keeps_all_bounds_is_accepted() -> None:

@@ -347,7 +347,7 @@ def _copy_quantmill(site: Path) -> None:
 
 def _check(name: str, folder: Path) -> None:
     """Whether a worker starts there: Ray, torch and quantmill load, as they do in a stage."""
-    code = "import ray, torch, transformers, workers.run, workers.machine.environment"
+    code = "import ray, torch, transformers, workers.run, workers.machine.preflight"
     done = subprocess.run(
         [folder / "bin" / "python", "-c", code], cwd=folder, capture_output=True, text=True, check=False
     )

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import doctor, environments
-from pipeline.environments import Definition
+from pipeline import doctor
+from pipeline.env_builder import Definition
 from pipeline.planning.plan import make_plan
 from pipeline.zoo import zoo
 from tests.pipeline.runs import MODELS, ROOT
 from workers.errors import PreflightError, ZooError
-from workers.machine.environment import probe
 from workers.machine.environments import RECORD, interpreter
+from workers.machine.preflight import probe
 
 TEXT = ROOT / "tests/zoo/text"
 
@@ -54,9 +54,9 @@ def ask(python: Path, code: str) -> str:
     return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
-@pytest.mark.parametrize("name", environments.known())
+@pytest.mark.parametrize("name", env_builder.known())
 def test_shipped_definitions_are_valid(name: str) -> None:
-    found = environments.definition(name)
+    found = env_builder.definition(name)
     assert found.description
     assert not found.inherit, "a shipped one stands for itself"
     assert f"`{name}`" in (ROOT / "docs/environments.md").read_text()
@@ -76,26 +76,26 @@ def test_shipped_definitions_are_valid(name: str) -> None:
 def test_wrong_definitions(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(ZooError) as error:
-        environments.create("mine", tmp_path / "x.yaml")
+        env_builder.create("mine", tmp_path / "x.yaml")
     assert said in str(error.value)
 
 
 def test_an_unknown_name_lists_the_known(tmp_path: Path) -> None:
     with pytest.raises(ZooError, match=r"unknown environment, got 'gtpq'; quantmill knows eval, gptq.*--from"):
-        environments.create("gtpq")
+        env_builder.create("gtpq")
     with pytest.raises(ZooError, match="'gptq' is shipped"):
-        environments.create("gptq", write(tmp_path, "tiny"))
+        env_builder.create("gptq", write(tmp_path, "tiny"))
     with pytest.raises(ZooError, match="no environment 'gptq'"):
-        environments.remove("gptq")
+        env_builder.remove("gptq")
     with pytest.raises(ZooError, match=r"expected Python <3\.0, got 3"):
-        environments.create("mine", write(tmp_path, "tiny", extra='python: "<3.0"'))
+        env_builder.create("mine", write(tmp_path, "tiny", extra='python: "<3.0"'))
 
 
 def test_an_environment_from_its_definition_to_its_end(tmp_path: Path, root: Path) -> None:
     wheel(tmp_path / "wheels", "millstone", "1.0")
     wheel(tmp_path / "wheels", "shellingham", "99.0")  # which runs here too, in another version
     told: list[str] = []
-    python = environments.create("mine", write(tmp_path, "millstone", "shellingham==99.0"), told.append)
+    python = env_builder.create("mine", write(tmp_path, "millstone", "shellingham==99.0"), told.append)
     assert python == interpreter("mine") == root / "mine/bin/python"
     assert "ready" in told[-1]
 
@@ -108,13 +108,13 @@ def test_an_environment_from_its_definition_to_its_end(tmp_path: Path, root: Pat
 
     first = (root / "mine").resolve()
     told.clear()
-    environments.create("mine", None, told.append)
+    env_builder.create("mine", None, told.append)
     assert told == [f"mine: stands as it's defined, {root / 'mine'}"], "its record knows the definition"
 
     with pytest.raises(PreflightError, match=r"pip install failed.*No matching.*nothing-like-it.*pip\.log"):
-        environments.create("mine", write(tmp_path, "nothing-like-it"), told.append)
+        env_builder.create("mine", write(tmp_path, "nothing-like-it"), told.append)
     assert ask(interpreter("mine"), code) == "1.0 99.0", "what stood before is still used"
-    assert {row.name: row.state for row in environments.rows()} == {
+    assert {row.name: row.state for row in env_builder.rows()} == {
         "eval": "not built",
         "gptq": "not built",
         "mine": "built",
@@ -123,11 +123,11 @@ def test_an_environment_from_its_definition_to_its_end(tmp_path: Path, root: Pat
     # A build that was killed half-way: its folder is there, its record isn't.
     wheel(tmp_path / "wheels", "millstone", "2.0")
     changed = write(tmp_path, "millstone>=2")
-    half = environments.folder_of("mine", environments.definition("mine", changed))
+    half = env_builder.folder_of("mine", env_builder.definition("mine", changed))
     (half / "bin").mkdir(parents=True)
     (half / "bin/python").write_text("half")
     told.clear()
-    python = environments.create("mine", changed, told.append)
+    python = env_builder.create("mine", changed, told.append)
     assert any("wasn't finished" in line for line in told)
     assert (root / "mine").resolve() == half
     assert ask(python, "import millstone; print(millstone.VERSION)") == "2.0"
@@ -135,7 +135,7 @@ def test_an_environment_from_its_definition_to_its_end(tmp_path: Path, root: Pat
     assert not first.exists(), "old versions go"
     assert list(half.parent.iterdir()) == [half]
 
-    environments.remove("mine", told.append)
+    env_builder.remove("mine", told.append)
     assert not (root / "mine").is_symlink()
     assert not half.exists()
     with pytest.raises(PreflightError, match="isn't built"):
@@ -145,14 +145,14 @@ def test_an_environment_from_its_definition_to_its_end(tmp_path: Path, root: Pat
 def test_what_was_made_by_hand_is_left_alone(tmp_path: Path, root: Path) -> None:
     (root / "gptq").mkdir(parents=True)
     (root / "gptq/precious").write_text("")
-    for touch in (environments.create, environments.remove):
+    for touch in (env_builder.create, env_builder.remove):
         with pytest.raises(ZooError, match="made by hand"):
             touch("gptq")
     (root / "gptq/precious").unlink()
     (root / "gptq").rmdir()
     (root / "gptq").symlink_to(tmp_path)
     with pytest.raises(ZooError, match="made by hand"):
-        environments.remove("gptq")
+        env_builder.remove("gptq")
 
 
 def test_two_at_a_time_wait_for_one_another(tmp_path: Path) -> None:
@@ -161,12 +161,12 @@ def test_two_at_a_time_wait_for_one_another(tmp_path: Path) -> None:
 
     def second() -> None:
         inside.wait()
-        with environments.alone("mine", lambda line: waiting.set()):
+        with env_builder.alone("mine", lambda line: waiting.set()):
             order.append("second")
 
     other = threading.Thread(target=second)
     other.start()
-    with environments.alone("mine", print):
+    with env_builder.alone("mine", print):
         inside.set()
         assert waiting.wait(10), "it says that it waits"
         order.append("first")
@@ -222,7 +222,7 @@ def test_the_doctor_judges_a_recipe_by_its_environment(tmp_path: Path, root: Pat
 def test_identity_of_a_definition() -> None:
     """What is installed decides, not how it's described."""
     first = Definition(description="x", packages=("a",))
-    same = environments.folder_of("mine", first.model_copy(update={"description": "y"}))
-    assert same == environments.folder_of("mine", first)
-    assert environments.folder_of("mine", first.model_copy(update={"packages": ("a", "b")})) != same
-    assert environments.folder_of("mine", first.model_copy(update={"inherit": True})) != same
+    same = env_builder.folder_of("mine", first.model_copy(update={"description": "y"}))
+    assert same == env_builder.folder_of("mine", first)
+    assert env_builder.folder_of("mine", first.model_copy(update={"packages": ("a", "b")})) != same
+    assert env_builder.folder_of("mine", first.model_copy(update={"inherit": True})) != same

@@ -28,7 +28,7 @@ class Device(Frozen):
     processors: int = 1
 
 
-class Facts(Frozen):
+class MachineFacts(Frozen):
     """What a machine has, as found by ``probe``; bytes."""
 
     node: str
@@ -40,9 +40,9 @@ class Facts(Frozen):
     cpus: int
 
 
-def probe(workspace: Path, with_devices: bool = True) -> Facts:
+def probe(workspace: Path, with_devices: bool = True) -> MachineFacts:
     """Look at this machine. ``with_devices`` imports torch, which takes seconds."""
-    return Facts(
+    return MachineFacts(
         node=platform.node(),
         python=platform.python_version(),
         packages={name: version for name in sorted(_named()) if (version := _version(name))},
@@ -54,7 +54,7 @@ def probe(workspace: Path, with_devices: bool = True) -> Facts:
 
 
 def answer(request: str) -> str:
-    """``Facts`` beside the workspace that is named, both as JSON: how a process of its own is asked."""
+    """``MachineFacts`` beside the workspace that is named, both as JSON: how a process of its own is asked."""
     return probe(Path(json.loads(request)["workspace"])).model_dump_json()
 
 
@@ -64,7 +64,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "platform": platform.machine(), **found}
 
 
-def problems(facts: Facts, recipe: Recipe) -> list[str]:
+def problems(facts: MachineFacts, recipe: Recipe) -> list[str]:
     """All that the machine lacks for a recipe, each with the command that mends it. Pure."""
     engine, runtime = ENGINES[recipe.engine], checking(recipe.format)
     needed = [*BASE_PACKAGES, *engine.packages, *FORMATS[recipe.format].needs]
