@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import doctor
+from pipeline import doctor, env_builder
 from pipeline.env_builder import Definition
 from pipeline.planning.plan import make_plan
 from pipeline.zoo import zoo
