@@ -1,24 +1,24 @@
 """Every error that quantmill raises on purpose.
 
     QuantmillError
-    ├── UserError (ValueError)        a person can mend it; never retried
+    ├── UserError (ValueError)        the user can fix it; never retried
     │   ├── ZooError                  the zoo file or the command line
     │   ├── ModelNotFound             no such repository, revision or folder
     │   ├── CheckpointError           files that are not a readable checkpoint
     │   ├── UnsupportedModel          no causal LM head, remote code, pickle weights
     │   ├── UnsupportedRecipe         a recipe that this model or runtime can't take
     │   ├── CalibrationError          unreadable text, too few samples
-    │   ├── PreflightError            what this machine lacks, all at once
-    │   └── HubRefused                token, permission, a repository changed by somebody else
+    │   ├── PreflightError            everything that this machine lacks
+    │   └── HubRefused                token, permission, a repository changed by someone else
     ├── NumericalError (ArithmeticError)   NaN or Inf in weights, activations or results
-    ├── DiskFull (OSError)            stops the job; space has to be made
-    ├── OutOfMemory (MemoryError)     host or device; the same again would fail again
-    └── TransientError                worth trying again as it is
+    ├── DiskFull (OSError)            stops the job; the user has to free space
+    ├── OutOfMemory (MemoryError)     host or device; an identical retry would fail, too
+    └── TransientError                a retry without changes may help
         ├── HubUnavailable            429, 5xx, resets, stalls
         ├── StageHung                 no end within many times its estimate
-        └── WorkerDied                the process or its node went away
+        └── WorkerDied                the process or its node ended
 
-A message names the thing, the value that was got, what was expected, and the remedy.
+A message names the thing, the actual value, what was expected, and the remedy.
 """
 
 from __future__ import annotations
