@@ -12,23 +12,20 @@ import heapq
 import itertools
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from pipeline.fleet.demand import demands
 from pipeline.fleet.leases import ASK_SECONDS, RENEW_SECONDS, Holder
-from pipeline.fleet.placement import Claim, Room, gigabytes, lacking, unmatched
-from pipeline.fleet.retry import Choices, Retry, RetryMode, decide
-from pipeline.fleet.sites import Fleet, RunWatcher, Site, environment, kind_of
-from pipeline.fleet.spreads import Spread
+from pipeline.fleet.placement import Claim, gigabytes
+from pipeline.fleet.retry import Retry, RetryMode, decide
+from pipeline.fleet.sites import Fleet, RunWatcher, Site, Sites
+from pipeline.fleet.spreads import Spread, parts_for
 from pipeline.fleet.steps import NETWORK_STAGES, JobRun, Step
 from pipeline.planning.plan import Plan
-from pipeline.planning.sizing import deadline_seconds, typical_seconds
+from pipeline.planning.sizing import deadline_seconds
 from workers.errors import DiskFull, PreflightError, WorkerDied
-from workers.machine.preflight import MachineFacts, problems
-from workers.spec.job import Failure, Part, PeakMemory, Stage, StageResult
-from workers.spec.recipes import Recipe
+from workers.spec.job import Failure, Part, Stage, StageResult
 from workers.spec.split import spreadable
 
 # Transfers of one kind at a time on one node: its line to the Hub is shared.
@@ -38,8 +35,6 @@ POLL_SECONDS = 0.5
 SURVEY_SECONDS = 60.0
 # How often a stage that doesn't fit yet lets others go first.
 PATIENCE = 16
-# How many jobs are looked at for one whose files fit the disk.
-LOOK_AHEAD = 64
 # A pass shorter than this is over before its parts' processes have started and met three times.
 SPREAD_SECONDS = 300.0
 # What comes first on a node: the stages of jobs that are nearly done.
@@ -85,20 +80,13 @@ class Driver:
         self.spread_seconds = spread_seconds
         self.jobs = [JobRun(index, job) for index, job in enumerate(plan.jobs)]
         self._demands = demands(plan)
+        self._sites = Sites(self.jobs, self._demands)
         self._fleet = fleet
         self.watchers = list(watchers)
         self._clock, self._sleep = clock, sleep
         self._holder, self._renewed = holder, 0.0
         self._held_elsewhere: list[tuple[float, int]] = []  # when to ask again, job
-        self._sites: dict[str, Site] = {}
-        self._kinds: dict[object, int] = {}
-        self._members: dict[int, list[str]] = {}
-        self._lacks: dict[tuple[int, str], list[str]] = {}
         self._work_left = sum(demand.work for demand in self._demands)
-        self._speed = 1.0
-        self._fastest: dict[int, float] = {}  # of the nodes that a job fits
-        self._queued: set[int] = set()
-        self._queues: dict[int, list[tuple[int, int, int]]] = {}
         self._stirred: set[str] = set()
         self._delayed: list[tuple[float, int, Step, RetryMode]] = []
         self._flying: dict[Step, Flight] = {}
@@ -107,7 +95,6 @@ class Driver:
         self._attempts: Counter[Key] = Counter()
         self._failed: defaultdict[Key, list[tuple[str, RetryMode]]] = defaultdict(list)
         self._spreads: dict[int, Spread] = {}
-        self._outgrown: dict[int, tuple[RetryMode, Room]] = {}  # where a job ran out of memory or disk
         self._order = itertools.count()
         self._surveyed = 0.0
 
@@ -115,7 +102,7 @@ class Driver:
 
     def run(self) -> None:
         """Run until nothing is left to do."""
-        self._queued = {run.index for run in self.jobs}
+        self._sites.queued = {run.index for run in self.jobs}
         self._survey()
         while True:
             self._wake()
@@ -126,16 +113,16 @@ class Driver:
             elif self._delayed or self._held_elsewhere:
                 due = [entry[0] for entry in self._delayed[:1]] + [when for when, _ in self._held_elsewhere[:1]]
                 self._sleep(max(0.0, min(min(due) - self._clock(), POLL_SECONDS)))
-            elif self._queued:
+            elif self._sites.queued:
                 self._refuse_rest()
             else:
                 return
-            if self._queued and self._clock() - self._surveyed > SURVEY_SECONDS:
+            if self._sites.queued and self._clock() - self._surveyed > SURVEY_SECONDS:
                 self._survey()
 
     def infeasible(self) -> list[tuple[JobRun, str]]:
         """The jobs that fit on no node there is, and why; starts nothing."""
-        self._queued = {run.index for run in self.jobs}
+        self._sites.queued = {run.index for run in self.jobs}
         self._survey()
         failures = [(run, artifact.failure) for run in self.jobs for artifact in run.artifacts.values()]
         return [(run, failure.message) for run, failure in failures if failure]
@@ -143,9 +130,9 @@ class Driver:
     def pulse(self) -> Pulse:
         """How the run goes now."""
         return Pulse(
-            queued=len(self._queued) + len(self._held_elsewhere),
+            queued=len(self._sites.queued) + len(self._held_elsewhere),
             running=dict(Counter(step.stage for step in self._flying)),
-            gpus=sum(site.room.node.gpus for site in self._sites.values()),
+            gpus=sum(site.room.node.gpus for site in self._sites.all()),
             busy_gpus=sum(flight.claim.gpus for flight in self._flying.values()),
         )
 
@@ -169,21 +156,21 @@ class Driver:
         run.made_elsewhere(holder.made(run.job))
         if run.job.orders:
             self._offer(run.index)
-            self._stirred |= set(self._sites)
+            self._stirred |= self._sites.names
         else:
             self._let_go(run)
 
     def _fill(self) -> None:
         """Give work to the nodes where something changed, until nothing more fits."""
         while self._stirred:
-            stirred, self._stirred = self._stirred & set(self._sites), set()
+            stirred, self._stirred = self._stirred & self._sites.names, set()
             hungry = [(self._sites[name].relative_load, name) for name in stirred]
             heapq.heapify(hungry)
-            while hungry and self._queued:
+            while hungry and self._sites.queued:
                 # The node that would be done first has the first choice.
                 _, name = heapq.heappop(hungry)
                 site = self._sites[name]
-                if site.wants_more and (index := self._next_job(site)) is not None:
+                if site.wants_more and (index := self._sites.next_job(site, self._horizon)) is not None:
                     self._place(self.jobs[index], name)
                     heapq.heappush(hungry, (site.relative_load, name))
             for name in sorted(stirred):
@@ -193,99 +180,29 @@ class Driver:
 
     def _survey(self) -> None:
         """See which nodes there are, and what new ones have; jobs that fit on none are told why."""
-        first, self._surveyed = not self._sites, self._clock()
+        self._surveyed = self._clock()
         nodes = {node.id: node for node in self._fleet.nodes() if node.cpus}
-        orphans = self._forget(set(self._sites) - set(nodes))
-        new = [node for name, node in nodes.items() if name not in self._sites]
-        if new:
-            wanted = sorted({None, *(environment(run.job) for run in self.jobs)}, key=str)
-            for name, facts in self._fleet.probe(new, wanted).items():
-                if isinstance(own := facts.get(None), MachineFacts):
-                    room = Room(nodes[name], own)
-                    kind = self._kinds.setdefault(kind_of(room, facts), len(self._kinds))
-                    self._sites[name] = Site(room, facts, kind)
-        before, self._members = set(self._members), {}
-        for name, site in self._sites.items():
-            self._members.setdefault(site.kind, []).append(name)
-        self._speed = sum(site.speed for site in self._sites.values())
-        changed = first or before != set(self._members)
-        if changed:
-            self._queues = {kind: [] for kind in self._members}
-        for index in sorted(self._queued) if changed else orphans:
+        orphans = self._forget(self._sites.names - set(nodes))
+        new = [node for name, node in nodes.items() if name not in self._sites.names]
+        probed = self._fleet.probe(new, self._sites.environments) if new else {}
+        changed = self._sites.add(nodes, probed)
+        for index in sorted(self._sites.queued) if changed else orphans:
             self._offer(index)
-        self._stirred = set(self._sites)
-
-    def _offer(self, index: int) -> None:
-        """Queue a job at each kind of nodes that it fits: first those with the least choice, then the longest."""
-        found = {kind: self._problems(index, self._sites[names[0]]) for kind, names in self._members.items()}
-        fitting = [kind for kind, lacks in found.items() if not lacks]
-        if not fitting:
-            self._queued.discard(index)
-            self._refuse(self.jobs[index], [line for lines in found.values() for line in lines])
-            return
-        self._queued.add(index)
-        self._fastest[index] = max(self._sites[self._members[kind][0]].room.speed for kind in fitting)
-        for kind in fitting:
-            heapq.heappush(self._queues[kind], (len(fitting), -self._demands[index].work, index))
-
-    def _problems(self, index: int, site: Site) -> list[str]:
-        """All that the site lacks for a job, whatever else runs there."""
-        job, demand, room = self.jobs[index].job, self._demands[index], site.room
-        node, facts = room.facts.node, site.facts.get(environment(job), "no answer")
-        if isinstance(facts, str):
-            return [f"{node}: {facts}"]
-        found = [line for order in job.orders for line in self._lacks_for(site, order.recipe, facts)]
-        found += lacking(room, demand.largest, demand.disk, f"{job.model.id!r}")
-        how, outgrown = self._outgrown.get(index, (RetryMode.SAME, room))
-        if how is RetryMode.LARGER and not room.larger_than(outgrown):
-            found.append(f"memory: no more on {node} than on {outgrown.facts.node}, where it ran out")
-        return list(dict.fromkeys(found))
+        self._stirred = self._sites.names
 
     @property
     def _horizon(self) -> float:
-        """How long all of the cluster takes for what is left."""
-        return self._work_left / self._speed
+        """Seconds of its own speed that all of the cluster takes for what is left."""
+        return self._work_left / self._sites.speed
 
-    def _lacks_for(self, site: Site, recipe: Recipe, facts: MachineFacts) -> list[str]:
-        """What sites of this kind lack for a recipe, whatever the model: packages, capabilities, labels."""
-        key = site.kind, recipe.name
-        if key not in self._lacks:
-            labels = site.room.node.labels
-            self._lacks[key] = problems(facts, recipe) + [
-                f"label {name} of {facts.node}: got {labels.get(name)!r}, expected {recipe.labels[name]!r} for recipe "
-                f"{recipe.name!r}"
-                for name in unmatched(labels, recipe.labels)
-            ]
-        return self._lacks[key]
-
-    def _next_job(self, site: Site) -> int | None:
-        """Take the first job in the queue whose files fit the site's disk now, and that won't be the last to end."""
-        queue, found = self._queues.get(site.kind, []), None
-        set_aside: list[tuple[int, int, int]] = []
-        while queue and found is None and len(set_aside) < LOOK_AHEAD:
-            entry = heapq.heappop(queue)
-            index = entry[2]
-            if index not in self._queued:
-                continue
-            speed = site.room.speed
-            until = site.relative_load + self._demands[index].work / speed
-            if speed < self._fastest[index] and until > self._horizon:
-                continue  # a faster node has it in its queue; what's left only gets less
-            if self._files_fit(index, site.room):
-                found = index
-            else:
-                set_aside.append(entry)
-        for entry in set_aside:
-            heapq.heappush(queue, entry)
-        return found
-
-    def _files_fit(self, index: int, room: Room) -> bool:
-        how, outgrown = self._outgrown.get(index, (RetryMode.SAME, room))
-        enough = how is not RetryMode.ROOMIER or room.roomier_than(outgrown)
-        return enough and self._demands[index].disk <= room.free_disk
+    def _offer(self, index: int) -> None:
+        """Queue a job at the nodes that it fits; one that fits none is told why."""
+        lines = self._sites.offer(index)
+        if lines is not None:
+            self._refuse(self.jobs[index], lines)
 
     def _place(self, run: JobRun, name: str) -> None:
-        self._queued.discard(run.index)
+        self._sites.queued.discard(run.index)
         if self._holder and not self._holder.hold(run.index, run.job):
             heapq.heappush(self._held_elsewhere, (self._clock() + ASK_SECONDS, run.index))
             return
@@ -307,13 +224,13 @@ class Driver:
     def _forget(self, gone: set[str]) -> list[int]:
         """Drop nodes that are gone; the jobs that waited there begin anew. What flies there comes back as failed."""
         for name in gone:
-            del self._sites[name]
+            self._sites.remove(name)
         flying = {step.job for step in self._flying}
         waiting = [run for run in self.jobs if run.node in gone and self._open[run.index]] if gone else []
         orphans = [run for run in waiting if run.index not in flying]
         for run in orphans:
             self._take_back(run)
-        self._queued.update(run.index for run in orphans if run.job.orders)
+        self._sites.queued.update(run.index for run in orphans if run.job.orders)
         return [run.index for run in orphans if run.job.orders]
 
     def _take_back(self, run: JobRun) -> None:
@@ -328,7 +245,7 @@ class Driver:
         self._take_back(run)
         if run.job.orders:
             self._offer(run.index)
-            self._stirred |= set(self._sites)
+            self._stirred |= self._sites.names
 
     # --------------------------------------------------------------------------------- which step, when
 
@@ -389,38 +306,29 @@ class Driver:
 
     def _spread(self, site: Site, step: Step) -> bool:
         """Spread a long pass over what else would be idle on its node; no job waits for it."""
-        run, demand, node = self.jobs[step.job], self._demands[step.job], site.room.node
-        slots = site.room.idle_cards if node.gpus else site.room.idle_cpus // node.cpus_per_stage
-        whole = step.stage == Stage.QUANTIZE and step.part is None and step not in self._alone
-        if not whole or slots < 2 or self._queued or self._held_elsewhere or not spreadable(run.job):
+        run, demand = self.jobs[step.job], self._demands[step.job]
+        if step in self._alone or self._sites.queued or self._held_elsewhere or not spreadable(run.job):
             return False
-        long = typical_seconds(demand.pass_work, node.cpus_per_stage, node.gpus) >= self.spread_seconds
-        holds = slots * demand.quantize.host <= site.room.host_memory and demand.gathered <= site.room.free_disk
-        if not long or not holds:
+        parts = parts_for(step, demand, site.room, self.spread_seconds)
+        if parts < 2:
             return False
-        spread = self._spreads[step.job] = Spread(step, slots, self._clock())
-        for part in sorted(spread.step("gather"), key=str):
-            self._make_ready(part, RetryMode.SAME)
+        self._spreads[step.job] = Spread(step, parts, self._clock())
+        self._make_parts_ready(self._spreads[step.job].begin("gather"))
         return True
+
+    def _make_parts_ready(self, parts: Iterable[Step]) -> None:
+        for part in sorted(parts, key=str):
+            self._make_ready(part, RetryMode.SAME)
 
     def _land_part(self, run: JobRun, step: Step, result: StageResult) -> StageResult | None:
         """Go on to the next part, or step; the whole stage's result once it's there, or one of its parts failed."""
         spread = self._spreads[run.index]
-        spread.out.discard(step)
-        spread.host_bytes = max(spread.host_bytes, result.memory.host)
-        spread.device_bytes = max(spread.device_bytes, result.memory.device)
-        if result.failure is None:
-            if spread.out:
-                return None
-            assert step.part is not None
-            following: dict[str, Literal["solve", "join"]] = {"gather": "solve", "solve": "join"}
-            if step.part.step in following:
-                for part in sorted(spread.step(following[step.part.step]), key=str):
-                    self._make_ready(part, RetryMode.SAME)
-                return None
+        spread.land(step, result)
+        if result.failure is None and not spread.through(step):
+            self._make_parts_ready(spread.following(step))
+            return None
         del self._spreads[run.index]
-        peak = PeakMemory(host=spread.host_bytes, device=spread.device_bytes)
-        return result.model_copy(update={"memory": peak, "seconds": self._clock() - spread.begun})
+        return result.model_copy(update={"memory": spread.memory, "seconds": self._clock() - spread.begun})
 
     def _start(self, name: str, site: Site, step: Step, claim: Claim) -> None:
         run, node, demand = self.jobs[step.job], site.room.node, self._demands[step.job]
@@ -481,30 +389,18 @@ class Driver:
     def _again(self, step: Step, failure: Failure, flight: Flight) -> Retry | None:
         history = self._failed[_key(step)]
         history.append((failure.kind, flight.how))
-        return decide(failure, history, self._choices(step.job, flight.site))
-
-    def _choices(self, index: int, name: str) -> Choices:
-        """What other nodes have to offer to a job that ran out of something on this one."""
-        here = self._sites.get(name)
-        if here is None:
-            return Choices()
-        fitting = {kind for kind, names in self._members.items() if not self._problems(index, self._sites[names[0]])}
-        others = [site.room for site in self._sites.values() if site.kind in fitting]
-        return Choices(
-            larger=any(other.larger_than(here.room) for other in others),
-            roomier=any(other.roomier_than(here.room) for other in others),
-        )
+        return decide(failure, history, self._sites.choices(step.job, flight.site))
 
     def _repeat(self, run: JobRun, step: Step, again: Retry, *, died: bool) -> None:
         if again.how in (RetryMode.LARGER, RetryMode.ROOMIER):
-            self._outgrown[run.index] = again.how, self._sites[run.node].room
+            self._sites.outgrew(run.index, again.how, run.node)
             self._begin_anew(run)
             return
         if died:
             self._survey()
             if step.generation != run.generation:
                 return
-            if run.node not in self._sites:
+            if run.node not in self._sites.names:
                 # Its files are gone with its node.
                 self._begin_anew(run)
                 return
@@ -519,15 +415,15 @@ class Driver:
 
     def _refuse_rest(self) -> None:
         """Nothing runs any more, and still these fit nowhere: what others wrote stays on the disks."""
-        most = max((site.room.free_disk for site in self._sites.values()), default=0)
-        for index in sorted(self._queued):
+        most = max((site.room.free_disk for site in self._sites.all()), default=0)
+        for index in sorted(self._sites.queued):
             run, disk = self.jobs[index], self._demands[index].disk
             message = (
                 f"disk: {gigabytes(most)} left on the roomiest node by what this run wrote, expected at least "
                 f"{gigabytes(disk)} for {run.job.model.id!r}; free some, and run the zoo again"
             )
             self._fail(run, Failure(kind=DiskFull.__name__, message=message))
-        self._queued.clear()
+        self._sites.queued.clear()
 
     def _fail(self, run: JobRun, failure: Failure) -> None:
         result = StageResult(stage=Stage.FETCH, failure=failure)
