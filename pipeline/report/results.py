@@ -1,4 +1,4 @@
-"""``results.json``: what a run leaves behind. Tools rely on these names; DESIGN.md of the project has the contract."""
+"""``results.json``: what a run leaves behind. Tools rely on these names; docs/results.md has the contract."""
 
 from __future__ import annotations
 
