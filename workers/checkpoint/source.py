@@ -1,4 +1,4 @@
-"""Checkpoints on disk: safetensors in, tensor by tensor; safetensors out, shard by shard, whole or not at all."""
+"""Checkpoints on disk, read: safetensors (or pickles, if allowed) tensor by tensor, and the files beside them."""
 
 from __future__ import annotations
 
