@@ -21,7 +21,7 @@ from workers.errors import OutOfMemory, PreflightError, QuantmillError, WorkerDi
 from workers.machine import child
 from workers.machine.preflight import MachineFacts, host_memory
 from workers.machine.warm import Parents
-from workers.run import Told, run_stage
+from workers.run import StageRequest, run_stage
 from workers.spec.job import Failure, Job, StageResult, stage_label
 from workers.transfer.pace import LocalPace
 
@@ -163,7 +163,7 @@ class Cluster:
             **_pinned(node.id),
         )
         sent = job.model_copy(update={"lean": True}) if claim.alone else job
-        told = Told(job=sent, stage=step.stage, recipe=step.recipe, part=step.part, seconds=seconds)
+        told = StageRequest(job=sent, stage=step.stage, recipe=step.recipe, part=step.part, seconds=seconds)
         where = Where(self._pace, python, node.cpus_per_stage if computing else 1)
         self._flying[call.remote(told.model_dump_json(), where, warm, *more)] = step, node.id
 
@@ -320,14 +320,14 @@ class Where:
 
 def transfer(request: str, where: Where, warm: tuple[str | None, str | None]) -> str:
     """A stage that moves files, in this process, which has the run's pace."""
-    told = Told.model_validate_json(request)
+    told = StageRequest.model_validate_json(request)
     pace = _SharedPace(where.pace)
     return run_stage(told.job, told.stage, told.recipe, pace, seconds=told.seconds).model_dump_json()
 
 
 def compute(request: str, where: Where, warm: tuple[str | None, str | None]) -> str:
     """A stage that computes, in a process of its own, whose end frees its memory and its card."""
-    told = Told.model_validate_json(request)
+    told = StageRequest.model_validate_json(request)
     try:
         ended = where.ask("workers.run:answer", request, warm)
     except (FileNotFoundError, PermissionError) as error:

@@ -13,7 +13,7 @@ from pipeline.loopback import LoopbackHub
 from tests.pipeline.runs import MODELS, by_key, command, write_zoo
 from tests.workers.jobs import job
 from workers.errors import PreflightError
-from workers.run import Told
+from workers.run import StageRequest
 from workers.spec.job import Stage, StageResult
 
 START = """
@@ -60,7 +60,9 @@ def test_jobs_go_to_the_nodes_of_a_cluster(tmp_path: Path) -> None:
 
 
 def test_a_stage_without_a_parent_runs_from_nothing_and_says_so(tmp_path: Path) -> None:
-    told = Told(job=job(MODELS / "llama-tiny", tmp_path, "bnb-nf4"), stage=Stage.FETCH, seconds=60).model_dump_json()
+    told = StageRequest(
+        job=job(MODELS / "llama-tiny", tmp_path, "bnb-nf4"), stage=Stage.FETCH, seconds=60
+    ).model_dump_json()
     for warm, note in (
         ((None, "not started warm: because"), "not started warm: because"),
         ((str(tmp_path / "socket"), None), f"not started warm: no parent at {tmp_path / 'socket'}"),
