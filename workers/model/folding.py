@@ -4,7 +4,7 @@ No architecture is hard-coded. One traced run of the layer gives the candidates 
 which matrices are siblings), and a second run proves them: with the source divided and its sinks multiplied by powers
 of two, which are exact in floating point, the layer must return the same bits. The powers differ by up to 2**40, so a
 nonlinearity between two linear layers (a clamp) shows on a few tokens. The layer computes in float32, whatever its own
-dtype, so that no product over- or underflows.
+dtype, whose range the powers don't exceed.
 """
 
 from __future__ import annotations

@@ -352,7 +352,7 @@ def _without_progress_bar() -> Iterator[None]:
 
 @contextmanager
 def _without_bias_adjustment(model: Any) -> Iterator[None]:
-    """Disable ``_adjust_bias``: it pads a head's bias that is tied anyway, and both have the embedding's length."""
+    """Disable ``_adjust_bias``, which pads a head's bias before tying: here both have the embedding's length."""
     original = model._adjust_bias
     model._adjust_bias = lambda *args: None
     try:

@@ -81,14 +81,14 @@ def note_smaller(maker: Maker, size: int, full: int) -> None:
         maker.fallbacks[note] = None
 
 
-class Keeping:
+class CheckpointTimer:
     """Decides when to checkpoint a pass: after enough work, and only while saving takes a small share of the time."""
 
     def __init__(self) -> None:
         self._begun = self._last = time.monotonic()
         self._spent = 0.0
 
-    def worth_it(self) -> bool:
+    def due(self) -> bool:
         now = time.monotonic()
         return now - self._last >= KEEPING_SECONDS and self._spent <= KEEPING_SHARE * (now - self._begun)
 

@@ -20,7 +20,7 @@ from workers.model.forward import Lanes, LoadedLayer, Streaming
 from workers.model.statistics import Observer
 from workers.model.text import calibration_tokens, load_tokenizer
 from workers.numerics.precision import coarse_forwards
-from workers.quantize.attempts import Keeping, Sizes, attempts, failed_artifact, failure_alone, note_smaller
+from workers.quantize.attempts import CheckpointTimer, Sizes, attempts, failed_artifact, failure_alone, note_smaller
 from workers.quantize.inputs import (
     CALIBRATION,
     OWN,
@@ -141,12 +141,12 @@ class _Pass:
             groups = self._groups(streaming, size)
             if state is not None and groups:
                 folder.replay(state, groups)
-            keeping = Keeping()
+            timer = CheckpointTimer()
             for layer in streaming.layers(state.layers if state else 0):
                 self._visit(layer, groups)
-                if layer.index + 1 < len(self._streamed.layers) and keeping.worth_it():
-                    with keeping.timed():
-                        self._keep(folder, layer.index + 1, size, groups)
+                if layer.index + 1 < len(self._streamed.layers) and timer.due():
+                    with timer.timed():
+                        self._checkpoint(folder, layer.index + 1, size, groups)
             if REFERENCE in groups:
                 reference.store(self._tokens.reference, groups[REFERENCE].outputs())
 
@@ -208,7 +208,7 @@ class _Pass:
         self._streamed.free_layer(layer.index)
         self._streamed.load_layer(layer.index, layer.tensors)
 
-    def _keep(self, folder: PassFolder, layers: int, size: int, groups: dict[str, Lanes]) -> None:
+    def _checkpoint(self, folder: PassFolder, layers: int, size: int, groups: dict[str, Lanes]) -> None:
         """Checkpoint the pass after a layer, if the layer returns only tensors."""
         prints = {order.recipe.name: order.fingerprint for order in self._orders}
         try:

@@ -37,7 +37,7 @@ from workers.model.forward import Lanes, LoadedLayer, Streaming
 from workers.model.loading import StreamedModel
 from workers.model.statistics import Observer, inputs_of
 from workers.numerics.precision import coarse_forwards
-from workers.quantize.attempts import Keeping, Sizes, attempts, failed_artifact, failure_alone, note_smaller
+from workers.quantize.attempts import CheckpointTimer, Sizes, attempts, failed_artifact, failure_alone, note_smaller
 from workers.quantize.gathered import Log, Recorder, replay, tensors_of
 from workers.quantize.inputs import (
     CALIBRATION,
@@ -63,11 +63,11 @@ def gather(job: Job, folder: Path, part: int, parts: int) -> None:
         UnsupportedRecipe: a recipe can't be spread.
         QuantmillError: an error that concerns all artifacts: the model, the text, the device.
     """
-    home = SpreadFolder(job, parts)
-    if home.gathered(part) is not None or not existing_artifacts(job)[1]:
+    spread_folder = SpreadFolder(job, parts)
+    if spread_folder.gathered(part) is not None or not existing_artifacts(job)[1]:
         return
     with Source(folder, allow_pickle=job.model.allow_pickle) as source:
-        _Gathering(job, folder, source, home, part).run()
+        _Gathering(job, folder, source, spread_folder, part).run()
 
 
 def solve(job: Job, folder: Path, part: int, parts: int) -> None:
@@ -78,14 +78,14 @@ def solve(job: Job, folder: Path, part: int, parts: int) -> None:
         TransientError: not all parts have gathered.
         QuantmillError: an error that concerns all artifacts: broken activations, the device.
     """
-    home = SpreadFolder(job, parts)
+    spread_folder = SpreadFolder(job, parts)
     _, orders = existing_artifacts(job)
     if not orders:
         return
     if any(order.recipe.calibrated for order in orders):
-        home.require_gathered()
+        spread_folder.require_gathered()
     with Source(folder, allow_pickle=job.model.allow_pickle) as source:
-        _Solving(job, source, open_model(job, folder, source), home, orders).run(part)
+        _Solving(job, source, open_model(job, folder, source), spread_folder, orders).run(part)
 
 
 def join(job: Job, folder: Path, parts: int) -> tuple[tuple[ArtifactMade, ...], int]:
@@ -95,15 +95,15 @@ def join(job: Job, folder: Path, parts: int) -> tuple[tuple[ArtifactMade, ...], 
         UnsupportedRecipe: a recipe can't be spread.
         TransientError: a layer is missing.
     """
-    home = SpreadFolder(job, parts)
+    spread_folder = SpreadFolder(job, parts)
     done, orders = existing_artifacts(job)
     with Source(folder, allow_pickle=job.model.allow_pickle) as source:
         if orders:
-            home.join_reference()
+            spread_folder.join_reference()
             streamed = open_model(job, folder, source)
             for order in orders:
-                done[order.recipe.name] = _joined(job, order, source, streamed, home)
-        home.clear()
+                done[order.recipe.name] = _joined(job, order, source, streamed, spread_folder)
+        spread_folder.clear()
         return tuple(done[order.recipe.name] for order in job.orders), source.bytes
 
 
@@ -125,7 +125,7 @@ class Agreement(Frozen):
         return batches[slice_of(len(batches), part, parts)]
 
 
-class Gathered(Frozen):
+class GatherRecord(Frozen):
     """Record of a part that has gathered: tokens per micro-batch used, and the full size before memory ran out."""
 
     micro_batch_tokens: int
@@ -182,14 +182,14 @@ class SpreadFolder:
         """File of a part's share of the reference."""
         return reference.ReferenceFile(self._path / "reference" / f"{part:05d}.safetensors")
 
-    def note_gathered(self, part: int, record: Gathered) -> None:
+    def note_gathered(self, part: int, record: GatherRecord) -> None:
         """Record that a part has gathered."""
         write_text(self._record(part), record.model_dump_json())
 
-    def gathered(self, part: int) -> Gathered | None:
+    def gathered(self, part: int) -> GatherRecord | None:
         """A part's record; None if it hasn't gathered."""
         record = self._record(part)
-        return Gathered.model_validate_json(record.read_text()) if record.is_file() else None
+        return GatherRecord.model_validate_json(record.read_text()) if record.is_file() else None
 
     def require_gathered(self) -> None:
         """Refuse a calibration with missing parts.
@@ -242,19 +242,19 @@ class SpreadFolder:
 class _Gathering:
     """Streams one part of the texts through the model."""
 
-    def __init__(self, job: Job, folder: Path, source: Source, home: SpreadFolder, part: int) -> None:
-        self._job, self._home, self._part = job, home, part
+    def __init__(self, job: Job, folder: Path, source: Source, spread_folder: SpreadFolder, part: int) -> None:
+        self._job, self._spread_folder, self._part = job, spread_folder, part
         self._recipes = [order.recipe for order in job.orders]
         self._streamed = open_model(job, folder, source)
         self._tokens = Tokens(job, folder, list(job.orders), self._streamed.dtype)
         self._full = batching.micro_batch_tokens(self._streamed, self._tokens.longest)
-        self._agreed = home.agree(
+        self._agreed = spread_folder.agree(
             Agreement(micro_batch_tokens=self._full, reference=str(self._tokens.reference.path.absolute()))
         )
 
     def run(self) -> None:
         """Run the part through all layers."""
-        with locked_pass_folder(self._home.gathering(self._part)) as folder:
+        with locked_pass_folder(self._spread_folder.gathering(self._part)) as folder:
             sizes = Sizes(self._full, self._tokens.longest, self._job.lean)
             attempts(folder, sizes, partial(self._attempt, folder), lambda: None)
             folder.clear()
@@ -266,15 +266,15 @@ class _Gathering:
             groups = self._groups(streaming, size)
             if state is not None and groups:
                 folder.replay(state, groups)
-            keeping = Keeping()
+            timer = CheckpointTimer()
             for layer in streaming.layers(state.layers if state else 0) if groups else ():
                 self._visit(layer, groups)
-                if layer.index + 1 < len(self._streamed.layers) and keeping.worth_it():
-                    with keeping.timed():
-                        _keep(folder, layer.index + 1, size, groups)
+                if layer.index + 1 < len(self._streamed.layers) and timer.due():
+                    with timer.timed():
+                        _checkpoint(folder, layer.index + 1, size, groups)
             if REFERENCE in groups:
-                reference.store(self._home.reference(self._part), groups[REFERENCE].outputs())
-        self._home.note_gathered(self._part, Gathered(micro_batch_tokens=size, full=self._full))
+                reference.store(self._spread_folder.reference(self._part), groups[REFERENCE].outputs())
+        self._spread_folder.note_gathered(self._part, GatherRecord(micro_batch_tokens=size, full=self._full))
 
     def _groups(self, streaming: Streaming, size: int) -> dict[str, Lanes]:
         groups: dict[str, Lanes] = {}
@@ -287,14 +287,14 @@ class _Gathering:
         return groups
 
     def _share(self, tokens_NT: Tensor, size: int) -> list[Tensor]:
-        whole = self._agreed.share(tokens_NT, self._part, self._home.parts)
+        whole = self._agreed.share(tokens_NT, self._part, self._spread_folder.parts)
         return [batch for tokens in whole for batch in reference.micro_batches(tokens, size)]
 
     def _visit(self, layer: LoadedLayer, groups: Mapping[str, Lanes]) -> None:
         folds: list[Fold] = []
         if PROBE in groups:
             # All parts advance the probe; each part uses it on its own layers only.
-            if layer.index % self._home.parts == self._part:
+            if layer.index % self._spread_folder.parts == self._part:
                 folds = folds_of(self._streamed, layer, groups[PROBE])
             groups[PROBE].advance()
         if CALIBRATION in groups:
@@ -304,7 +304,7 @@ class _Gathering:
 
     def _record(self, layer: LoadedLayer, lanes: Lanes, folds: list[Fold]) -> None:
         assert self._job.calibration is not None
-        log_file = self._home.seen(layer.index, self._part)
+        log_file = self._spread_folder.seen(layer.index, self._part)
         log_file.parent.mkdir(parents=True, exist_ok=True)
         inputs = inputs_of(self._streamed, layer.index)
         with LayerWriter(tensors_of(log_file)) as writer:
@@ -315,7 +315,7 @@ class _Gathering:
         write_text(log_file, log.model_dump_json())
 
 
-def _keep(folder: PassFolder, layers: int, size: int, groups: Mapping[str, Lanes]) -> None:
+def _checkpoint(folder: PassFolder, layers: int, size: int, groups: Mapping[str, Lanes]) -> None:
     """Checkpoint the gathering after a layer, if the layer returns only tensors."""
     try:
         states = {name: group_state(lanes, lanes.last_outputs()) for name, lanes in groups.items()}
@@ -331,25 +331,25 @@ class _Solving:
     """Solves layers separately; skips layers that are solved already."""
 
     def __init__(
-        self, job: Job, source: Source, streamed: StreamedModel, home: SpreadFolder, orders: list[Order]
+        self, job: Job, source: Source, streamed: StreamedModel, spread_folder: SpreadFolder, orders: list[Order]
     ) -> None:
-        self._job, self._source, self._streamed, self._home = job, source, streamed, home
+        self._job, self._source, self._streamed, self._spread_folder = job, source, streamed, spread_folder
         self._makers: list[Maker] = []
         for order in orders:
-            if home.solved(order).failure() is None and (maker := self._maker(order)) is not None:
+            if spread_folder.solved(order).failure() is None and (maker := self._maker(order)) is not None:
                 self._makers.append(maker)
 
     def _maker(self, order: Order) -> Maker | None:
         """The maker for an order; None on an error, which ``join`` reports."""
         try:
-            return _maker(self._job, order, self._streamed, self._source, self._home)
+            return _maker(self._job, order, self._streamed, self._source, self._spread_folder)
         except Exception as error:
             failure_alone(order, error)
             return None
 
     def run(self, part: int) -> None:
         """Solve the layers of a part."""
-        mine = layers_of(self._work(), part, self._home.parts)
+        mine = layers_of(self._work(), part, self._spread_folder.parts)
         todo = [layer for layer in mine if self._lacking(layer)]
         keys = [self._streamed.keys_of_layer(layer) for layer in todo]
         with torch.inference_mode(), ReadAhead(self._source, keys) as ahead:
@@ -369,7 +369,7 @@ class _Solving:
         return work
 
     def _lacking(self, layer: int) -> list[Maker]:
-        return [maker for maker in self._makers if not self._home.solved(maker.order).has(layer)]
+        return [maker for maker in self._makers if not self._spread_folder.solved(maker.order).has(layer)]
 
     def _make(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
         makers = self._lacking(layer)
@@ -385,15 +385,15 @@ class _Solving:
         magnitudes = any(maker.order.recipe.needs.magnitudes for maker in makers)
         observer, folds = observer_of(self._job.calibration, magnitudes=magnitudes), list[Fold]()
         with observer.gathering(inputs_of(self._streamed, layer)), coarse_forwards():
-            for part in range(self._home.parts):
-                log_file = self._home.seen(layer, part)
+            for part in range(self._spread_folder.parts):
+                log_file = self._spread_folder.seen(layer, part)
                 log = Log.model_validate_json(log_file.read_text())
                 folds += replay(log, tensors_of(log_file), observer, self._streamed.device)
         observer.check(layer)
         return observer, folds
 
     def _make_for(self, maker: Maker, work: LayerWork) -> None:
-        solved, before = self._home.solved(maker.order), maker.seconds
+        solved, before = self._spread_folder.solved(maker.order), maker.seconds
         try:
             with maker.timed(), solved.writer(work.index) as writer:
                 fallbacks = maker.layer_into(writer, work)
@@ -407,13 +407,15 @@ class _Solving:
 # --------------------------------------------------------------------------------------------- join
 
 
-def _joined(job: Job, order: Order, source: Source, streamed: StreamedModel, home: SpreadFolder) -> ArtifactMade:
+def _joined(
+    job: Job, order: Order, source: Source, streamed: StreamedModel, spread_folder: SpreadFolder
+) -> ArtifactMade:
     """Assemble one artifact from its layers."""
-    solved = home.solved(order)
+    solved = spread_folder.solved(order)
     if failure := solved.failure():
         return failed_artifact(order, failure, 0.0)
     try:
-        maker = _maker(job, order, streamed, source, home)
+        maker = _maker(job, order, streamed, source, spread_folder)
     except Exception as error:
         return failed_artifact(order, failure_alone(order, error), 0.0)
     by_index = [solved.layer(layer) for layer in range(len(streamed.layers))]
@@ -423,20 +425,20 @@ def _joined(job: Job, order: Order, source: Source, streamed: StreamedModel, hom
         raise TransientError(f"recipe {order.recipe.name!r}: no part has made layers {lacking[:5]}; solve them")
     try:
         with maker.timed():
-            return _whole(maker, layers, home)
+            return _whole(maker, layers, spread_folder)
     except Exception as error:
         return failed_artifact(order, failure_alone(order, error), maker.seconds)
     finally:
         maker.release()
 
 
-def _whole(maker: Maker, layers: Sequence[SolvedLayer], home: SpreadFolder) -> ArtifactMade:
+def _whole(maker: Maker, layers: Sequence[SolvedLayer], spread_folder: SpreadFolder) -> ArtifactMade:
     maker.begin()
-    home.note_smaller(maker)
+    spread_folder.note_smaller(maker)
     for layer in layers:
         maker.adopt(layer.tensors, layer.fallbacks, layer.seconds)
     return maker.finish()
 
 
-def _maker(job: Job, order: Order, streamed: StreamedModel, source: Source, home: SpreadFolder) -> Maker:
-    return maker_class(order.recipe)(job, order, streamed, source, home.making(order))
+def _maker(job: Job, order: Order, streamed: StreamedModel, source: Source, spread_folder: SpreadFolder) -> Maker:
+    return maker_class(order.recipe)(job, order, streamed, source, spread_folder.making(order))

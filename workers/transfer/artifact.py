@@ -59,17 +59,17 @@ class Artifact:
             raise CheckpointError(f"artifact {self.folder}: {path} changed since it was verified; run its zoo again")
 
 
-class Recorded(BaseModel):
+class PublishedFiles(BaseModel):
     """The part of a published manifest, of any version, that identifies its files."""
 
     fingerprint: str
     files: dict[str, FileEntry]
 
 
-def recorded(text: bytes) -> Recorded | None:
+def published_files(text: bytes) -> PublishedFiles | None:
     """Parse that part of a manifest's text; None if it is invalid."""
     try:
-        return Recorded.model_validate_json(text)
+        return PublishedFiles.model_validate_json(text)
     except ValidationError:
         return None
 

@@ -20,7 +20,7 @@ from workers.errors import HubRefused, HubUnavailable, ZooError
 from workers.spec.base import Frozen
 from workers.spec.job import Destination, Manifest
 from workers.spec.workspace import MANIFEST
-from workers.transfer.artifact import Artifact, Recorded, recorded
+from workers.transfer.artifact import Artifact, PublishedFiles, published_files
 from workers.transfer.filesystems import FileSystem
 from workers.transfer.pace import Pace
 from workers.transfer.revisions import day_tag, newest, tag_name
@@ -87,8 +87,8 @@ class FolderStore:
     def manifest(self, repo_id: str, revision: str) -> bytes | None:
         """The manifest of a revision, if the revision is complete."""
         text = self._files.read(f"{repo_id}/{revision}/{MANIFEST}")
-        contents = recorded(text) if text is not None else None
-        return text if contents is not None and not self._odd(repo_id, revision, contents) else None
+        contents = published_files(text) if text is not None else None
+        return text if contents is not None and not self._differing(repo_id, revision, contents) else None
 
     def decide(self, repo_id: str, artifact: Artifact, to: Destination, today: date) -> FolderChange:
         """The remaining actions to publish an artifact.
@@ -165,14 +165,14 @@ class FolderStore:
             return None
         text = self._files.read(f"{repo_id}/{main.revision}/{MANIFEST}")
         if text is None or hashlib.sha256(text).hexdigest() != main.manifest_sha256:
-            odd = [MANIFEST]
+            differing = [MANIFEST]
         else:
-            contents = recorded(text)
-            odd = self._odd(repo_id, main.revision, contents) if contents else [MANIFEST]
-        if odd:
+            contents = published_files(text)
+            differing = self._differing(repo_id, main.revision, contents) if contents else [MANIFEST]
+        if differing:
             raise HubRefused(
-                f"publish {repo_id}: somebody else changed {odd[:5]} in {main.revision} since quantmill published it; "
-                "keep the changes elsewhere and undo them, or use --force (publish.force)"
+                f"publish {repo_id}: somebody else changed {differing[:5]} in {main.revision} since quantmill "
+                "published it; keep the changes elsewhere and undo them, or use --force (publish.force)"
             )
         return main
 
@@ -201,7 +201,7 @@ class FolderStore:
             return None
         return [*sorted(set(artifact.sizes) - set(sizes) - {MANIFEST}), MANIFEST]
 
-    def _odd(self, repo_id: str, revision: str, contents: Recorded) -> list[str]:
+    def _differing(self, repo_id: str, revision: str, contents: PublishedFiles) -> list[str]:
         """Files whose presence or size differs from the manifest."""
         sizes = self._files.sizes(f"{repo_id}/{revision}")
         sizes.pop(MANIFEST, None)

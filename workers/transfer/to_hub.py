@@ -16,7 +16,7 @@ from workers.errors import HubRefused, HubUnavailable, ModelNotFound
 from workers.spec.job import Destination, Manifest
 from workers.spec.workspace import MANIFEST
 from workers.transfer import hub
-from workers.transfer.artifact import Artifact, Recorded, recorded
+from workers.transfer.artifact import Artifact, PublishedFiles, published_files
 from workers.transfer.hub import hub_errors, read_file
 from workers.transfer.pace import Pace
 from workers.transfer.patience import PUBLISH_SECONDS, Patience, transfer_seconds
@@ -206,7 +206,7 @@ class _Publisher:
         if MANIFEST not in files:
             return tuple(sorted(files))
         manifest_text = self._read(MANIFEST, head)
-        contents = recorded(manifest_text) if manifest_text is not None else None
+        contents = published_files(manifest_text) if manifest_text is not None else None
         if contents is None:
             return (MANIFEST,)
         published = tags.get(tag_name(contents.fingerprint))
@@ -223,7 +223,7 @@ class _Publisher:
         before = self._tree(published)
         return tuple(sorted(p for p in {*files, *before} - HUB_OWN_FILES if files.get(p) != before.get(p)))
 
-    def _differs(self, path: str, head: str, files: Mapping[str, str], contents: Recorded) -> bool:
+    def _differs(self, path: str, head: str, files: Mapping[str, str], contents: PublishedFiles) -> bool:
         if path not in files or path not in contents.files:
             return True
         sha256 = contents.files[path].sha256

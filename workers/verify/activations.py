@@ -20,7 +20,7 @@ MOST_CLIPPED = 0.01
 
 
 @dataclass
-class Rounded:
+class RoundingCounts:
     """Number of rounded inputs per module, and how many of them were clipped."""
 
     values: dict[str, int] = field(default_factory=dict)
@@ -44,12 +44,12 @@ class Rounded:
 
 
 @contextmanager
-def rounded_inputs(streamed: StreamedModel, artifact: Source | Decoded) -> Iterator[Rounded]:
+def rounded_inputs(streamed: StreamedModel, artifact: Source | Decoded) -> Iterator[RoundingCounts]:
     """Round the inputs of ``streamed``'s linear modules as ``artifact`` declares, while the context lasts.
 
     Inputs of experts that transformers fuses aren't rounded.
     """
-    seen = Rounded()
+    counts = RoundingCounts()
     with ExitStack() as stack:
         if isinstance(artifact, Decoded):
             kind = streamed.device.partition(":")[0]
@@ -59,9 +59,9 @@ def rounded_inputs(streamed: StreamedModel, artifact: Source | Decoded) -> Itera
                 rounding = artifact.input_rounding(weight.module, kind)
                 if rounding is not None:
                     module = streamed.model.get_submodule(weight.input.parameter.rpartition(".")[0])
-                    note = partial(seen.note, weight.module)
+                    note = partial(counts.note, weight.module)
                     stack.callback(module.register_forward_pre_hook(_before(rounding, note)).remove)
-        yield seen
+        yield counts
 
 
 def _before(

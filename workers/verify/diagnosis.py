@@ -21,7 +21,7 @@ ROWS = 256
 # Minimum gain in dB by correcting a fault: half or a quarter of the noise. Refitting alone gains at most 1 to 2.
 GAIN, LARGE_GAIN = 3.0, 6.0
 # Minimum SQNR in dB after correcting a fault for the fault to be reported.
-MENDED = 6.0
+MIN_CORRECTED_SQNR = 6.0
 # Number of inputs that share a fitted scale: at most the group size of any format.
 GROUP = 16
 # SQNR in dB below which the noise is stronger than the signal.
@@ -58,7 +58,7 @@ def diagnose(want_OI: Tensor, got_OI: Tensor, others: Callable[[], Iterable[tupl
     sqnr_of_rows = sqnr_db(want_RI, got_RI)
     for fault, least, undone_RI in _corrections(want_OI, got_OI, rows_R, want_RI, got_RI):
         improvement = sqnr_db(want_RI, undone_RI) - sqnr_of_rows
-        if improvement > max(least, gain) and sqnr_of_rows + improvement > MENDED:
+        if improvement > max(least, gain) and sqnr_of_rows + improvement > MIN_CORRECTED_SQNR:
             best, gain = fault, improvement
     if not best and sqnr < LOST + LARGE_GAIN:
         best, gain = _other(got_RI, rows_R, sqnr_of_rows, others)
