@@ -119,7 +119,7 @@ class Estimates:
 
 
 def alike(source: PinnedModel) -> tuple[object, ...]:
-    """Cache key: sources with equal keys get the same estimates and fit the same recipes. Tensors compare by identity."""
+    """Cache key: sources with equal keys share estimates and fit the same recipes. Tensors compare by identity."""
     return id(source.tensors), *(str(source.config.get(name)) for name in CONFIG)
 
 
@@ -292,7 +292,7 @@ def _bytes_for_each_token(source: PinnedModel, shape: Shape, longest: int) -> in
 
 
 def _activations(source: PinnedModel, shape: Shape, longest: int, tokens: int) -> int:
-    """Bytes of a micro-batch in the widest layer, with attention scores (counted as ``workers.model.batching`` does)."""
+    """Bytes of a micro-batch in the widest layer, with attention scores (as ``workers.model.batching`` counts)."""
     widths = [
         sum(sum(tensor.shape) for tensor in layer if len(tensor.shape) == 2 and EXPERT_ONE.search(tensor.name) is None)
         for layer, _ in shape.layers

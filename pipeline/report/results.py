@@ -140,7 +140,7 @@ def _artifact(cell: PlannedArtifact, job: JobRun | None, run: ArtifactRun | None
     manifest = cell.standing or run.manifest
     status, reason = _status(cell, job, run)
     path = artifact_folder(job.job.workspace, cell.order) if job else None
-    record = run.made
+    record = run.record
     return ArtifactEntry(
         model=cell.source.pin.id,
         revision=cell.source.pin.revision,
