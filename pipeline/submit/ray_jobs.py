@@ -144,16 +144,16 @@ class JobsClient:
             raise TransientError(f"{self.address}: no answer: {str(reason) or type(reason).__name__}") from error
 
     def _refusal(self, path: str, code: int, text: str) -> QuantmillError:
-        detail = (text.strip().splitlines() or [""])[-1][:500]
+        line = (text.strip().splitlines() or [""])[-1][:500]
         if code in (401, 403):
             return ZooError(
-                f"--address: {self.address} wants Ray's token, got {code} ({detail}); set RAY_AUTH_TOKEN to the cluster's"
+                f"--address: {self.address} wants Ray's token, got {code} ({line}); set RAY_AUTH_TOKEN to the cluster's"
             )
         if code == 404:
             return _NotFound(f"--address: {self.address}{path} doesn't exist; name the dashboard of a Ray head")
         if code >= 500 or code == 429:
-            return TransientError(f"{self.address}: answered {code}: {detail}")
-        return ZooError(f"--address: {self.address}{path} answered {code}: {detail}")
+            return TransientError(f"{self.address}: answered {code}: {line}")
+        return ZooError(f"--address: {self.address}{path} answered {code}: {line}")
 
 
 class _NotFound(ZooError):
