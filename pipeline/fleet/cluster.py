@@ -267,7 +267,7 @@ class _SharedLeases:
         self._actor = actor
 
     def take(self, owner: str, keys: Sequence[str]) -> bool:
-        """See ``Leases``. True if the actor doesn't answer: publishing is idempotent, so a second maker does no harm."""
+        """See ``Leases``. True if the actor doesn't answer: publishing is idempotent, so making it twice is safe."""
         import ray
 
         try:
