@@ -35,7 +35,7 @@ POLL_SECONDS = 0.5
 SURVEY_SECONDS = 60.0
 # How many times others may overtake a stage that doesn't fit yet, before the node drains for it.
 PATIENCE = 16
-# Shorter passes aren't spread: starting and synchronising the parts' processes three times takes longer than it saves.
+# Shorter passes aren't spread: they end before the parts' processes would have started and synchronised three times.
 SPREAD_SECONDS = 300.0
 # Priority of stages on a node, lowest number first: later stages come before earlier ones.
 URGENCY = {Stage.PUBLISH: 1, Stage.KEEP: 1, Stage.VERIFY: 2, Stage.QUANTIZE: 3, Stage.FETCH: 4}

@@ -46,7 +46,7 @@ class MetricsEntry(Frozen):
 
 
 class RuntimeEntry(Frozen):
-    """The library that loaded the artifact, and how far its logits were from ours."""
+    """The library that loaded the artifact, and the largest difference between its logits and ours."""
 
     name: str
     version: str
