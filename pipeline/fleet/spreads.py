@@ -1,4 +1,4 @@
-"""A pass that is spread over the slots of one node: whether it is worth it, and how far its parts are."""
+"""Spread a pass over the slots of one node: decide whether it pays, and track its parts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ FOLLOWING: dict[str, PartStep] = {"gather": "solve", "solve": "join"}
 
 
 def parts_for(step: Step, demand: Demand, room: Room, least_seconds: float) -> int:
-    """Over how many slots of a node a stage is worth spreading; 1 where it isn't. Pure.
+    """Number of slots of a node to spread a stage over; 1: don't spread. Pure.
 
-    Only a whole pass of ``least_seconds`` or more is, if its parts fit the host's memory and what they gather the disk.
+    Only a whole pass of ``least_seconds`` or more is spread, if its parts fit host memory and their files the disk.
     """
     node = room.node
     slots = room.idle_cards if node.gpus else room.idle_cpus // node.cpus_per_stage
@@ -31,7 +31,7 @@ def parts_for(step: Step, demand: Demand, room: Room, least_seconds: float) -> i
 
 @dataclass
 class Spread:
-    """The pass of one job over several slots of its node: in three steps, each of whose parts have to be through."""
+    """One job's pass, spread over several slots of its node in three steps; a step starts when the last has ended."""
 
     whole: Step
     parts: int
@@ -40,23 +40,23 @@ class Spread:
     memory: PeakMemory = field(default_factory=PeakMemory)
 
     def begin(self, name: PartStep) -> set[Step]:
-        """All parts of a step, which are then running."""
+        """Mark all parts of a step as running, and return them."""
         count = 1 if name == "join" else self.parts
         self.running = {replace(self.whole, part=Part(step=name, index=i, of=self.parts)) for i in range(count)}
         return set(self.running)
 
     def land(self, step: Step, result: StageResult) -> None:
-        """A part has ended."""
+        """Record that a part has ended, and its peak memory."""
         self.running.discard(step)
         peak = result.memory
         self.memory = PeakMemory(host=max(self.memory.host, peak.host), device=max(self.memory.device, peak.device))
 
     def through(self, step: Step) -> bool:
-        """Whether the part that has ended was the last of the last step."""
+        """Whether this ended part was the last one of the last step."""
         assert step.part is not None, "parts alone land here"
         return not self.running and step.part.step not in FOLLOWING
 
     def following(self, step: Step) -> set[Step]:
-        """The parts that begin now that this one has ended: none while others of its step run."""
+        """The parts of the next step after this one has ended; empty while other parts of its step run."""
         assert step.part is not None, "parts alone land here"
         return set() if self.running else self.begin(FOLLOWING[step.part.step])
