@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.quantmill-setup
 OUT ?= runs
 # Tests of one file stay together, for they share what was made for them.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup quickstart test test-gpu test-slow walk night check lint types contracts tables bench constraints clean
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from traceback import walk_tb
 from types import TracebackType
 from typing import Any, Self
 
@@ -31,6 +32,19 @@ STAGES_OF_A_PROCESS, TRANSFERS_OF_A_PROCESS = 1000, 32
 LOOK_SECONDS = 5.0
 # Timeouts of calls to actors, of probing a node (an environment's first start takes a while), and of closing parents.
 ACTOR_SECONDS, PROBE_SECONDS, CLOSE_SECONDS = 60.0, 300.0, 5.0
+# The embedded Ray shares its cores with what else the machine does: it's given ten times what it gives itself, for its
+# own limits are an idle machine's. Where an operator set one, that holds.
+SLOW_START = {
+    "RAY_raylet_start_wait_time_s": "300",  # else ray.init gives up after a fixed 30 s
+    "RAY_gcs_server_port_wait_time_s": "300",
+    "RAY_gcs_server_request_timeout_seconds": "300",
+    "RAY_py_gcs_connect_timeout_s": "300",
+    "RAY_agent_register_timeout_ms": "600000",  # a node without its agents ends itself
+    "RAY_worker_register_timeout_seconds": "600",  # a worker that imports for longer is killed, and started again
+    "RAY_health_check_timeout_ms": "60000",
+}
+# A start that gave up all the same is tried again, unless it took as long as this.
+STARTS, STARTING_SECONDS = 2, 250.0
 
 
 class Cluster:
@@ -56,19 +70,13 @@ class Cluster:
         self._interpreters: dict[tuple[str, str], str] = {}  # by node and environment
         self._pace: Any = None
         try:
-            ray.init(
-                address=address or "local",
-                include_dashboard=False if address is None else None,
-                logging_level="ERROR",
-                log_to_driver=False,
-                configure_logging=False,
-                **(_whole_machine() if address is None else {}),
-            )
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            self._end_parents()
             if address is None:
-                raise QuantmillError(f"Ray doesn't start on this machine ({error}); see `quantmill doctor`") from error
-            raise ZooError(f"--address: no Ray cluster there, got {address!r} ({error}); start one") from error
+                _start_embedded()
+            else:
+                _connect(address)
+        except BaseException:
+            self._end_parents()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -226,6 +234,62 @@ def _set_up_environment(embedded: bool) -> None:
         # By default a local start writes ~/.ray/auth_token, which other clusters of this user then require.
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(16)
+    if embedded:
+        for name, value in SLOW_START.items():
+            os.environ.setdefault(name, value)
+
+
+def _start_embedded() -> None:
+    """Start Ray on this machine, however slow that is.
+
+    Raises:
+        QuantmillError: it doesn't start.
+    """
+    begun = time.monotonic()
+    for left in reversed(range(STARTS)):
+        try:
+            _init("local", include_dashboard=False, **_whole_machine())
+            return
+        except Exception as error:  # Ray raises bare ones
+            _end_half_started(error)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            if not left or time.monotonic() - begun > STARTING_SECONDS:
+                raise QuantmillError(
+                    f"Ray doesn't start on this machine ({reason}); see `quantmill doctor`, and Ray's own logs in "
+                    "/tmp/ray/session_latest/logs"
+                ) from error
+            print(f"Ray didn't start ({reason}); trying again", file=sys.stderr, flush=True)
+
+
+def _connect(address: str) -> None:
+    """Connect to a cluster that runs already.
+
+    Raises:
+        ZooError: there's none.
+    """
+    try:
+        _init(address)
+    except Exception as error:
+        raise ZooError(f"--address: no Ray cluster there, got {address!r} ({error}); start one") from error
+
+
+def _init(address: str, **more: Any) -> None:
+    import ray
+
+    ray.init(address=address, logging_level="ERROR", log_to_driver=False, configure_logging=False, **more)
+
+
+def _end_half_started(error: BaseException) -> None:
+    """End what a failed start left running: Ray forgets its node then, which only the error's own frames still know."""
+    import ray
+    from ray._private.node import Node as RayNode
+
+    ray.shutdown()
+    for frame, _ in walk_tb(error.__traceback__):
+        node = frame.f_locals.get("self")
+        if isinstance(node, RayNode) and hasattr(node, "all_processes"):
+            node.kill_all_processes(check_alive=False, allow_graceful=True)
+            return
 
 
 def _whole_machine() -> dict[str, Any]:

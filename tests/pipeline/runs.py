@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.limits import GONE_SECONDS, RUN_SECONDS
+
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "tests/zoo/models"
 TEXT = ROOT / "tests/zoo/text"
@@ -38,7 +40,7 @@ def command(zoo: Path, out: Path) -> list[str]:
     return [sys.executable, "-m", "pipeline.cli", "run", str(zoo), "--out", str(out)]
 
 
-def run(zoo: Path, out: Path, seconds: float = 280) -> tuple[int, str, dict[str, Any]]:
+def run(zoo: Path, out: Path, seconds: float = RUN_SECONDS) -> tuple[int, str, dict[str, Any]]:
     """Run a zoo to its end; returns exit code, stdout, and the content of results.json."""
     done = subprocess.run(
         command(zoo, out), capture_output=True, text=True, timeout=seconds, cwd=out.parent, check=False
@@ -64,7 +66,7 @@ def stop_when(zoo: Path, out: Path, said: str, number: signal.Signals) -> tuple[
             break
     rest = process.stdout.read()
     process.stdout.close()
-    return process.wait(60), printed + rest, mark
+    return process.wait(GONE_SECONDS), printed + rest, mark
 
 
 def marked_processes(mark: str, but: tuple[str, ...] = ()) -> list[int]:
