@@ -12,6 +12,7 @@ from pipeline import doctor, env_builder
 from pipeline.env_builder import Definition
 from pipeline.planning.plan import make_plan
 from pipeline.zoo import zoo
+from tests.limits import SOON_SECONDS
 from tests.pipeline.runs import MODELS, ROOT
 from workers.errors import PreflightError, ZooError
 from workers.machine.environments import RECORD, interpreter
@@ -168,9 +169,9 @@ def test_two_at_a_time_wait_for_one_another(tmp_path: Path) -> None:
     other.start()
     with env_builder.alone("mine", print):
         inside.set()
-        assert waiting.wait(10), "it says that it waits"
+        assert waiting.wait(SOON_SECONDS), "it says that it waits"
         order.append("first")
-    other.join(10)
+    other.join(SOON_SECONDS)
     assert order == ["first", "second"]
 
 

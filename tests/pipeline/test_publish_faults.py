@@ -1,9 +1,10 @@
 """Publishing on a bad day, in small; tests/bench/bench_publish.py does it at length."""
 
-import time
 from pathlib import Path
 
 from tests.bench import bench_publish
+from tests.limits import SOON_SECONDS
+from tests.pipeline.runs import wait_for
 
 
 def test_publishes_through_failing_requests_are_whole_and_single(tmp_path: Path) -> None:
@@ -30,8 +31,5 @@ def test_the_reader_would_see_a_torn_state(tmp_path: Path) -> None:
         api.create_repo("acme/torn")
         with bench_publish.Reader(server.endpoint, {"acme/torn": [one]}) as reader:
             api.upload_file(path_or_fileobj=one.folder / "README.md", path_in_repo="README.md", repo_id="acme/torn")
-            for _ in range(100):
-                if reader.torn:
-                    break
-                time.sleep(0.05)
+            assert wait_for(lambda: bool(reader.torn), SOON_SECONDS)
     assert reader.torn[0] == "acme/torn: ['README.md']"

@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.loopback import LoopbackHub
 from pipeline.loopback.faults import Fault, FaultRequest
+from tests.limits import RUN_SECONDS
 from tests.pipeline.runs import MODELS, by_key, command, write_zoo
 
 
@@ -54,7 +55,9 @@ def test_the_publishers_of_a_run_share_its_limits(tmp_path: Path) -> None:
 
 
 def run(zoo: Path, folder: Path) -> dict[str, object]:
-    done = subprocess.run(command(zoo, folder / "runs"), capture_output=True, text=True, check=False, timeout=250)
+    done = subprocess.run(
+        command(zoo, folder / "runs"), capture_output=True, text=True, check=False, timeout=RUN_SECONDS
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     loaded: dict[str, object] = json.loads(Path(done.stdout.strip().splitlines()[-2]).read_text())
     return loaded

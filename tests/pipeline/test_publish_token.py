@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.loopback import LoopbackHub
 from pipeline.loopback.faults import Fault, FaultRequest
+from tests.limits import RUN_SECONDS
 from tests.pipeline.runs import MODELS, ROOT, command, write_zoo
 from tests.workers.published import artifact
 from workers.transfer.hub import connect
@@ -69,7 +70,7 @@ def test_no_failure_of_a_publish_tells_the_token(tmp_path: Path, token: str) -> 
     done = subprocess.run(
         [sys.executable, "-c", PUBLISH, str(tmp_path), token],
         env={**os.environ, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, check=False, timeout=200,
+        capture_output=True, text=True, check=False, timeout=RUN_SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout.split()[-1]) >= 20, "most of them fail"
@@ -101,8 +102,9 @@ def test_a_whole_run_leaves_the_token_nowhere(tmp_path: Path, ray_folder: Path) 
             **os.environ, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home"), "RAY_TMPDIR": str(ray_folder),
         }  # fmt: skip
         done = subprocess.run(
-            command(zoo, tmp_path / "runs"), env=environment, capture_output=True, text=True, check=False, timeout=250
-        )
+            command(zoo, tmp_path / "runs"),
+            env=environment, capture_output=True, text=True, check=False, timeout=RUN_SECONDS,
+        )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
     with LoopbackHub(tmp_path / "hub") as server:
         assert connect(server.endpoint).repo_exists("acme/llama-tiny-bnb-nf4"), "the token was what let it write"

@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.loopback import LoopbackHub
 from pipeline.report.results import Results
+from tests.limits import AGENTS_SECONDS, GONE_SECONDS, SOON_SECONDS
 from tests.pipeline.runs import MODELS, by_key, marked_processes, run, stop_when, wait_for, write_zoo
 
 RECIPES = "bnb-nf4, gptq-w4-g128"
@@ -162,7 +163,7 @@ def connect_card(endpoint: str, artifact: str) -> dict[str, Any]:
     found = read_file(connect(endpoint), f"acme/{artifact}", "README.md")
     assert found is not None
     answer = httpx2.post(
-        f"{endpoint}/api/validate-yaml", json={"content": found[0].decode(), "repoType": "model"}, timeout=10
+        f"{endpoint}/api/validate-yaml", json={"content": found[0].decode(), "repoType": "model"}, timeout=SOON_SECONDS
     )
     assert answer.json()["errors"] == []
     loaded: dict[str, Any] = yaml.safe_load(found[0].decode().split("---\n")[1])
@@ -177,7 +178,7 @@ def test_a_stopped_run_leaves_no_process_and_is_finished_by_the_next(tmp_path: P
     code, printed, mark = stop_when(zoo, tmp_path / "runs", "rtn-w4-g128: verifying", number)
     # Ray's own agents of a killed driver give up after a minute without their head; the workers go at once.
     agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent") if number == signal.SIGKILL else ()
-    assert wait_for(lambda: not marked_processes(mark, agents), 30), marked_processes(mark, agents)
+    assert wait_for(lambda: not marked_processes(mark, agents), GONE_SECONDS), marked_processes(mark, agents)
     if number == signal.SIGINT:
         assert code == 130, printed
         stopped = json.loads(Path(printed.strip().splitlines()[-2]).read_text())
@@ -189,7 +190,7 @@ def test_a_stopped_run_leaves_no_process_and_is_finished_by_the_next(tmp_path: P
     assert code == 0, printed
     assert {entry["status"] for entry in results["artifacts"]} == {"published"}
     assert {path: path.stat().st_mtime_ns for path in made} == made, "what was made before was made again"
-    assert wait_for(lambda: not marked_processes(mark), 120), marked_processes(mark)
+    assert wait_for(lambda: not marked_processes(mark), AGENTS_SECONDS), marked_processes(mark)
 
 
 def test_a_dry_run_starts_nothing(tmp_path: Path) -> None:

@@ -7,28 +7,61 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from pipeline import checking
+from pipeline.cli.main import main
 from tests.workers.faults import PLANTED
 from tests.workers.jobs import ZOO, job
+from workers.machine.warm import Parents
 from workers.run import run_stage
 from workers.spec.job import Stage
 from workers.spec.workspace import artifact_folder
 
 LLAMA, MOE = ZOO / "models" / "llama-tiny", ZOO / "models" / "qwen3-moe-tiny"
+Verify = Callable[..., tuple[int, str]]
 TEXT = ZOO / "text" / "heldout.txt"
 
 
-def verify(checkpoint: Path | str, reference: Path | str, out: Path, *more: str) -> tuple[int, str]:
-    command = [sys.executable, "-m", "pipeline.cli", "verify", str(checkpoint), "--reference", str(reference)]
-    command += ["--text", str(TEXT), "--tokens", "2048", "--sequence-length", "256", "--out", str(out), *more]
+def words(checkpoint: Path | str, reference: Path | str, out: Path, *more: str) -> list[str]:
+    asked = ["verify", str(checkpoint), "--reference", str(reference), "--text", str(TEXT), "--tokens", "2048"]
+    return [*asked, "--sequence-length", "256", "--out", str(out), *more]
+
+
+def verify_in_a_process(*asked: Any) -> tuple[int, str]:
+    command = [sys.executable, "-m", "pipeline.cli", *words(*asked)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"})
     return done.returncode, done.stdout + done.stderr
+
+
+class Lent:
+    """Parents that go on when whoever had them is done."""
+
+    def __init__(self, parents: Parents) -> None:
+        self.address = parents.address
+
+    def close(self) -> None:
+        """They're another's."""
+
+
+@pytest.fixture
+def verify(parents: Parents, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
+    """The command in this process, with parents that have imported already; the rest runs in forks of theirs."""
+    monkeypatch.setattr(checking, "Parents", lambda: Lent(parents))
+
+    def call(*asked: Any) -> tuple[int, str]:
+        done = CliRunner(env={"COLUMNS": "200"}).invoke(main, words(*asked))
+        assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+        return done.exit_code, done.output
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +76,15 @@ def test_a_checkpoint_of_bitsandbytes_is_accepted_and_the_table_says_by_what(tmp
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     AutoModelForCausalLM.from_pretrained(LLAMA, quantization_config=config).save_pretrained(tmp_path / "nf4")
     AutoTokenizer.from_pretrained(LLAMA).save_pretrained(tmp_path / "nf4")
-    code, said = verify(tmp_path / "nf4", LLAMA, tmp_path)
+    code, said = verify_in_a_process(tmp_path / "nf4", LLAMA, tmp_path)
     assert code == 0, said
     for words in ("28 of 28 linear layers", "KL divergence", "95 % bound", "transformers 5", "goes on, 1", "noisiest"):
         assert words in said
     assert "ACCEPT by the gates of nf4" in said
 
 
-def test_another_tools_mixture_that_transformers_loads_at_random_is_rejected(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_another_tools_mixture_that_transformers_loads_at_random_is_rejected(verify: Verify, tmp_path: Path) -> None:
     """gptqmodel's own GPTQ of a mixture of experts: right by its codes, and loaded silently wrong."""
     code = (
         "import sys, torch\nfrom gptqmodel import GPTQModel\nfrom gptqmodel.quantization.config import GPTQConfig\n"
@@ -69,7 +103,7 @@ def test_another_tools_mixture_that_transformers_loads_at_random_is_rejected(tmp
     assert "REGRESSION" in said
 
 
-def test_a_method_that_transformers_does_not_know_is_rejected(ours: Path, tmp_path: Path) -> None:
+def test_a_method_that_transformers_does_not_know_is_rejected(verify: Verify, ours: Path, tmp_path: Path) -> None:
     """As modelopt writes it: a quant_method that is ignored, and scales that are left over."""
     folder = Path(shutil.copytree(ours, tmp_path / "made"))
     config = json.loads((folder / "config.json").read_text())
@@ -82,7 +116,7 @@ def test_a_method_that_transformers_does_not_know_is_rejected(ours: Path, tmp_pa
     assert any("quant_method 'modelopt'" in reason for reason in verdict["reasons"])
 
 
-def test_experts_under_other_names_are_rejected(tmp_path: Path) -> None:
+def test_experts_under_other_names_are_rejected(verify: Verify, tmp_path: Path) -> None:
     """As llm-compressor writes Mixtral: the experts by names that the model's own loader doesn't look for."""
     folder = Path(shutil.copytree(MOE, tmp_path / "made"))
     tensors = load_file(folder / "model.safetensors")
@@ -94,7 +128,7 @@ def test_experts_under_other_names_are_rejected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["scales shifted by one group", "a truncated shard"])
-def test_a_fault_in_a_checkpoint_of_ours_is_named(fault: str, ours: Path, tmp_path: Path) -> None:
+def test_a_fault_in_a_checkpoint_of_ours_is_named(verify: Verify, fault: str, ours: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(ours, tmp_path / "made"))
     PLANTED[fault].plant(folder)
     code, said = verify(folder, LLAMA, tmp_path)
@@ -102,7 +136,7 @@ def test_a_fault_in_a_checkpoint_of_ours_is_named(fault: str, ours: Path, tmp_pa
     assert PLANTED[fault].said in said
 
 
-def test_the_tokenizer_counts_by_what_it_does(ours: Path, tmp_path: Path) -> None:
+def test_the_tokenizer_counts_by_what_it_does(verify: Verify, ours: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(ours, tmp_path / "made"))
     AutoTokenizer.from_pretrained(LLAMA).save_pretrained(folder)  # other bytes, the same tokenizer
     PLANTED["another tokenizer"].plant(folder)
@@ -111,7 +145,7 @@ def test_the_tokenizer_counts_by_what_it_does(ours: Path, tmp_path: Path) -> Non
     assert "the tokenizer differs from the source's: tokens of the held-out text, vocabulary" in said
 
 
-def test_the_reference_itself_is_no_quantized_checkpoint(tmp_path: Path) -> None:
+def test_the_reference_itself_is_no_quantized_checkpoint(verify: Verify, tmp_path: Path) -> None:
     code, said = verify(LLAMA, LLAMA, tmp_path)
     assert code == 1
     assert "ANOMALOUS by the gates of w8" in said
@@ -127,7 +161,7 @@ def test_the_reference_itself_is_no_quantized_checkpoint(tmp_path: Path) -> None
     ],
 )
 def test_what_is_not_the_checkpoints_fault_is_no_verdict(
-    checkpoint: Any, reference: Any, more: tuple[str, ...], said: str, tmp_path: Path
+    verify: Verify, checkpoint: Any, reference: Any, more: tuple[str, ...], said: str, tmp_path: Path
 ) -> None:
     code, output = verify(checkpoint, reference, tmp_path, *more)
     assert code == 2

@@ -63,7 +63,6 @@ NO_DEFAULT = (
 
 REFUSED = {name for name, family in FAMILIES.items() if family.refused}
 SUPPORTED = [family for family in families() if family not in REFUSED]
-pytestmark = pytest.mark.timeout(200)
 
 
 def marked(names: list[str]) -> list[object]:

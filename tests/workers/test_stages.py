@@ -18,6 +18,8 @@ LLAMA = ZOO / "models" / "llama-tiny"
 MOE = ZOO / "models" / "qwen3-moe-tiny"
 GPT2 = ZOO / "models" / "gpt2-tiny"
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 
 def quantize(of: Job) -> StageResult:
     return run_stage(of, Stage.QUANTIZE)

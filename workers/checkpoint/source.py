@@ -1,4 +1,4 @@
-"""Reads checkpoints on disk tensor by tensor, from safetensors or pickles, and copies their companion files."""
+"""Checkpoints on disk, read: safetensors (or pickles, if allowed) tensor by tensor, and the files beside them."""
 
 from __future__ import annotations
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from workers.checkpoint.source import copy_companions
 from workers.errors import OutOfMemory, UnsupportedRecipe, WorkerDied
+from workers.machine import child
 from workers.machine.environments import interpreter
 from workers.machine.files import write_text
 from workers.spec.engines import Engine, WholeProgress, WholeRequest
@@ -76,18 +77,18 @@ def _stored(tokens_NT: Tensor | None, scratch: Path) -> str | None:
 def _ask(engine: Engine, request: WholeRequest, progress: Callable[[float], None]) -> WholeProgress:
     """Run the engine's process; return its last line."""
     assert engine.script is not None, "engines without a script take part in the pass"
-    python = str(interpreter(engine.environment)) if engine.environment else sys.executable
+    command, environment = child.script(engine.script, interpreter(engine.environment) if engine.environment else None)
     last = WholeProgress()
     with tempfile.TemporaryFile("w+") as complaints:
         with subprocess.Popen(
-            [python, "-m", engine.script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, text=True
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, text=True
         ) as process:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.write(request.model_dump_json() + "\n")
-            process.stdin.close()
-            for last in _lines(process.stdout):
-                progress(last.share)
+            try:
+                for last in _answers(process, request):
+                    progress(last.share)
+            except BaseException:
+                process.kill()  # it would be waited for
+                raise
         complaints.seek(0)
         reason = (complaints.read().strip().splitlines() or [f"exit code {process.returncode}"])[-1]
     if process.returncode == -9:
@@ -99,9 +100,14 @@ def _ask(engine: Engine, request: WholeRequest, progress: Callable[[float], None
     return last
 
 
-def _lines(stream: Iterator[str]) -> Iterator[WholeProgress]:
-    """The engine's answers; other lines, printed by libraries, are skipped."""
-    for line in stream:
+def _answers(process: subprocess.Popen[str], request: WholeRequest) -> Iterator[WholeProgress]:
+    """The engine's answers to a request; lines that its library prints in between are skipped."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with suppress(BrokenPipeError):  # a process that ended at once is told by its exit code
+        process.stdin.write(request.model_dump_json() + "\n")
+        process.stdin.close()
+    for line in process.stdout:
         try:
             yield WholeProgress.model_validate_json(line)
         except ValidationError:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from workers.checkpoint.source import Header, TensorSource
 from workers.errors import CheckpointError, UnsupportedModel
+from workers.spec.families import family_of
 
 
 @dataclass(frozen=True)
@@ -196,16 +197,17 @@ def build_on_meta(folder: Path, dtype: torch.dtype, trust_remote_code: bool = Fa
     Raises:
         UnsupportedModel: transformers has no causal LM for the config.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         config.use_cache = False
         # A quantized checkpoint is decoded before its tensors get here.
         if hasattr(config, "quantization_config"):
             del config.quantization_config
+        loader = getattr(transformers, family_of(config.model_type).loader)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = loader.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, ImportError, OSError) as error:
         raise UnsupportedModel(f"model {folder.name!r}: transformers builds no causal LM of it ({error})") from error
     if hasattr(model, "set_experts_implementation"):
@@ -217,12 +219,18 @@ def build_on_meta(folder: Path, dtype: torch.dtype, trust_remote_code: bool = Fa
 def find_layers(model: nn.Module) -> tuple[str, list[nn.Module]]:
     """Find the decoder's layers and the name of their list: the outermost ModuleList with the most parameters.
 
-    Lists of the text model are preferred over those of image and audio models, however large these are.
+    Lists of the text model are preferred over those of image and audio models, however large these are; the row of the
+    model's family may name the module that holds the text model.
 
     Raises:
         UnsupportedModel: the model has no such list.
     """
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    prefix = family_of(getattr(getattr(model, "config", None), "model_type", None)).text_prefix
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and name.startswith(f"{prefix}." if prefix else "")
+    ]
     outermost = [
         (name, module) for name, module in lists if not any(name.startswith(other + ".") for other, _ in lists)
     ]

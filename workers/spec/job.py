@@ -1,6 +1,6 @@
 """The data model of a job: a worker's requests and results.
 
-Frozen, unknown keys refused, validated once at the edge (STYLE.md 1). No torch, no ray: the driver imports it.
+Frozen, unknown keys refused, validated once at the edge (docs/style.md 1). No torch, no ray: the driver imports it.
 """
 
 from __future__ import annotations

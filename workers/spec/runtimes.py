@@ -62,7 +62,7 @@ class Runtime:
     name: str
     distribution: str
     rules: Mapping[str, Rule]
-    snippet: Callable[[str], str]
+    snippet: Callable[[str, str], str]
     entry: str | None = None
     environment: str | None = None
     packages: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -163,10 +163,10 @@ _TRANSFORMERS: dict[str, Rule] = {
 }
 
 
-def _with_transformers(repo: str) -> str:
+def _with_transformers(repo: str, loader: str) -> str:
     return (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{repo}")\n'
+        f"from transformers import {loader}, AutoTokenizer\n\n"
+        f'model = {loader}.from_pretrained("{repo}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n'
     )
 
@@ -234,7 +234,7 @@ def _not_conv1d(scheme: Scheme, kinds: LayerKinds) -> str | None:
     return "are Conv1D, which weren't tried" if kinds.conv1d else None
 
 
-def _with_vllm(repo: str) -> str:
+def _with_vllm(repo: str, loader: str) -> str:
     return f'from vllm import LLM\n\nllm = LLM("{repo}")\n'
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from workers.spec.families import DEFAULT_LOADER
 from workers.spec.job import Dataset, Job, Order, Verdict
 from workers.spec.layers import LayerKinds
 from workers.spec.recipes import Recipe, words
@@ -26,14 +27,16 @@ def render_card(
     environment: Mapping[str, str],
     fallbacks: tuple[str, ...],
     kinds: LayerKinds,
+    loader: str = DEFAULT_LOADER,
 ) -> str:
     """Render ``README.md`` of an artifact; metadata of the card in the ``source`` folder is inherited.
 
-    ``kinds`` are the kinds of the quantized layers: other runtimes' support depends on them.
+    ``kinds`` are the kinds of the quantized layers: other runtimes' support depends on them. ``loader`` is
+    transformers' class for the family.
     """
     metadata = card_metadata(job, order, read_metadata(source / "README.md"), verdict)
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
-    return f"---\n{front}---\n\n{_body(job, order, verdict, environment, fallbacks, kinds)}"
+    return f"---\n{front}---\n\n{_body(job, order, verdict, environment, fallbacks, kinds, loader)}"
 
 
 def read_metadata(card: Path) -> dict[str, Any]:
@@ -104,6 +107,7 @@ def _body(
     environment: Mapping[str, str],
     fallbacks: tuple[str, ...],
     kinds: LayerKinds,
+    loader: str = DEFAULT_LOADER,
 ) -> str:
     name = Path(job.model.id).name
     recipe = order.recipe
@@ -115,8 +119,8 @@ def _body(
         "## Measured\n",
         _measured(verdict),
         "## Load it\n",
-        _loading(recipe, repo),
-        *_other_runtimes(recipe, repo, kinds),
+        _loading(recipe, repo, loader),
+        *_other_runtimes(recipe, repo, kinds, loader),
     ]
     if fallbacks:
         parts += ["## Deviations from the recipe\n", "".join(f"- {line}\n" for line in fallbacks)]
@@ -129,13 +133,13 @@ def _body(
     return "\n".join(parts)
 
 
-def _loading(recipe: Recipe, repo: str) -> str:
+def _loading(recipe: Recipe, repo: str, loader: str) -> str:
     """How to load it in the runtime that it was checked in."""
     runtime = checking(recipe.format)
-    return f"```\n{runtime.install(recipe.format)}\n```\n\n```python\n{runtime.snippet(repo)}```\n"
+    return f"```\n{runtime.install(recipe.format)}\n```\n\n```python\n{runtime.snippet(repo, loader)}```\n"
 
 
-def _other_runtimes(recipe: Recipe, repo: str, kinds: LayerKinds) -> Iterator[str]:
+def _other_runtimes(recipe: Recipe, repo: str, kinds: LayerKinds, loader: str) -> Iterator[str]:
     """What is known about the runtimes that it wasn't checked in."""
     for runtime in RUNTIMES.values():
         if runtime is checking(recipe.format) or recipe.format not in runtime.rules:
@@ -146,7 +150,7 @@ def _other_runtimes(recipe: Recipe, repo: str, kinds: LayerKinds) -> Iterator[st
         else:
             yield (
                 f"Not checked in {runtime.name}; files of this scheme and format were read by {runtime.tried}:\n\n"
-                f"```\n{runtime.install(recipe.format)}\n```\n\n```python\n{runtime.snippet(repo)}```\n"
+                f"```\n{runtime.install(recipe.format)}\n```\n\n```python\n{runtime.snippet(repo, loader)}```\n"
             )
 
 

@@ -125,8 +125,9 @@ def _seal(
     environment = versions()
     with Source(source_folder, allow_pickle=job.model.allow_pickle) as source:
         reference_bytes = source.bytes
-        kinds = kinds_of(order.recipe, _headers(source), conv1d=_family(source_folder).conv1d)
-    card = render_card(job, order, source_folder, verdict, environment, record.fallbacks, kinds)
+        family = _family(source_folder)
+        kinds = kinds_of(order.recipe, _headers(source), conv1d=family.conv1d)
+    card = render_card(job, order, source_folder, verdict, environment, record.fallbacks, kinds, family.loader)
     write_text(folder / "README.md", card)
     files = {
         str(path.relative_to(folder)): FileEntry(sha256=file_sha256(path), size=path.stat().st_size)

@@ -16,6 +16,7 @@ from statistics import median
 import pytest
 
 from pipeline.zoo import shipped
+from tests.limits import AGENTS_SECONDS, GONE_SECONDS, NIGHT_TEST_SECONDS
 from tests.pipeline.runs import MARK, MODELS, TEXT, command, marked_processes, wait_for
 
 ALL = ("bnb-nf4", "bnb-fp4", "bnb-int8", "rtn-w4-g128", "fp8-dynamic", "fp8-static", "gptq-w4-g128", "awq-w4-g128",
@@ -97,7 +98,7 @@ class Killer(threading.Thread):
 
     def stop(self) -> None:
         self._over.set()
-        self.join(20)
+        self.join(GONE_SECONDS)
 
 
 def weights_published(hub: Path) -> dict[str, dict[str, str]]:
@@ -119,7 +120,7 @@ def verify_seconds(runs: Path) -> list[float]:
 
 
 @pytest.mark.night
-@pytest.mark.timeout(7200)
+@pytest.mark.timeout(NIGHT_TEST_SECONDS)
 def test_a_run_in_chaos_makes_what_a_quiet_one_makes(tmp_path: Path) -> None:
     draw = random.Random(0)
     retrained(MODELS / "llama-tiny", tmp_path / "llama-twin", 1)
@@ -151,7 +152,7 @@ def test_a_run_in_chaos_makes_what_a_quiet_one_makes(tmp_path: Path) -> None:
             )
             if code not in (0, -signal.SIGKILL):
                 print(said[-1500:])
-            assert wait_for(lambda mark=mark: not marked_processes(mark), 150), marked_processes(mark)  # type: ignore[misc]
+            assert wait_for(lambda mark=mark: not marked_processes(mark), AGENTS_SECONDS), marked_processes(mark)  # type: ignore[misc]
         assert code == 0, f"{name}: not done after {runs} runs"
         if name == "quiet":
             # Most of what is killed ends the run: with kills much closer than this, no stage would ever end.

@@ -4,13 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
 
-from pipeline.fleet.cluster import Where, compute
+from pipeline.fleet.cluster import SLOW_START, Where, compute
 from pipeline.loopback import LoopbackHub
-from tests.pipeline.runs import MODELS, by_key, command, write_zoo
+from tests.limits import GONE_SECONDS, RUN_SECONDS
+from tests.pipeline.runs import MARK, MODELS, by_key, command, marked_processes, wait_for, write_zoo
 from tests.workers.jobs import job
 from workers.errors import PreflightError
 from workers.run import StageRequest
@@ -29,7 +31,7 @@ cluster.shutdown()
 
 @pytest.mark.slow
 def test_jobs_go_to_the_nodes_of_a_cluster(tmp_path: Path) -> None:
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    environment = {**os.environ, **SLOW_START, "RAY_AUTH_MODE": "disabled"}
     zoo = write_zoo(tmp_path, [str(MODELS / "llama-tiny"), str(MODELS / "gpt2-tiny")], "bnb-fp4")
     head = subprocess.Popen(
         [sys.executable, "-c", START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
@@ -56,13 +58,12 @@ def test_jobs_go_to_the_nodes_of_a_cluster(tmp_path: Path) -> None:
     finally:
         head.stdin.close()
         head.stdout.close()
-        assert head.wait(60) == 0
+        assert head.wait(GONE_SECONDS) == 0
 
 
 def test_a_stage_without_a_parent_runs_from_nothing_and_says_so(tmp_path: Path) -> None:
-    told = StageRequest(
-        job=job(MODELS / "llama-tiny", tmp_path, "bnb-nf4"), stage=Stage.FETCH, seconds=60
-    ).model_dump_json()
+    stage_job = job(MODELS / "llama-tiny", tmp_path, "bnb-nf4")
+    told = StageRequest(job=stage_job, stage=Stage.FETCH, seconds=RUN_SECONDS).model_dump_json()
     for warm, note in (
         ((None, "not started warm: because"), "not started warm: because"),
         ((str(tmp_path / "socket"), None), f"not started warm: no parent at {tmp_path / 'socket'}"),
@@ -73,3 +74,64 @@ def test_a_stage_without_a_parent_runs_from_nothing_and_says_so(tmp_path: Path) 
         assert result.notes == ((note,) if note else ())
     with pytest.raises(PreflightError, match="/nowhere/python doesn't start any more"):
         compute(told, Where(None, "/nowhere/python", 1), (None, None))
+
+
+STARTS = """
+import os, sys
+from pathlib import Path
+from pipeline.fleet import cluster
+from workers.errors import QuantmillError
+cluster._set_up_environment(embedded=True)
+import ray
+from ray._private import services
+
+how, folder = sys.argv[1], Path(sys.argv[2])
+get_node, asked = services.get_node, []
+
+def gives_up(*arguments):
+    asked.append(arguments)
+    if how == "never" or len(asked) == 1:
+        raise Exception("The current node timed out\\nduring startup.")
+    return get_node(*arguments)
+
+if how == "slowly":
+    slow = folder / "raylet"
+    slow.write_text(f'#!/bin/sh\\nsleep 40\\nexec {services.RAYLET_EXECUTABLE} "$@"\\n')
+    slow.chmod(0o755)
+    services.RAYLET_EXECUTABLE = str(slow)
+else:
+    services.get_node = gives_up
+try:
+    with cluster.Cluster(None, folder) as ours:
+        print(len(ours.nodes()), len(asked), "servers:", flush=True)
+        print(os.popen(f"pgrep -c -P {os.getpid()} gcs_server").read())
+except QuantmillError as error:
+    print(type(error).__name__, error, len(asked), ray.is_initialized())
+    print(os.popen(f"pgrep -c -P {os.getpid()} 'gcs_server|raylet'").read())
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "said", "told"),
+    [
+        ("once", "1 2 servers:\n1", "Ray didn't start (The current node timed out during startup.); trying again\n"),
+        ("never", "QuantmillError Ray doesn't start on this machine (The current node timed out during startup.)", ""),
+        pytest.param("slowly", "1 0 servers:\n1", "", marks=pytest.mark.slow),
+    ],
+)
+def test_a_ray_that_starts_slowly_is_waited_for_and_one_that_gives_up_tried_again(
+    how: str, said: str, told: str, tmp_path: Path
+) -> None:
+    mark = uuid.uuid4().hex
+    done = subprocess.run(
+        [sys.executable, "-c", STARTS, how, str(tmp_path)],
+        env={**os.environ, MARK: mark}, capture_output=True, text=True, check=False, timeout=RUN_SECONDS,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert said in done.stdout
+    assert told in done.stderr
+    if how == "never":
+        assert done.stdout.endswith("2 False\n0\n\n"), "what was half started was ended, both times"
+    # Ray's own agents of a raylet that had to be killed give up after a minute without it.
+    agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+    assert wait_for(lambda: not marked_processes(mark, agents), GONE_SECONDS), marked_processes(mark, agents)

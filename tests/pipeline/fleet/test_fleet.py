@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.fleet.cluster import SLOW_START
 from pipeline.loopback import LoopbackHub
+from tests.limits import RAY_SECONDS, RUN_SECONDS
 from tests.pipeline.runs import MODELS, by_key, command, write_zoo
 
 
@@ -25,7 +27,7 @@ def test_two_drivers_at_the_same_zoo_make_every_artifact_once(tmp_path: Path) ->
             subprocess.Popen(command(zoo, tmp_path / name), stdout=subprocess.PIPE, text=True, env=environment)
             for name in ("one", "two")
         ]
-        said = [driver.communicate(timeout=280)[0] for driver in drivers]
+        said = [driver.communicate(timeout=2 * RUN_SECONDS)[0] for driver in drivers]
     assert [driver.returncode for driver in drivers] == [0, 0], said
     results = [by_key(json.loads(Path(text.strip().splitlines()[-2]).read_text())) for text in said]
     for key in results[0]:
@@ -70,7 +72,7 @@ def test_the_last_model_spread_over_processes_has_the_bytes_of_one_pass(tmp_path
     for name, seconds in (("whole", "inf"), ("spread", "0")):
         done = subprocess.run(
             [sys.executable, "-c", SPREAD, str(zoo), str(tmp_path / name), seconds],
-            capture_output=True, text=True, timeout=280, check=False,
+            capture_output=True, text=True, timeout=RUN_SECONDS, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         assert ("gather" in done.stdout) == (name == "spread")
@@ -84,7 +86,7 @@ def test_the_last_model_spread_over_processes_has_the_bytes_of_one_pass(tmp_path
 
 
 METRICS = """
-import time, urllib.request
+import sys, time, urllib.request
 import ray
 from ray.cluster_utils import Cluster as Nodes
 from pipeline.report.metrics import Metrics
@@ -99,10 +101,10 @@ step = Step(0, Stage.FETCH)
 metrics.started(None, step, 1)
 metrics.ended(None, step, 1, StageResult(stage=Stage.FETCH, seconds=3.0), None)
 metrics.ended(None, step, 2, StageResult(stage=Stage.FETCH, failure=Failure(kind="DiskFull", message="x")), None)
-port, until, found = ray.nodes()[0]["MetricsExportPort"], time.time() + 60, ""
+port, until, found = ray.nodes()[0]["MetricsExportPort"], time.time() + float(sys.argv[1]), ""
 while "quantmill_gpu_busy_share" not in found and time.time() < until:
     time.sleep(1)
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
         found = answer.read().decode()
 print("\\n".join(line for line in found.splitlines() if "quantmill_" in line and not line.startswith("#")))
 ray.shutdown()
@@ -112,10 +114,11 @@ nodes.shutdown()
 
 @pytest.mark.slow
 def test_metrics_arrive_at_rays_endpoint() -> None:
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    environment = {**os.environ, **SLOW_START, "RAY_AUTH_MODE": "disabled"}
     done = subprocess.run(
-        [sys.executable, "-c", METRICS], capture_output=True, text=True, timeout=200, check=False, env=environment
-    )
+        [sys.executable, "-c", METRICS, str(RAY_SECONDS)],
+        capture_output=True, text=True, timeout=RUN_SECONDS, check=False, env=environment,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = {}
     for line in done.stdout.splitlines():

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.fleet.cluster import SLOW_START
+from tests.limits import LONG_TEST_SECONDS, RUN_SECONDS
 from tests.pipeline.runs import MARK, MODELS, command, marked_processes, wait_for, write_zoo
 
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -45,7 +47,7 @@ class Host:
     def __init__(self, name: str, address: str, disk: Path, out: Path) -> None:
         self.name, self.address, self.disk = name, address, disk
         self.process = subprocess.Popen(
-            ["unshare", "--net", "--mount", "--uts", "sh", "-c", f"hostname {name}; echo; exec sleep 900"],
+            ["unshare", "--net", "--mount", "--uts", "sh", "-c", f"hostname {name}; echo; exec sleep 86400"],
             stdout=subprocess.PIPE,
         )
         assert self.process.stdout is not None
@@ -102,13 +104,13 @@ def kept_on(first: Host, second: Host) -> list[dict[str, object]]:
     return [e for e in events(first) if (e["event"], e["stage"], e.get("node")) == ("ended", "keep", second.name)]
 
 
-@pytest.mark.timeout(700)
+@pytest.mark.timeout(LONG_TEST_SECONDS)
 def test_a_host_whose_cable_is_pulled_loses_no_artifact_that_was_kept(tmp_path: Path) -> None:
     mark = uuid.uuid4().hex
     zoo = write_zoo(tmp_path, [str(MODELS / "llama-tiny"), str(MODELS / "gpt2-tiny")], "bnb-fp4, bnb-nf4")
     text = zoo.read_text().replace("endpoint: loopback", f"endpoint: {tmp_path}/published")
     zoo.write_text(f"{text}storage: {tmp_path}/storage\n")
-    environment = {**os.environ, **IMPATIENT, MARK: mark, "RAY_AUTH_MODE": "disabled"}
+    environment = {**os.environ, **SLOW_START, **IMPATIENT, MARK: mark, "RAY_AUTH_MODE": "disabled"}
     with two_hosts(tmp_path) as (first, second):
         head = ["--head", "--port=6379", "--include-dashboard=false"]
         for host, role in ((first, head), (second, [f"--address={first.address}:6379"])):
@@ -119,10 +121,10 @@ def test_a_host_whose_cable_is_pulled_loses_no_artifact_that_was_kept(tmp_path: 
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         try:
-            assert wait_for(lambda: bool(kept_on(first, second)) or run.poll() is not None, 250), events(first)
+            assert wait_for(lambda: bool(kept_on(first, second)) or run.poll() is not None, RUN_SECONDS), events(first)
             second.unplug()
             lost = [event for event in kept_on(first, second) if event["event"] == "ended"]
-            said = run.communicate(timeout=400)[0]
+            said = run.communicate(timeout=2 * RUN_SECONDS)[0]
         finally:
             run.kill()
             for process in marked_processes(mark):

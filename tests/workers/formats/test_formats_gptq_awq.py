@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from tests.limits import RUN_SECONDS
 from tests.workers.artifacts import IDS, make_sources, random_weight, scheme, value_of, write, write_decoded
 from workers.errors import NumericalError, UnsupportedRecipe
 from workers.formats import awq, gptq
@@ -206,7 +207,7 @@ def gptq_report(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     # Without it gptqmodel compiles its kernels for most widths, 3 to 25 s each.
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", GPTQ_SCRIPT, str(folder)]
-    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=RUN_SECONDS)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     report: dict[str, Any] = json.loads((folder / "report.json").read_text())
     return report

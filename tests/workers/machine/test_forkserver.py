@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import GONE_SECONDS, SOON_SECONDS
 from tests.pipeline.runs import wait_for
 from tests.workers.machine.test_child import ENTRIES, gone
 from workers.machine import child, warm
@@ -89,7 +90,7 @@ def test_many_at_once(parent: Parent) -> None:
     for asker in askers:
         asker.start()
     for asker in askers:
-        asker.join(60)
+        asker.join(GONE_SECONDS)
     assert len(set(answers)) == 8
 
 
@@ -111,14 +112,14 @@ def test_all_end_with_the_owner_and_what_is_left_is_cleared_away(tmp_path: Path)
         target=child.run, args=(f"{ENTRIES}:hang", json.dumps(str(tmp_path / "pids"))), kwargs={"warm": address}
     )
     asker.start()
-    assert wait_for((tmp_path / "pids").exists, 30)
+    assert wait_for((tmp_path / "pids").exists, SOON_SECONDS)
     own, helper = map(int, (tmp_path / "pids").read_text().split())
     owner.kill()
     owner.wait()
-    assert wait_for(lambda: gone(int(pid), own, helper), 10)
-    asker.join(10)
+    assert wait_for(lambda: gone(int(pid), own, helper), GONE_SECONDS)
+    asker.join(GONE_SECONDS)
     assert not asker.is_alive()
-    assert wait_for(lambda: not Path(address).parent.exists(), 10)
+    assert wait_for(lambda: not Path(address).parent.exists(), GONE_SECONDS)
 
 
 def test_a_killed_parent_takes_its_children_and_is_replaced(tmp_path: Path) -> None:
@@ -132,14 +133,14 @@ def test_a_killed_parent_takes_its_children_and_is_replaced(tmp_path: Path) -> N
         entry, request = f"{ENTRIES}:hang", json.dumps(str(tmp_path / "pids"))
         asker = threading.Thread(target=lambda: ended.append(child.run(entry, request, warm=first)))
         asker.start()
-        assert wait_for((tmp_path / "pids").exists, 30)
+        assert wait_for((tmp_path / "pids").exists, SOON_SECONDS)
         own, helper = map(int, (tmp_path / "pids").read_text().split())
         parent = int(Path(f"/proc/{own}/stat").read_text().rpartition(")")[2].split()[1])
         assert parent not in (os.getpid(), said["pid"])
         os.kill(parent, signal.SIGKILL)
-        asker.join(10)
+        asker.join(GONE_SECONDS)
         assert [each.code for each in ended] == [-signal.SIGKILL], "the child died with it, and that's told"
-        assert wait_for(lambda: gone(own), 10)
+        assert wait_for(lambda: gone(own), GONE_SECONDS)
         os.kill(helper, signal.SIGKILL)
         second, _ = parents.address()
         assert second != first
@@ -159,7 +160,7 @@ def test_one_that_does_not_start_is_tried_once_more_and_then_told(monkeypatch: p
             assert ended.answer is not None, "from nothing instead"
             assert ended.note is not None
             assert "not fit to be forked: what was imported started 1 thread(s)" in ended.note
-            assert wait_for(lambda: not parents.alive(), 10)
+            assert wait_for(lambda: not parents.alive(), GONE_SECONDS)
         address, note = parents.address()
         assert address is None
         assert note is not None
@@ -178,7 +179,7 @@ def test_one_whose_environment_or_memory_changed_is_replaced_when_its_children_a
         first, _ = parents.address()
         asker = threading.Thread(target=child.run, args=(entry, request), kwargs={"warm": first})
         asker.start()
-        assert wait_for((tmp_path / "pids").exists, 30)
+        assert wait_for((tmp_path / "pids").exists, SOON_SECONDS)
         own, helper = map(int, (tmp_path / "pids").read_text().split())
         if change == "environment":
             monkeypatch.setattr(warm, "identity", lambda python: ("another",))
@@ -189,8 +190,8 @@ def test_one_whose_environment_or_memory_changed_is_replaced_when_its_children_a
         assert not gone(own), "what runs goes on"
         os.kill(helper, signal.SIGKILL)
         os.kill(own, signal.SIGKILL)
-        asker.join(10)
-        assert wait_for(lambda: not Path(first or "").parent.exists(), 10), "then it ends"
+        asker.join(GONE_SECONDS)
+        assert wait_for(lambda: not Path(first or "").parent.exists(), GONE_SECONDS), "then it ends"
     finally:
         parents.close()
 

@@ -99,7 +99,6 @@ def assert_same_artifact(one: Job, other: Job, name: str) -> None:
     assert files(folds_folder(places[0])) == files(folds_folder(places[1]))
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_parts_make_what_one_pass_makes(name: str, tmp_path: Path) -> None:
     model = small(ZOO / "models" / name, tmp_path / "model", 1)
@@ -142,7 +141,6 @@ def dies(monkeypatch: pytest.MonkeyPatch, where: type, name: str, call: int) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_steps_that_died_go_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small(ZOO / "models" / "llama-tiny", tmp_path / "model", 3)
     recipes = ["awq-w4-g128", "rtn-w4-g128", "bnb-nf4"]
@@ -199,7 +197,6 @@ def run_part(of: Job, part: Part, results: Any, killed: bool = False) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_processes_at_once_one_of_them_killed(tmp_path: Path) -> None:
     model = small(ZOO / "models" / "llama-tiny", tmp_path / "model", 2)
     recipes = ["gptq-w4-g128", "bnb-nf4"]

@@ -10,7 +10,9 @@ import pytest
 
 from pipeline.loopback import LoopbackHub
 from pipeline.loopback.faults import Fault
+from tests.limits import TEST_SECONDS
 from tests.workers.published import Faults, artifact, seal
+from tests.workers.transfer.test_pace import Clock
 from workers.errors import CheckpointError, HubRefused, HubUnavailable
 from workers.spec.job import Destination
 from workers.spec.workspace import MANIFEST
@@ -38,7 +40,7 @@ def api(tmp_path: Path, faults: Faults) -> Iterator[Any]:
 def publish(api: Any, folder: Path, day: date = DAY, patience: Patience | None = None, **terms: Any) -> str:
     to = Destination(endpoint=api.endpoint, **terms)
     # Waits as it would, ten times as fast.
-    patience = patience or Patience(60, sleep=lambda seconds: time.sleep(seconds / 10), jitter=lambda: 0.0)
+    patience = patience or Patience(TEST_SECONDS, sleep=lambda seconds: time.sleep(seconds / 10), jitter=lambda: 0.0)
     return to_hub.publish(api, REPO, open_accepted(folder), to, patience=patience, today=lambda: day)
 
 
@@ -127,14 +129,16 @@ def test_an_answer_that_says_not_now_is_asked_for_again(api: Any, faults: Faults
 
 def test_a_hub_that_stays_away_is_given_up_on_in_time(api: Any, faults: Faults, tmp_path: Path) -> None:
     faults.plan = [("/api/repos/create", 99, Fault(status=503))]
-    with pytest.raises(HubUnavailable, match=r"503; given up after 2 attempts"):
-        publish(api, artifact(tmp_path / "a"), patience=Patience(1.2, jitter=lambda: 0.0))
+    clock = Clock()
+    patience = Patience(45, clock=clock, sleep=clock.sleep, jitter=lambda: 0.0)
+    with pytest.raises(HubUnavailable, match=r"503; given up after 7 attempts"):
+        publish(api, artifact(tmp_path / "a"), patience=patience)
 
 
 def test_an_answer_that_trickles_ends_too(api: Any, faults: Faults, tmp_path: Path) -> None:
     """Every piece of it comes within the client's own deadline."""
     faults.plan = [("/commit/main", 1, Fault(trickle=0.2))]
-    publish(api, artifact(tmp_path / "a"), patience=Patience(60, call_seconds=1.0, jitter=lambda: 0.0))
+    publish(api, artifact(tmp_path / "a"), patience=Patience(TEST_SECONDS, call_seconds=3.0, jitter=lambda: 0.0))
     assert commits(api) == 1
 
 

@@ -90,7 +90,9 @@ def test_only_what_changed_is_copied_again(tmp_path: Path) -> None:
     assert weights.read_text() == "other"
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(data=st.data())
 def test_a_copy_that_is_not_whole_counts_as_absent(tmp_path: Path, data: st.DataObject) -> None:
     """Whatever file is missing, cut short or changed by one byte, the folder stays as it was."""

@@ -14,6 +14,8 @@ from workers.spec.job import Job, Manifest, Outcome, Stage, Thresholds
 from workers.spec.recipes import Recipe
 from workers.spec.workspace import artifact_folder
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 GATES = Thresholds(kl_mean=0.2, top1_agreement=0.8, perplexity_ratio=1.2, runtime_logit_difference=0.1)
 OWN: dict[str, Recipe] = {
     "rtn-w4-gptq": recipe(
