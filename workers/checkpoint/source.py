@@ -1,4 +1,4 @@
-"""Checkpoints on disk, read: safetensors (or pickles, if allowed) tensor by tensor, and the files beside them."""
+"""Reads checkpoints on disk tensor by tensor (safetensors, or pickles if allowed), and copies the files beside them."""
 
 from __future__ import annotations
 

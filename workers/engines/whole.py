@@ -87,7 +87,7 @@ def _ask(engine: Engine, request: WholeRequest, progress: Callable[[float], None
                 for last in _answers(process, request):
                     progress(last.share)
             except BaseException:
-                process.kill()  # it would be waited for
+                process.kill()  # otherwise leaving the context would wait for it
                 raise
         complaints.seek(0)
         reason = (complaints.read().strip().splitlines() or [f"exit code {process.returncode}"])[-1]
@@ -104,7 +104,7 @@ def _answers(process: subprocess.Popen[str], request: WholeRequest) -> Iterator[
     """The engine's answers to a request; lines that its library prints in between are skipped."""
     assert process.stdin is not None
     assert process.stdout is not None
-    with suppress(BrokenPipeError):  # a process that ended at once is told by its exit code
+    with suppress(BrokenPipeError):  # a process that ended early is reported by its exit code
         process.stdin.write(request.model_dump_json() + "\n")
         process.stdin.close()
     for line in process.stdout:
