@@ -103,7 +103,7 @@ def open_decoded(folder: Path, *, trust_remote_code: bool = False) -> Source | D
     if row is None:
         raise UnsupportedRecipe(
             f"checkpoint {folder}: quant_method {config.get('quant_method')!r} in config.json; can decode "
-            f"{', '.join(FORMATS)}"
+            f"{', '.join(sorted(FORMATS))}"
         )
     source = Source(folder)
     return Decoded(source, CODECS[row.name].open(config, source, trust_remote_code))
