@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from compressed_tensors.compressors.pack_quantized import helpers as library
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +19,8 @@ def test_every_code_at_every_place_survives(bits: int) -> None:
 @settings(max_examples=60, deadline=None)
 @given(bits=st.sampled_from(WIDTHS), rows=st.integers(1, 5), columns=st.integers(1, 100), seed=st.integers(0, 99))
 def test_compressed_tensors_packs_the_same_bytes(bits: int, rows: int, columns: int, seed: int) -> None:
+    from compressed_tensors.compressors.pack_quantized import helpers as library
+
     generator = torch.Generator().manual_seed(seed)
     half = 2 ** (bits - 1)
     codes = torch.randint(-half, half, (rows, columns), generator=generator).to(torch.int8)

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationArgs
-from compressed_tensors.quantization.utils import calculate_qparams
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +17,9 @@ def weights(seed: int, rows: int = 8, columns: int = 64) -> torch.Tensor:
 @settings(max_examples=40, deadline=None)
 @given(bits=st.sampled_from(WIDTHS), symmetric=st.booleans(), seed=st.integers(0, 99))
 def test_scales_and_zero_points_are_the_librarys(bits: int, symmetric: bool, seed: int) -> None:
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.utils import calculate_qparams
+
     w = weights(seed)
     scale, zero = rounding.minmax_params(w, bits, 16, symmetric=symmetric)
     groups = w.view(8, 4, 16)

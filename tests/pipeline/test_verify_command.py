@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers as tf
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from pipeline import checking
 from pipeline.cli.main import main
@@ -73,9 +73,9 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_checkpoint_of_bitsandbytes_is_accepted_and_the_table_says_by_what(tmp_path: Path) -> None:
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    AutoModelForCausalLM.from_pretrained(LLAMA, quantization_config=config).save_pretrained(tmp_path / "nf4")
-    AutoTokenizer.from_pretrained(LLAMA).save_pretrained(tmp_path / "nf4")
+    config = tf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    tf.AutoModelForCausalLM.from_pretrained(LLAMA, quantization_config=config).save_pretrained(tmp_path / "nf4")
+    tf.AutoTokenizer.from_pretrained(LLAMA).save_pretrained(tmp_path / "nf4")
     code, said = verify_in_a_process(tmp_path / "nf4", LLAMA, tmp_path)
     assert code == 0, said
     for words in ("28 of 28 linear layers", "KL divergence", "95 % bound", "transformers 5", "goes on, 1", "noisiest"):
@@ -138,7 +138,7 @@ def test_a_fault_in_a_checkpoint_of_ours_is_named(verify: Verify, fault: str, ou
 
 def test_the_tokenizer_counts_by_what_it_does(verify: Verify, ours: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(ours, tmp_path / "made"))
-    AutoTokenizer.from_pretrained(LLAMA).save_pretrained(folder)  # other bytes, the same tokenizer
+    tf.AutoTokenizer.from_pretrained(LLAMA).save_pretrained(folder)  # other bytes, the same tokenizer
     PLANTED["another tokenizer"].plant(folder)
     code, said = verify(folder, LLAMA, tmp_path)
     assert code == 1

@@ -7,8 +7,8 @@ from math import prod
 from pathlib import Path
 
 import torch
+import transformers as tf
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from tests.walk.smallest import VOCABULARY, load_plain, save_smallest
 from tests.workers.families import save_tokenizer
@@ -115,7 +115,7 @@ def check_artifact(made: ArtifactMade, place: Path) -> None:
         with rounded_inputs(streamed, decoded):
             hidden = stream(streamed, tokens())
         ours = [head.logits(states) for states in hidden]
-    theirs, info = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+    theirs, info = tf.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
     found = {kind: keys for kind, keys in info.items() if keys}
     assert found == {}, str(found)[:300]
     if hasattr(theirs, "set_experts_implementation"):
@@ -127,10 +127,10 @@ def check_artifact(made: ArtifactMade, place: Path) -> None:
             assert difference < TOLERANCE, f"{made.recipe}: logits differ by {difference:.2g} of their deviation"
 
 
-def layer_kinds(config: PretrainedConfig) -> set[frozenset[str]]:
+def layer_kinds(config: tf.PretrainedConfig) -> set[frozenset[str]]:
     """What a model's layers are made of, each kind once: the names of their modules, with the classes."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = tf.AutoModelForCausalLM.from_config(config)
     return {
         frozenset(
             f"{name}: {type(module).__name__}"

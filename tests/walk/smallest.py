@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import transformers as tf
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -164,12 +163,12 @@ def families() -> list[str]:
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def smallest_config(model_type: str) -> PretrainedConfig:
+def smallest_config(model_type: str) -> tf.PretrainedConfig:
     """A config of the family with few layers of each kind, few heads, narrow matrices."""
     return _shrunk(CONFIG_MAPPING[model_type], OVERRIDES.get(model_type, {}))
 
 
-def _shrunk(kind: type[PretrainedConfig], overrides: dict[str, Any]) -> PretrainedConfig:
+def _shrunk(kind: type[tf.PretrainedConfig], overrides: dict[str, Any]) -> tf.PretrainedConfig:
     try:
         plain = kind()
     except (TypeError, ValueError, KeyError, StrictDataclassError):
@@ -177,7 +176,7 @@ def _shrunk(kind: type[PretrainedConfig], overrides: dict[str, Any]) -> Pretrain
     fields = {name: value for name, value in vars(plain).items() if not name.startswith("_")}
     small: dict[str, Any] = {}
     for name, value in fields.items():
-        if isinstance(value, PretrainedConfig):
+        if isinstance(value, tf.PretrainedConfig):
             small[name] = _shrunk(type(value), overrides.get(name, {}))
         elif name in SMALL and isinstance(value, int) and value > 0 and not isinstance(value, bool):
             small[name] = min(SMALL[name], value)
@@ -189,7 +188,7 @@ def _shrunk(kind: type[PretrainedConfig], overrides: dict[str, Any]) -> Pretrain
     )
 
 
-def _chosen_layers(kind: type[PretrainedConfig], fields: dict[str, Any], small: dict[str, Any]) -> dict[str, Any]:
+def _chosen_layers(kind: type[tf.PretrainedConfig], fields: dict[str, Any], small: dict[str, Any]) -> dict[str, Any]:
     """Lists with an entry for each layer, cut to layers of which each has an entry that the ones before hadn't."""
     name = kind.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     count = fields.get(name)
@@ -220,10 +219,10 @@ def save_smallest(model_type: str, folder: Path) -> None:
     """Save the family's smallest model with random weights: matrices that keep the scale, norms away from 1."""
     config = smallest_config(model_type)
     with torch.device("meta"):
-        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        count = sum(p.numel() for p in tf.AutoModelForCausalLM.from_config(config).parameters())
     assert count <= MOST_PARAMETERS, f"{model_type}: {count} parameters; shrink it by an entry in OVERRIDES"
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tests.walk.check import check, layer_kinds
-from tests.walk.smallest import families, smallest_config
 from workers.spec.families import FAMILIES
 
 MOST_USED = (
@@ -62,15 +59,27 @@ NO_DEFAULT = (
 )  # fmt: skip
 
 REFUSED = {name for name, family in FAMILIES.items() if family.refused}
-SUPPORTED = [family for family in families() if family not in REFUSED]
 
 
-def marked(names: list[str]) -> list[object]:
-    return [pytest.param(name, marks=() if name in MOST_USED else pytest.mark.walk) for name in names]
+def supported() -> list[str]:
+    from tests.walk.smallest import families
+
+    return [family for family in families() if family not in REFUSED]
 
 
-@pytest.mark.parametrize("family", marked(SUPPORTED))
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The most used families; the others, whose names transformers has, only where the walk is asked for."""
+    if "family" not in metafunc.fixturenames or metafunc.definition.get_closest_marker("parametrize"):
+        return
+    asked = metafunc.config.option.markexpr.replace("not walk", "")
+    names = supported() if "walk" in asked or not metafunc.config.option.markexpr else MOST_USED
+    marks = {name: () if name in MOST_USED else pytest.mark.walk for name in names}
+    metafunc.parametrize("family", [pytest.param(name, marks=marks[name]) for name in names])
+
+
 def test_a_family_goes_all_the_way(family: str, tmp_path: Path) -> None:
+    from tests.walk.check import check
+
     outcome = check(family, tmp_path)
     if family in MOSTLY_KEPT:
         assert outcome.share == pytest.approx(MOSTLY_KEPT[family], abs=0.01)
@@ -84,8 +93,12 @@ def test_a_family_goes_all_the_way(family: str, tmp_path: Path) -> None:
     assert (outcome.folds == 0) == (family in NO_PAIRS)
 
 
-@pytest.mark.parametrize("family", marked(SUPPORTED))
 def test_the_smallest_model_has_every_kind_of_layer(family: str) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from tests.walk.check import layer_kinds
+    from tests.walk.smallest import smallest_config
+
     if family in NO_DEFAULT:
         with pytest.raises((AssertionError, AttributeError, KeyError, TypeError)):
             layer_kinds(CONFIG_MAPPING[family]())
@@ -97,14 +110,18 @@ def test_the_smallest_model_has_every_kind_of_layer(family: str) -> None:
 @pytest.mark.walk
 @pytest.mark.parametrize("family", sorted(REFUSED))
 def test_a_refused_family_breaks_where_its_reason_says(family: str, tmp_path: Path) -> None:
+    from tests.walk.check import check
+
     with pytest.raises(Exception, match=f"(?s){BREAKS[family]}"):
         check(family, tmp_path)
 
 
 def test_every_family_is_either_supported_or_refused_with_a_reason() -> None:
+    from tests.walk.smallest import families
+
     known = families()
     assert set(known) >= REFUSED
     assert set(BREAKS) == REFUSED
-    assert {*MOST_USED, *CONV1D, *NO_PAIRS, *NOT_PACKED, *MOSTLY_KEPT, *NO_DEFAULT} <= set(SUPPORTED)
+    assert {*MOST_USED, *CONV1D, *NO_PAIRS, *NOT_PACKED, *MOSTLY_KEPT, *NO_DEFAULT} <= set(supported())
     assert len(MOST_USED) >= 30
-    assert len(SUPPORTED) - len(CONV1D) >= 100
+    assert len(supported()) - len(CONV1D) >= 100

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers as tf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from workers.formats.decoded import open_decoded
 from workers.numerics.codes import CodedWeight, IntWeight
@@ -18,14 +18,16 @@ from workers.spec.schemes import IntScheme, LinearScheme
 
 SMALL = {"vocab_size": 96, "initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
 DENSE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-CONFIGS: dict[str, PreTrainedConfig] = {
-    "llama": LlamaConfig(**SMALL, **DENSE, intermediate_size=128),
+CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
+    "llama": lambda: tf.LlamaConfig(**SMALL, **DENSE, intermediate_size=128),
     # The intermediate width is divisible by 32, but not by 64.
-    "odd": LlamaConfig(**SMALL, **DENSE, intermediate_size=160),
-    "qwen3_moe": Qwen3MoeConfig(
+    "odd": lambda: tf.LlamaConfig(**SMALL, **DENSE, intermediate_size=160),
+    "qwen3_moe": lambda: tf.Qwen3MoeConfig(
         **SMALL, **DENSE, moe_intermediate_size=32, head_dim=16, num_experts=4, num_experts_per_tok=2
     ),
-    "mixtral": MixtralConfig(**SMALL, **DENSE, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2),
+    "mixtral": lambda: tf.MixtralConfig(
+        **SMALL, **DENSE, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2
+    ),
 }
 IDS = torch.randint(0, 96, (2, 16), generator=torch.Generator().manual_seed(3))
 
@@ -34,7 +36,7 @@ def make_sources(folder: Path) -> dict[str, Path]:
     """Write a random bfloat16 checkpoint for each of ``CONFIGS``; returns their folders by name."""
     for name, config in CONFIGS.items():
         torch.manual_seed(7)
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / name)
+        tf.AutoModelForCausalLM.from_config(config(), dtype=torch.bfloat16).save_pretrained(folder / name)
     return {name: folder / name for name in CONFIGS}
 
 
@@ -114,7 +116,7 @@ def write_decoded(quantized: Path, source: Path, target: Path) -> Path:
 
 @torch.no_grad()
 def assert_transformers_agrees(quantized: Path, source: Path, scratch: Path) -> None:
-    want = AutoModelForCausalLM.from_pretrained(write_decoded(quantized, source, scratch))(IDS).logits
-    model, info = AutoModelForCausalLM.from_pretrained(quantized, output_loading_info=True)
+    want = tf.AutoModelForCausalLM.from_pretrained(write_decoded(quantized, source, scratch))(IDS).logits
+    model, info = tf.AutoModelForCausalLM.from_pretrained(quantized, output_loading_info=True)
     assert {kind: keys for kind, keys in info.items() if keys} == {}
     assert torch.equal(model(IDS).logits, want)

@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    GPT2Config,
-    LlamaConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen3MoeConfig,
-)
 
 from workers.checkpoint.source import Source
-from workers.engines import bitsandbytes as method
-from workers.formats import bitsandbytes as bnb_format
 from workers.formats.decoded import Decoded, open_decoded
 from workers.spec.recipes import BitsAndBytesRecipe
 from workers.spec.schemes import FourBitFloatScheme, LlmInt8Scheme
@@ -57,10 +47,10 @@ def recipe_of(scheme: FourBitFloatScheme | LlmInt8Scheme, *ignore: str) -> BitsA
 
 SMALL = {"vocab_size": 96, "initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 2}
 ATTENTION = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-CONFIGS: dict[str, PreTrainedConfig] = {
-    "llama": LlamaConfig(**SMALL, **ATTENTION, intermediate_size=128, tie_word_embeddings=False),
-    "gpt2": GPT2Config(**SMALL, n_embd=64, n_layer=2, n_head=4, n_positions=32),
-    "qwen3_moe": Qwen3MoeConfig(
+CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
+    "llama": lambda: tf.LlamaConfig(**SMALL, **ATTENTION, intermediate_size=128, tie_word_embeddings=False),
+    "gpt2": lambda: tf.GPT2Config(**SMALL, n_embd=64, n_layer=2, n_head=4, n_positions=32),
+    "qwen3_moe": lambda: tf.Qwen3MoeConfig(
         **SMALL, **ATTENTION, moe_intermediate_size=32, head_dim=16, num_experts=4, num_experts_per_tok=2
     ),
 }
@@ -72,16 +62,18 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("sources")
     for name, config in CONFIGS.items():
         torch.manual_seed(7)
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / name)
+        tf.AutoModelForCausalLM.from_config(config(), dtype=torch.bfloat16).save_pretrained(folder / name)
     return {name: folder / name for name in CONFIGS}
 
 
-def meta_model(folder: Path) -> PreTrainedModel:
+def meta_model(folder: Path) -> tf.PreTrainedModel:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+        return tf.AutoModelForCausalLM.from_config(tf.AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
 
 
-def write_ours(source: Path, target: Path, recipe: BitsAndBytesRecipe) -> method.Plan:
+def write_ours(source: Path, target: Path, recipe: BitsAndBytesRecipe) -> Any:
+    from workers.engines import bitsandbytes as method
+
     plan = method.plan(meta_model(source), recipe)
     stored: dict[str, torch.Tensor] = {}
     for key, tensor in load_file(source / "model.safetensors").items():
@@ -101,8 +93,8 @@ def write_ours(source: Path, target: Path, recipe: BitsAndBytesRecipe) -> method
 
 
 def write_library(source: Path, target: Path, **settings: Any) -> None:
-    model = AutoModelForCausalLM.from_pretrained(
-        source, quantization_config=BitsAndBytesConfig(**settings), dtype=torch.bfloat16, device_map={"": "cpu"}
+    model = tf.AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=tf.BitsAndBytesConfig(**settings), dtype=torch.bfloat16, device_map={"": "cpu"}
     )
     model.save_pretrained(target)
 
@@ -135,6 +127,8 @@ def test_ignored_modules_are_named_in_the_config(sources: dict[str, Path], tmp_p
 
 
 def test_what_the_library_leaves_is_told(sources: dict[str, Path]) -> None:
+    from workers.engines import bitsandbytes as method
+
     assert method.plan(meta_model(sources["llama"]), recipe_of(NF4)).unquantized == ()
     moe = method.plan(meta_model(sources["qwen3_moe"]), recipe_of(NF4))
     kept = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"]
@@ -143,6 +137,8 @@ def test_what_the_library_leaves_is_told(sources: dict[str, Path]) -> None:
 
 
 def test_a_head_that_is_not_ignored_stays_and_is_told(sources: dict[str, Path]) -> None:
+    from workers.engines import bitsandbytes as method
+
     recipe = recipe_of(NF4).model_copy(update={"ignore": ()})
     plan = method.plan(meta_model(sources["llama"]), recipe)
     assert plan.unquantized == ("lm_head.weight",)
@@ -150,6 +146,8 @@ def test_a_head_that_is_not_ignored_stays_and_is_told(sources: dict[str, Path]) 
 
 
 def test_planning_leaves_the_model_alone(sources: dict[str, Path]) -> None:
+    from workers.engines import bitsandbytes as method
+
     model = meta_model(sources["gpt2"])
     before = [(name, type(module)) for name, module in model.named_modules()]
     plan = method.plan(model, recipe_of(NF4))
@@ -163,13 +161,13 @@ def test_planning_leaves_the_model_alone(sources: dict[str, Path]) -> None:
 def test_transformers_computes_what_we_decode(name: str, scheme: str, sources: dict[str, Path], tmp_path: Path) -> None:
     recipe = recipe_of(SCHEMES[scheme][0])
     write_ours(sources[name], tmp_path / "ours", recipe)
-    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    model, info = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert {kind: keys for kind, keys in info.items() if keys} == {}
 
     with open_decoded(tmp_path / "ours") as ours:
         save_file({key: ours.read(key) for key in ours.headers}, tmp_path / "model.safetensors")
     shutil.copy(sources[name] / "config.json", tmp_path)
-    decoded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    decoded = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
 
     ids = torch.randint(0, 96, (2, 16), generator=torch.Generator().manual_seed(3))
     want, got = decoded(ids).logits.float(), model(ids).logits.float()
@@ -186,6 +184,9 @@ HALF_STEP = {"nf4": 0.1520, "nf4-double": 0.1520 + 0.03, "fp4": 1 / 6, "llm-int8
 @pytest.mark.parametrize("shape", [(48, 80), (64, 128), (3, 22)])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_decoding_is_within_half_a_step(scheme: str, shape: tuple[int, int], transposed: bool) -> None:
+    from workers.engines import bitsandbytes as method
+    from workers.formats import bitsandbytes as bnb_format
+
     chosen = SCHEMES[scheme][0]
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     stored = method.quantize(weight.T if transposed else weight, chosen, transposed=transposed)

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -59,6 +57,9 @@ def test_compressed_tensors_is_a_bijection(bits: int, rows: int, groups: int, wi
 @pytest.mark.parametrize("group_size", [32, None])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_compressed_tensors_writes_the_same_tensors(bits: int, group_size: int | None) -> None:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
     chosen = scheme(bits, group_size)
     weight = random_weight(24, 96, chosen, torch.bfloat16)
     config = QuantizationConfig.model_validate(compressed_tensors.quantization_config({"a": chosen}, []))
@@ -104,6 +105,8 @@ def test_transformers_loads_layers_that_deviate(
 
 
 def test_the_config_says_what_is_quantized_and_how() -> None:
+    from compressed_tensors.quantization import QuantizationConfig
+
     names = [f"model.layers.{i}.mlp.{name}" for i in range(2) for name in ("up_proj", "down_proj")]
     schemes = {name: scheme(4, None if name == names[1] else 64) for name in names}
     config = compressed_tensors.quantization_config(schemes, ["lm_head", "model.layers.0.mlp.gate_proj"])

@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationConfig
+import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.workers.artifacts import IDS, is_linear, write
 from workers.errors import CheckpointError, UnsupportedRecipe
@@ -91,6 +89,9 @@ def test_blocks_are_inverse(rows: int, columns: int, seed: int) -> None:
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_the_library_decodes_the_same(name: str) -> None:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
     scheme = SCHEMES[name]
     weight = coded(random_weight(24, 96), scheme, torch.bfloat16)
     stored = compressed_tensors.encode(weight, scheme)
@@ -143,7 +144,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Wide enough for blocks of 128."""
     folder = tmp_path_factory.mktemp("source")
     torch.manual_seed(7)
-    config = LlamaConfig(
+    config = tf.LlamaConfig(
         vocab_size=96,
         hidden_size=128,
         intermediate_size=256,
@@ -154,7 +155,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token_id=1,
         eos_token_id=2,
     )
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     return folder
 
 
@@ -171,7 +172,7 @@ def test_transformers_computes_what_we_compute(name: str, source: Path, tmp_path
             hidden = stream(streamed, [IDS])
         ours = LogitsHead(streamed).logits(hidden[0]).float()
     # As users load them: in the checkpoint's own dtype.
-    model, info = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True)
+    model, info = tf.AutoModelForCausalLM.from_pretrained(place, output_loading_info=True)
     assert {kind: keys for kind, keys in info.items() if keys} == {}
     with torch.no_grad():
         theirs = model(IDS).logits.float()

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from greenlet import greenlet
 from torch import nn
-from transformers import AutoModelForCausalLM, JambaConfig
 
 from tests.workers.families import FAMILIES, GROUPED, save_random
 from workers.checkpoint.source import Source
@@ -46,7 +46,7 @@ def test_logits_are_bit_identical(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "deepseek_v3", "gpt2", "mamba"])
 def test_logits_are_bit_identical_in_half_precision(family: str, tmp_path: Path) -> None:
     save_random(family, tmp_path)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    plain = tf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     if hasattr(plain, "set_experts_implementation"):
         plain.set_experts_implementation("eager")
     assert_logits_identical(tmp_path, plain.eval(), torch.bfloat16)
@@ -54,7 +54,7 @@ def test_logits_are_bit_identical_in_half_precision(family: str, tmp_path: Path)
 
 def test_layers_of_different_kinds_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every_other = {"attn_layer_period": 2, "expert_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 1}
-    jamba = JambaConfig(
+    jamba = tf.JambaConfig(
         **GROUPED, **every_other, num_experts=4, mamba_d_state=8, mamba_dt_rank=4, use_mamba_kernels=False
     )
     monkeypatch.setitem(FAMILIES, "jamba", lambda: jamba)
@@ -94,7 +94,7 @@ def test_one_layer_is_in_memory(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama-tiny", "qwen3-moe-tiny", "gpt2-tiny"])
 def test_logits_of_the_zoo_are_bit_identical(name: str) -> None:
     folder = ZOO / name
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    plain = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     plain.set_experts_implementation("eager")
     batches = [torch.randint(3, 2048, (2, 64), generator=torch.Generator().manual_seed(3))]
     with torch.inference_mode():

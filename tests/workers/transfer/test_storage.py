@@ -165,6 +165,7 @@ def stages(of: Job, *stages: tuple[Stage, str | None]) -> None:
         assert result.failure is None, result.failure
 
 
+@pytest.mark.usefixtures("forked")
 def test_another_node_goes_on_with_what_the_lost_one_made(tmp_path: Path) -> None:
     shared = {
         "storage": str(tmp_path / "storage"),
@@ -181,7 +182,7 @@ def test_another_node_goes_on_with_what_the_lost_one_made(tmp_path: Path) -> Non
     stages(other, (Stage.FETCH, None))
     assert {order.recipe.name: folder_sha256(artifact_folder(other.workspace, order)) for order in orders} == made
     result = run_stage(other, Stage.QUANTIZE)
-    assert result.seconds < 60
+    assert result.failure is None, result.failure
     assert not list(Path(other.workspace).glob("passes/*")), "nothing is left to be made"
     for name in made:
         verified = run_stage(other, Stage.VERIFY, name)
