@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.zoo import shipped
@@ -48,14 +48,16 @@ def facts(python: str | Path, out: Path) -> MachineFacts:
 def examine(chosen: Sequence[Recipe], driver_facts: MachineFacts, out: Path) -> dict[str, list[str]]:
     """Everything missing, by recipe; ``driver_facts`` are the facts of this process's own Python."""
     facts_by_environment: dict[str | None, MachineFacts | str] = {None: driver_facts}
-    for name in {recipe.environment for recipe in chosen} - {None}:
-        assert name is not None
+    for name in {name for recipe in chosen for name in preflight.environments_of(recipe)}:
         try:
             facts_by_environment[name] = facts(environments.interpreter(name), out)
         except PreflightError as error:
             facts_by_environment[name] = str(error)
-    return {recipe.name: _problems(facts_by_environment[recipe.environment], recipe) for recipe in chosen}
+    return {recipe.name: _problems(facts_by_environment, recipe) for recipe in chosen}
 
 
-def _problems(facts_or_problem: MachineFacts | str, recipe: Recipe) -> list[str]:
-    return [facts_or_problem] if isinstance(facts_or_problem, str) else preflight.problems(facts_or_problem, recipe)
+def _problems(facts_by_environment: Mapping[str | None, MachineFacts | str], recipe: Recipe) -> list[str]:
+    facts = facts_by_environment[recipe.environment]
+    unusable = [facts_by_environment[name] for name in preflight.environments_of(recipe)]
+    problems = [problem for problem in unusable if isinstance(problem, str)]
+    return problems if isinstance(facts, str) else [*problems, *preflight.problems(facts, recipe)]

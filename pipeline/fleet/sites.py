@@ -139,7 +139,9 @@ class Sites:
     @property
     def environments(self) -> list[str | None]:
         """The environments that jobs need, and the driver's own (None)."""
-        return sorted({None, *(environment(run.job) for run in self._jobs)}, key=str)
+        recipes = {order.recipe.name: order.recipe for run in self._jobs for order in run.job.orders}
+        named = {name for recipe in recipes.values() for name in preflight.environments_of(recipe)}
+        return [None, *sorted(named)]
 
     # ------------------------------------------------------------------------------------------- nodes
 
@@ -189,6 +191,9 @@ class Sites:
         if isinstance(facts, str):
             return [f"{node}: {facts}"]
         lines = [line for order in job.orders for line in self._lacks_for(site, order.recipe, facts)]
+        needed = sorted({name for order in job.orders for name in preflight.environments_of(order.recipe)})
+        answers = [site.facts.get(name, "no answer") for name in needed]
+        lines += [f"{node}: {problem}" for problem in answers if isinstance(problem, str)]
         lines += lacking(room, demand.largest, demand.disk, f"{job.model.id!r}")
         mode, outgrown = self._outgrown.get(index, (RetryMode.SAME, room))
         if mode is RetryMode.LARGER and not room.larger_than(outgrown):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from pipeline.planning.sources import PinnedModel
+from workers.spec.formats import FORMATS, group_size_held
 from workers.spec.layers import EXPERT, LayerKinds, LayerScheme, out_in_shape, quantizable, scheme_for
 from workers.spec.recipes import IntRecipe, Recipe
 from workers.spec.runtimes import misfit
@@ -21,7 +22,7 @@ class _Layer:
 
     name: str
     shape_OI: tuple[int, int]
-    gets: LayerScheme
+    fit: LayerScheme
 
 
 def model_problem(source: PinnedModel) -> str | None:
@@ -36,6 +37,8 @@ def model_problem(source: PinnedModel) -> str | None:
 def recipe_problems(source: PinnedModel, recipe: Recipe) -> Iterator[str]:
     """Why a recipe doesn't fit a model, with a remedy; empty if it fits."""
     layers = [_layer(source, recipe, tensor) for tensor in source.tensors if quantizable(tensor, recipe)]
+    if not source.tensors and source.family.conv1d:  # a pickled checkpoint has no headers, but its family is known
+        layers = [_Layer("its layers", (0, 0), LayerScheme(recipe.scheme, recipe.scheme))]
     problem = _format_problem(source, recipe, layers) or _shape_problem(source, recipe, layers)
     if problem:
         yield problem
@@ -51,7 +54,7 @@ def _format_problem(source: PinnedModel, recipe: Recipe, layers: Iterable[_Layer
     first: dict[tuple[Scheme, LayerKinds], str] = {}
     for layer in layers:
         kinds = LayerKinds(experts=EXPERT.search(layer.name) is not None, conv1d=source.family.conv1d)
-        first.setdefault((layer.gets.wanted, kinds), layer.name)
+        first.setdefault((layer.fit.wanted, kinds), layer.name)
     for (scheme, kinds), name in first.items():
         why = misfit(recipe.format, scheme, kinds)
         if why:
@@ -64,44 +67,55 @@ def _format_problem(source: PinnedModel, recipe: Recipe, layers: Iterable[_Layer
 
 def _shape_problem(source: PinnedModel, recipe: Recipe, layers: list[_Layer]) -> str | None:
     """Layers whose shapes the recipe's schemes or format don't support, as a message with a remedy; or None."""
-    for scheme in dict.fromkeys(layer.gets.wanted for layer in layers):
-        alike = [layer for layer in layers if layer.gets.wanted == scheme]
-        deviating = [layer for layer in alike if layer.gets.why]
-        # `indivisible` may substitute the scheme of some layers; if it would of all of them, the recipe doesn't fit.
-        refused = [layer for layer in deviating if layer.gets.refused or len(deviating) == len(alike)]
-        if not refused:
-            continue
-        size = scheme.group_size if isinstance(scheme, IntScheme | MicroscalingScheme) else None
-        if size is not None and any(layer.shape_OI[1] % size for layer in refused):
-            return _group_size_problem(source, recipe, scheme, alike)
-        return (
-            f"recipe {recipe.name!r}: {refused[0].gets.why}: {refused[0].name} of {source.pin.id!r}; ignore such "
-            "layers, or choose another scheme or format"
-        )
-    return None
+    # `indivisible` may substitute the scheme of some layers; if it would of all of them, the recipe doesn't fit.
+    none_fits = all(layer.fit.why for layer in layers)
+    refused = [layer for layer in layers if layer.fit.remedy or none_fits]
+    if not refused:
+        return None
+    first = next((layer for layer in refused if layer.fit.unpackable), refused[0])
+    scheme = first.fit.wanted
+    if isinstance(scheme, IntScheme | MicroscalingScheme) and not first.fit.unpackable:
+        return _group_size_problem(source, recipe, scheme, [layer for layer in layers if layer.fit.wanted == scheme])
+    return (
+        f"recipe {recipe.name!r}: {first.fit.why}: {first.name} of {source.pin.id!r}; ignore such layers, or choose "
+        "another scheme or format"
+    )
 
 
-def _group_size_problem(source: PinnedModel, recipe: Recipe, scheme: Scheme, alike: list[_Layer]) -> str:
+def _group_size_problem(
+    source: PinnedModel, recipe: Recipe, scheme: IntScheme | MicroscalingScheme, alike: list[_Layer]
+) -> str:
     if isinstance(scheme, MicroscalingScheme):
-        name = next(layer.name for layer in alike if layer.gets.why)
+        name = next(layer.name for layer in alike if layer.fit.why)
         return (
             f"recipe {recipe.name!r}: {scheme.type} has groups of {scheme.group_size}, which don't divide the width of "
             f"{name} of {source.pin.id!r}; ignore such layers, or choose another scheme"
         )
-    assert isinstance(scheme, IntScheme), "fp8 has no groups"
     assert scheme.group_size is not None, "a scale for each output fits every width"
     where = _where(recipe, scheme)
     widths = sorted({layer.shape_OI[1] for layer in alike})
     odd = [width for width in widths if width % scheme.group_size]
-    usual = [size for size in USUAL_GROUP_SIZES if size < max(widths) and not any(w % size for w in widths)]
+    usual = [
+        size
+        for size in USUAL_GROUP_SIZES
+        if size < max(widths) and not any(w % size for w in widths) and _readable(recipe, scheme, size)
+    ]
     remedy = [f"{where}.group_size: {usual[0]}"] if usual else []
-    remedy.append(f"{where}.group_size: null (one scale for each output channel)")
+    if _readable(recipe, scheme, None):
+        remedy.append(f"{where}.group_size: null (one scale for each output channel)")
     if len(odd) < len(widths):
         remedy.append(f"{where}.indivisible: channel or keep, for those layers alone")
     return (
         f"recipe {recipe.name!r}: group size {scheme.group_size} doesn't divide the layer widths of "
-        f"{source.pin.id!r}, got {odd} (of {widths}); set " + ", or ".join(remedy)
+        f"{source.pin.id!r}, got {odd} (of {widths}); "
+        + (f"set {', or '.join(remedy)}" if remedy else "ignore such layers, or choose another format")
     )
+
+
+def _readable(recipe: Recipe, scheme: IntScheme, group_size: int | None) -> bool:
+    """Whether the recipe's format has the scheme with another group size, in the runtime that checks it."""
+    other = scheme.model_copy(update={"group_size": group_size})
+    return group_size_held(FORMATS[recipe.format], other) and misfit(recipe.format, other, LayerKinds()) is None
 
 
 def _where(recipe: Recipe, scheme: IntScheme) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from pipeline.planning.sources import PinnedModel
+from workers.spec.engines import ENGINES
 from workers.spec.formats import FORMATS
 from workers.spec.job import Calibration, Stage, Verification
 from workers.spec.layers import EXPERT, LAYER, out_in_shape, quantizable, scheme_for
@@ -22,15 +23,17 @@ from workers.spec.workspace import MAX_SHARD_BYTES, MICRO_BATCH_TOKENS
 
 # Bytes of a process with torch and transformers, forked from the warm parent, and of the second one that checks the
 # runtime. Measured: 0.4 to 0.55 GB each, pages shared with the parent included (0.1 GB more without a parent).
-RUNTIME_BYTES, LOADER_BYTES = 580_000_000, 680_000_000
+PROCESS_BYTES, LOADER_BYTES = 580_000_000, 680_000_000
 # GPU bytes of such a process: CUDA context and kernels. Not measured yet.
 DEVICE_BYTES = 1_000_000_000
 # Bytes per weight of the largest layer: as read, the next layer prefetched, the model's float32, the method's own copy.
 LAYER_BYTES = 12
 # Bytes per logit of a sequence: both models' logits, their logarithms, and the loading process's logits and answer.
 LOGITS_BYTES = 36
+# Config keys for the number of experts that a token is sent to.
+SENT_TO = ("num_experts_per_tok", "num_experts_per_token", "moe_topk")
 # Keys of config.json that determine the estimates.
-CONFIG = ("model_type", "hidden_size", "n_embd", "vocab_size", "num_attention_heads", "n_head")
+CONFIG = ("model_type", "hidden_size", "n_embd", "vocab_size", "num_attention_heads", "n_head", *SENT_TO)
 # Output projections: their input isn't shared with other projections of their module.
 OUTWARD = re.compile(r"^(o|out|down|c|dense|fc2|w2|wo)(_proj|_lin|_4h_to_h)?$|^dense|^fc_?out")
 EXPERT_ONE = re.compile(r"experts\.(?!0\.)\d+\.")
@@ -233,7 +236,8 @@ def _quantizing(
     layer = max((sum(tensor.numel for tensor in layer) for layer, _ in shape.layers), default=0)
     working = _activations(source, shape, longest, tokens)
     hidden_states = (1 + recipe.needs.own_stream) * tokens * _bytes_for_each_token(source, shape, longest)
-    host = RUNTIME_BYTES + 4 * outside + LAYER_BYTES * layer + 2 * hessians + hidden_states + working
+    whole = 4 * shape.weights if ENGINES[recipe.engine].loads_whole_model else 0
+    host = PROCESS_BYTES + 4 * outside + LAYER_BYTES * layer + 2 * hessians + hidden_states + working + whole
     # On a GPU weights are in half precision, and hidden states of waiting micro-batches stay on the host.
     device = DEVICE_BYTES + 2 * outside + (LAYER_BYTES // 2) * layer + 2 * hessians + working
     return Need(host, device)
@@ -247,7 +251,7 @@ def _verifying(source: PinnedModel, shape: Shape, verification: Verification) ->
     logits = _size(source, "vocab_size") * verification.sequence_length
     working = _activations(source, shape, verification.sequence_length, verification.tokens) + LOGITS_BYTES * logits
     hidden = _size(source, "hidden_size", "n_embd") * verification.tokens
-    host = RUNTIME_BYTES + 8 * outside + LAYER_BYTES * layer + 8 * hidden + working + LOADER_BYTES + 4 * shape.weights
+    host = PROCESS_BYTES + 8 * outside + LAYER_BYTES * layer + 8 * hidden + working + LOADER_BYTES + 4 * shape.weights
     device = 2 * DEVICE_BYTES + 4 * outside + (LAYER_BYTES // 2) * layer + working + 2 * shape.weights
     return Need(host, device)
 
@@ -275,7 +279,7 @@ def _widths(source: PinnedModel, shape: Shape, recipe: Recipe) -> list[int]:
     """The widths of all layers' distinct inputs; of experts, only as many as a token is routed to."""
     if not recipe.calibrated:
         return []
-    sent_to = _size(source, "num_experts_per_tok", "num_experts_per_token", "moe_topk") or 1
+    sent_to = _size(source, *SENT_TO) or 1
     widths: list[int] = []
     for layer, count in shape.layers:
         plain = tuple(tensor for tensor in layer if EXPERT.search(tensor.name) is None)
@@ -297,6 +301,6 @@ def _activations(source: PinnedModel, shape: Shape, longest: int, tokens: int) -
         sum(sum(tensor.shape) for tensor in layer if len(tensor.shape) == 2 and EXPERT_ONE.search(tensor.name) is None)
         for layer, _ in shape.layers
     ]
-    heads = _size(source, "num_attention_heads", "n_head")
+    heads = _size(source, "num_attention_heads", "n_head", *SENT_TO)
     at_once = min(max(MICRO_BATCH_TOKENS, longest), tokens)
     return 4 * at_once * (max(widths, default=0) + 2 * heads * longest)

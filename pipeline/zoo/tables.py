@@ -54,7 +54,7 @@ def rewritten(text: str) -> str:
 
 
 def _scheme(recipe: Recipe) -> str:
-    kinds = LayerKinds(experts=True)
+    kinds = LayerKinds(experts=True, mixture=True)
     dense = checking(recipe.format).reads(recipe.format, recipe.scheme, kinds) is not None
     return f"{words(recipe)}{'; dense models' if dense else ''}"
 
@@ -68,7 +68,9 @@ def _read_by(recipe: Recipe, others: Iterable[Runtime]) -> str:
     readers = []
     for row in others:
         if row.reads(recipe.format, recipe.scheme, LayerKinds(mixed=mixed)) is None:
-            dense = row.reads(recipe.format, recipe.scheme, LayerKinds(mixed=mixed, experts=True)) is not None
+            dense = (
+                row.reads(recipe.format, recipe.scheme, LayerKinds(mixed=mixed, experts=True, mixture=True)) is not None
+            )
             readers.append(f"{row.name}{' (dense models)' if dense else ''}")
     return ", ".join(readers)
 

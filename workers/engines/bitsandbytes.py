@@ -24,13 +24,13 @@ from workers.checkpoint.source import Source
 from workers.engines.maker import Maker
 from workers.errors import UnsupportedRecipe
 from workers.methods.layer import LayerWork, require_finite
+from workers.methods.scaling import some
 from workers.model.loading import StreamedModel
+from workers.spec.formats import BNB_BLOCK
 from workers.spec.job import Job, Order
 from workers.spec.layers import Layout
 from workers.spec.recipes import BitsAndBytesRecipe
 from workers.spec.schemes import FourBitFloatScheme, LlmInt8Scheme
-
-BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def quantize(weight: Tensor, scheme: FourBitFloatScheme | LlmInt8Scheme, *, tran
         case FourBitFloatScheme():
             packed, state = bnb.functional.quantize_4bit(
                 weight_OI,
-                blocksize=BLOCK,
+                blocksize=BNB_BLOCK,
                 compress_statistics=scheme.double_quantization,
                 quant_type=scheme.type,
                 quant_storage=torch.uint8,
@@ -164,7 +164,7 @@ class BitsAndBytesMaker(Maker):
             )
         unquantized = [name for name in self._plan.unquantized if streamed.layers_name in name]
         if unquantized:
-            note = f"left in half precision, for bitsandbytes converts linear modules alone: {_summary(unquantized)}"
+            note = f"left in half precision, for bitsandbytes converts linear modules alone: {some(unquantized)}"
             self.fallbacks[note] = None
 
     def layout(self) -> Layout:
@@ -187,8 +187,3 @@ class BitsAndBytesMaker(Maker):
             tensor = require_finite(key, work.tensors[key].to(self._streamed.device))
             transposed = module in self._plan.transposed
             self.put(key.removesuffix(".weight"), quantize(tensor, self._recipe.scheme, transposed=transposed))
-
-
-def _summary(names: list[str], shown: int = 3) -> str:
-    rest = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")

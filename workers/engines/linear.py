@@ -39,7 +39,6 @@ class LinearMaker(Maker):
         self._encode, self._config = codec.encode, codec.config
         self._schemes = schemes.schemes_of(self._recipe, streamed)
         self._weights = {weight.key: weight for weight in streamed.weights}
-        self._conv1d = [weight.module for weight in streamed.weights if weight.transposed]
         self.quantization_config()  # raises if the format can't store the schemes
         self.fallbacks = dict.fromkeys(schemes.deviations(self._recipe, streamed.weights, self._schemes))
         unknown = self._other_matrices()

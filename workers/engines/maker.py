@@ -125,11 +125,7 @@ class Maker(ABC):
             seconds=self.seconds,
             fallbacks=tuple(self.fallbacks),
         )
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        write_text(layout_path(self.target), self.layout().model_dump_json() + "\n")
-        write_text(record_path(self.target), artifact.model_dump_json() + "\n")
-        shutil.rmtree(self.target, ignore_errors=True)
-        self._partial.rename(self.target)
+        put_in_place(self._partial, self.target, artifact, self.layout())
         return artifact
 
     def release(self) -> None:
@@ -164,3 +160,12 @@ class Maker(ABC):
     def _write(self, key: str, tensor: Tensor) -> None:
         assert self._writer is not None, "begin comes first"
         self._writer.add(key, tensor)
+
+
+def put_in_place(partial: Path, target: Path, artifact: ArtifactMade, layout: Layout) -> None:
+    """Write an artifact's layout and record beside its final path, and move it there by an atomic rename."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_text(layout_path(target), layout.model_dump_json() + "\n")
+    write_text(record_path(target), artifact.model_dump_json() + "\n")
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)

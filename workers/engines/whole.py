@@ -1,17 +1,18 @@
 """Runs engines that make a whole artifact in their own process, with a library in its own environment.
 
-The engine's script reads a ``WholeRequest`` as one line of JSON from standard input, writes ``WholeProgress`` lines to
-standard output, and leaves weights and config.json in the output folder. This module adds what every artifact has
-(companion files, the record and the layout beside it), and moves it to its final path by an atomic rename.
+The engine's script reads a ``WholeRequest`` as one line of JSON from standard input, writes a ``WholeAnswer`` as a
+line of JSON to standard output, and leaves weights and config.json in the output folder. This module adds what every
+artifact has (companion files, the record and the layout beside it), and moves it to its final path by an atomic
+rename.
 """
 
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,13 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from workers.checkpoint.source import copy_companions
+from workers.engines.maker import put_in_place
 from workers.errors import OutOfMemory, UnsupportedRecipe, WorkerDied
 from workers.machine import child
 from workers.machine.environments import interpreter
-from workers.machine.files import write_text
-from workers.spec.engines import Engine, WholeProgress, WholeRequest
+from workers.spec.engines import Engine, WholeAnswer, WholeRequest
 from workers.spec.job import ArtifactMade, Job, Order
-from workers.spec.workspace import artifact_folder, layout_path, record_path
+from workers.spec.workspace import artifact_folder
 
 WEIGHTS = "*.safetensors"
 
@@ -37,14 +38,13 @@ def make(
     order: Order,
     source: Path,
     calibration_NT: Tensor | None,
-    progress: Callable[[float], None] = lambda share: None,
 ) -> ArtifactMade:
     """Make the artifact of an order by an engine; ``source`` is the model's folder, tokens are int64 [N, T].
 
     Raises:
         UnsupportedRecipe: the engine reports an error, or leaves no weights or no config.json.
         WorkerDied: the engine's process ended without an answer.
-        OutOfMemory: the engine's process was killed.
+        OutOfMemory: the engine's process was killed, or says that memory ran out.
         PreflightError: the engine's environment isn't built here.
     """
     begun, target = time.monotonic(), artifact_folder(job.workspace, order)
@@ -60,8 +60,8 @@ def make(
                 calibration=_stored(calibration_NT, Path(scratch)),
                 trust_remote_code=job.model.trust_remote_code,
             )
-            last = _ask(engine, request, progress)
-        return _publish(engine, order, source, partial, target, last, time.monotonic() - begun)
+            answer = _ask(engine, request)
+        return _publish(engine, order, source, partial, target, answer, time.monotonic() - begun)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -74,48 +74,48 @@ def _stored(tokens_NT: Tensor | None, scratch: Path) -> str | None:
     return str(path)
 
 
-def _ask(engine: Engine, request: WholeRequest, progress: Callable[[float], None]) -> WholeProgress:
-    """Run the engine's process; return its last line."""
+def _ask(engine: Engine, request: WholeRequest) -> WholeAnswer:
+    """Run the engine's process; return its answer."""
     assert engine.script is not None, "engines without a script take part in the pass"
     command, environment = child.script(engine.script, interpreter(engine.environment) if engine.environment else None)
-    last = WholeProgress()
     with tempfile.TemporaryFile("w+") as complaints:
         with subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, text=True
         ) as process:
             try:
-                for last in _answers(process, request):
-                    progress(last.share)
+                answer = _answer(process, request)
             except BaseException:
                 process.kill()  # otherwise leaving the context would wait for it
                 raise
         complaints.seek(0)
         reason = (complaints.read().strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-    if process.returncode == -9:
-        raise OutOfMemory(f"engine {engine.name!r}: its process was killed ({reason}); use a larger machine")
-    if last.error is not None:
-        raise UnsupportedRecipe(f"recipe {request.recipe.name!r}: engine {engine.name!r}: {last.error}")
-    if process.returncode or last.layout is None:
+    if process.returncode == -signal.SIGKILL or "OutOfMemory" in reason or "MemoryError" in reason:
+        raise OutOfMemory(f"engine {engine.name!r}: out of memory ({reason}); use a larger machine")
+    if answer.error is not None:
+        raise UnsupportedRecipe(f"recipe {request.recipe.name!r}: engine {engine.name!r}: {answer.error}")
+    if process.returncode or answer.layout is None:
         raise WorkerDied(f"engine {engine.name!r}: its process ended with {process.returncode} ({reason})")
-    return last
+    return answer
 
 
-def _answers(process: subprocess.Popen[str], request: WholeRequest) -> Iterator[WholeProgress]:
-    """The engine's answers to a request; lines that its library prints in between are skipped."""
+def _answer(process: subprocess.Popen[str], request: WholeRequest) -> WholeAnswer:
+    """The engine's answer to a request; lines that its library prints in between are skipped."""
     assert process.stdin is not None
     assert process.stdout is not None
     with suppress(BrokenPipeError):  # a process that ended early is reported by its exit code
         process.stdin.write(request.model_dump_json() + "\n")
         process.stdin.close()
+    last = WholeAnswer()
     for line in process.stdout:
-        try:
-            yield WholeProgress.model_validate_json(line)
-        except ValidationError:
-            continue
+        with suppress(ValidationError):
+            answer = WholeAnswer.model_validate_json(line)
+            if answer.layout is not None or answer.error is not None:
+                last = answer
+    return last
 
 
 def _publish(
-    engine: Engine, order: Order, source: Path, partial: Path, target: Path, last: WholeProgress, seconds: float
+    engine: Engine, order: Order, source: Path, partial: Path, target: Path, answer: WholeAnswer, seconds: float
 ) -> ArtifactMade:
     size = sum(path.stat().st_size for path in partial.glob(WEIGHTS))
     if not size or not (partial / "config.json").is_file():
@@ -124,11 +124,8 @@ def _publish(
         )
     copy_companions(source, partial)
     artifact = ArtifactMade(
-        recipe=order.recipe.name, path=str(target), bytes=size, seconds=seconds, fallbacks=last.fallbacks
+        recipe=order.recipe.name, path=str(target), bytes=size, seconds=seconds, fallbacks=answer.fallbacks
     )
-    assert last.layout is not None, "an answer without a layout was refused"
-    write_text(layout_path(target), last.layout.model_dump_json() + "\n")
-    write_text(record_path(target), artifact.model_dump_json() + "\n")
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    assert answer.layout is not None, "an answer without a layout was refused"
+    put_in_place(partial, target, artifact, answer.layout)
     return artifact

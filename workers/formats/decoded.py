@@ -66,7 +66,8 @@ class Decoded:
     def input_rounding(self, module: str, device: str) -> Callable[[Tensor], Tensor] | None:
         """The rounding that transformers applies to a quantized module's input on a kind of device; None if none."""
         stored = self._stored[module]
-        scales = {"input_scale": self._source.read(stored["input_scale"])} if "input_scale" in stored else {}
+        names = [name for name in self._decoder.activation_scales if name in stored]
+        scales = {name: self._source.read(stored[name]) for name in names}
         return self._decoder.rounding(module, scales, device)
 
     def __enter__(self) -> Self:

@@ -24,4 +24,5 @@ class Decoder:
     required: tuple[str, ...]
     header: Callable[[str, Mapping[str, Header], Callable[[str], Tensor]], Header]
     decode: Callable[[str, Mapping[str, Tensor]], Tensor]
+    activation_scales: tuple[str, ...] = ()
     rounding: Callable[[str, Mapping[str, Tensor], str], Callable[[Tensor], Tensor] | None] = lambda *_: None

@@ -48,8 +48,8 @@ def encode(weight: CodedWeight, scheme: LinearScheme) -> dict[str, Tensor]:
     Raises:
         UnsupportedRecipe: 128 doesn't divide O and I.
     """
-    assert isinstance(weight, Float8Weight), "recipes.format_holds refuses other schemes for this format"
-    assert weight.blocks, "recipes.format_holds refuses scales other than for blocks in this format"
+    assert isinstance(weight, Float8Weight), "formats.check_holds refuses other schemes for this format"
+    assert weight.blocks, "formats.check_holds refuses scales other than for blocks in this format"
     check_sides(weight.values_OI.shape)
     return {"weight": weight.values_OI.contiguous(), "weight_scale_inv": weight.scale.float().contiguous()}
 

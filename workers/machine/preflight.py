@@ -64,10 +64,17 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "platform": platform.machine(), **installed}
 
 
+def environments_of(recipe: Recipe) -> list[str]:
+    """The prebuilt environments that a recipe needs: its own, its engine's, and its runtime's."""
+    names = (recipe.environment, ENGINES[recipe.engine].environment, checking(recipe.format).environment)
+    return [name for name in dict.fromkeys(names) if name is not None]
+
+
 def problems(facts: MachineFacts, recipe: Recipe) -> list[str]:
     """Everything that the machine lacks for a recipe, each with the command that fixes it. Pure."""
     engine, runtime = ENGINES[recipe.engine], checking(recipe.format)
-    needed = [*BASE_PACKAGES, *engine.packages, *FORMATS[recipe.format].needs]
+    in_process = () if engine.environment else engine.packages
+    needed = [*BASE_PACKAGES, *in_process, *FORMATS[recipe.format].needs]
     lacking = [name for name in needed if name not in facts.packages]
     if runtime.environment is None:
         lacking += runtime.lacks(recipe.format, facts.packages)
@@ -89,9 +96,9 @@ def problems(facts: MachineFacts, recipe: Recipe) -> list[str]:
 
 def _named() -> set[str]:
     """All distributions named in the tables, and those that every stage needs."""
-    made_with = {name for row in ENGINES.values() for name in row.packages}
+    made_with = {name for row in ENGINES.values() if row.environment is None for name in row.packages}
     stored_with = {name for row in FORMATS.values() for name in row.needs}
-    # A runtime in its own environment can't be checked from this process.
+    # Packages of an engine or a runtime in its own environment can't be seen from this process.
     in_process = [row for row in RUNTIMES.values() if row.entry and row.environment is None]
     read_with = {name for row in in_process for names in row.packages.values() for name in (row.distribution, *names)}
     return {*BASE_PACKAGES, *made_with, *stored_with, *read_with}

@@ -8,10 +8,10 @@ from typing import cast
 from workers.errors import UnsupportedRecipe
 from workers.model.loading import QuantizableWeight, StreamedModel
 from workers.model.unpackable import unpackable_modules
-from workers.spec.formats import FORMATS
+from workers.spec.formats import FORMATS, formats_that_hold
 from workers.spec.layers import LayerScheme, scheme_for
 from workers.spec.recipes import LinearRecipe
-from workers.spec.schemes import IntScheme, LinearScheme, Scheme
+from workers.spec.schemes import LinearScheme, Scheme
 
 UNPACKABLE = "transformers reads its plain weight while it loads, and a packed one has none"
 
@@ -28,8 +28,8 @@ def schemes_of(recipe: LinearRecipe, streamed: StreamedModel) -> dict[str, Linea
     if schemes and len(unloadable) == len(schemes):
         raise UnsupportedRecipe(
             f"recipe {recipe.name!r}: transformers reads the plain weight of every linear layer of "
-            f"{type(streamed.model).__name__} while it loads, and packed weights have none; choose a scheme or format "
-            f"that keeps one ({', '.join(_formats_with_weight(recipe.scheme))}, or activations: int8)"
+            f"{type(streamed.model).__name__} while it loads, and packed weights have none; choose "
+            f"{_formats_with_weight(recipe.scheme)} that keeps one (activations: int8, fp8, or method: bitsandbytes)"
         )
     for key in unloadable:
         del schemes[key]
@@ -43,18 +43,15 @@ def schemes_of(recipe: LinearRecipe, streamed: StreamedModel) -> dict[str, Linea
 
 def _chosen(recipe: LinearRecipe, weight: QuantizableWeight) -> LayerScheme:
     chosen = scheme_for(recipe, weight.module, weight.shape_OI)
-    if chosen.refused:
-        remedy = (
-            "set scheme.group_size to a divisor or null, or scheme.indivisible to channel or keep"
-            if isinstance(chosen.wanted, IntScheme)
-            else "ignore that layer, or choose another scheme"
-        )
-        raise UnsupportedRecipe(f"recipe {recipe.name!r}: {chosen.why} of {weight.module}; {remedy}")
+    if chosen.remedy:
+        raise UnsupportedRecipe(f"recipe {recipe.name!r}: {weight.module}: {chosen.why}; {chosen.remedy}")
     return chosen
 
 
-def _formats_with_weight(scheme: Scheme) -> list[str]:
-    return [row.name for row in FORMATS.values() if not row.without_weight(scheme)]
+def _formats_with_weight(scheme: Scheme) -> str:
+    """The formats that hold a scheme and keep a plain weight, to end an error message."""
+    names = [name for name in formats_that_hold(scheme) if not FORMATS[name].without_weight(scheme)]
+    return f"format: {' or '.join(names)}, or another scheme" if names else "another scheme"
 
 
 def _unloadable(recipe: LinearRecipe, streamed: StreamedModel, schemes: Mapping[str, LinearScheme]) -> list[str]:

@@ -1,8 +1,8 @@
 """The table of engines, which make artifacts. Engines that take part in the pass are in ``engines.table``.
 
 The other kind of engine makes a whole artifact in its own process (``engines.whole``): ``script`` is a module that
-reads a ``WholeRequest`` as JSON from standard input and writes ``WholeProgress`` lines as JSON to standard output, in
-the prebuilt ``environment``, if set.
+reads a ``WholeRequest`` as JSON from standard input and writes a ``WholeAnswer`` as one line of JSON to standard
+output, in the prebuilt ``environment``, if set.
 """
 
 from __future__ import annotations
@@ -18,13 +18,17 @@ from workers.spec.recipes import Recipe
 
 @dataclass(frozen=True)
 class Engine:
-    """One engine: the distributions that it needs, and the minimum compute capability of a GPU."""
+    """One engine: the distributions that it needs, and the minimum compute capability of a GPU.
+
+    ``loads_whole_model``: the plan counts all of the model's weights in float32 into the host memory of its stage.
+    """
 
     name: str
     packages: tuple[str, ...] = ()
     least_capability: tuple[int, int] = (0, 0)
     script: str | None = None
     environment: str | None = None
+    loads_whole_model: bool = False
 
 
 class WholeRequest(Frozen):
@@ -37,10 +41,9 @@ class WholeRequest(Frozen):
     trust_remote_code: bool = False
 
 
-class WholeProgress(Frozen):
-    """One line of a whole-artifact engine's answer; the last line has ``layout`` or ``error``."""
+class WholeAnswer(Frozen):
+    """What a whole-artifact engine answers, as one line: ``layout`` and ``fallbacks`` of what it made, or ``error``."""
 
-    share: float = Field(0.0, ge=0, le=1, description="How much of the work is done.")
     layout: Layout | None = None
     fallbacks: tuple[str, ...] = ()
     error: str | None = None

@@ -39,6 +39,11 @@ class Format:
     format. ``without_weight``: whether a module stored under a scheme lacks the plain ``weight`` that transformers'
     initialization of some families reads. ``declares`` recognises a ``quantization_config`` of config.json, and
     ``family`` returns the family of gates of such a config, or several if it has mixed schemes.
+
+    ``per_layer_schemes``: layers may have schemes of their own. ``conv1d``: Conv1D layers can be stored.
+    ``scale_dtype``: dtype that scales are rounded to. ``container``: what the weights are written as
+    (``checkpoint.shards.WRITERS``). ``arithmetic`` says how runtimes compute with such a config. ``needs``:
+    distributions for writing and decoding. ``only_method`` is the one method that writes the format, if others can't.
     """
 
     name: str
@@ -57,7 +62,7 @@ class Format:
     without_weight: Callable[[Scheme], bool] = lambda scheme: False
     arithmetic: Callable[[Mapping[str, Any]], Arithmetic] = lambda config: "any"
     needs: tuple[str, ...] = ()
-    method: str | None = None
+    only_method: str | None = None
 
 
 # ------------------------------------------------------------------------------------- compressed-tensors
@@ -282,7 +287,7 @@ BITSANDBYTES = Format(
     experts=lambda scheme: "the library converts linear modules alone, and transformers fuses experts",
     arithmetic=lambda config: "own",
     needs=("bitsandbytes",),
-    method="bitsandbytes",
+    only_method="bitsandbytes",
 )
 
 FORMATS: dict[str, Format] = {row.name: row for row in (COMPRESSED_TENSORS, GPTQ, GPTQ_V2, AWQ, FP8, BITSANDBYTES)}
@@ -340,11 +345,16 @@ def check_holds(name: str, fmt: str, scheme: Scheme) -> None:
         return
     if row.holds(scheme):
         assert row.group_sizes is not None
-        sizes = ", ".join("null" if size is None else str(size) for size in row.group_sizes)
+        sizes = ", ".join(map(_null_or, row.group_sizes))
         raise ValueError(
-            f"recipe {name!r}: format {fmt!r}: group_size {getattr(scheme, 'group_size', None)} is read by no kernel; "
-            f"choose one of {sizes}" + (f", or format: {' or '.join(fits)}" if fits else "")
+            f"recipe {name!r}: format {fmt!r}: group_size {_null_or(getattr(scheme, 'group_size', None))} is read by "
+            f"no kernel; choose one of {sizes}" + (f", or format: {' or '.join(fits)}" if fits else "")
         )
     wanted = scheme.model_dump_json(exclude={"indivisible"})
     remedy = f"choose format: {' or '.join(fits)}" if fits else "no format that a runtime reads holds it"
     raise ValueError(f"recipe {name!r}: format {fmt!r} can't hold the scheme {wanted} (it holds {row.says}); {remedy}")
+
+
+def _null_or(size: int | None) -> str:
+    """A group size as a zoo file writes it."""
+    return "null" if size is None else str(size)

@@ -29,6 +29,13 @@ class Dataset(Frozen):
     revision: str | None = None
     separator: str = Field("\n", description="Put between two rows when they are joined into one stream of tokens.")
 
+    @property
+    def public(self) -> Dataset:
+        """The same data set without this machine's paths: files by their names."""
+        names = tuple(Path(name).name for name in self.data_files)
+        path = Path(self.path).name if Path(self.path).is_absolute() else self.path
+        return self.model_copy(update={"data_files": names, "path": path})
+
 
 class Calibration(Frozen):
     """The text and settings of calibration."""
@@ -189,7 +196,7 @@ class Metrics(Frozen):
     perplexity_ratio_lower: float = 0.0
 
 
-class Runtime(Frozen):
+class RuntimeAgreement(Frozen):
     """Agreement between the users' library and our own decoder."""
 
     name: str
@@ -229,9 +236,7 @@ class ReasonCode(StrEnum):
         return self in _BY_THRESHOLD
 
 
-_BY_THRESHOLD = frozenset(
-    {ReasonCode.KL, ReasonCode.TOP1, ReasonCode.PERPLEXITY, ReasonCode.EVAL_TOKENS, ReasonCode.RUNTIME_LOGITS}
-)
+_BY_THRESHOLD = frozenset({ReasonCode.KL, ReasonCode.TOP1, ReasonCode.PERPLEXITY, ReasonCode.RUNTIME_LOGITS})
 
 
 class Generation(Frozen):
@@ -252,7 +257,7 @@ class Verdict(Frozen):
     codes: tuple[ReasonCode, ...] = Field((), description="What kind of reason each of them is.")
     outcome: Outcome
     metrics: Metrics | None = None
-    runtime: Runtime | None = None
+    runtime: RuntimeAgreement | None = None
     worst_layers: tuple[tuple[str, float], ...] = Field((), description="Lowest SQNR first, in dB.")
     generations: tuple[Generation, ...] = ()
 

@@ -17,30 +17,40 @@ from workers.spec.tensors import TensorHeader
 EXPERT = re.compile(r"\.experts\.\d+\.")
 # The number of a decoder layer in a tensor's name.
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+PACKING_REMEDY = "ignore that layer, or choose another format"
+GROUP_REMEDY = "set scheme.group_size to a divisor or null, or scheme.indivisible to channel or keep"
 
 
 class LayerKinds(NamedTuple):
     """Kinds of layers, besides plain linear ones, that a recipe quantizes; runtimes' support depends on them.
 
-    ``conv1d``: stored (in, out), as in GPT-2. ``mixed``: more than one scheme.
+    ``conv1d``: stored (in, out), as in GPT-2. ``mixed``: more than one scheme. ``mixture``: the model is a mixture of
+    experts, whether its experts are quantized (``experts``) or not.
     """
 
     experts: bool = False
     conv1d: bool = False
     mixed: bool = False
+    mixture: bool = False
 
 
 @dataclass(frozen=True)
 class LayerScheme:
     """The scheme chosen for one weight: ``scheme``, None for half precision.
 
-    ``why`` is the reason for a deviation from the recipe; ``refused``: the recipe accepts no substitute.
+    ``why`` is the reason for a deviation from the recipe. ``remedy`` is set where the recipe accepts no substitute:
+    what the user can do.
     """
 
     wanted: Scheme
     scheme: Scheme | None
     why: str | None = None
-    refused: bool = False
+    remedy: str | None = None
+
+    @property
+    def unpackable(self) -> bool:
+        """Whether the format can't pack the weight, whatever its groups."""
+        return self.remedy == PACKING_REMEDY
 
 
 class Layout(Frozen):
@@ -87,7 +97,7 @@ def scheme_for(recipe: Recipe, module: str, shape_OI: tuple[int, int]) -> LayerS
     multiple_O, multiple_I = FORMATS[recipe.format].multiple_OI
     if rows % multiple_O or columns % multiple_I:
         need = f"{multiple_O} must divide its outputs" + (f" and {multiple_I} its inputs" if multiple_I > 1 else "")
-        return LayerScheme(wanted, None, f"a weight of {rows} x {columns} can't be packed, {need}", refused=True)
+        return LayerScheme(wanted, None, f"a weight of {rows} x {columns} can't be packed, {need}", PACKING_REMEDY)
     size = wanted.group_size if isinstance(wanted, IntScheme | MicroscalingScheme) else None
     if size is None or columns % size == 0:
         return LayerScheme(wanted, wanted)
@@ -97,7 +107,9 @@ def scheme_for(recipe: Recipe, module: str, shape_OI: tuple[int, int]) -> LayerS
             return LayerScheme(wanted, wanted.model_copy(update={"group_size": None}), why)
         case IntScheme(indivisible="keep"):
             return LayerScheme(wanted, None, why)
-    return LayerScheme(wanted, None, why, refused=True)
+        case IntScheme():
+            return LayerScheme(wanted, None, why, GROUP_REMEDY)
+    return LayerScheme(wanted, None, why, "ignore that layer, or choose another scheme")
 
 
 def _or_half_precision(wanted: Scheme, why: str, whole: bool) -> LayerScheme:
@@ -112,11 +124,13 @@ def out_in_shape(tensor: TensorHeader, *, conv1d: bool) -> tuple[int, int]:
 
 def kinds_of(recipe: Recipe, tensors: Iterable[TensorHeader], *, conv1d: bool) -> LayerKinds:
     """The kinds of layers that a recipe quantizes among a checkpoint's tensors; ``conv1d`` is the family's."""
-    experts, schemes = False, set[Scheme]()
+    experts = mixture = False
+    schemes: set[Scheme] = set()
     for tensor in tensors:
+        mixture = mixture or ".experts." in tensor.name
         if quantizable(tensor, recipe):
             experts = experts or EXPERT.search(tensor.name) is not None
             chosen = scheme_for(recipe, tensor.name.removesuffix(".weight"), out_in_shape(tensor, conv1d=conv1d))
             if chosen.scheme is not None:
                 schemes.add(chosen.scheme)
-    return LayerKinds(experts=experts, conv1d=conv1d, mixed=len(schemes) > 1)
+    return LayerKinds(experts=experts, conv1d=conv1d, mixed=len(schemes) > 1, mixture=mixture)

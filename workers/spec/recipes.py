@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 from pydantic import Field, field_validator, model_validator
 
 from workers.spec.base import SLUG, Frozen
-from workers.spec.formats import BITSANDBYTES, FORMATS, FormatName, check_holds
+from workers.spec.formats import BITSANDBYTES, FORMATS, FormatName, check_holds, formats_with_schemes_by_layer
 from workers.spec.schemes import (
     AnyLinearScheme,
     Float8Scheme,
@@ -182,10 +182,9 @@ class IntRecipe(RecipeBase):
         for scheme in (self.scheme, *(override.scheme for override in self.overrides)):
             check_holds(self.name, self.format, scheme)
         if self.overrides and not FORMATS[self.format].per_layer_schemes:
-            able = " or ".join(row.name for row in FORMATS.values() if row.per_layer_schemes)
             raise ValueError(
-                f"recipe {self.name!r}: overrides need format: {able}, got {self.format!r}, which has one scheme for "
-                "all layers"
+                f"recipe {self.name!r}: overrides need {formats_with_schemes_by_layer()}, got {self.format!r}, which "
+                "has one scheme for all layers"
             )
         return self
 

@@ -95,7 +95,11 @@ def _formats(names: Mapping[str, object] | list[str]) -> str:
 def _conv1d(kinds: LayerKinds) -> str | None:
     if not kinds.conv1d:
         return None
-    able = [f"method: {row.method}" if row.method else f"format: {row.name}" for row in FORMATS.values() if row.conv1d]
+    able = [
+        f"method: {row.only_method}" if row.only_method else f"format: {row.name}"
+        for row in FORMATS.values()
+        if row.conv1d
+    ]
     return f"are Conv1D, which transformers doesn't load in this format; choose {' or '.join(able)}"
 
 
@@ -113,7 +117,9 @@ def _formats_for_experts(scheme: Scheme) -> str:
     symmetric = scheme.model_copy(update={"symmetric": True}) if isinstance(scheme, IntScheme) else scheme
     change = "" if symmetric == scheme else " with symmetric: true"
     experts = LayerKinds(experts=True)
-    rules = {COMPRESSED_TENSORS.name: _ct_by_transformers, FP8.name: _fp8_by_transformers}
+    # These two suggest other formats themselves.
+    dense_alone = (_gptq_by_transformers, _dense_alone)
+    rules = {fmt: rule for fmt, rule in _TRANSFORMERS.items() if rule not in dense_alone}
     able = [fmt for fmt in formats_that_hold(symmetric) if fmt in rules and rules[fmt](symmetric, experts) is None]
     return f"{_formats(able)}{change}" if able else "another scheme"
 
@@ -197,7 +203,7 @@ _NOT_COMPARED = "their logits weren't compared, for the CPU lacked the kernel"
 
 def _ct_by_vllm(scheme: Scheme, kinds: LayerKinds) -> str | None:
     match scheme:
-        case _ if kinds.experts:
+        case _ if kinds.mixture:
             return "are of a mixture of experts, whose routers are linear layers in vLLM that config.json doesn't name"
         case _ if kinds.mixed:
             return "have several schemes, and vLLM fuses q, k and v, and gate and up, which must have one"
@@ -217,13 +223,13 @@ def _gptq_by_vllm(scheme: Scheme, kinds: LayerKinds) -> str | None:
 
 
 def _fp8_by_vllm(scheme: Scheme, kinds: LayerKinds) -> str | None:
-    if kinds.experts:
+    if kinds.mixture:
         return "are of a mixture of experts, whose routers vLLM takes for quantized: it computes with wrong weights"
     return f"were loaded, but {_NOT_COMPARED}"
 
 
 def _bnb_by_vllm(scheme: Scheme, kinds: LayerKinds) -> str | None:
-    if kinds.experts:
+    if kinds.mixture:
         return "are of a mixture of experts, all of which vLLM's plugin takes for its own"
     if isinstance(scheme, FourBitFloatScheme) and scheme.type != "nf4":
         return f"are {scheme.type}, which wasn't tried with vLLM's plugin"

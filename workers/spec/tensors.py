@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
+DTYPE_BYTES |= {"F8_E8M0": 1, "BOOL": 1}
 
 
 class TensorHeader(NamedTuple):

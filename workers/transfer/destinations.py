@@ -55,8 +55,8 @@ DESTINATIONS = (HUB, FOLDER)
 
 
 def destination_row(endpoint: str) -> DestinationRow:
-    """The destination kind of an endpoint."""
-    return next(kind for kind in DESTINATIONS if kind.takes(endpoint))
+    """The row of an endpoint's destination; a folder, unless another row recognises it."""
+    return next((row for row in DESTINATIONS if row is not FOLDER and row.takes(endpoint)), FOLDER)
 
 
 def today_utc() -> date:

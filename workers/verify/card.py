@@ -142,7 +142,7 @@ def _loading(recipe: Recipe, repo: str, loader: str) -> str:
 def _other_runtimes(recipe: Recipe, repo: str, kinds: LayerKinds, loader: str) -> Iterator[str]:
     """What is known about the runtimes that it wasn't checked in."""
     for runtime in RUNTIMES.values():
-        if runtime is checking(recipe.format) or recipe.format not in runtime.rules:
+        if runtime.entry or recipe.format not in runtime.rules:
             continue
         why = runtime.reads(recipe.format, recipe.scheme, kinds)
         if why:
@@ -189,9 +189,7 @@ def _plain(value: BaseModel) -> dict[str, Any]:
 
 
 def _text(dataset: Dataset) -> dict[str, Any]:
-    names = [Path(name).name for name in dataset.data_files]
-    path = Path(dataset.path).name if Path(dataset.path).is_absolute() else dataset.path
-    return {**dataset.model_dump(mode="json", exclude_none=True), "path": path, "data_files": names}
+    return dataset.public.model_dump(mode="json", exclude_none=True)
 
 
 def _measured(verdict: Verdict) -> str:

@@ -22,7 +22,7 @@ from workers.model.loading import StreamedModel
 from workers.model.text import held_out_tokens, load_tokenizer
 from workers.spec.families import family_of
 from workers.spec.formats import recognised
-from workers.spec.job import Generation, Job, Metrics, ModelPin, Runtime, Verification
+from workers.spec.job import Generation, Job, Metrics, ModelPin, RuntimeAgreement, Verification
 from workers.spec.runtimes import RuntimeRequest, checking
 from workers.verify import fidelity, gates
 from workers.verify.activations import rounded_inputs
@@ -143,7 +143,7 @@ class Comparison:
 
     def _agreement(
         self, answer: RuntimeAnswer, head: LogitsHead, hidden: list[Tensor]
-    ) -> tuple[Runtime | None, tuple[str, ...]]:
+    ) -> tuple[RuntimeAgreement | None, tuple[str, ...]]:
         """Difference between the runtime's logits and ours, and other problems of its answer."""
         if answer.logits is None:
             return None, answer.problems
@@ -151,7 +151,7 @@ class Comparison:
             return None, (*answer.problems, f"runtime {answer.name}: NaN or Inf in its logits")
         ours = head.logits(torch.cat(hidden)[:RUNTIME_SEQUENCES, :RUNTIME_TOKENS]).float().cpu()
         difference = answer.logits - ours
-        agreement = Runtime(
+        agreement = RuntimeAgreement(
             name=answer.name,
             version=answer.version,
             max_abs_logit_difference=difference.abs().max().item(),

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from workers.spec.job import Generation, Metrics, Outcome, ReasonCode, Runtime, Thresholds, Verdict
+from workers.spec.job import Generation, Metrics, Outcome, ReasonCode, RuntimeAgreement, Thresholds, Verdict
 
 # Outcomes by severity: the verdict takes the first one present.
 WEIGHT = (Outcome.REGRESSION, Outcome.ANOMALOUS, Outcome.INFEASIBLE)
@@ -20,7 +20,7 @@ class Evidence:
     runtime_problems: Sequence[str] = ()
     infeasible: Sequence[str] = ()
     metrics: Metrics | None = None
-    runtime: Runtime | None = None
+    runtime: RuntimeAgreement | None = None
     worst_layers: tuple[tuple[str, float], ...] = ()
     generations: tuple[Generation, ...] = ()
     promised_tokens: int = 0
@@ -119,7 +119,7 @@ def _anomalies(metrics: Metrics, thresholds: Thresholds, promised: int) -> Itera
         yield Reason(Outcome.ANOMALOUS, ReasonCode.EVAL_TOKENS, text)
 
 
-def _runtime(runtime: Runtime, thresholds: Thresholds) -> Iterator[Reason]:
+def _runtime(runtime: RuntimeAgreement, thresholds: Thresholds) -> Iterator[Reason]:
     """Yield a reason if the runtime's logits differ too much from our decoder's."""
     if runtime.relative_logit_difference <= thresholds.runtime_logit_difference:
         return

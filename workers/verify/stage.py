@@ -111,10 +111,7 @@ Described = TypeVar("Described", Calibration, Verification)
 
 def _public(described: Described) -> Described:
     """The same settings without this machine's paths: data files by name."""
-    dataset = described.dataset
-    names = tuple(Path(name).name for name in dataset.data_files)
-    path = Path(dataset.path).name if Path(dataset.path).is_absolute() else dataset.path
-    return described.model_copy(update={"dataset": dataset.model_copy(update={"data_files": names, "path": path})})
+    return described.model_copy(update={"dataset": described.dataset.public})
 
 
 def _seal(

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from workers.checkpoint.source import Source
 from workers.formats.decoded import Decoded, open_decoded
+from workers.spec.formats import BNB_BLOCK
 from workers.spec.recipes import BitsAndBytesRecipe
 from workers.spec.schemes import FourBitFloatScheme, LlmInt8Scheme
 
@@ -193,7 +194,7 @@ def test_decoding_is_within_half_a_step(scheme: str, shape: tuple[int, int], tra
     decoded = bnb_format.decode(stored, transposed=transposed)
     decoded = decoded.T if transposed else decoded
     assert decoded.shape == weight.shape
-    length = shape[1] if scheme == "llm-int8" else method.BLOCK
+    length = shape[1] if scheme == "llm-int8" else BNB_BLOCK
     pad = -weight.numel() % length
     error, limit = (
         torch.nn.functional.pad(t.flatten(), (0, pad)).view(-1, length).abs().amax(1)

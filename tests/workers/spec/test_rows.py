@@ -17,15 +17,16 @@ from tests.workers import jobs
 from workers.checkpoint.shards import WRITERS
 from workers.engines.table import MAKERS
 from workers.formats.table import CODECS
+from workers.machine import preflight
 from workers.methods.table import METHODS
 from workers.numerics import fp8
 from workers.quantize.one_pass import quantize
-from workers.spec.engines import ENGINES
-from workers.spec.formats import BNB_BLOCK, FORMATS, recognised
+from workers.spec.engines import ENGINES, Engine
+from workers.spec.formats import FORMATS, recognised
 from workers.spec.job import Calibration, Dataset, ModelPin, fingerprint
-from workers.spec.layers import LayerKinds
+from workers.spec.layers import LayerKinds, kinds_of
 from workers.spec.recipes import Recipe
-from workers.spec.runtimes import RUNTIMES, checking, misfit
+from workers.spec.runtimes import RUNTIMES, VLLM, checking, misfit
 from workers.spec.schemes import FP8_BLOCK
 
 ROOT = Path(__file__).parents[3]
@@ -86,10 +87,31 @@ def test_configs_are_recognised_by_one_row_alone() -> None:
 
 
 def test_constants_that_rooms_cannot_share_are_equal() -> None:
-    from workers.engines import bitsandbytes
-
     assert fp8.BLOCK == FP8_BLOCK
-    assert bitsandbytes.BLOCK == BNB_BLOCK
+
+
+def test_a_mixture_is_one_whichever_of_its_layers_are_quantized() -> None:
+    """vLLM's rules are about the model: its routers are linear layers there, also where experts stay as they are."""
+    source = sources.resolve(ModelEntry(id="qwen3-moe-tiny"), jobs.ZOO / "models")
+    for recipe in (
+        shipped.recipe("bnb-nf4"),
+        shipped.recipe("gptq-w4-g128").model_copy(update={"ignore": ("*.experts.*",)}),
+    ):
+        kinds = kinds_of(recipe, source.tensors, conv1d=False)
+        assert kinds == LayerKinds(experts=False, mixture=True)
+        assert VLLM.reads(recipe.format, recipe.scheme, kinds) is not None
+
+
+def test_an_engine_in_an_environment_needs_none_of_its_packages_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    facts = preflight.probe(tmp_path, with_devices=False)
+    recipe = shipped.recipe("rtn-w4-g128")
+    monkeypatch.setitem(ENGINES, "linear", Engine("linear", packages=("libx",)))
+    assert "package libx is not installed" in preflight.problems(facts, recipe)[0]
+    monkeypatch.setitem(ENGINES, "linear", Engine("linear", packages=("libx",), script="x", environment="lib"))
+    assert preflight.problems(facts, recipe) == []
+    assert preflight.environments_of(recipe) == ["lib"]
 
 
 def test_no_other_place_names_a_format() -> None:

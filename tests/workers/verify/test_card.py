@@ -116,12 +116,12 @@ def test_what_it_says_makes_the_same_recipe_again(tmp_path: Path, recipe: str) -
     ("recipe", "kinds", "in_vllm"),
     [
         ("gptq-w4-g128", LayerKinds(), True),
-        ("gptq-w4-g128", LayerKinds(experts=True), False),
+        ("gptq-w4-g128", LayerKinds(mixture=True), False),
         ("gptq-w3-g128", LayerKinds(), False),
         ("gptq-mixed-4-8", LayerKinds(mixed=True), False),
         ("hqq-w4-g64", LayerKinds(), False),
         ("bnb-nf4", LayerKinds(), True),
-        ("bnb-nf4", LayerKinds(experts=True), False),
+        ("bnb-nf4", LayerKinds(mixture=True), False),
     ],
 )
 def test_how_to_load_it(tmp_path: Path, recipe: str, kinds: LayerKinds, in_vllm: bool) -> None:

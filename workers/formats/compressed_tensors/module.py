@@ -102,6 +102,7 @@ def open_(config: Mapping[str, Any], source: Source, trust_remote_code: bool) ->
     return Decoder(
         anchors=ANCHORS,
         suffixes=SUFFIXES,
+        activation_scales=("input_scale",),
         required=(),  # it depends on the module's group
         header=lambda module, headers, read: header(headers, read, declared_of(module)),
         decode=lambda module, stored: decode(stored, declared_of(module)),

@@ -25,7 +25,7 @@ def encode(weight: IntWeight) -> dict[str, Tensor]:
     ``weight_packed`` int32 (O, ceil(I * bits / 32)); ``weight_scale`` (O, G) in its given dtype; ``weight_shape``
     int64 (2,).
     """
-    assert weight.zero_OG is None, "recipes.format_holds refuses asymmetric schemes for this format"
+    assert weight.zero_OG is None, "formats.check_holds refuses asymmetric schemes for this format"
     return {
         "weight_packed": pack_to_int32(weight.codes_OI, weight.bits),
         "weight_scale": weight.scale_OG.contiguous(),

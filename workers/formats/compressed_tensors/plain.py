@@ -27,9 +27,9 @@ def encode(weight: IntWeight | Float8Weight) -> dict[str, Tensor]:
     which must be the model's, or readers round it; ``input_scale`` (1,) in the same dtype, for static activations.
     """
     if isinstance(weight, IntWeight):
-        assert weight.zero_OG is None, "recipes.format_holds refuses asymmetric schemes for this format"
+        assert weight.zero_OG is None, "formats.check_holds refuses asymmetric schemes for this format"
         return {"weight": weight.codes_OI.contiguous(), "weight_scale": weight.scale_OG.contiguous()}
-    assert not weight.blocks, "recipes.format_holds refuses scales for blocks in this format"
+    assert not weight.blocks, "formats.check_holds refuses scales for blocks in this format"
     stored = {"weight": weight.values_OI.contiguous(), "weight_scale": weight.scale.contiguous()}
     if weight.input_scale is not None:
         stored["input_scale"] = weight.input_scale.to(weight.scale.dtype)

@@ -1,0 +1,66 @@
+"""What a plan refuses by names and shapes, and what it advises."""
+
+from typing import Any
+
+import pytest
+
+from pipeline.planning.fitting import recipe_problems
+from pipeline.planning.sources import PinnedModel
+from tests.workers.jobs import recipe
+from workers.spec.job import ModelPin
+from workers.spec.tensors import TensorHeader
+
+PIN = ModelPin(id="org/model", revision="0" * 40)
+INT4 = {"bits": 4, "group_size": 128}
+
+
+def model(model_type: str = "llama", **shapes: tuple[int, int]) -> PinnedModel:
+    tensors = tuple(TensorHeader(f"model.layers.0.{name}.weight", shape, "BF16") for name, shape in shapes.items())
+    return PinnedModel(PIN, {"model_type": model_type}, tensors)
+
+
+def problems(source: PinnedModel, **definition: Any) -> list[str]:
+    return list(recipe_problems(source, recipe(name="mine", method="gptq", **definition)))
+
+
+def test_an_override_may_be_all_that_keeps_its_scheme() -> None:
+    narrow = model(q_proj=(576, 576), down_proj=(576, 1536))
+    scheme = {**INT4, "indivisible": "channel"}
+    override = {"modules": ["*.down_proj"], "scheme": {"bits": 8, "group_size": 128}}
+    assert problems(narrow, scheme=scheme, overrides=[override]) == []
+    assert problems(narrow, scheme=scheme) == []
+    (refused,) = problems(model(q_proj=(576, 576)), scheme=scheme)
+    assert "group size 128 doesn't divide the layer widths of 'org/model', got [576] (of [576])" in refused
+
+
+def test_a_pickled_model_of_a_conv1d_family_is_refused_before_it_is_fetched() -> None:
+    (refused,) = problems(model("gpt2"), scheme=INT4)
+    assert "its layers of 'org/model' are Conv1D" in refused
+    assert problems(model("llama"), scheme=INT4) == []
+
+
+@pytest.mark.parametrize(
+    ("definition", "shape", "said", "unsaid"),
+    [
+        ({"format": "gptq", "scheme": INT4}, (64, 48), "32 must divide its outputs and 32 its inputs", "group_size"),
+        ({"format": "gptq", "scheme": INT4}, (64, 96), "set scheme.group_size: 32, or scheme.group_size: null", "16"),
+        (
+            {"format": "awq", "scheme": {**INT4, "symmetric": False}},
+            (64, 96),
+            "set scheme.group_size: 32",
+            "null",
+        ),
+        (
+            {"format": "gptq", "scheme": {**INT4, "symmetric": False}},
+            (64, 96),
+            "set scheme.group_size: 32",
+            "null",
+        ),
+    ],
+)
+def test_advice_is_what_the_format_and_its_runtime_take(
+    definition: dict[str, Any], shape: tuple[int, int], said: str, unsaid: str
+) -> None:
+    (refused,) = problems(model(q_proj=shape), **definition)
+    assert said in refused
+    assert unsaid not in refused.partition("; ")[2]
