@@ -7,7 +7,7 @@ OUT ?= runs
 # Tests of one file stay together, for they share what was made for them.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup quickstart test test-gpu test-slow walk night check lint types contracts bench constraints clean
+.PHONY: help setup quickstart test test-gpu test-slow walk night check lint types contracts tables bench constraints clean
 
 help:
 	@echo "make quickstart   two small models x three recipes: quantized, verified, published to a loopback Hub"
@@ -16,6 +16,7 @@ help:
 	@echo "make night        long runs, one of them with processes killed at random, beside a quiet one"
 	@echo "make check        lint, types, import contracts, tests (what CI runs)"
 	@echo "make setup        the environment alone (the others make it if it's missing)"
+	@echo "make tables       print the README's tables of recipes and formats from the rows"
 	@echo "make bench        measure; results go into tests/bench/RESULTS.md by hand"
 
 setup: $(STAMP)
@@ -57,6 +58,10 @@ types: $(STAMP)
 
 contracts: $(STAMP)
 	$(BIN)/lint-imports
+
+# The README's tables of recipes and formats, printed from the rows.
+tables: $(STAMP)
+	$(BIN)/python -m pipeline.zoo.tables README.md
 
 bench: $(STAMP)
 	for what in solver pass memory datafree publish sizing fleet planning night simulation; do $(BIN)/python -m tests.bench.bench_$$what || exit 1; done

@@ -1,4 +1,4 @@
-"""``quantmill verify``: any checkpoint beside its reference, in a process of its own, and what a person reads of it."""
+"""Implement ``quantmill verify``: check any checkpoint against its reference in a subprocess, and format the report."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from workers.spec.formats import recognised
 from workers.spec.job import Dataset, Failure, ModelPin, ReasonCode, Thresholds, Verification
 from workers.transfer import hub
 
-# What is compared on if no text is named: the field's usual held-out text.
+# Default text to compare on: the test split of WikiText-2.
 WIKITEXT = Dataset(path="Salesforce/wikitext", name="wikitext-2-raw-v1", split="test")
 
 
 @dataclass(frozen=True)
 class VerifyRequest:
-    """What the command line asks for."""
+    """The options of ``quantmill verify``."""
 
     checkpoint: str
     reference: str
@@ -46,51 +46,53 @@ class VerifyRequest:
     limit: int | None = None
 
 
-def check(asked: VerifyRequest, out: Path) -> tuple[dict[str, Any], Thresholds, str]:
-    """Verify a checkpoint: the report (``workers.verify.foreign.CheckReport`` as JSON), its thresholds and family.
+def check(request: VerifyRequest, out: Path) -> tuple[dict[str, Any], Thresholds, str]:
+    """Verify a checkpoint; returns the report (``workers.verify.foreign.CheckReport`` as JSON), thresholds and family.
 
-    With tasks for lm-eval the report has their ``scores`` too, which decide nothing.
+    With lm-eval tasks the report also has their ``scores``, which don't affect the verdict.
 
     Raises:
-        QuantmillError: what isn't the checkpoint's fault.
+        QuantmillError: verification couldn't run, for a reason other than a bad checkpoint.
     """
     with closing(Parents()) as parents:
-        # It imports while models and text are looked for.
+        # The warm parent imports while models and text are fetched.
         warm, _ = parents.address()
-        return _check(asked, out, warm)
+        return _check(request, out, warm)
 
 
-def _check(asked: VerifyRequest, out: Path, warm: str | None) -> tuple[dict[str, Any], Thresholds, str]:
+def _check(request: VerifyRequest, out: Path, warm: str | None) -> tuple[dict[str, Any], Thresholds, str]:
     entry = ModelEntry(
-        id=asked.reference.partition("@")[0],
-        revision=asked.reference.partition("@")[2] or "main",
-        trust_remote_code=asked.trust_remote_code,
-        allow_pickle=asked.allow_pickle,
+        id=request.reference.partition("@")[0],
+        revision=request.reference.partition("@")[2] or "main",
+        trust_remote_code=request.trust_remote_code,
+        allow_pickle=request.allow_pickle,
     )
-    folder = _checkpoint(asked.checkpoint)
+    folder = _checkpoint(request.checkpoint)
     family = declared_family(_quantization(folder))
-    thresholds = _thresholds(family, asked.gates)
+    thresholds = _thresholds(family, request.gates)
     pin = sources.resolve(entry, Path.cwd()).pin
     if pin.folder is None:
         fetched = hub.fetch(hub.connect(pin.endpoint), pin.id, pin.revision, pin.allow_pickle)
         pin = pin.model_copy(update={"folder": str(fetched)})
-    text = Dataset(path="text", data_files=(str(asked.text),)) if asked.text else WIKITEXT
+    text = Dataset(path="text", data_files=(str(request.text),)) if request.text else WIKITEXT
     dataset, data = sources.pin_dataset(text, Path.cwd(), "--text")
-    verification = Verification(dataset=dataset, data=data, tokens=asked.tokens, sequence_length=asked.sequence_length)
+    verification = Verification(
+        dataset=dataset, data=data, tokens=request.tokens, sequence_length=request.sequence_length
+    )
     out.mkdir(parents=True, exist_ok=True)
     report = _ask("workers.verify.foreign", _request(folder, pin, verification, thresholds, out.resolve()), warm)
-    if asked.tasks:
-        report["scores"] = _ask("workers.verify.harness", _evaluation(asked, folder, pin), warm)["scores"]
+    if request.tasks:
+        report["scores"] = _ask("workers.verify.harness", _evaluation(request, folder, pin), warm)["scores"]
     return report, thresholds, family
 
 
-def _evaluation(asked: VerifyRequest, folder: Path, pin: ModelPin) -> dict[str, Any]:
+def _evaluation(request: VerifyRequest, folder: Path, pin: ModelPin) -> dict[str, Any]:
     return {
         "models": [pin.folder, str(folder)],
-        "tasks": asked.tasks,
-        "include": str(asked.task_folder.resolve()) if asked.task_folder else None,
-        "limit": asked.limit,
-        "trust_remote_code": asked.trust_remote_code,
+        "tasks": request.tasks,
+        "include": str(request.task_folder.resolve()) if request.task_folder else None,
+        "limit": request.limit,
+        "trust_remote_code": request.trust_remote_code,
     }
 
 
@@ -107,12 +109,12 @@ def _request(
 
 
 def _ask(module: str, request: Mapping[str, Any], warm: str | None) -> dict[str, Any]:
-    """The answer of a process of its own."""
-    asked = TypeAdapter(dict[str, Any]).dump_json(dict(request)).decode()
-    done = child.run(f"{module}:answer", asked, warm=warm)
-    if done.answer is None:
-        raise WorkerDied(f"{module}: the process ended with {done.code} ({done.said})")
-    report: dict[str, Any] = TypeAdapter(dict[str, Any]).validate_json(done.answer)
+    """Run a module's ``answer`` in a subprocess, and return its report."""
+    content = TypeAdapter(dict[str, Any]).dump_json(dict(request)).decode()
+    ended = child.run(f"{module}:answer", content, warm=warm)
+    if ended.answer is None:
+        raise WorkerDied(f"{module}: the process ended with {ended.code} ({ended.said})")
+    report: dict[str, Any] = TypeAdapter(dict[str, Any]).validate_json(ended.answer)
     if report["failure"] is not None:
         raise _error(Failure.model_validate(report["failure"]))
     return report
@@ -125,27 +127,29 @@ def _error(failure: Failure) -> QuantmillError:
     return QuantmillError(f"{failure.kind}: {failure.message}\n{failure.traceback}")
 
 
-def _checkpoint(said: str) -> Path:
-    """A folder, or a repository's, fetched."""
-    folder = Path(said)
+def _checkpoint(checkpoint: str) -> Path:
+    """The checkpoint's folder; a Hub repository is fetched first."""
+    folder = Path(checkpoint)
     if folder.is_dir():
         return folder.resolve()
-    name, _, revision = said.partition("@")
+    name, _, revision = checkpoint.partition("@")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ModelNotFound(f"verify: no such folder, got {said!r}; give a folder, or a Hub repository as org/name")
+        raise ModelNotFound(
+            f"verify: no such folder, got {checkpoint!r}; give a folder, or a Hub repository as org/name"
+        )
     return hub.fetch(hub.connect(), name, revision or "main", allow_pickle=False)
 
 
 def _quantization(folder: Path) -> Mapping[str, Any]:
     try:
-        found = json.loads((folder / "config.json").read_text()).get("quantization_config")
+        declared = json.loads((folder / "config.json").read_text()).get("quantization_config")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"verify {folder}: no readable config.json ({error})") from error
-    return found or {}
+    return declared or {}
 
 
 def declared_family(config: Mapping[str, Any]) -> str:
-    """The family of gates for what a ``quantization_config`` declares; w8 for a checkpoint that declares nothing."""
+    """The gates' family for a ``quantization_config``; w8 for a checkpoint without one."""
     if not config.get("quant_method"):
         return "w8"
     row = recognised(config)
@@ -153,55 +157,59 @@ def declared_family(config: Mapping[str, Any]) -> str:
     families = row.family(config) if row else ["w4"]
     if unknown := [family for family in families if family not in known]:
         return unknown[0]
-    # Of mixed precision the coarsest part sets what can be expected.
+    # With mixed precision the coarsest part limits quality: use the loosest gates.
     return min(families, key=lambda family: known[family].top1_agreement, default="w8")
 
 
-def _thresholds(family: str, said: Path | None) -> Thresholds:
+def _thresholds(family: str, path: Path | None) -> Thresholds:
     known = shipped.gates()["default"]
     if family not in known:
         raise ZooError(f"verify: no gates for the family {family!r}; configs/gates.yaml has {', '.join(sorted(known))}")
-    if said is None:
+    if path is None:
         return known[family]
     try:
-        content = yaml.safe_load(said.read_text()) or {}
+        content = yaml.safe_load(path.read_text()) or {}
         gates = TypeAdapter(Gates).validate_python(content)
     except ValidationError as error:
-        raise ZooError(explain(error, str(said), content)) from error
+        raise ZooError(explain(error, str(path), content)) from error
     except (OSError, yaml.YAMLError) as error:
-        raise ZooError(f"--gates: not a readable YAML file, got {str(said)!r} ({error})") from error
+        raise ZooError(f"--gates: not a readable YAML file, got {str(path)!r} ({error})") from error
     chosen = gates.get(family, Gate())
     return known[family].model_copy(update=chosen.model_dump(exclude_none=True))
 
 
 def rows(report: Mapping[str, Any], thresholds: Thresholds) -> list[dict[str, str]]:
-    """The table that a person reads: what was looked at, what was found, what is expected."""
+    """The rows of the printed table: what was checked, what was found, what is expected."""
     verdict = report["verdict"]
     codes = [ReasonCode(code) for code in verdict.get("codes", ())]
     broken = codes.count(ReasonCode.INTEGRITY)
-    found = [_row("integrity", "ok" if not broken else f"{broken} problem(s), see below", "", not broken)]
+    table = [_row("integrity", "ok" if not broken else f"{broken} problem(s), see below", "", not broken)]
     if report["bytes"]:
         size = f"{report['bytes'] / 1e6:.1f} MB of {report['reference_bytes'] / 1e6:.1f} MB"
-        found.append(_row("quantized", f"{report['quantized']} of {report['linear']} linear layers, {size}", "", True))
+        table.append(_row("quantized", f"{report['quantized']} of {report['linear']} linear layers, {size}", "", True))
     metrics = verdict["metrics"]
     if metrics:
-        found += _measured(metrics, thresholds, codes)
+        table += _measured(metrics, thresholds, codes)
     runtime = verdict["runtime"]
     refused = {ReasonCode.RUNTIME, ReasonCode.RUNTIME_LOGITS} & set(codes)
     if runtime:
-        said = f"{runtime['name']} {runtime['version']}, logits differ by {runtime['relative_logit_difference']:.2g}"
-        found.append(_row("runtime", said, f"<= {thresholds.runtime_logit_difference:g} deviations", not refused))
+        description = (
+            f"{runtime['name']} {runtime['version']}, logits differ by {runtime['relative_logit_difference']:.2g}"
+        )
+        table.append(
+            _row("runtime", description, f"<= {thresholds.runtime_logit_difference:g} deviations", not refused)
+        )
     elif refused:
-        found.append(_row("runtime", "see below", "", False))
+        table.append(_row("runtime", "see below", "", False))
     for key, decibels in verdict["worst_layers"]:
-        found.append(_row("noisiest", f"{key.removesuffix('.weight')}, {decibels:.1f} dB", "", True))
-    for index, made in enumerate(verdict["generations"], 1):
-        same = f"{made['same_tokens']} of {made['tokens']} tokens as the reference"
-        found.append(_row(f"goes on, {index}", same, "", True))
-        found.append(_row("  after", repr(made["prompt"][-60:]), "", True))
-        found.append(_row("  it", repr(made["artifact"]), "", True))
-        found.append(_row("  reference", repr(made["reference"]), "", True))
-    return found
+        table.append(_row("noisiest", f"{key.removesuffix('.weight')}, {decibels:.1f} dB", "", True))
+    for index, generation in enumerate(verdict["generations"], 1):
+        matching = f"{generation['same_tokens']} of {generation['tokens']} tokens as the reference"
+        table.append(_row(f"goes on, {index}", matching, "", True))
+        table.append(_row("  after", repr(generation["prompt"][-60:]), "", True))
+        table.append(_row("  it", repr(generation["artifact"]), "", True))
+        table.append(_row("  reference", repr(generation["reference"]), "", True))
+    return table
 
 
 def score_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -222,7 +230,7 @@ def score_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def remarks(report: Mapping[str, Any]) -> list[str]:
-    """What a table has no room for: what is worth knowing, and every reason."""
+    """The lines below the table: notes, and every reason of the verdict."""
     notes = [f"note: {line.removeprefix('integrity: ')}" for line in report["notes"]]
     return [*notes, *report["verdict"]["reasons"]]
 
@@ -254,5 +262,5 @@ def _measured(metrics: Mapping[str, Any], bounds: Thresholds, codes: list[Reason
     ]
 
 
-def _row(what: str, found: str, expected: str, kept: bool) -> dict[str, str]:
-    return {"": "" if kept else "!", "what": what, "found": found, "expected": expected}
+def _row(what: str, measured: str, expected: str, passed: bool) -> dict[str, str]:
+    return {"": "" if passed else "!", "what": what, "found": measured, "expected": expected}

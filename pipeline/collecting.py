@@ -1,4 +1,4 @@
-"""One collection for each zoo, in which all of its artifacts that stand published are."""
+"""Keep one Hub collection for each zoo, with all of its published artifacts."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from workers.errors import QuantmillError
 from workers.transfer import hub
 from workers.transfer.patience import Patience
 
-COLLECTION_SECONDS = 600.0
+COLLECTION_SECONDS = 600.0  # deadline for all requests together, retries included
 
 
 def collect(collection: Collection, repo_ids: Iterable[str]) -> str | None:
-    """Put repositories into a collection, which is made if need be; what went wrong, in words, if something did.
+    """Add repositories to a collection, created if needed; returns a message if that failed, else None.
 
-    The artifacts are published by then: nothing here may make a run fail.
+    The artifacts are published already, so a failure here must not fail the run.
     """
     try:
         _collect(collection, repo_ids, Patience(COLLECTION_SECONDS))
@@ -30,9 +30,9 @@ def _collect(collection: Collection, repo_ids: Iterable[str], patience: Patience
 
     def make() -> str:
         with hub.hub_errors(thing):
-            # By its title first: on the public Hub, two collections may have the same one.
-            found = api.list_collections(owner=collection.namespace)
-            slugs = [entry.slug for entry in found if entry.title == collection.title]
+            # Look it up by title first: the public Hub would create a second collection with the same title.
+            collections = api.list_collections(owner=collection.namespace)
+            slugs = [entry.slug for entry in collections if entry.title == collection.title]
             if slugs:
                 return str(min(slugs))
             title, namespace, private = collection.title, collection.namespace, collection.private
@@ -40,7 +40,7 @@ def _collect(collection: Collection, repo_ids: Iterable[str], patience: Patience
 
     slug = patience.call(f"make {thing}", make)
 
-    def there() -> set[str]:
+    def listed_repos() -> set[str]:
         with hub.hub_errors(thing):
             return {str(item.item_id) for item in api.get_collection(slug).items}
 
@@ -48,5 +48,5 @@ def _collect(collection: Collection, repo_ids: Iterable[str], patience: Patience
         with hub.hub_errors(f"put {repo_id} into {thing}"):
             api.add_collection_item(slug, item_id=repo_id, item_type="model", exists_ok=True)
 
-    for repo_id in sorted(set(repo_ids) - patience.call(f"read {thing}", there)):
+    for repo_id in sorted(set(repo_ids) - patience.call(f"read {thing}", listed_repos)):
         patience.call(f"put {repo_id} into {thing}", lambda repo_id=repo_id: add(repo_id))  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""What this machine lacks for recipes, each judged by the packages of the environment that its stages run in."""
+"""Find what this machine lacks for recipes, each checked in the environment that its stages run in."""
 
 from __future__ import annotations
 
@@ -15,47 +15,47 @@ from workers.spec.recipes import Recipe
 
 
 def recipes(names: Sequence[str], zoo: Path | None) -> list[Recipe]:
-    """The shipped recipes of these names, all if there are none; or those of a zoo file.
+    """The shipped recipes of these names (all if empty), or those of a zoo file.
 
     Raises:
-        ZooError: an unknown name, a wrong zoo, or a name that the zoo doesn't have.
+        ZooError: a name is unknown or not in the zoo, or the zoo is invalid.
     """
     if zoo is None:
         return [shipped.recipe(name) for name in names or shipped.recipe_names()]
-    having = {recipe.name: recipe for recipe in zoos.load(zoo).resolved_recipes}
-    if unknown := sorted(set(names) - set(having)):
-        raise ZooError(f"{zoo}: has no recipe {unknown[0]!r}; it has {', '.join(having)}")
-    return [having[name] for name in names or having]
+    by_name = {recipe.name: recipe for recipe in zoos.load(zoo).resolved_recipes}
+    if unknown := sorted(set(names) - set(by_name)):
+        raise ZooError(f"{zoo}: has no recipe {unknown[0]!r}; it has {', '.join(by_name)}")
+    return [by_name[name] for name in names or by_name]
 
 
 def facts(python: str | Path, out: Path) -> MachineFacts:
-    """What a Python of this machine has, as a process of its own finds: looking at the devices takes torch.
+    """Facts about this machine and a Python's packages, from a separate process, as probing GPUs loads torch.
 
     Raises:
-        PreflightError: it doesn't start, or doesn't load quantmill.
+        PreflightError: the Python doesn't start, or can't load quantmill.
     """
     try:
-        done = child.run(
+        ended = child.run(
             "workers.machine.preflight:answer", json.dumps({"workspace": str(out.absolute())}), python=python
         )
     except OSError as error:
         raise PreflightError(f"{python} doesn't start ({error})") from error
-    if done.answer is None:
-        raise PreflightError(f"{python} can't run quantmill ({done.said})")
-    return MachineFacts.model_validate_json(done.answer)
+    if ended.answer is None:
+        raise PreflightError(f"{python} can't run quantmill ({ended.said})")
+    return MachineFacts.model_validate_json(ended.answer)
 
 
-def examine(chosen: Sequence[Recipe], here: MachineFacts, out: Path) -> dict[str, list[str]]:
-    """All that is missing, by recipe; ``here`` are the facts of this process's own Python."""
-    found: dict[str | None, MachineFacts | str] = {None: here}
+def examine(chosen: Sequence[Recipe], driver_facts: MachineFacts, out: Path) -> dict[str, list[str]]:
+    """Everything missing, by recipe; ``driver_facts`` are the facts of this process's own Python."""
+    facts_by_environment: dict[str | None, MachineFacts | str] = {None: driver_facts}
     for name in {recipe.environment for recipe in chosen} - {None}:
         assert name is not None
         try:
-            found[name] = facts(environments.interpreter(name), out)
+            facts_by_environment[name] = facts(environments.interpreter(name), out)
         except PreflightError as error:
-            found[name] = str(error)
-    return {recipe.name: _problems(found[recipe.environment], recipe) for recipe in chosen}
+            facts_by_environment[name] = str(error)
+    return {recipe.name: _problems(facts_by_environment[recipe.environment], recipe) for recipe in chosen}
 
 
-def _problems(found: MachineFacts | str, recipe: Recipe) -> list[str]:
-    return [found] if isinstance(found, str) else preflight.problems(found, recipe)
+def _problems(facts_or_problem: MachineFacts | str, recipe: Recipe) -> list[str]:
+    return [facts_or_problem] if isinstance(facts_or_problem, str) else preflight.problems(facts_or_problem, recipe)

@@ -1,8 +1,8 @@
-"""Environments for recipes whose packages conflict with the driver's: defined in YAML, built by pip, used by name.
+"""Build environments for recipes whose packages conflict with the driver's; defined in YAML, used by name.
 
-A version is built where it stays (virtual environments can't be moved), in a folder named for the hash of all that
-determines it, and taken into use by one rename of a link. So a build that failed or was killed changes nothing: the
-version before goes on being used, and the half-built folder is made again.
+A version is built in its final folder (virtual environments can't be moved), which is named after the hash of all
+inputs, and activated by the atomic rename of a symbolic link. A build that fails or is killed changes nothing: the last
+version remains active, and the half-built folder is built again.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from workers.spec.base import Frozen, canonical_json
 LOCK_LIST = "requirements.lock"
 LOG = "pip.log"
 BUILT = ".built"
-# A worker's Ray has to be the driver's; its torch is the build that this machine was set up with.
+# Workers need the driver's version of Ray, and the build of torch installed on this machine.
 PINNED = ("ray", "torch")
 
 Say = Callable[[str], object]
 
 
 class Definition(Frozen):
-    """What an environment holds beside quantmill and all that quantmill needs."""
+    """Definition of an environment: its packages beside quantmill and quantmill's requirements."""
 
     description: str
     packages: tuple[str, ...] = Field(min_length=1, description="Requirements, as pip takes them.")
@@ -81,12 +81,12 @@ class Definition(Frozen):
 
 @dataclass(frozen=True)
 class Row:
-    """What ``quantmill env list`` says of an environment; ``size`` in bytes."""
+    """An environment's row in ``quantmill env list``; ``size`` in bytes."""
 
     name: str
     state: str
     description: str
-    place: Path
+    path: Path
     size: int
 
 
@@ -96,10 +96,10 @@ def known() -> list[str]:
 
 
 def definition(name: str, source: Path | None = None) -> Definition:
-    """The definition of that name: from a file, a shipped one, or the one that the environment was last built from.
+    """The definition of that name: from a file, shipped, or recorded when the environment was last built.
 
     Raises:
-        ZooError: there is none, or it's wrong.
+        ZooError: the definition doesn't exist, or is invalid.
     """
     if source is not None:
         if name in known():
@@ -116,36 +116,36 @@ def definition(name: str, source: Path | None = None) -> Definition:
 
 
 def folder_of(name: str, wanted: Definition) -> Path:
-    """Where the version of an environment lies that a definition makes here, built or not."""
+    """The folder of the version that a definition makes on this machine, whether it's built or not."""
     return _versions(name) / _record(name, wanted).identity[:16]
 
 
 def create(name: str, source: Path | None = None, say: Say = print) -> Path:
-    """Build an environment, unless it stands as its definition has it now; returns its interpreter.
+    """Build an environment unless it is up to date with its definition; returns its interpreter.
 
-    Two at the same time wait for one another.
+    A lock file serializes concurrent builds.
 
     Raises:
-        ZooError: the definition, or a folder in its place that wasn't made here.
-        PreflightError: pip or the finished environment fails; the message has pip's reasons and the path of its log.
+        ZooError: the definition is invalid, or a folder of that name wasn't made by quantmill.
+        PreflightError: pip or the check of the environment failed; the message has pip's errors and its log's path.
     """
-    place = environments.folder(name)
+    link = environments.folder(name)
     wanted = definition(name, source)
     record = _record(name, wanted)
-    if _by_hand(place):
-        raise ZooError(f"env: {str(place)!r} was made by hand; delete it, or choose another name")
+    if _by_hand(link):
+        raise ZooError(f"env: {str(link)!r} was made by hand; delete it, or choose another name")
     _check_python(name, wanted)
     with alone(name, say):
         version = folder_of(name, wanted)
-        if (version / RECORD).is_file() and place.resolve() == version.resolve():
-            say(f"{name}: stands as it's defined, {place}")
+        if (version / RECORD).is_file() and link.resolve() == version.resolve():
+            say(f"{name}: stands as it's defined, {link}")
             return environments.interpreter(name)
         begun = datetime.now(UTC)
         if not (version / RECORD).is_file():
             _build(version, record, wanted, say)
-        _switch(place, version)
+        _switch(link, version)
         seconds = (datetime.now(UTC) - begun).total_seconds()
-        say(f"{name}: ready in {seconds:.0f} s, {in_words(_size(version))}, {place}")
+        say(f"{name}: ready in {seconds:.0f} s, {in_words(_size(version))}, {link}")
         for old in _versions(name).iterdir():
             if old.name != version.name:
                 shutil.rmtree(old)
@@ -153,43 +153,45 @@ def create(name: str, source: Path | None = None, say: Say = print) -> Path:
 
 
 def remove(name: str, say: Say = print) -> None:
-    """Delete an environment that ``create`` made, with whatever half-built version there is.
+    """Delete an environment that ``create`` made, and its half-built versions.
 
     Raises:
-        ZooError: there is none, or it was made by hand.
+        ZooError: it doesn't exist, or was made by hand.
     """
-    place = environments.folder(name)
-    if _by_hand(place):
-        raise ZooError(f"env: {str(place)!r} was made by hand; delete it yourself")
-    if not place.is_symlink() and not _versions(name).exists():
-        raise ZooError(f"env: no environment {name!r} in {str(place.parent)!r}; `quantmill env list` shows all")
+    link = environments.folder(name)
+    if _by_hand(link):
+        raise ZooError(f"env: {str(link)!r} was made by hand; delete it yourself")
+    if not link.is_symlink() and not _versions(name).exists():
+        raise ZooError(f"env: no environment {name!r} in {str(link.parent)!r}; `quantmill env list` shows all")
     with alone(name, say):
-        place.unlink(missing_ok=True)
+        link.unlink(missing_ok=True)
         if _versions(name).exists():
             shutil.rmtree(_versions(name))
-    say(f"{name}: removed from {place}")
+    say(f"{name}: removed from {link}")
 
 
 def rows() -> list[Row]:
-    """The known environments and those that lie on this machine, by name."""
+    """The known environments and those on this machine, sorted by name."""
     root = environments.root()
-    here = [path.name for path in root.iterdir() if not path.name.startswith(".")] if root.is_dir() else []
+    existing = [path.name for path in root.iterdir() if not path.name.startswith(".")] if root.is_dir() else []
     half_built = [path.name for path in (root / BUILT).iterdir()] if (root / BUILT).is_dir() else []
-    return [_row(name) for name in sorted({*known(), *here, *half_built})]
+    return [_row(name) for name in sorted({*known(), *existing, *half_built})]
 
 
 def _row(name: str) -> Row:
-    place = environments.folder(name)
+    link = environments.folder(name)
     record = environments.built(name)
     state = "built"
-    if not (place / "bin" / "python").exists():
+    if not (link / "bin" / "python").exists():
         state = "half-built" if _versions(name).exists() else "not built"
     elif record is None:
         state = "made by hand"
     elif record.identity != _record(name, definition(name)).identity:
         state = "outdated"
-    described = record.definition["description"] if record else definition(name).description if name in known() else ""
-    return Row(name, state, described, place, _size(place.resolve()) if place.exists() else 0)
+    description = (
+        record.definition["description"] if record else definition(name).description if name in known() else ""
+    )
+    return Row(name, state, description, link, _size(link.resolve()) if link.exists() else 0)
 
 
 def _read(path: Path) -> Definition:
@@ -229,9 +231,9 @@ def _record(name: str, wanted: Definition) -> Built:
     )
 
 
-def _by_hand(place: Path) -> bool:
-    """Whether something lies there that isn't a link of ours."""
-    return os.path.lexists(place) and not (place.is_symlink() and place.readlink().parts[0] == BUILT)
+def _by_hand(path: Path) -> bool:
+    """Whether something exists at the path that isn't our symbolic link."""
+    return os.path.lexists(path) and not (path.is_symlink() and path.readlink().parts[0] == BUILT)
 
 
 def _versions(name: str) -> Path:
@@ -240,7 +242,7 @@ def _versions(name: str) -> Path:
 
 @contextmanager
 def alone(name: str, say: Say) -> Iterator[None]:
-    """The only process of this machine that changes the environment; the lock ends with the process."""
+    """Hold the environment's lock file, so that only one process changes it; a process's end releases it."""
     locks = environments.root() / ".locks"
     locks.mkdir(parents=True, exist_ok=True)
     with (locks / name).open("w") as lock:
@@ -257,19 +259,19 @@ def _build(folder: Path, record: Built, wanted: Definition, say: Say) -> None:
         say(f"{record.name}: an earlier build wasn't finished; building anew")
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    have = ", ".join(f"{name} {version}" for name, version in record.packages.items())
-    say(f"{record.name}: Python {record.python}, {have}; in {folder}")
+    pinned_versions = ", ".join(f"{name} {version}" for name, version in record.packages.items())
+    say(f"{record.name}: Python {record.python}, {pinned_versions}; in {folder}")
     venv.EnvBuilder(symlinks=True, with_pip=False).create(folder)
     site = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)}))
     if wanted.inherit:
         (site / "quantmill-beside.pth").write_text("".join(f"{path}\n" for path in _beside()))
-    own = {canonicalize_name(Requirement(package).name) for package in wanted.packages}
-    pins = {name: pin for name in PINNED if name not in own and (pin := record.packages.get(name))}
+    requested = {canonicalize_name(Requirement(package).name) for package in wanted.packages}
+    pins = {name: pin for name in PINNED if name not in requested and (pin := record.packages.get(name))}
     constraints = folder / "constraints.txt"
     constraints.write_text("".join(f"{name}=={pin}\n" for name, pin in pins.items()))
     pip = _Pip(record.name, folder, [f"--constraint={constraints}", *wanted.pip])
     if not wanted.inherit:
-        # First and alone: in company, a resolver may take another build of torch, of several GB.
+        # Install torch first, alone: with other packages, the resolver may pick another build of several GB.
         torch = next((p for p in wanted.packages if canonicalize_name(Requirement(p).name) == "torch"), "torch")
         say(f"{record.name}: installing {torch}")
         pip.install(torch)
@@ -284,7 +286,7 @@ def _build(folder: Path, record: Built, wanted: Definition, say: Say) -> None:
 
 @dataclass(frozen=True)
 class _Pip:
-    """This process's pip, at work on another environment (which needs none of its own)."""
+    """Runs this process's pip on another environment, which needs no pip of its own."""
 
     name: str
     folder: Path
@@ -299,22 +301,22 @@ class _Pip:
     def _run(self, *arguments: str) -> str:
         python = self.folder / "bin" / "python"
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
         log = self.folder / LOG
         with log.open("a") as file:
-            file.write(f"$ {' '.join(command)}\n{done.stdout}{done.stderr}\n")
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr[-500:]]
+            file.write(f"$ {' '.join(command)}\n{ended.stdout}{ended.stderr}\n")
+        if ended.returncode:
+            errors = [line for line in ended.stderr.splitlines() if line.startswith("ERROR")] or [ended.stderr[-500:]]
             raise PreflightError(
                 f"environment {self.name!r}: pip {arguments[0]} failed: {' '.join(errors).strip()}; all it said is in "
                 f"{log}; correct the definition, or pip's configuration (index, proxy), and run `quantmill env create "
                 f"{self.name}` again"
             )
-        return done.stdout
+        return ended.stdout
 
 
 def _beside() -> list[str]:
-    """Where this Python finds what is installed, also what it borrows itself; not the standard library."""
+    """Folders on this Python's path with installed packages, inherited ones included, without the standard library."""
     code = "import sys; print(*sys.path, sep=chr(10))"
     answer = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True).stdout
     standard = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")}
@@ -323,9 +325,9 @@ def _beside() -> list[str]:
 
 
 def _needs() -> list[str]:
-    """What quantmill itself requires, without its extras."""
-    found = [Requirement(text) for text in _quantmill().requires or []]
-    return [str(r) for r in found if r.marker is None or r.marker.evaluate({"extra": ""})]
+    """quantmill's own requirements, without its extras."""
+    requirements = [Requirement(text) for text in _quantmill().requires or []]
+    return [str(r) for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
 
 
 def _quantmill() -> importlib.metadata.Distribution:
@@ -336,42 +338,42 @@ def _quantmill() -> importlib.metadata.Distribution:
 
 
 def _copy_quantmill(site: Path) -> None:
-    """The very quantmill that runs here: an installed wheel's files, or an editable install's path to the checkout."""
-    here = _quantmill()
-    for path in here.files or []:
-        if path.parts[0] != ".." and path.suffix != ".pyc":  # neither the command in bin nor what Python makes itself
+    """Copy the running quantmill: an installed wheel's files, or an editable install's path to the checkout."""
+    distribution = _quantmill()
+    for path in distribution.files or []:
+        if path.parts[0] != ".." and path.suffix != ".pyc":  # skip the command in bin and byte code
             target = site / path
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(str(here.locate_file(path)), target)
+            shutil.copy2(str(distribution.locate_file(path)), target)
 
 
 def _check(name: str, folder: Path) -> None:
-    """Whether a worker starts there: Ray, torch and quantmill load, as they do in a stage."""
+    """Check that a worker can start there: Ray, torch and quantmill import, as in a stage."""
     code = "import ray, torch, transformers, workers.run, workers.machine.preflight"
-    done = subprocess.run(
+    ended = subprocess.run(
         [folder / "bin" / "python", "-c", code], cwd=folder, capture_output=True, text=True, check=False
     )
-    if done.returncode:
+    if ended.returncode:
         raise PreflightError(
-            f"environment {name!r} was installed, but doesn't work: {done.stderr.strip().splitlines()[-1]}; correct "
+            f"environment {name!r} was installed, but doesn't work: {ended.stderr.strip().splitlines()[-1]}; correct "
             f"its packages, and run `quantmill env create {name}` again"
         )
 
 
-def _switch(place: Path, version: Path) -> None:
-    """Point the environment's name at a version, by one rename."""
-    link = place.parent / BUILT / f".{place.name}-next"
-    link.unlink(missing_ok=True)
-    link.symlink_to(version.relative_to(place.parent))
-    link.replace(place)
+def _switch(link: Path, version: Path) -> None:
+    """Point the environment's link at a version, by an atomic rename."""
+    next_link = link.parent / BUILT / f".{link.name}-next"
+    next_link.unlink(missing_ok=True)
+    next_link.symlink_to(version.relative_to(link.parent))
+    next_link.replace(link)
 
 
 def in_words(size: int) -> str:
-    """Bytes as people read them."""
+    """Format bytes as GB or MB (powers of 1000)."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _size(folder: Path) -> int:
-    """Bytes on disk."""
-    found = (os.lstat(Path(top) / name) for top, _, names in os.walk(folder) for name in names)
-    return sum(entry.st_blocks * 512 for entry in found)
+    """Bytes that a folder takes on disk."""
+    entries = (os.lstat(Path(top) / name) for top, _, names in os.walk(folder) for name in names)
+    return sum(entry.st_blocks * 512 for entry in entries)

@@ -1,4 +1,4 @@
-"""``quantmill publish``: one artifact, checked, to one place."""
+"""Implement ``quantmill publish``: check one artifact and publish it to one destination."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from workers.transfer.pace import LocalPace
 from workers.transfer.patience import insist
 
 
-def place(endpoint: str | None) -> str:
-    """The address of ``--endpoint``; a relative folder is one from here."""
+def resolve_endpoint(endpoint: str | None) -> str:
+    """The address that ``--endpoint`` means; a relative folder is resolved from the current directory."""
     if endpoint is None or "://" in endpoint:
         return hub.normalized(endpoint)
     return str(Path(endpoint).resolve())
 
 
-def publish(artifact: Path, repo_id: str, to: Destination, *, dry_run: bool) -> Iterator[str]:
-    """Publish, or say what would be done; yields the lines to show.
+def publish(artifact: Path, repo_id: str, destination: Destination, *, dry_run: bool) -> Iterator[str]:
+    """Publish, or with ``dry_run`` only describe the changes; yields the lines to print.
 
     Raises:
-        ZooError: no name of a repository.
-        CheckpointError, HubRefused, HubUnavailable: as the destinations say.
+        ZooError: ``repo_id`` is no name of a repository, or the destination lacks a setting.
+        CheckpointError, HubRefused, HubUnavailable: from the artifact's check and the destination.
     """
     namespace, _, name = repo_id.partition("/")
     if not namespace or not name or "/" in name:
         raise ZooError(f"--to: expected NAMESPACE/NAME, got {repo_id!r}")
-    if destinations.settings_lacking(to.endpoint, {"gated": to.gated}):
-        kind = destinations.destination_row(to.endpoint).name
-        raise ZooError(f"--gated: a {kind} has no gate, got --endpoint {to.endpoint!r}; leave it out")
-    open_accepted(artifact)  # before anything is asked of a Hub
-    insist(lambda: destinations.check(to.endpoint, namespace))
+    if destinations.settings_lacking(destination.endpoint, {"gated": destination.gated}):
+        kind = destinations.destination_row(destination.endpoint).name
+        raise ZooError(f"--gated: a {kind} has no gate, got --endpoint {destination.endpoint!r}; leave it out")
+    open_accepted(artifact)  # before any request to a Hub
+    insist(lambda: destinations.check(destination.endpoint, namespace))
     if dry_run:
-        lines = destinations.preview(to, repo_id, artifact)
-        yield f"{to.endpoint}/{repo_id}: " + ("would change:" if lines else "shows this artifact already")
+        lines = destinations.preview(destination, repo_id, artifact)
+        yield f"{destination.endpoint}/{repo_id}: " + ("would change:" if lines else "shows this artifact already")
         yield from (f"  {line}" for line in lines)
         return
-    revision = destinations.publish(to, repo_id, artifact, LocalPace(to.limits))
-    yield f"{to.endpoint}/{repo_id} at {revision}"
+    revision = destinations.publish(destination, repo_id, artifact, LocalPace(destination.limits))
+    yield f"{destination.endpoint}/{repo_id} at {revision}"

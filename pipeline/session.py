@@ -1,4 +1,4 @@
-"""A run from end to end: the Hub it publishes to, the plan, the driver, and what it leaves behind."""
+"""Run a zoo from end to end: destination, plan, driver, results and report."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     from pipeline.fleet.cluster import Cluster
 RESULTS = "results.json"
 REPORT = "report.html"
-# How long the state of a pass is kept that nobody takes up.
+# Age at which the saved state of an interrupted pass is deleted.
 PASS_SECONDS = 7 * 24 * 3600.0
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run left behind."""
+    """A run's results, where they were written, and how it ended."""
 
     results: contract.Results
     results_path: Path
@@ -52,10 +52,10 @@ class Finished:
 
 @contextmanager
 def destination(zoo: Zoo, out: Path, address: str | None = None) -> Iterator[str | None]:
-    """The address to publish at while the context lasts: None for nowhere, the embedded Hub's for ``loopback``.
+    """The endpoint to publish to, valid within the context: None for nowhere, the embedded Hub's for ``loopback``.
 
     Raises:
-        ZooError: the embedded Hub asked for on a cluster, whose other nodes can't reach it.
+        ZooError: the zoo names the embedded Hub, but runs on a cluster, whose other nodes can't reach it.
     """
     if zoo.publish is None:
         yield None
@@ -74,34 +74,34 @@ def destination(zoo: Zoo, out: Path, address: str | None = None) -> Iterator[str
 
 
 def new_run_id(zoo: str) -> str:
-    """Sorts by time, and tells two runs of one second apart."""
+    """A unique run id that sorts by time (UTC, to the second)."""
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{zoo}-{secrets.token_hex(2)}"
 
 
 class LedgerWatcher:
-    """Enters every stage that ended."""
+    """Records every stage that ended in the ledger."""
 
     def __init__(self, ledger: Ledger, run_id: str) -> None:
         self._ledger = ledger
         self._run_id = run_id
 
     def started(self, job: Job, step: Step, attempt: int) -> None:
-        """Nothing: only results count."""
+        """Do nothing: the ledger records only results."""
 
     def ended(self, job: Job, step: Step, attempt: int, result: StageResult, retry_in: float | None) -> None:
-        """Enter it."""
-        print_of = job.order(step.recipe).fingerprint if step.recipe else None
-        entry = Attempt(job.model.id, job.model.revision, step.recipe, print_of, attempt)
-        self._ledger.record(self._run_id, entry, result)
+        """Record the attempt and its result."""
+        fingerprint = job.order(step.recipe).fingerprint if step.recipe else None
+        attempted = Attempt(job.model.id, job.model.revision, step.recipe, fingerprint, attempt)
+        self._ledger.record(self._run_id, attempted, result)
 
 
 def run(plan: Plan, out: Path, address: str | None, watchers: Sequence[RunWatcher]) -> Finished:
-    """Make what the plan says is missing, and write ``results.json`` and ``report.html``, also when interrupted.
+    """Run the plan's jobs, and write ``results.json`` and ``report.html``, also if interrupted.
 
-    Ray isn't even started for a plan without jobs.
+    A plan without jobs doesn't start Ray.
 
     Raises:
-        ZooError: another run is at work in ``out``.
+        ZooError: another run holds the lock of ``out``.
     """
     started_at, run_id = now(), new_run_id(plan.zoo)
     folder = out.resolve() / run_id
@@ -116,39 +116,41 @@ def run(plan: Plan, out: Path, address: str | None, watchers: Sequence[RunWatche
 
             try:
                 warm = any(job.orders[0].recipe.environment is None for job in plan.jobs)
-                # Ray puts a handler of its own in place of ours.
+                # After Ray's start, which replaces signal handlers.
                 with Cluster(address, out.resolve(), warm) as cluster, _terminable():
                     folder.mkdir(parents=True)
                     log = stack.enter_context(closing(Logbook(folder, run_id)))
-                    entered: list[RunWatcher] = [LedgerWatcher(ledger, run_id), log, *watchers]
-                    driver = Driver(cluster, plan, entered, holder=_holder(cluster, address, run_id))
+                    all_watchers: list[RunWatcher] = [LedgerWatcher(ledger, run_id), log, *watchers]
+                    driver = Driver(cluster, plan, all_watchers, holder=_holder(cluster, address, run_id))
                     driver.watchers.append(PrometheusMetrics(plan.zoo, driver.pulse))
                     jobs = driver.jobs
                     driver.run()
             except KeyboardInterrupt:
                 interrupted = True
-        made = contract.build(run_id, plan.zoo, started_at, now(), plan.artifacts, jobs)
-        ledger.finish(run_id, made.finished_at, "interrupted" if interrupted else made.status)
+        results = contract.build(run_id, plan.zoo, started_at, now(), plan.artifacts, jobs)
+        ledger.finish(run_id, results.finished_at, "interrupted" if interrupted else results.status)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / RESULTS, made.model_dump_json(indent=1) + "\n")
+    write_text(folder / RESULTS, results.model_dump_json(indent=1) + "\n")
     write_report(folder)
-    problem = None if interrupted else _collect(plan, made)
-    return Finished(made, folder / RESULTS, folder / REPORT, interrupted, problem)
+    problem = None if interrupted else _collect(plan, results)
+    return Finished(results, folder / RESULTS, folder / REPORT, interrupted, problem)
 
 
 def _holder(cluster: Cluster, address: str | None, run_id: str) -> Holder:
-    """Leases of all drivers that could be at the same: those of the cluster, or of this machine."""
+    """Lease holder among the drivers that could make the same artifacts: the cluster's, or this machine's."""
     return Holder(cluster.leases() if address else of_this_machine(), new_owner(run_id), planning.standing)
 
 
-def _collect(plan: Plan, made: contract.Results) -> str | None:
-    """Put what stands published, of this run or an earlier one, into the zoo's collection; what went wrong with it."""
-    standing = [entry.repo_id for entry in made.artifacts if entry.repo_id and entry.status in ("published", "skipped")]
-    return collect(plan.collection, standing) if plan.collection and standing else None
+def _collect(plan: Plan, results: contract.Results) -> str | None:
+    """Add the artifacts published by this or an earlier run to the zoo's collection; returns a message on failure."""
+    published = [
+        entry.repo_id for entry in results.artifacts if entry.repo_id and entry.status in ("published", "skipped")
+    ]
+    return collect(plan.collection, published) if plan.collection and published else None
 
 
 def write_report(folder: Path) -> Path:
-    """Render ``report.html`` of a run from its ``results.json``."""
+    """Render a run's ``report.html`` from its ``results.json``."""
     from pipeline.report.render import render
 
     path = folder / REPORT
@@ -159,7 +161,7 @@ def write_report(folder: Path) -> Path:
 
 @contextmanager
 def _alone_in(out: Path) -> Iterator[None]:
-    """Hold the output folder, and clear away what a killed run left half-written."""
+    """Lock the output folder, and delete partial files of killed runs and old pass states."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:
         try:
@@ -172,7 +174,7 @@ def _alone_in(out: Path) -> Iterator[None]:
             else:
                 leftover.unlink(missing_ok=True)
         for state in out.glob("passes/*"):
-            # What was begun and never taken up again.
+            # Interrupted passes that no run resumed.
             if time.time() - max(path.stat().st_mtime for path in [state, *state.iterdir()]) > PASS_SECONDS:
                 shutil.rmtree(state, ignore_errors=True)
         yield
@@ -180,7 +182,7 @@ def _alone_in(out: Path) -> Iterator[None]:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl+C does: in order."""
+    """Make SIGTERM end a run in order, as Ctrl+C does."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -193,10 +195,10 @@ def _terminable() -> Iterator[None]:
 
 
 def find_run(out: Path, run_id: str | None) -> Path:
-    """The folder of a run, the newest if none is named.
+    """The folder of a run, by default of the newest.
 
     Raises:
-        ZooError: there is none.
+        ZooError: no such run has results.
     """
     runs = sorted(path.parent for path in out.glob(f"*/{RESULTS}"))
     if run_id is not None:
@@ -208,5 +210,5 @@ def find_run(out: Path, run_id: str | None) -> Path:
 
 
 def make_plan(zoo: Zoo, zoo_path: Path, out: Path, endpoint: str | None) -> Plan:
-    """Plan a zoo that was read from ``zoo_path``."""
+    """Plan a zoo read from ``zoo_path``, with absolute paths."""
     return planning.make_plan(zoo, zoo_path.resolve().parent, out.resolve(), endpoint)

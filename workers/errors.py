@@ -1,24 +1,24 @@
 """Every error that quantmill raises on purpose.
 
     QuantmillError
-    ├── UserError (ValueError)        a person can mend it; never retried
+    ├── UserError (ValueError)        the user can fix it; never retried
     │   ├── ZooError                  the zoo file or the command line
     │   ├── ModelNotFound             no such repository, revision or folder
     │   ├── CheckpointError           files that are not a readable checkpoint
     │   ├── UnsupportedModel          no causal LM head, remote code, pickle weights
     │   ├── UnsupportedRecipe         a recipe that this model or runtime can't take
     │   ├── CalibrationError          unreadable text, too few samples
-    │   ├── PreflightError            what this machine lacks, all at once
-    │   └── HubRefused                token, permission, a repository changed by somebody else
+    │   ├── PreflightError            everything that this machine lacks
+    │   └── HubRefused                token, permission, a repository changed by someone else
     ├── NumericalError (ArithmeticError)   NaN or Inf in weights, activations or results
-    ├── DiskFull (OSError)            stops the job; space has to be made
-    ├── OutOfMemory (MemoryError)     host or device; the same again would fail again
-    └── TransientError                worth trying again as it is
+    ├── DiskFull (OSError)            stops the job; the user has to free space
+    ├── OutOfMemory (MemoryError)     host or device; an identical retry would fail, too
+    └── TransientError                a retry without changes may help
         ├── HubUnavailable            429, 5xx, resets, stalls
         ├── StageHung                 no end within many times its estimate
-        └── WorkerDied                the process or its node went away
+        └── WorkerDied                the process or its node ended
 
-A message names the thing, the value that was got, what was expected, and the remedy.
+A message names the thing, the actual value, what was expected, and the remedy.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class QuantmillError(Exception):
 
 
 class UserError(QuantmillError, ValueError):
-    """Something that a person has to mend."""
+    """An error that the user has to fix."""
 
 
 class ZooError(UserError):
@@ -37,39 +37,39 @@ class ZooError(UserError):
 
 
 class ModelNotFound(UserError):
-    """No such repository, revision or folder."""
+    """There is no such repository, revision or folder."""
 
 
 class CheckpointError(UserError):
-    """Files that are not a readable checkpoint."""
+    """The files are not a readable checkpoint."""
 
 
 class UnsupportedModel(UserError):
-    """A model that quantmill refuses to load or can't stream."""
+    """quantmill can't load or stream the model, or refuses to."""
 
 
 class UnsupportedRecipe(UserError):
-    """A recipe that this model, or any runtime, can't take."""
+    """This model, or any runtime, doesn't support the recipe."""
 
 
 class CalibrationError(UserError):
-    """Calibration or verification text that can't be used."""
+    """The calibration or verification text can't be used."""
 
 
 class PreflightError(UserError):
-    """What this machine lacks for the job; the message lists every problem."""
+    """The machine lacks something that the job needs; the message lists every problem."""
 
 
 class HubRefused(UserError):
-    """The Hub said no for good: token, permission, or a repository changed by somebody else."""
+    """The Hub refused permanently: token, permission, or a repository changed by someone else."""
 
 
 class NumericalError(QuantmillError, ArithmeticError):
-    """NaN or Inf where numbers were expected."""
+    """NaN or Inf in weights, activations or results."""
 
 
 class DiskFull(QuantmillError, OSError):
-    """No space left for what the stage writes."""
+    """There is no space left for the stage's output."""
 
 
 class OutOfMemory(QuantmillError, MemoryError):
@@ -77,13 +77,13 @@ class OutOfMemory(QuantmillError, MemoryError):
 
 
 class TransientError(QuantmillError):
-    """Worth trying again as it is."""
+    """An error that a retry without changes may fix."""
 
 
 class HubUnavailable(TransientError):
     """The Hub did not answer, or asked to wait.
 
-    ``retry_after`` is the wait in seconds that it asked for, if it did.
+    ``retry_after`` is the requested wait in seconds, if any.
     """
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
@@ -92,8 +92,8 @@ class HubUnavailable(TransientError):
 
 
 class StageHung(TransientError):
-    """A stage was ended for taking many times its estimate."""
+    """A stage was ended because it took many times its estimate."""
 
 
 class WorkerDied(TransientError):
-    """The worker process, or its node, went away before it answered."""
+    """The worker process, or its node, ended before it answered."""

@@ -1,4 +1,4 @@
-"""Run one stage of a job in this process, and always come back with a result. The one door into the workers.
+"""Runs one stage of a job in this process, and always returns a result. The only entry point to the workers.
 
 Imports no torch until a stage needs it: fetch and publish never do.
 """
@@ -23,8 +23,8 @@ from workers.transfer.pace import LocalPace, Pace
 from workers.transfer.storage import Storage
 
 
-class Told(Frozen):
-    """One stage of a job, as a process is asked for it; ``seconds`` until it counts as hanging."""
+class StageRequest(Frozen):
+    """A request to run one stage of a job; after ``seconds`` the stage counts as hanging."""
 
     job: Job
     stage: Stage
@@ -34,9 +34,11 @@ class Told(Frozen):
 
 
 def answer(request: str) -> str:
-    """A ``StageResult`` for what was ``Told``, both as JSON: a stage in a process and with a pace of its own."""
-    told = Told.model_validate_json(request)
-    return run_stage(told.job, told.stage, told.recipe, seconds=told.seconds, part=told.part).model_dump_json()
+    """A ``StageResult`` for a ``StageRequest``, both as JSON: a stage in its own process, with its own pace."""
+    parsed = StageRequest.model_validate_json(request)
+    return run_stage(
+        parsed.job, parsed.stage, parsed.recipe, seconds=parsed.seconds, part=parsed.part
+    ).model_dump_json()
 
 
 def run_stage(
@@ -48,12 +50,12 @@ def run_stage(
     seconds: float = math.inf,
     part: Part | None = None,
 ) -> StageResult:
-    """Run a stage; ``recipe`` names the artifact for verify and publish. Errors come back as ``failure``.
+    """Run a stage; ``recipe`` names the artifact for verify and publish. Errors are returned as ``failure``.
 
-    ``part`` is the one to run of a quantize stage that is spread over workers; the last, ``join``, has the artifacts.
+    ``part`` selects the part of a quantize stage that is spread over workers; the last, ``join``, returns artifacts.
 
-    ``pace`` is the run's, which all of its processes share; left out, this process keeps its own. After ``seconds`` the
-    stage counts as hanging, and is ended.
+    ``pace`` is shared by all processes of the run; None: this process has its own. After ``seconds`` the stage counts
+    as hanging, and is ended.
     """
     start = time.monotonic()
     try:
@@ -71,7 +73,7 @@ def run_stage(
 
 
 def pace_of(job: Job) -> Pace:
-    """A pace of this process alone, within the limits of the job's destination."""
+    """A pace for this process alone, within the limits of the job's destination."""
     return LocalPace(job.destination.limits if job.destination else None)
 
 
@@ -92,8 +94,8 @@ def _fetch(job: Job, recipe: str | None, pace: Pace) -> StageResult:
     if job.storage is not None:
         storage = Storage(job.storage)
         for order in job.orders:
-            if not is_made(place := artifact_folder(job.workspace, order)):
-                storage.restore(place)
+            if not is_made(folder := artifact_folder(job.workspace, order)):
+                storage.restore(folder)
     return StageResult(stage=Stage.FETCH)
 
 
@@ -131,7 +133,7 @@ def _verify(job: Job, recipe: str | None, pace: Pace) -> StageResult:
 
     assert recipe is not None
     manifest = verify(job, job.order(recipe), model_folder(job))
-    # The process that loaded the artifact ran beside this one.
+    # The process that loaded the artifact ran at the same time as this one.
     runtime = manifest.verdict.runtime
     loader = PeakMemory(host=runtime.host_bytes if runtime else 0)
     return StageResult(stage=Stage.VERIFY, recipe=recipe, manifest=manifest, memory=loader)
@@ -142,16 +144,16 @@ def _publish(job: Job, recipe: str | None, pace: Pace) -> StageResult:
     order, destination = job.order(recipe), job.destination
     assert destination is not None
     assert order.repo_id is not None
-    place = artifact_folder(job.workspace, order)
-    commit = destinations.publish(destination, order.repo_id, place, pace)
+    folder = artifact_folder(job.workspace, order)
+    commit = destinations.publish(destination, order.repo_id, folder, pace)
     if job.storage is not None:
-        with suppress(QuantmillError):  # it's published: what can't be cleared away does no harm
-            Storage(job.storage).remove(place)
+        with suppress(QuantmillError):  # already published: a leftover copy does no harm
+            Storage(job.storage).remove(folder)
     return StageResult(stage=Stage.PUBLISH, recipe=recipe, commit=commit)
 
 
 def model_folder(job: Job) -> Path:
-    """The folder of a job's model once it's fetched."""
+    """The folder of a job's model, which must have been fetched."""
     model = job.model
     if model.folder is not None:
         return Path(model.folder)

@@ -1,4 +1,4 @@
-"""Commands about checkpoints: verify, publish, and a Hub to publish to."""
+"""Commands for checkpoints: verify, publish, and serve a loopback Hub."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def publish(
     from pipeline import publishing
     from workers.spec.job import Destination
 
-    place = publishing.place(endpoint)
-    to = Destination(endpoint=place, private=private, gated=gated or False, keep=keep, force=force)
-    for line in publishing.publish(artifact, repo_id, to, dry_run=dry_run):
+    resolved = publishing.resolve_endpoint(endpoint)
+    destination = Destination(endpoint=resolved, private=private, gated=gated or False, keep=keep, force=force)
+    for line in publishing.publish(artifact, repo_id, destination, dry_run=dry_run):
         click.echo(line)
 
 
@@ -100,7 +100,7 @@ def verify(
     """Verify CHECKPOINT (a folder, or org/name[@commit]), whichever tool made it, beside the model it was made of."""
     from pipeline import checking
 
-    asked = checking.VerifyRequest(
+    request = checking.VerifyRequest(
         checkpoint=checkpoint,
         reference=reference,
         text=text,
@@ -113,7 +113,7 @@ def verify(
         task_folder=task_folder,
         limit=limit,
     )
-    report, thresholds, family = checking.check(asked, out)
+    report, thresholds, family = checking.check(request, out)
     verdict = report["verdict"]
     if as_json:
         click.echo(json.dumps(report, indent=1))

@@ -1,7 +1,7 @@
-"""The command line inside a Ray job, which ``quantmill cancel`` ends in order.
+"""Run the command line inside a Ray job, with SIGINT enabled, so that ``quantmill cancel`` ends it in order.
 
-Ray stops a job by a signal. SIGTERM won't do, for ``ray.init`` puts a handler of its own in place of ours; and SIGINT
-is ignored by everything under a head that a script started in the background.
+Ray stops a job by a signal. SIGTERM doesn't work: ``ray.init`` replaces our handler. SIGINT has to be enabled:
+processes under a head that a script started in the background ignore it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Commands about this machine: what it lacks, and its env_builder."""
+"""Commands for this machine: check it, and build its environments."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def doctor(recipes: tuple[str, ...], zoo: Path | None, out: Path) -> None:
     click.echo(
         f"{facts.node}: Python {facts.python}, {facts.cpus} cores, {facts.host_memory / 1e9:.1f} GB, GPU: {devices}"
     )
-    found = doctor.examine(chosen, facts, out)
+    problems = doctor.examine(chosen, facts, out)
     rows = [
-        {"recipe": r.name, "environment": r.environment or "", "state": "; ".join(found[r.name]) or "ready"}
+        {"recipe": r.name, "environment": r.environment or "", "state": "; ".join(problems[r.name]) or "ready"}
         for r in chosen
     ]
-    shown = ("recipe", "environment", "state") if any(r.environment for r in chosen) else ("recipe", "state")
-    print_rows(rows, shown)
-    sys.exit(FAILED if any(found.values()) else 0)
+    columns = ("recipe", "environment", "state") if any(r.environment for r in chosen) else ("recipe", "state")
+    print_rows(rows, columns)
+    sys.exit(FAILED if any(problems.values()) else 0)
 
 
 @click.group()
@@ -65,7 +65,7 @@ def env_list() -> None:
             "environment": row.name,
             "state": row.state,
             "size": env_builder.in_words(row.size) if row.size else "",
-            "where": row.place,
+            "where": row.path,
             "description": row.description,
         }
         for row in env_builder.rows()

@@ -1,4 +1,4 @@
-"""The command line. Imports what a command needs when it runs: ``--help`` answers at once."""
+"""Define the command line. Commands import what they need when they run, so that ``--help`` is fast."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.cli.submitted import cancel, logs, submit
 
 
 class _Group(click.Group):
-    """Turns the package's own errors into a message and exit code 2."""
+    """Prints the package's own errors as a message and exits with code 2."""
 
     def invoke(self, ctx: click.Context) -> object:
         from workers.errors import QuantmillError

@@ -1,4 +1,4 @@
-"""What several commands share: exit codes, arguments, tables."""
+"""Exit codes, arguments and table printing that several commands share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 WRONG, FAILED, INTERRUPTED = 2, 1, 130
-LOST = 75  # EX_TEMPFAIL: what became of a submitted run isn't known; to be tried again
+LOST = 75  # EX_TEMPFAIL: the state of a submitted run is unknown; try again
 ZOO = click.argument("zoo", type=click.Path(path_type=Path))
 OUT = click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs"), show_default=True)
 ADDRESS = click.option(
@@ -31,5 +31,5 @@ def print_rows(rows: Sequence[Mapping[str, object]], columns: tuple[str, ...]) -
         table.add_column(column, overflow="fold", no_wrap=column in ("model", "recipe", "status", "plan"))
     for row in rows:
         table.add_row(*(Text("" if row[column] is None else str(row[column])) for column in columns))
-    # Without a terminal there's no width to keep to: logs and pipes get whole lines.
+    # Without a terminal the width is fixed, so that lines in logs and pipes aren't wrapped.
     Console(width=None if sys.stdout.isatty() else 180).print(table)

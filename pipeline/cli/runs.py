@@ -1,4 +1,4 @@
-"""Commands about zoo files and their runs."""
+"""Commands for zoo files and their runs."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def plan(zoo: Path, out: Path, address: str | None) -> None:
 
     loaded = zoos.load(zoo)
     with session.destination(loaded, out) as endpoint:
-        made = session.make_plan(loaded, zoo, out, endpoint)
-        _print_plan(made, loaded, endpoint)
-        lines = feasibility.infeasible(made, out, address)
+        planned = session.make_plan(loaded, zoo, out, endpoint)
+        _print_plan(planned, loaded, endpoint)
+        lines = feasibility.infeasible(planned, out, address)
     for line in lines:
         click.echo(line)
     if lines:

@@ -1,4 +1,4 @@
-"""Commands about runs that are submitted to a cluster."""
+"""Commands for runs submitted to a cluster."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ def submit(zoo: Path, address: str, out: str, follow: bool, shared: tuple[Path, 
     head = JobsClient(address)
     head.check()
     try:
-        there = submit.submit(head, loaded, packed, out, python)
+        submission = submit.submit(head, loaded, packed, out, python)
     except TransientError as error:
         click.echo(f"quantmill: {error}", err=True)
         sys.exit(LOST)
-    if there.attached:
-        click.echo(f"{there.name} is at work already; nothing new was started")
+    if submission.attached:
+        click.echo(f"{submission.name} is at work already; nothing new was started")
     else:
-        click.echo(f"submitted {there.name} ({packed.bytes / 1e6:.1f} MB)")
+        click.echo(f"submitted {submission.name} ({packed.bytes / 1e6:.1f} MB)")
     if follow:
-        _follow(head, there.name)
-    click.echo(f"follow it: quantmill logs {there.name} --address {head.address} --follow")
-    click.echo(f"cancel it: quantmill cancel {there.name} --address {head.address}")
+        _follow(head, submission.name)
+    click.echo(f"follow it: quantmill logs {submission.name} --address {head.address} --follow")
+    click.echo(f"cancel it: quantmill cancel {submission.name} --address {head.address}")
 
 
 @click.command()
@@ -93,26 +93,26 @@ def cancel(submitted: str, address: str) -> None:
 
 
 def _follow(head: JobsClient, submitted: str) -> NoReturn:
-    """Print what a submitted run prints until it has ended, and end with its exit code."""
+    """Print a submitted run's output until it has ended, and exit with its exit code."""
     from pipeline.submit import submit
     from workers.errors import TransientError
 
-    def tell(what: str) -> None:
-        click.echo(f"quantmill: {what}", err=True)
+    def notify(notice: str) -> None:
+        click.echo(f"quantmill: {notice}", err=True)
 
     def write(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
     try:
-        job = submit.follow(head, submitted, write, tell)
+        job = submit.follow(head, submitted, write, notify)
     except TransientError as error:
-        tell(str(error))
-        tell(f"follow it again: quantmill logs {submitted} --address {head.address} --follow")
+        notify(str(error))
+        notify(f"follow it again: quantmill logs {submitted} --address {head.address} --follow")
         sys.exit(LOST)
     except KeyboardInterrupt:
-        tell(f"{submitted} goes on; follow it again: quantmill logs {submitted} --address {head.address} --follow")
-        tell(f"or cancel it: quantmill cancel {submitted} --address {head.address}")
+        notify(f"{submitted} goes on; follow it again: quantmill logs {submitted} --address {head.address} --follow")
+        notify(f"or cancel it: quantmill cancel {submitted} --address {head.address}")
         sys.exit(INTERRUPTED)
     click.echo(submit.ending(job))
     sys.exit(submit.exit_code(job))

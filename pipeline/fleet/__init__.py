@@ -1,1 +1,1 @@
-"""Which stages run where and when: the scheduler, and the clusters it drives."""
+"""Decide which stages run where and when (the scheduler), and run them on a cluster."""

@@ -1,4 +1,4 @@
-"""Ray, behind one small class: nodes and what they have, stages as tasks, results as they come."""
+"""Run stages on a Ray cluster: list and probe its nodes, start stages as tasks, collect their results."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from workers.errors import OutOfMemory, PreflightError, QuantmillError, WorkerDi
 from workers.machine import child
 from workers.machine.preflight import MachineFacts, host_memory
 from workers.machine.warm import Parents
-from workers.run import Told, run_stage
+from workers.run import StageRequest, run_stage
 from workers.spec.job import Failure, Job, StageResult, stage_label
 from workers.transfer.pace import LocalPace
 
-# Ray's processes hold nothing of a stage that computed, for that ran in a child; what moved files goes now and then.
+# Calls after which a Ray process is replaced. Computing stages run in a child and leave nothing there; transfers may.
 STAGES_OF_A_PROCESS, TRANSFERS_OF_A_PROCESS = 1000, 32
-# A call to a host whose cable was pulled ends after minutes, though Ray knows within seconds that the host is gone.
+# Interval for looking up dead nodes: calls to a disconnected host fail after minutes, but Ray notices within seconds.
 LOOK_SECONDS = 5.0
-# What answers at once, or never: an actor, a look at a node (an environment's first start takes a while).
+# Timeouts of calls to actors, of probing a node (an environment's first start takes a while), and of closing parents.
 ACTOR_SECONDS, PROBE_SECONDS, CLOSE_SECONDS = 60.0, 300.0, 5.0
 # The embedded Ray shares its cores with what else the machine does: it's given ten times what it gives itself, for its
 # own limits are an idle machine's. Where an operator set one, that holds.
@@ -48,14 +48,14 @@ STARTS, STARTING_SECONDS = 2, 250.0
 
 
 class Cluster:
-    """A Ray cluster: the embedded local one, or one that runs at ``address``.
+    """A Ray cluster: an embedded local one, or a running one at ``address``.
 
-    ``warm``: stages in this Python are sure to come, so that parents import while Ray starts and models are fetched.
+    ``warm``: start the warm parent of this Python now, so that it imports while Ray starts and models are fetched.
     """
 
     def __init__(self, address: str | None, workspace: Path, warm: bool = False) -> None:
-        self._parents: dict[str, Any] = {}  # by node: the actor that has them
-        # Of the embedded node; the parents of other nodes belong to an actor there.
+        self._parents: dict[str, Any] = {}  # by node: the actor that owns its warm parents
+        # Warm parents of the embedded node; those of other nodes belong to an actor there.
         self._own = Parents() if address is None else None
         self._warm_first = warm
         if self._own and warm:
@@ -65,7 +65,7 @@ class Cluster:
 
         self._ray = ray
         self._workspace = workspace
-        self._flying: dict[Any, tuple[Step, str]] = {}  # by call: the step, and its node
+        self._flying: dict[Any, tuple[Step, str]] = {}  # by call (Ray's reference): the step, and its node
         self._looked = 0.0
         self._interpreters: dict[tuple[str, str], str] = {}  # by node and environment
         self._pace: Any = None
@@ -88,7 +88,7 @@ class Cluster:
         self._ray.shutdown()
 
     def _end_parents(self) -> None:
-        """In order, so that no file of theirs is left; Ray ends what doesn't answer."""
+        """Close warm parents, so that they delete their files; Ray kills those that don't answer."""
         if self._own:
             self._own.close()
         closing = [actor.close.remote() for actor in self._parents.values()]
@@ -112,7 +112,7 @@ class Cluster:
     def probe(
         self, nodes: Sequence[Node], environments: Iterable[str | None]
     ) -> dict[str, dict[str | None, MachineFacts | str]]:
-        """What each node has in each environment, or why it can't be used; nodes that don't answer are left out."""
+        """Facts of each node and environment, or why it is unusable; nodes that don't answer are left out."""
         named = [environment for environment in environments if environment is not None]
         if self._warm_first:
             for node in nodes:
@@ -120,7 +120,7 @@ class Cluster:
         found: dict[str, dict[str | None, MachineFacts | str]] = {}
         calls: dict[tuple[str, str | None], Any] = {(node.id, None): self._look(node, None) for node in nodes}
         if named:
-            # Ray tries a Python that doesn't start for minutes: what isn't there is told before it's asked for.
+            # Check that each Python exists first: Ray retries one that doesn't start for minutes.
             task = self._ray.remote(max_calls=1, max_retries=0)(_interpreters)
             asked = [(node, task.options(num_cpus=0, **_pinned(node.id)).remote(named)) for node in nodes]
             for node, call in asked:
@@ -145,20 +145,20 @@ class Cluster:
         return task.options(**options).remote(str(self._workspace), node.gpus > 0)
 
     def _inside(self, node: Node, environment: str | None) -> dict[str, Any]:
-        """Options of a task that runs in a prebuilt environment of its node."""
+        """Ray options that run a task in a prebuilt environment of its node."""
         if environment is None:
             return {}
         return {"runtime_env": {"py_executable": shlex.quote(self._interpreters[node.id, environment])}}
 
     def start(self, step: Step, job: Job, node: Node, claim: Claim, seconds: float) -> None:
-        """Start a stage on a node, which ends it after so long; Ray never repeats it."""
+        """Start a stage on a node, with a deadline in seconds; Ray never retries it."""
         if self._pace is None:
-            # One for the run: the limits are the account's, whatever process spends them.
+            # One pace (rate limiter) for the run: the Hub's limits apply to the account, over all processes.
             limits = job.destination.limits if job.destination else None
             self._pace = self._ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(LocalPace).remote(limits)
         environment = job.orders[0].recipe.environment
         python = self._interpreters[node.id, environment] if environment else None
-        # Its imports are done while the model is fetched.
+        # Start the warm parent early: it imports while the model is fetched.
         warm = self._warm(node, python)
         computing = step.stage not in NETWORK_STAGES
         stage, more = self.stage(step)
@@ -171,16 +171,16 @@ class Cluster:
             **_pinned(node.id),
         )
         sent = job.model_copy(update={"lean": True}) if claim.alone else job
-        told = Told(job=sent, stage=step.stage, recipe=step.recipe, part=step.part, seconds=seconds)
+        told = StageRequest(job=sent, stage=step.stage, recipe=step.recipe, part=step.part, seconds=seconds)
         where = Where(self._pace, python, node.cpus_per_stage if computing else 1)
         self._flying[call.remote(told.model_dump_json(), where, warm, *more)] = step, node.id
 
     def stage(self, step: Step) -> tuple[Callable[..., str], tuple[Any, ...]]:
-        """What runs a step on its node, and what it's told beyond what every stage is."""
+        """The function that runs a step on its node, and its additional arguments."""
         return (transfer if step.stage in NETWORK_STAGES else compute), ()
 
     def _warm(self, node: Node, python: str | None) -> Any:
-        """What ``Parents.address`` says of an interpreter on a node (or a reference to it); starts what isn't there."""
+        """``Parents.address`` of an interpreter on a node, or a Ray reference to it; starts the actor if needed."""
         if self._own:
             return self._own.address(python)
         if node.id not in self._parents:
@@ -189,13 +189,13 @@ class Cluster:
         return self._parents[node.id].address.remote(python)
 
     def leases(self) -> Leases:
-        """The leases of all drivers of this cluster: an actor that outlives each of them."""
+        """The leases of all drivers of this cluster, kept in a detached actor that outlives them."""
         table = self._ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(LeaseTable)
         options = {"name": "quantmill-leases", "namespace": "quantmill", "lifetime": "detached", "get_if_exists": True}
         return _SharedLeases(table.options(**options).remote())
 
     def wait(self, seconds: float) -> list[tuple[Step, StageResult]]:
-        """The steps that ended, waiting for the first at most so long."""
+        """The steps that ended, after waiting at most ``seconds`` for the first."""
         if not self._flying:
             return []
         done, _ = self._ray.wait(list(self._flying), num_returns=1, timeout=seconds)
@@ -227,11 +227,11 @@ class Cluster:
 
 
 def _set_up_environment(embedded: bool) -> None:
-    """What Ray reads from the environment when it's imported or started."""
+    """Set the environment variables that Ray reads when it is imported or started."""
     os.environ["RAY_task_oom_retries"] = "0"  # noqa: SIM112 - Ray's own spelling
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if embedded and "RAY_AUTH_MODE" not in os.environ:
-        # Left alone, a local start writes ~/.ray/auth_token, after which other clusters of this user demand it.
+        # By default a local start writes ~/.ray/auth_token, which other clusters of this user then require.
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(16)
     if embedded:
@@ -293,7 +293,7 @@ def _end_half_started(error: BaseException) -> None:
 
 
 def _whole_machine() -> dict[str, Any]:
-    """The embedded Ray lends all of the machine's memory but what its store takes, which holds next to nothing."""
+    """Options for the embedded Ray: its store is small (bytes), and all other memory is for stages."""
     store = 128 * 1024**2
     return {"object_store_memory": store, "_memory": max(host_memory() - store, 1)}
 
@@ -325,13 +325,13 @@ def _probe(workspace: str, with_devices: bool) -> str:
 
 
 class _SharedLeases:
-    """The leases that an actor keeps, as a driver asks for them."""
+    """Client of the actor that keeps the leases."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
     def take(self, owner: str, keys: Sequence[str]) -> bool:
-        """As ``Leases`` says; while the actor's node is gone, nobody is kept waiting: publishing is idempotent."""
+        """See ``Leases``. True if the actor doesn't answer: publishing is idempotent, so making it twice is safe."""
         import ray
 
         try:
@@ -340,19 +340,19 @@ class _SharedLeases:
             return True
 
     def drop(self, owner: str, keys: Sequence[str]) -> None:
-        """As ``Leases`` says; nobody waits for it."""
+        """See ``Leases``; doesn't wait for the actor."""
         self._actor.drop.remote(owner, keys)
 
 
 class _SharedPace:
-    """The run's pace, which an actor keeps, as a worker's process asks it."""
+    """Client of the actor that keeps the run's pace (rate limiter)."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
         self._own = LocalPace()
 
     def ask(self, hub: str, commit_to: str | None, file: bool = False) -> float:
-        """As ``Pace`` says; while the actor's node is gone, each process keeps to the usual limits by itself."""
+        """See ``Pace``. If the actor doesn't answer, this process applies the default limits by itself."""
         import ray
 
         try:
@@ -361,37 +361,37 @@ class _SharedPace:
             return self._own.ask(hub, commit_to, file)
 
     def pause(self, hub: str, seconds: float) -> None:
-        """As ``Pace`` says; nobody waits for the answer."""
+        """See ``Pace``; doesn't wait for the actor."""
         self._actor.pause.remote(hub, seconds)
 
 
 @dataclass(frozen=True)
 class Where:
-    """What a stage is given on its node: the run's pace (an actor), its Python, threads."""
+    """Context of a stage on its node: the run's pace (an actor), its Python, and its number of threads."""
 
     pace: Any
     python: str | None
     threads: int
 
     def ask(self, entry: str, request: str, warm: tuple[str | None, str | None]) -> child.Ended:
-        """Ask a fresh process, a child of the parent that ``Parents.address`` named if there's one."""
+        """Run ``entry`` in a fresh process, forked from the warm parent at ``warm`` if there is one."""
         address, note = warm
-        # Ray's own setting follows the share of the node; the bytes of an artifact mustn't.
+        # Ray sets threads by the task's share of the node; an artifact's bytes must not depend on that.
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
         ended = child.run(entry, request, python=self.python, warm=address, environment=environment)
         return replace(ended, note=ended.note or note)
 
 
 def transfer(request: str, where: Where, warm: tuple[str | None, str | None]) -> str:
-    """A stage that moves files, in this process, which has the run's pace."""
-    told = Told.model_validate_json(request)
+    """Run a stage that transfers files, in this Ray process, which can reach the run's pace."""
+    told = StageRequest.model_validate_json(request)
     pace = _SharedPace(where.pace)
     return run_stage(told.job, told.stage, told.recipe, pace, seconds=told.seconds).model_dump_json()
 
 
 def compute(request: str, where: Where, warm: tuple[str | None, str | None]) -> str:
-    """A stage that computes, in a process of its own, whose end frees its memory and its card."""
-    told = Told.model_validate_json(request)
+    """Run a stage that computes, in a fresh process, whose end frees host and GPU memory."""
+    told = StageRequest.model_validate_json(request)
     try:
         ended = where.ask("workers.run:answer", request, warm)
     except (FileNotFoundError, PermissionError) as error:

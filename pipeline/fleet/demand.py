@@ -1,4 +1,4 @@
-"""What the jobs of a plan ask of a node: memory by stage, disk, and how much there is to compute."""
+"""Compute what each job of a plan needs from a node: memory by stage, disk, and multiply-adds."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pipeline.planning.plan import Plan, PlannedArtifact
 from pipeline.planning.sizing import Need
 from workers.spec.job import Job, Stage
 
-# A process that moves files, without torch; measured 0.15 GB.
+# Host bytes of a process that moves files, without torch; measured 0.15 GB.
 TRANSFER = Need(220_000_000)
 
 
 @dataclass(frozen=True)
 class Demand:
-    """Memory of one job's stages, its bytes on disk, and its multiply-adds."""
+    """One job's memory by stage, its bytes on disk, and its work in multiply-adds."""
 
     quantize: Need
     verify: dict[str, Need]  # by recipe
@@ -24,28 +24,28 @@ class Demand:
     source_bytes: int
     pass_work: int
     own_work: int
-    gathered: int  # bytes on the disk, while the pass is spread over workers
+    gathered: int  # bytes on disk, while the pass is spread over workers
 
     @property
     def work(self) -> int:
-        """What the job weighs; one without an estimate weighs something, too."""
+        """Weight of the job for scheduling, in multiply-adds; at least 1, also without an estimate."""
         return self.pass_work + self.own_work + 1
 
     @property
     def largest(self) -> Need:
-        """What its dearest stage needs."""
+        """Peak bytes over all stages, for host and device separately."""
         needs = [TRANSFER, self.quantize, *self.verify.values()]
         return Need(max(need.host for need in needs), max(need.device for need in needs))
 
     def need(self, stage: Stage, recipe: str | None) -> Need:
-        """What one of its stages needs."""
+        """Peak bytes of one stage."""
         if stage in NETWORK_STAGES:
             return TRANSFER
         return self.quantize if stage == Stage.QUANTIZE else self.verify[recipe or ""]
 
 
 def demands(plan: Plan) -> list[Demand]:
-    """The demand of each of a plan's jobs."""
+    """The demand of each job of a plan, in the plan's order."""
     cells: defaultdict[object, dict[str, PlannedArtifact]] = defaultdict(dict)
     for cell in plan.artifacts:
         cells[cell.source.pin][cell.order.recipe.name] = cell
@@ -53,17 +53,18 @@ def demands(plan: Plan) -> list[Demand]:
 
 
 def _demand(job: Job, cells: list[PlannedArtifact]) -> Demand:
-    made = [cell.estimate for cell in cells]
-    source = made[0].source_bytes if job.model.folder is None else 0
-    written = sum(estimate.artifact_bytes + estimate.spool_bytes for estimate in made)
+    estimates = [cell.estimate for cell in cells]
+    source = estimates[0].source_bytes if job.model.folder is None else 0
+    written = sum(estimate.artifact_bytes + estimate.spool_bytes for estimate in estimates)
     return Demand(
         quantize=Need(
-            max(estimate.quantize.host for estimate in made), max(estimate.quantize.device for estimate in made)
+            max(estimate.quantize.host for estimate in estimates),
+            max(estimate.quantize.device for estimate in estimates),
         ),
         verify={cell.order.recipe.name: cell.estimate.verify for cell in cells},
-        disk=source + written + max(estimate.state_bytes for estimate in made),
-        source_bytes=made[0].source_bytes,
-        pass_work=max(estimate.pass_work for estimate in made),
-        own_work=sum(estimate.own_work for estimate in made),
-        gathered=max(estimate.gathered_bytes for estimate in made),
+        disk=source + written + max(estimate.state_bytes for estimate in estimates),
+        source_bytes=estimates[0].source_bytes,
+        pass_work=max(estimate.pass_work for estimate in estimates),
+        own_work=sum(estimate.own_work for estimate in estimates),
+        gathered=max(estimate.gathered_bytes for estimate in estimates),
     )

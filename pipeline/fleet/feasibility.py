@@ -1,4 +1,4 @@
-"""Which jobs of a plan fit nowhere, told before anything is started: on this machine, or on a cluster."""
+"""Find the jobs of a plan that fit on no node of this machine or a cluster, before anything starts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CARD = Path("/dev/nvidia0")
 
 
 def infeasible(plan: Plan, out: Path, address: str | None) -> list[str]:
-    """A line for each job that fits on no node, with the numbers.
+    """One line for each job that fits on no node, with what it needs and what the nodes have.
 
     Raises:
         ZooError: no Ray cluster at ``address``.
@@ -39,32 +39,34 @@ def _judged(plan: Plan, fleet: Fleet) -> list[str]:
 
 
 class ThisMachine:
-    """What the embedded Ray would have; starts nothing."""
+    """A fleet of this machine alone, as the embedded Ray would see it; starts nothing."""
 
     def __init__(self, out: Path) -> None:
         self._out = out
-        # Looking at cards takes torch, in a process of its own.
+        # Probing GPUs loads torch, so a separate process does it.
         self._facts = doctor.facts(sys.executable, out) if CARD.exists() else preflight.probe(out, False)
 
     def nodes(self) -> list[Node]:
-        """One."""
+        """This machine, as one node."""
         facts = self._facts
         return [Node(facts.node, facts.cpus, len(facts.devices), facts.host_memory)]
 
     def probe(self, nodes: Sequence[Node], environments_: Iterable[str | None]) -> Probed:
-        """As ``Fleet`` says."""
-        found: dict[str | None, MachineFacts | str] = {}
+        """See ``Fleet.probe``."""
+        facts_by_environment: dict[str | None, MachineFacts | str] = {}
         for name in environments_:
             try:
-                found[name] = doctor.facts(environments.interpreter(name), self._out) if name else self._facts
+                facts_by_environment[name] = (
+                    doctor.facts(environments.interpreter(name), self._out) if name else self._facts
+                )
             except PreflightError as error:
-                found[name] = str(error)
-        return {node.id: found for node in nodes}
+                facts_by_environment[name] = str(error)
+        return {node.id: facts_by_environment for node in nodes}
 
     def start(self, step: Step, job: Job, node: Node, claim: Claim, seconds: float) -> None:
-        """Never: this only judges."""
+        """Not supported: this fleet only judges."""
         raise NotImplementedError
 
     def wait(self, seconds: float) -> list[tuple[Step, StageResult]]:
-        """Nothing was started."""
+        """Always empty: nothing was started."""
         return []

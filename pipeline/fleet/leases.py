@@ -1,4 +1,4 @@
-"""Leases: two drivers at work for the same place don't make the same artifact twice. They expire with their driver."""
+"""Lease artifacts to drivers, so that two with the same destination don't make one twice; leases expire."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import Protocol
 
 from workers.spec.job import Job, Manifest, Order
 
-# A lease ends this long after its driver was last heard of, and a driver is heard of this often.
+# A lease expires this long after its last renewal; drivers renew (heartbeat) this often.
 LEASE_SECONDS, RENEW_SECONDS = 90.0, 15.0
-# How often a job that another driver holds is asked for again.
+# Interval between attempts to lease a job that another driver holds.
 ASK_SECONDS = 10.0
 SCHEMA = "CREATE TABLE IF NOT EXISTS leases (key TEXT PRIMARY KEY, owner TEXT NOT NULL, expires REAL NOT NULL)"
 
 
 class Leases(Protocol):
-    """Who makes what."""
+    """Which driver makes which artifact."""
 
     def take(self, owner: str, keys: Sequence[str]) -> bool:
-        """Take all of the keys, or keep them; none if another living driver holds one of them."""
+        """Take or renew all of the keys; takes none and returns False if another living driver holds one of them."""
 
     def drop(self, owner: str, keys: Sequence[str]) -> None:
-        """Give keys back."""
+        """Release keys."""
 
 
 class LeaseTable:
-    """Leases in SQLite: of all drivers of a user on one machine in a file, of a cluster's in an actor's memory."""
+    """Leases in SQLite: in a file for a user's drivers on one machine, in an actor's memory for a cluster's."""
 
     def __init__(
         self,
@@ -42,14 +42,14 @@ class LeaseTable:
         self._connection.execute(SCHEMA)
 
     def take(self, owner: str, keys: Sequence[str]) -> bool:
-        """As ``Leases`` says."""
+        """See ``Leases``."""
         now = self._clock()
         self._connection.execute("BEGIN IMMEDIATE")
         try:
             self._connection.execute("DELETE FROM leases WHERE expires < ?", (now,))
             query = "SELECT owner FROM leases WHERE key = ? AND owner != ?"
-            found = [self._connection.execute(query, (key, owner)).fetchone() for key in keys]
-            holders = {str(row[0]) for row in found if row}
+            owners = [self._connection.execute(query, (key, owner)).fetchone() for key in keys]
+            holders = {str(row[0]) for row in owners if row}
             if any(self._alive(holder) for holder in holders):
                 return False
             rows = [(key, owner, now + LEASE_SECONDS) for key in keys]
@@ -59,27 +59,27 @@ class LeaseTable:
             self._connection.execute("COMMIT")
 
     def drop(self, owner: str, keys: Sequence[str]) -> None:
-        """As ``Leases`` says."""
+        """See ``Leases``."""
         rows = [(key, owner) for key in keys]
         self._connection.executemany("DELETE FROM leases WHERE key = ? AND owner = ?", rows)
 
 
 def of_this_machine() -> LeaseTable:
-    """The leases of this user's drivers on this machine; those of processes that are gone count no more."""
+    """The leases of this user's drivers on this machine; leases of processes that ended don't count."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "quantmill"
     folder.mkdir(parents=True, exist_ok=True)
     return LeaseTable(str(folder / "leases.sqlite"), alive=_lives)
 
 
 def new_owner(run_id: str) -> str:
-    """A driver's name: its run, and the process that it is."""
+    """A driver's unique name: run id, pid, and start time of the process."""
     return f"{run_id} {os.getpid()} {_started(os.getpid())}"
 
 
 class Holder:
-    """What one driver holds: the artifacts of its jobs, at the place that they're published at.
+    """The leases of one driver, on the artifacts of its jobs at their destination.
 
-    ``standing`` looks there for what another driver has made meanwhile.
+    ``standing`` looks up an artifact at its destination, where another driver may have published it meanwhile.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Holder:
         self._held: dict[int, list[str]] = {}
 
     def hold(self, index: int, job: Job) -> bool:
-        """Take a job's artifacts; False while another driver is at one of them."""
+        """Lease a job's artifacts; False while another driver holds one of them."""
         keys = _keys(job)
         taken = self._leases.take(self._owner, keys)
         if taken:
@@ -97,24 +97,24 @@ class Holder:
         return taken
 
     def let_go(self, index: int) -> None:
-        """The job is done, or given up."""
+        """Release a job's leases, because it is done or given up."""
         if keys := self._held.pop(index, None):
             self._leases.drop(self._owner, keys)
 
     def renew(self) -> None:
-        """Be heard of."""
+        """Renew all leases (heartbeat)."""
         if keys := [key for held in self._held.values() for key in held]:
             self._leases.take(self._owner, keys)
 
-    def made(self, job: Job) -> dict[str, tuple[Manifest, str | None]]:
-        """Those of a job's artifacts that stand there now: manifest and commit, by recipe."""
-        found = {order.recipe.name: self._standing(job, order) for order in job.orders}
-        return {recipe: there for recipe, there in found.items() if there is not None}
+    def existing(self, job: Job) -> dict[str, tuple[Manifest, str | None]]:
+        """The artifacts of a job that exist at its destination now: manifest and commit, by recipe."""
+        standing = {order.recipe.name: self._standing(job, order) for order in job.orders}
+        return {recipe: artifact for recipe, artifact in standing.items() if artifact is not None}
 
 
 def _keys(job: Job) -> list[str]:
-    place = job.destination.endpoint if job.destination else job.workspace
-    return [f"{place} {order.repo_id} {order.fingerprint}" for order in job.orders]
+    destination = job.destination.endpoint if job.destination else job.workspace
+    return [f"{destination} {order.repo_id} {order.fingerprint}" for order in job.orders]
 
 
 def _lives(owner: str) -> bool:
@@ -123,7 +123,7 @@ def _lives(owner: str) -> bool:
 
 
 def _started(pid: int) -> str:
-    """When a process of this machine was started, in ticks since it booted; empty if there's none."""
+    """When a process of this machine was started, in clock ticks since boot; empty if it doesn't exist."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:

@@ -1,4 +1,4 @@
-"""What is done about a failed stage: a pure function of the error's class and of what was tried before."""
+"""Decide whether and how a failed stage is retried, from the error's class and earlier attempts. Pure."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from enum import Enum
 from workers.errors import DiskFull, HubUnavailable, OutOfMemory, StageHung, WorkerDied
 from workers.spec.job import Failure
 
-# Attempts in all, by error class. Whatever isn't named here, or below, would fail the same way again.
+# Attempts in all, by error class. Errors named neither here nor in `decide` are permanent: no retry.
 ATTEMPTS = {HubUnavailable.__name__: 6, WorkerDied.__name__: 3, StageHung.__name__: 2}
 LONGEST_WAIT_SECONDS = 300.0
 
 
 class RetryMode(Enum):
-    """In what way a stage is tried again."""
+    """How a stage is retried."""
 
     SAME = "as it was"
     ALONE = "alone on its node, and in the smallest micro-batches"
@@ -25,15 +25,15 @@ class RetryMode(Enum):
 
 @dataclass(frozen=True)
 class Retry:
-    """Try again, after so many seconds."""
+    """Retry after ``seconds``, in this mode."""
 
     seconds: float
-    how: RetryMode = RetryMode.SAME
+    mode: RetryMode = RetryMode.SAME
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What else the cluster has to offer to a stage that failed."""
+    """Whether the cluster has nodes with more memory (``larger``) or disk (``roomier``) for a failed stage."""
 
     larger: bool = False
     roomier: bool = False
@@ -43,16 +43,16 @@ NO_CHOICE = Choices()
 
 
 def decide(failure: Failure, before: Sequence[tuple[str, RetryMode]], choices: Choices = NO_CHOICE) -> Retry | None:
-    """What to do; None: give up.
+    """The retry of a failed stage; None: give up.
 
-    ``before`` has every attempt that failed so far, this one last, as its error's class and how it was made. Transient
-    errors wait, twice as long each time; a Hub's ``Retry-After`` is kept to, up to ``LONGEST_WAIT_SECONDS``. What ran
-    out of memory or disk is never tried again in the same way at the same place.
+    ``before`` lists every failed attempt so far, this one last, as error class and mode. Transient errors back off
+    exponentially (1 s, doubled each time); a Hub's ``Retry-After`` is kept, up to ``LONGEST_WAIT_SECONDS``. A stage
+    that ran out of memory or disk is never retried in the same mode on the same node.
     """
     kind = failure.kind
-    tried = [how for name, how in before if name == kind]
+    tried = [mode for name, mode in before if name == kind]
     if kind == OutOfMemory.__name__:
-        # Alone costs its neighbours their place, but no download; a larger node is the last thing to try.
+        # First alone on its node: delays other stages, but downloads nothing. A larger node comes last.
         if RetryMode.ALONE not in tried:
             return Retry(0.0, RetryMode.ALONE)
         return Retry(0.0, RetryMode.LARGER) if choices.larger else None

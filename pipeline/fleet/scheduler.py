@@ -1,9 +1,9 @@
-"""The driver: which jobs run, where and when. One failing job never stops the others.
+"""The driver (scheduler): decide which jobs run where and when. One failing job never stops the others.
 
-Jobs wait in one queue, the longest first. A node that will soon have nothing to compute takes the first that fits it,
-so that models are fetched while others compute, as far ahead as the disk allows. On a node, what is nearly done comes
-first: artifacts are published early. Only decisions are made here, over what nodes have and jobs need; a ``Fleet``
-carries them out.
+Each kind of node has a queue of jobs. A node that will soon have nothing to compute takes the first job that fits, so
+that models are fetched while others compute, as far ahead as the disk allows. A node runs the last stages of jobs
+first, so that artifacts are published early. The driver only decides, from what nodes have and jobs need; a ``Fleet``
+executes the decisions.
 """
 
 from __future__ import annotations
@@ -12,37 +12,32 @@ import heapq
 import itertools
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from pipeline.fleet.demand import demands
 from pipeline.fleet.leases import ASK_SECONDS, RENEW_SECONDS, Holder
-from pipeline.fleet.placement import Claim, Room, gigabytes, lacking, unmatched
-from pipeline.fleet.retry import Choices, Retry, RetryMode, decide
-from pipeline.fleet.sites import Fleet, RunWatcher, Site, environment, kind_of
-from pipeline.fleet.spreads import Spread
+from pipeline.fleet.placement import Claim, gigabytes
+from pipeline.fleet.retry import Retry, RetryMode, decide
+from pipeline.fleet.sites import Fleet, RunWatcher, Site, Sites
+from pipeline.fleet.spreads import Spread, parts_for
 from pipeline.fleet.steps import NETWORK_STAGES, JobRun, Step
 from pipeline.planning.plan import Plan
-from pipeline.planning.sizing import deadline_seconds, typical_seconds
+from pipeline.planning.sizing import deadline_seconds
 from workers.errors import DiskFull, PreflightError, WorkerDied
-from workers.machine.preflight import MachineFacts, problems
-from workers.spec.job import Failure, Part, PeakMemory, Stage, StageResult
-from workers.spec.recipes import Recipe
+from workers.spec.job import Failure, Part, Stage, StageResult
 from workers.spec.split import spreadable
 
-# Transfers of one kind at a time on one node: its line to the Hub is shared.
+# Most concurrent transfers of one stage on one node: they share its network connection.
 TRANSFERS = 4
 POLL_SECONDS = 0.5
-# Nodes may join at any time.
+# Interval between checks for new nodes, which may join at any time.
 SURVEY_SECONDS = 60.0
-# How often a stage that doesn't fit yet lets others go first.
+# How many times others may overtake a stage that doesn't fit yet, before the node drains for it.
 PATIENCE = 16
-# How many jobs are looked at for one whose files fit the disk.
-LOOK_AHEAD = 64
-# A pass shorter than this is over before its parts' processes have started and met three times.
+# Shorter passes aren't spread: they end before the parts' processes would have started and synchronised three times.
 SPREAD_SECONDS = 300.0
-# What comes first on a node: the stages of jobs that are nearly done.
+# Priority of stages on a node, lowest number first: later stages come before earlier ones.
 URGENCY = {Stage.PUBLISH: 1, Stage.KEEP: 1, Stage.VERIFY: 2, Stage.QUANTIZE: 3, Stage.FETCH: 4}
 
 DIED = WorkerDied.__name__
@@ -52,16 +47,16 @@ Key = tuple[int, Stage, str | None, Part | None]
 
 @dataclass(frozen=True)
 class Flight:
-    """A step on its way."""
+    """A running step: its node, its claim, and its mode."""
 
     site: str
     claim: Claim
-    how: RetryMode
+    mode: RetryMode
 
 
 @dataclass(frozen=True)
 class Pulse:
-    """How a run goes at this moment."""
+    """Snapshot of a run: queued jobs, running stages, GPUs in all and in use."""
 
     queued: int
     running: dict[Stage, int]
@@ -70,7 +65,7 @@ class Pulse:
 
 
 class Driver:
-    """Runs a plan's jobs on a cluster."""
+    """Runs a plan's jobs on a fleet."""
 
     def __init__(
         self,
@@ -85,21 +80,14 @@ class Driver:
         self.spread_seconds = spread_seconds
         self.jobs = [JobRun(index, job) for index, job in enumerate(plan.jobs)]
         self._demands = demands(plan)
+        self._sites = Sites(self.jobs, self._demands)
         self._fleet = fleet
         self.watchers = list(watchers)
         self._clock, self._sleep = clock, sleep
         self._holder, self._renewed = holder, 0.0
-        self._held_elsewhere: list[tuple[float, int]] = []  # when to ask again, job
-        self._sites: dict[str, Site] = {}
-        self._kinds: dict[object, int] = {}
-        self._members: dict[int, list[str]] = {}
-        self._lacks: dict[tuple[int, str], list[str]] = {}
+        self._held_elsewhere: list[tuple[float, int]] = []  # time of the next attempt to lease, job
         self._work_left = sum(demand.work for demand in self._demands)
-        self._speed = 1.0
-        self._fastest: dict[int, float] = {}  # of the nodes that a job fits
-        self._queued: set[int] = set()
-        self._queues: dict[int, list[tuple[int, int, int]]] = {}
-        self._stirred: set[str] = set()
+        self._changed_nodes: set[str] = set()
         self._delayed: list[tuple[float, int, Step, RetryMode]] = []
         self._flying: dict[Step, Flight] = {}
         self._alone: set[Step] = set()
@@ -107,15 +95,14 @@ class Driver:
         self._attempts: Counter[Key] = Counter()
         self._failed: defaultdict[Key, list[tuple[str, RetryMode]]] = defaultdict(list)
         self._spreads: dict[int, Spread] = {}
-        self._outgrown: dict[int, tuple[RetryMode, Room]] = {}  # where a job ran out of memory or disk
         self._order = itertools.count()
         self._surveyed = 0.0
 
     # -------------------------------------------------------------------------------------------- the loop
 
     def run(self) -> None:
-        """Run until nothing is left to do."""
-        self._queued = {run.index for run in self.jobs}
+        """Run until no job is left."""
+        self._sites.queued = {run.index for run in self.jobs}
         self._survey()
         while True:
             self._wake()
@@ -126,166 +113,96 @@ class Driver:
             elif self._delayed or self._held_elsewhere:
                 due = [entry[0] for entry in self._delayed[:1]] + [when for when, _ in self._held_elsewhere[:1]]
                 self._sleep(max(0.0, min(min(due) - self._clock(), POLL_SECONDS)))
-            elif self._queued:
+            elif self._sites.queued:
                 self._refuse_rest()
             else:
                 return
-            if self._queued and self._clock() - self._surveyed > SURVEY_SECONDS:
+            if self._sites.queued and self._clock() - self._surveyed > SURVEY_SECONDS:
                 self._survey()
 
     def infeasible(self) -> list[tuple[JobRun, str]]:
-        """The jobs that fit on no node there is, and why; starts nothing."""
-        self._queued = {run.index for run in self.jobs}
+        """The jobs that fit on no node, and why; starts nothing."""
+        self._sites.queued = {run.index for run in self.jobs}
         self._survey()
         failures = [(run, artifact.failure) for run in self.jobs for artifact in run.artifacts.values()]
         return [(run, failure.message) for run, failure in failures if failure]
 
     def pulse(self) -> Pulse:
-        """How the run goes now."""
+        """The current snapshot of the run."""
         return Pulse(
-            queued=len(self._queued) + len(self._held_elsewhere),
+            queued=len(self._sites.queued) + len(self._held_elsewhere),
             running=dict(Counter(step.stage for step in self._flying)),
-            gpus=sum(site.room.node.gpus for site in self._sites.values()),
+            gpus=sum(site.room.node.gpus for site in self._sites.all()),
             busy_gpus=sum(flight.claim.gpus for flight in self._flying.values()),
         )
 
     def _wake(self) -> None:
         while self._delayed and self._delayed[0][0] <= self._clock():
-            _, _, step, how = heapq.heappop(self._delayed)
-            self._make_ready(step, how)
+            _, _, step, mode = heapq.heappop(self._delayed)
+            self._make_ready(step, mode)
         if self._holder is None:
             return
         if self._clock() - self._renewed > RENEW_SECONDS:
             self._renewed = self._clock()
             self._holder.renew()
         while self._held_elsewhere and self._held_elsewhere[0][0] <= self._clock():
-            self._ask_again(self._holder, self.jobs[heapq.heappop(self._held_elsewhere)[1]])
+            self._retry_lease(self._holder, self.jobs[heapq.heappop(self._held_elsewhere)[1]])
 
-    def _ask_again(self, holder: Holder, run: JobRun) -> None:
-        """A job that another driver was at: what it made needn't be made, the rest is asked for again."""
+    def _retry_lease(self, holder: Holder, run: JobRun) -> None:
+        """Try again to lease a job held by another driver; skip the artifacts which that driver has made."""
         if not holder.hold(run.index, run.job):
             heapq.heappush(self._held_elsewhere, (self._clock() + ASK_SECONDS, run.index))
             return
-        run.made_elsewhere(holder.made(run.job))
+        run.made_elsewhere(holder.existing(run.job))
         if run.job.orders:
             self._offer(run.index)
-            self._stirred |= set(self._sites)
+            self._changed_nodes |= self._sites.names
         else:
             self._let_go(run)
 
     def _fill(self) -> None:
-        """Give work to the nodes where something changed, until nothing more fits."""
-        while self._stirred:
-            stirred, self._stirred = self._stirred & set(self._sites), set()
-            hungry = [(self._sites[name].relative_load, name) for name in stirred]
-            heapq.heapify(hungry)
-            while hungry and self._queued:
-                # The node that would be done first has the first choice.
-                _, name = heapq.heappop(hungry)
+        """Assign jobs to the nodes where something changed, and start their steps, until nothing more fits."""
+        while self._changed_nodes:
+            changed, self._changed_nodes = self._changed_nodes & self._sites.names, set()
+            by_load = [(self._sites[name].relative_load, name) for name in changed]
+            heapq.heapify(by_load)
+            while by_load and self._sites.queued:
+                # The node that would be idle first chooses first.
+                _, name = heapq.heappop(by_load)
                 site = self._sites[name]
-                if site.wants_more and (index := self._next_job(site)) is not None:
+                if site.wants_more and (index := self._sites.next_job(site, self._horizon)) is not None:
                     self._place(self.jobs[index], name)
-                    heapq.heappush(hungry, (site.relative_load, name))
-            for name in sorted(stirred):
+                    heapq.heappush(by_load, (site.relative_load, name))
+            for name in sorted(changed):
                 self._start_ready(name)
 
     # ------------------------------------------------------------------------------- which job goes where
 
     def _survey(self) -> None:
-        """See which nodes there are, and what new ones have; jobs that fit on none are told why."""
-        first, self._surveyed = not self._sites, self._clock()
+        """List the nodes, probe new ones, and queue jobs again if needed; jobs that fit no node fail."""
+        self._surveyed = self._clock()
         nodes = {node.id: node for node in self._fleet.nodes() if node.cpus}
-        orphans = self._forget(set(self._sites) - set(nodes))
-        new = [node for name, node in nodes.items() if name not in self._sites]
-        if new:
-            wanted = sorted({None, *(environment(run.job) for run in self.jobs)}, key=str)
-            for name, facts in self._fleet.probe(new, wanted).items():
-                if isinstance(own := facts.get(None), MachineFacts):
-                    room = Room(nodes[name], own)
-                    kind = self._kinds.setdefault(kind_of(room, facts), len(self._kinds))
-                    self._sites[name] = Site(room, facts, kind)
-        before, self._members = set(self._members), {}
-        for name, site in self._sites.items():
-            self._members.setdefault(site.kind, []).append(name)
-        self._speed = sum(site.speed for site in self._sites.values())
-        changed = first or before != set(self._members)
-        if changed:
-            self._queues = {kind: [] for kind in self._members}
-        for index in sorted(self._queued) if changed else orphans:
+        orphans = self._forget(self._sites.names - set(nodes))
+        new = [node for name, node in nodes.items() if name not in self._sites.names]
+        probed = self._fleet.probe(new, self._sites.environments) if new else {}
+        changed = self._sites.add(nodes, probed)
+        for index in sorted(self._sites.queued) if changed else orphans:
             self._offer(index)
-        self._stirred = set(self._sites)
-
-    def _offer(self, index: int) -> None:
-        """Queue a job at each kind of nodes that it fits: first those with the least choice, then the longest."""
-        found = {kind: self._problems(index, self._sites[names[0]]) for kind, names in self._members.items()}
-        fitting = [kind for kind, lacks in found.items() if not lacks]
-        if not fitting:
-            self._queued.discard(index)
-            self._refuse(self.jobs[index], [line for lines in found.values() for line in lines])
-            return
-        self._queued.add(index)
-        self._fastest[index] = max(self._sites[self._members[kind][0]].room.speed for kind in fitting)
-        for kind in fitting:
-            heapq.heappush(self._queues[kind], (len(fitting), -self._demands[index].work, index))
-
-    def _problems(self, index: int, site: Site) -> list[str]:
-        """All that the site lacks for a job, whatever else runs there."""
-        job, demand, room = self.jobs[index].job, self._demands[index], site.room
-        node, facts = room.facts.node, site.facts.get(environment(job), "no answer")
-        if isinstance(facts, str):
-            return [f"{node}: {facts}"]
-        found = [line for order in job.orders for line in self._lacks_for(site, order.recipe, facts)]
-        found += lacking(room, demand.largest, demand.disk, f"{job.model.id!r}")
-        how, outgrown = self._outgrown.get(index, (RetryMode.SAME, room))
-        if how is RetryMode.LARGER and not room.larger_than(outgrown):
-            found.append(f"memory: no more on {node} than on {outgrown.facts.node}, where it ran out")
-        return list(dict.fromkeys(found))
+        self._changed_nodes = self._sites.names
 
     @property
     def _horizon(self) -> float:
-        """How long all of the cluster takes for what is left."""
-        return self._work_left / self._speed
+        """Time in which the whole cluster finishes the remaining work, in units of work over speed."""
+        return self._work_left / self._sites.speed
 
-    def _lacks_for(self, site: Site, recipe: Recipe, facts: MachineFacts) -> list[str]:
-        """What sites of this kind lack for a recipe, whatever the model: packages, capabilities, labels."""
-        key = site.kind, recipe.name
-        if key not in self._lacks:
-            labels = site.room.node.labels
-            self._lacks[key] = problems(facts, recipe) + [
-                f"label {name} of {facts.node}: got {labels.get(name)!r}, expected {recipe.labels[name]!r} for recipe "
-                f"{recipe.name!r}"
-                for name in unmatched(labels, recipe.labels)
-            ]
-        return self._lacks[key]
-
-    def _next_job(self, site: Site) -> int | None:
-        """Take the first job in the queue whose files fit the site's disk now, and that won't be the last to end."""
-        queue, found = self._queues.get(site.kind, []), None
-        set_aside: list[tuple[int, int, int]] = []
-        while queue and found is None and len(set_aside) < LOOK_AHEAD:
-            entry = heapq.heappop(queue)
-            index = entry[2]
-            if index not in self._queued:
-                continue
-            speed = site.room.speed
-            until = site.relative_load + self._demands[index].work / speed
-            if speed < self._fastest[index] and until > self._horizon:
-                continue  # a faster node has it in its queue; what's left only gets less
-            if self._files_fit(index, site.room):
-                found = index
-            else:
-                set_aside.append(entry)
-        for entry in set_aside:
-            heapq.heappush(queue, entry)
-        return found
-
-    def _files_fit(self, index: int, room: Room) -> bool:
-        how, outgrown = self._outgrown.get(index, (RetryMode.SAME, room))
-        enough = how is not RetryMode.ROOMIER or room.roomier_than(outgrown)
-        return enough and self._demands[index].disk <= room.free_disk
+    def _offer(self, index: int) -> None:
+        """Queue a job at the nodes that it fits; fail it with the reasons if it fits none."""
+        lines = self._sites.offer(index)
+        if lines is not None:
+            self._refuse(self.jobs[index], lines)
 
     def _place(self, run: JobRun, name: str) -> None:
-        self._queued.discard(run.index)
+        self._sites.queued.discard(run.index)
         if self._holder and not self._holder.hold(run.index, run.job):
             heapq.heappush(self._held_elsewhere, (self._clock() + ASK_SECONDS, run.index))
             return
@@ -298,59 +215,59 @@ class Driver:
         self._make_ready(run.first(), RetryMode.SAME)
 
     def _unplace(self, run: JobRun) -> None:
-        """The job is done, or goes elsewhere; what it wrote stays on the disk."""
+        """Remove a job that is done or moves from its node. Its files stay there, so its disk remains reserved."""
         if site := self._sites.get(run.node):
             site.backlog.discard(run.index)
             site.load -= self._demands[run.index].work
-            self._stirred.add(run.node)
+            self._changed_nodes.add(run.node)
 
     def _forget(self, gone: set[str]) -> list[int]:
-        """Drop nodes that are gone; the jobs that waited there begin anew. What flies there comes back as failed."""
+        """Remove nodes that are gone; returns their waiting jobs, to be queued. Running steps come back as failed."""
         for name in gone:
-            del self._sites[name]
+            self._sites.remove(name)
         flying = {step.job for step in self._flying}
         waiting = [run for run in self.jobs if run.node in gone and self._open[run.index]] if gone else []
         orphans = [run for run in waiting if run.index not in flying]
         for run in orphans:
-            self._take_back(run)
-        self._queued.update(run.index for run in orphans if run.job.orders)
+            self._reset(run)
+        self._sites.queued.update(run.index for run in orphans if run.job.orders)
         return [run.index for run in orphans if run.job.orders]
 
-    def _take_back(self, run: JobRun) -> None:
+    def _reset(self, run: JobRun) -> None:
         self._unplace(run)
         self._spreads.pop(run.index, None)
         run.node = ""
         run.restart()
         self._open[run.index] = 0
 
-    def _begin_anew(self, run: JobRun) -> None:
-        """From the first step, on another node, with what isn't published yet."""
-        self._take_back(run)
+    def _restart(self, run: JobRun) -> None:
+        """Restart a job from its first step on another node, with the artifacts that aren't finished."""
+        self._reset(run)
         if run.job.orders:
             self._offer(run.index)
-            self._stirred |= set(self._sites)
+            self._changed_nodes |= self._sites.names
 
     # --------------------------------------------------------------------------------- which step, when
 
-    def _make_ready(self, step: Step, how: RetryMode) -> None:
+    def _make_ready(self, step: Step, mode: RetryMode) -> None:
         if step.generation != self.jobs[step.job].generation:
             return
         site = self._sites.get(self.jobs[step.job].node)
         if site is None:
-            self._begin_anew(self.jobs[step.job])
+            self._restart(self.jobs[step.job])
             return
-        if how is RetryMode.ALONE:
+        if mode is RetryMode.ALONE:
             self._alone.add(step)
-        urgency = 0 if how is RetryMode.ALONE else URGENCY[step.stage]
+        urgency = 0 if mode is RetryMode.ALONE else URGENCY[step.stage]
         heapq.heappush(site.ready, (urgency, -self._demands[step.job].work, next(self._order), step))
-        self._stirred.add(self.jobs[step.job].node)
+        self._changed_nodes.add(self.jobs[step.job].node)
 
     def _start_ready(self, name: str) -> None:
-        """Start what fits, in order; what doesn't is passed over a number of times, and then waited for."""
+        """Start the ready steps that fit, in order; a step overtaken ``PATIENCE`` times blocks later ones."""
         site = self._sites[name]
         computing = sum(entry[3].stage not in NETWORK_STAGES for entry in site.ready)
-        held: list[tuple[int, int, int, Step]] = []
-        waited_for = False
+        postponed: list[tuple[int, int, int, Step]] = []
+        blocked = False
         while site.ready:
             entry = heapq.heappop(site.ready)
             step = entry[3]
@@ -358,21 +275,21 @@ class Driver:
                 continue
             network = step.stage in NETWORK_STAGES
             if computing == 1 and self._spread(site, step):
-                # All of its parts are ready now instead.
+                # Its parts are ready now instead of it.
                 computing += self._spreads[step.job].parts - 1
                 continue
-            claim = None if waited_for and not network else self._claim(site, step, computing)
+            claim = None if blocked and not network else self._claim(site, step, computing)
             if claim is None:
-                held.append(entry)
+                postponed.append(entry)
                 alone = step in self._alone
-                waited_for |= not network and (alone or site.passed_over >= PATIENCE)
+                blocked |= not network and (alone or site.passed_over >= PATIENCE)
                 continue
             if not network:
                 computing -= 1
-                overtakes = any(other[3].stage not in NETWORK_STAGES for other in held)
+                overtakes = any(other[3].stage not in NETWORK_STAGES for other in postponed)
                 site.passed_over = site.passed_over + 1 if overtakes else 0
             self._start(name, site, step, claim)
-        for entry in held:
+        for entry in postponed:
             heapq.heappush(site.ready, entry)
 
     def _claim(self, site: Site, step: Step, computing: int) -> Claim | None:
@@ -383,44 +300,35 @@ class Driver:
             return site.room.alone(need)
         if computing <= site.room.idle_cards:
             return site.room.compute(need)
-        # In a share of a card it takes as many times as long, which mustn't make it the last to end.
+        # Sharing a GPU N ways slows the job N times; allow it only if it still finishes before the rest.
         alone = self._demands[step.job].work / site.room.speed
         return site.room.compute(need, most=max(1, int(self._horizon / alone)))
 
     def _spread(self, site: Site, step: Step) -> bool:
-        """Spread a long pass over what else would be idle on its node; no job waits for it."""
-        run, demand, node = self.jobs[step.job], self._demands[step.job], site.room.node
-        slots = site.room.idle_cards if node.gpus else site.room.idle_cpus // node.cpus_per_stage
-        whole = step.stage == Stage.QUANTIZE and step.part is None and step not in self._alone
-        if not whole or slots < 2 or self._queued or self._held_elsewhere or not spreadable(run.job):
+        """Spread a long pass over slots of its node that would be idle otherwise; only while no other job waits."""
+        run, demand = self.jobs[step.job], self._demands[step.job]
+        if step in self._alone or self._sites.queued or self._held_elsewhere or not spreadable(run.job):
             return False
-        long = typical_seconds(demand.pass_work, node.cpus_per_stage, node.gpus) >= self.spread_seconds
-        holds = slots * demand.quantize.host <= site.room.host_memory and demand.gathered <= site.room.free_disk
-        if not long or not holds:
+        parts = parts_for(step, demand, site.room, self.spread_seconds)
+        if parts < 2:
             return False
-        spread = self._spreads[step.job] = Spread(step, slots, self._clock())
-        for part in sorted(spread.step("gather"), key=str):
-            self._make_ready(part, RetryMode.SAME)
+        self._spreads[step.job] = Spread(step, parts, self._clock())
+        self._make_parts_ready(self._spreads[step.job].begin("gather"))
         return True
 
+    def _make_parts_ready(self, parts: Iterable[Step]) -> None:
+        for part in sorted(parts, key=str):
+            self._make_ready(part, RetryMode.SAME)
+
     def _land_part(self, run: JobRun, step: Step, result: StageResult) -> StageResult | None:
-        """Go on to the next part, or step; the whole stage's result once it's there, or one of its parts failed."""
+        """Record a part's end, start the next step's parts; returns the stage's result once all ended or one failed."""
         spread = self._spreads[run.index]
-        spread.out.discard(step)
-        spread.host_bytes = max(spread.host_bytes, result.memory.host)
-        spread.device_bytes = max(spread.device_bytes, result.memory.device)
-        if result.failure is None:
-            if spread.out:
-                return None
-            assert step.part is not None
-            following: dict[str, Literal["solve", "join"]] = {"gather": "solve", "solve": "join"}
-            if step.part.step in following:
-                for part in sorted(spread.step(following[step.part.step]), key=str):
-                    self._make_ready(part, RetryMode.SAME)
-                return None
+        spread.land(step, result)
+        if result.failure is None and not spread.through(step):
+            self._make_parts_ready(spread.following(step))
+            return None
         del self._spreads[run.index]
-        peak = PeakMemory(host=spread.host_bytes, device=spread.device_bytes)
-        return result.model_copy(update={"memory": peak, "seconds": self._clock() - spread.begun})
+        return result.model_copy(update={"memory": spread.memory, "seconds": self._clock() - spread.begun})
 
     def _start(self, name: str, site: Site, step: Step, claim: Claim) -> None:
         run, node, demand = self.jobs[step.job], site.room.node, self._demands[step.job]
@@ -429,14 +337,14 @@ class Driver:
             site.transfers[step.stage] += 1
         if step.stage == Stage.QUANTIZE:
             site.backlog.discard(step.job)
-            self._stirred.add(name)
+            self._changed_nodes.add(name)
         self._attempts[_key(step)] += 1
         self._flying[step] = Flight(name, claim, RetryMode.ALONE if step in self._alone else RetryMode.SAME)
         work = demand.pass_work + demand.own_work if step.stage == Stage.QUANTIZE else demand.own_work
         seconds = deadline_seconds(step.stage, demand.source_bytes, work, node.cpus_per_stage, node.gpus)
         self._fleet.start(step, run.job, node, claim, seconds)
         if step.part and step.part != Part(step="gather", of=step.part.of):
-            return  # one line for the whole pass
+            return  # watchers see a spread pass as one stage
         for watcher in self.watchers:
             watcher.started(run.job, step, self._attempts[_key(step)])
 
@@ -449,21 +357,21 @@ class Driver:
             site.room.give(flight.claim)
             if step.stage in NETWORK_STAGES:
                 site.transfers[step.stage] -= 1
-            self._stirred.add(flight.site)
+            self._changed_nodes.add(flight.site)
         run, attempts = self.jobs[step.job], self._attempts[_key(step)]
         if step.generation != run.generation or (step.part and run.index not in self._spreads):
             return
-        again = self._again(step, result.failure, flight) if result.failure else None
-        if step.part and (again is None or again.how is not RetryMode.SAME):
+        retry = self._decide_retry(step, result.failure, flight) if result.failure else None
+        if step.part and (retry is None or retry.mode is not RetryMode.SAME):
             whole = self._land_part(run, step, result)
             if whole is None:
                 return
-            # What doesn't fit beside its other parts is tried in one piece.
+            # The spread is over; a retry in another mode runs the whole pass in one piece.
             step, result = replace(step, part=None), whole
         for watcher in self.watchers:
-            watcher.ended(run.job, step, attempts, result, again.seconds if again else None)
-        if again is not None:
-            self._repeat(run, step, again, died=result.failure is not None and result.failure.kind == DIED)
+            watcher.ended(run.job, step, attempts, result, retry.seconds if retry else None)
+        if retry is not None:
+            self._repeat(run, step, retry, died=result.failure is not None and result.failure.kind == DIED)
             return
         self._open[run.index] -= 1
         for later in run.follow(step, result, attempts):
@@ -478,37 +386,25 @@ class Driver:
         if self._holder:
             self._holder.let_go(run.index)
 
-    def _again(self, step: Step, failure: Failure, flight: Flight) -> Retry | None:
+    def _decide_retry(self, step: Step, failure: Failure, flight: Flight) -> Retry | None:
         history = self._failed[_key(step)]
-        history.append((failure.kind, flight.how))
-        return decide(failure, history, self._choices(step.job, flight.site))
+        history.append((failure.kind, flight.mode))
+        return decide(failure, history, self._sites.choices(step.job, flight.site))
 
-    def _choices(self, index: int, name: str) -> Choices:
-        """What other nodes have to offer to a job that ran out of something on this one."""
-        here = self._sites.get(name)
-        if here is None:
-            return Choices()
-        fitting = {kind for kind, names in self._members.items() if not self._problems(index, self._sites[names[0]])}
-        others = [site.room for site in self._sites.values() if site.kind in fitting]
-        return Choices(
-            larger=any(other.larger_than(here.room) for other in others),
-            roomier=any(other.roomier_than(here.room) for other in others),
-        )
-
-    def _repeat(self, run: JobRun, step: Step, again: Retry, *, died: bool) -> None:
-        if again.how in (RetryMode.LARGER, RetryMode.ROOMIER):
-            self._outgrown[run.index] = again.how, self._sites[run.node].room
-            self._begin_anew(run)
+    def _repeat(self, run: JobRun, step: Step, retry: Retry, *, died: bool) -> None:
+        if retry.mode in (RetryMode.LARGER, RetryMode.ROOMIER):
+            self._sites.outgrew(run.index, retry.mode, run.node)
+            self._restart(run)
             return
         if died:
             self._survey()
             if step.generation != run.generation:
                 return
-            if run.node not in self._sites:
-                # Its files are gone with its node.
-                self._begin_anew(run)
+            if run.node not in self._sites.names:
+                # The job's files are gone with its node.
+                self._restart(run)
                 return
-        heapq.heappush(self._delayed, (self._clock() + again.seconds, next(self._order), step, again.how))
+        heapq.heappush(self._delayed, (self._clock() + retry.seconds, next(self._order), step, retry.mode))
 
     # ------------------------------------------------------------------------------------------ refusals
 
@@ -518,16 +414,16 @@ class Driver:
         self._fail(run, Failure(kind=PreflightError.__name__, message=message))
 
     def _refuse_rest(self) -> None:
-        """Nothing runs any more, and still these fit nowhere: what others wrote stays on the disks."""
-        most = max((site.room.free_disk for site in self._sites.values()), default=0)
-        for index in sorted(self._queued):
+        """Fail the jobs still queued when nothing runs: files of other jobs fill the disks."""
+        most_free = max((site.room.free_disk for site in self._sites.all()), default=0)
+        for index in sorted(self._sites.queued):
             run, disk = self.jobs[index], self._demands[index].disk
             message = (
-                f"disk: {gigabytes(most)} left on the roomiest node by what this run wrote, expected at least "
+                f"disk: {gigabytes(most_free)} left on the roomiest node by what this run wrote, expected at least "
                 f"{gigabytes(disk)} for {run.job.model.id!r}; free some, and run the zoo again"
             )
             self._fail(run, Failure(kind=DiskFull.__name__, message=message))
-        self._queued.clear()
+        self._sites.queued.clear()
 
     def _fail(self, run: JobRun, failure: Failure) -> None:
         result = StageResult(stage=Stage.FETCH, failure=failure)
@@ -539,5 +435,5 @@ class Driver:
 
 
 def _key(step: Step) -> Key:
-    """Attempts count on, also when a job has moved to another node."""
+    """Key for counting attempts; omits the generation, so that the count goes on when a job moves to another node."""
     return step.job, step.stage, step.recipe, step.part

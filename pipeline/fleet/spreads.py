@@ -1,27 +1,62 @@
-"""A pass that is spread over nodes: how far its parts are."""
+"""Spread a pass over the slots of one node: decide whether it pays, and track its parts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from pipeline.fleet.demand import Demand
+from pipeline.fleet.placement import Room
 from pipeline.fleet.steps import Step
-from workers.spec.job import Part
+from pipeline.planning.sizing import typical_seconds
+from workers.spec.job import Part, PeakMemory, Stage, StageResult
+
+PartStep = Literal["gather", "solve", "join"]
+FOLLOWING: dict[str, PartStep] = {"gather": "solve", "solve": "join"}
+
+
+def parts_for(step: Step, demand: Demand, room: Room, least_seconds: float) -> int:
+    """Number of slots of a node to spread a stage over; 1: don't spread. Pure.
+
+    Only a whole pass of ``least_seconds`` or more is spread, if its parts fit host memory and their files the disk.
+    """
+    node = room.node
+    slots = room.idle_cards if node.gpus else room.idle_cpus // node.cpus_per_stage
+    if step.stage != Stage.QUANTIZE or step.part is not None or slots < 2:
+        return 1
+    long = typical_seconds(demand.pass_work, node.cpus_per_stage, node.gpus) >= least_seconds
+    holds = slots * demand.quantize.host <= room.host_memory and demand.gathered <= room.free_disk
+    return slots if long and holds else 1
 
 
 @dataclass
 class Spread:
-    """The pass of one job over several slots of its node: in three steps, each of whose parts have to be through."""
+    """One job's pass, spread over several slots of its node in three steps; a step starts when the last has ended."""
 
     whole: Step
     parts: int
     begun: float
-    out: set[Step] = field(default_factory=set)
-    host_bytes: int = 0
-    device_bytes: int = 0
+    running: set[Step] = field(default_factory=set)
+    memory: PeakMemory = field(default_factory=PeakMemory)
 
-    def step(self, name: Literal["gather", "solve", "join"]) -> set[Step]:
-        """All parts of a step."""
+    def begin(self, name: PartStep) -> set[Step]:
+        """Mark all parts of a step as running, and return them."""
         count = 1 if name == "join" else self.parts
-        self.out = {replace(self.whole, part=Part(step=name, index=i, of=self.parts)) for i in range(count)}
-        return set(self.out)
+        self.running = {replace(self.whole, part=Part(step=name, index=i, of=self.parts)) for i in range(count)}
+        return set(self.running)
+
+    def land(self, step: Step, result: StageResult) -> None:
+        """Record that a part has ended, and its peak memory."""
+        self.running.discard(step)
+        peak = result.memory
+        self.memory = PeakMemory(host=max(self.memory.host, peak.host), device=max(self.memory.device, peak.device))
+
+    def through(self, step: Step) -> bool:
+        """Whether this ended part was the last one of the last step."""
+        assert step.part is not None, "parts alone land here"
+        return not self.running and step.part.step not in FOLLOWING
+
+    def following(self, step: Step) -> set[Step]:
+        """The parts of the next step after this one has ended; empty while other parts of its step run."""
+        assert step.part is not None, "parts alone land here"
+        return set() if self.running else self.begin(FOLLOWING[step.part.step])

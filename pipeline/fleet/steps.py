@@ -1,4 +1,4 @@
-"""What follows what: the stages of jobs as pure decisions over results. No Ray, no clock, no I/O."""
+"""Decide which stages of a job follow which results. Pure: no Ray, no clock, no I/O."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NETWORK_STAGES = frozenset({Stage.FETCH, Stage.KEEP, Stage.PUBLISH})
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of one job, for one recipe where the stage is an artifact's own."""
+    """One stage of one job; ``recipe`` is set for the stages of a single artifact (verify, keep, publish)."""
 
     job: int
     stage: Stage
@@ -23,9 +23,9 @@ class Step:
 
 @dataclass
 class ArtifactRun:
-    """What is known of one artifact so far."""
+    """State of one artifact so far."""
 
-    made: ArtifactMade | None = None
+    record: ArtifactMade | None = None  # from the quantize stage
     manifest: Manifest | None = None
     commit: str | None = None
     failure: Failure | None = None
@@ -34,12 +34,12 @@ class ArtifactRun:
     device_bytes: int = 0
     attempts: int = 1
     elsewhere: bool = False
-    keeping: bool = False  # it's on its way to the shared storage
-    kept: bool = False  # the copy that has its verdict was begun
+    keeping: bool = False  # a copy to the shared storage is in progress
+    final_copy_begun: bool = False  # of the copy that includes the verdict
 
     @property
     def finished(self) -> bool:
-        """Whether it's published, or never will be."""
+        """Whether nothing is left to do: it is published, rejected, or made by another driver."""
         return (
             self.elsewhere
             or self.commit is not None
@@ -48,7 +48,7 @@ class ArtifactRun:
 
 
 class JobRun:
-    """The state of one job: which steps are to be done next, and what came of those done."""
+    """State of one job: the steps to do next, and the results of those done."""
 
     def __init__(self, index: int, job: Job) -> None:
         self.index = index
@@ -61,27 +61,27 @@ class JobRun:
         self.artifacts = {order.recipe.name: ArtifactRun() for order in job.orders}
 
     def first(self) -> Step:
-        """The step that a job begins with."""
+        """The first step of a job."""
         return self._step(Stage.FETCH)
 
     def restart(self) -> Step:
-        """The first step again, on another node, for what isn't finished: published, or rejected.
+        """Restart on another node with the unfinished artifacts (not published, not rejected); returns the first step.
 
-        Steps that were given out before don't count any more.
+        Steps of earlier generations are ignored from now on.
         """
         self.generation += 1
         self._leave_out_finished()
         return self.first()
 
-    def made_elsewhere(self, made: Mapping[str, tuple[Manifest, str | None]]) -> None:
-        """Another driver has made these: manifest and commit, by recipe."""
-        for name, (manifest, commit) in made.items():
+    def made_elsewhere(self, artifacts: Mapping[str, tuple[Manifest, str | None]]) -> None:
+        """Record artifacts that another driver has made: manifest and commit, by recipe."""
+        for name, (manifest, commit) in artifacts.items():
             self.artifacts[name] = ArtifactRun(manifest=manifest, commit=commit, elsewhere=True)
         self._leave_out_finished()
 
     def _leave_out_finished(self) -> None:
         for artifact in self.artifacts.values():
-            artifact.keeping = artifact.kept = False
+            artifact.keeping = artifact.final_copy_begun = False
         left = tuple(order for order in self.job.orders if not self.artifacts[order.recipe.name].finished)
         self.job = self.job.model_copy(update={"orders": left})
 
@@ -89,7 +89,7 @@ class JobRun:
         return Step(self.index, stage, recipe, self.generation)
 
     def follow(self, step: Step, result: StageResult, attempts: int) -> list[Step]:
-        """Take a step's final result in, and return the steps that it makes possible."""
+        """Record a step's final result, and return the steps that can start now."""
         self.seconds[step.stage] = self.seconds.get(step.stage, 0.0) + result.seconds
         self.reference_bytes = result.reference_bytes or self.reference_bytes
         self.host = result.node or self.host
@@ -121,34 +121,34 @@ class JobRun:
                 self.artifacts[step.recipe or ""].commit = result.commit
 
     def _verify_what_was_made(self, result: StageResult) -> Iterator[Step]:
-        for made in result.artifacts:
-            artifact = self.artifacts[made.recipe]
-            artifact.made, artifact.failure = made, made.error
-            artifact.manifest = None  # what a lost node said of its copy isn't this one's
-            artifact.seconds[Stage.QUANTIZE] = made.seconds
-            if made.error is None:
-                yield self._step(Stage.VERIFY, made.recipe)
+        for record in result.artifacts:
+            artifact = self.artifacts[record.recipe]
+            artifact.record, artifact.failure = record, record.error
+            artifact.manifest = None  # a manifest from a lost node describes its copy, not this one
+            artifact.seconds[Stage.QUANTIZE] = record.seconds
+            if record.error is None:
+                yield self._step(Stage.VERIFY, record.recipe)
                 if self.job.storage:
                     artifact.keeping = True
-                    yield self._step(Stage.KEEP, made.recipe)
+                    yield self._step(Stage.KEEP, record.recipe)
 
     def _after_verdict(self, recipe: str) -> Iterator[Step]:
-        """Publish what's accepted; what stays here is kept with its verdict. One copy is made at a time."""
+        """Publish an accepted artifact; copy others to storage, with their verdict. One copy runs at a time."""
         artifact = self.artifacts[recipe]
         if artifact.keeping or artifact.manifest is None:
             return
         if artifact.manifest.verdict.accepted and self.job.destination:
             yield self._step(Stage.PUBLISH, recipe)
-        elif self.job.storage and not artifact.kept:
-            artifact.keeping = artifact.kept = True
+        elif self.job.storage and not artifact.final_copy_begun:
+            artifact.keeping = artifact.final_copy_begun = True
             yield self._step(Stage.KEEP, recipe)
 
     def _after_keeping(self, step: Step, result: StageResult) -> Iterator[Step]:
-        """A copy that fails costs nothing but safety, unless it's the one that stays."""
+        """Go on after a copy. Only the failure of the final copy is an artifact's failure; earlier ones are backups."""
         artifact = self.artifacts[step.recipe or ""]
         artifact.keeping = False
         artifact.seconds[step.stage] = artifact.seconds.get(step.stage, 0.0) + result.seconds
-        if not artifact.kept:
+        if not artifact.final_copy_begun:
             yield from self._after_verdict(step.recipe or "")
         elif artifact.manifest and artifact.manifest.verdict.accepted:
             artifact.failure = result.failure

@@ -1,4 +1,4 @@
-"""The loopback Hub: the Hugging Face Hub's HTTP API for models, on 127.0.0.1 with files on disk."""
+"""Serve the loopback Hub: the Hugging Face Hub's HTTP API for models, on 127.0.0.1, with files on disk."""
 
 from pipeline.loopback.app import Limits
 from pipeline.loopback.faults import Fault, FaultRequest

@@ -1,4 +1,4 @@
-"""The Hub's HTTP routes for repositories, revisions, listings and collections; transfer.py has those for files."""
+"""Serve the Hub's HTTP routes for repositories, revisions, listings and collections; transfer.py serves files."""
 
 from __future__ import annotations
 
@@ -67,16 +67,16 @@ def build_app(store: Store, *, token: str | None, limits: Limits, fault: FaultFu
         read("GET", "/{ns}/{name}", api.repo_page),
         read("GET", "/{ns}/{name}/tree/{rev}", api.repo_page),
         read("GET", "/{ns}/{name}/commit/{rev}", api.repo_page),
-        *(read(method, "/{path:path}", _nothing_here) for method in _ANY_METHOD),
+        *(read(method, "/{path:path}", _unknown_path) for method in _ANY_METHOD),
     ]
     app: ASGIApp = Starlette(routes=routes)
-    # Against DNS rebinding: a name that a web page made point here is refused.
+    # Refuse other host names, to prevent DNS rebinding by web pages.
     app = _RawPaths(TrustedHostMiddleware(app, allowed_hosts=["127.0.0.1", "localhost"]))
     return app if fault is None else FaultInjector(app, fault)
 
 
 class _RawPaths:
-    """Route on the path as it was sent: a revision such as refs%2Fpr%2F1 is one part of it, not three."""
+    """Routes on the undecoded path, so that a revision such as refs%2Fpr%2F1 is one part of it, not three."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -85,12 +85,12 @@ class _RawPaths:
         await self._app({**scope, "path": scope["raw_path"].decode("ascii")}, receive, send)
 
 
-def _nothing_here(call: Call) -> Response:
+def _unknown_path(call: Call) -> Response:
     raise RepoNotFound(f"nothing here: {call.request.method} {call.request.url.path}; this Hub holds models only")
 
 
 class Api:
-    """The handlers; each gets a Call, asks the store, and returns the answer."""
+    """The handlers; each takes a Call, queries or changes the store, and returns the response."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -143,21 +143,21 @@ class Api:
 
     def list_models(self, call: Call) -> Response:
         author, search = call.query("author"), call.query("search").lower()
-        found = [
+        matches = [
             (repo, self._store.resolve(repo.id, "main"))
             for repo in self._store.repos()
             if (call.trusted or not repo.private)
             and author in ("", repo.id.split("/")[0])
             and search in repo.id.lower()
         ]
-        found.sort(key=lambda pair: pair[1].date, reverse=True)
-        infos = [self._info(call, repo, commit) for repo, commit in found]
+        matches.sort(key=lambda pair: pair[1].date, reverse=True)
+        infos = [self._info(call, repo, commit) for repo, commit in matches]
         if not call.flag("full"):
             infos = [{k: v for k, v in info.items() if k != "siblings"} for info in infos]
         return page(call, infos)
 
     def repo_info(self, call: Call) -> Response:
-        repo, commit = self._at(call)
+        repo, commit = self._repo_and_commit(call)
         return JSONResponse(self._info(call, repo, commit))
 
     def _info(self, call: Call, repo: Repo, commit: Commit) -> dict[str, Any]:
@@ -168,19 +168,19 @@ class Api:
     # Files and revisions
 
     def list_tree(self, call: Call) -> Response:
-        _, commit = self._at(call)
+        _, commit = self._repo_and_commit(call)
         folder = call.param("path").strip("/")
         try:
-            found = trees.listing(commit.tree, folder, recursive=call.flag("recursive"))
+            files = trees.listing(commit.tree, folder, recursive=call.flag("recursive"))
         except EntryNotFound as error:
             raise EntryNotFound(str(error), commit.oid) from error
-        return page(call, [views.entry(commit.tree, path, file) for path, file in found])
+        return page(call, [views.entry(commit.tree, path, file) for path, file in files])
 
     def paths_info(self, call: Call) -> Response:
-        _, commit = self._at(call)
+        _, commit = self._repo_and_commit(call)
         paths = (path.strip("/") for path in call.form("paths"))
-        found = [p for p in paths if p in commit.tree or trees.is_folder(commit.tree, p)]
-        return JSONResponse([views.entry(commit.tree, path, commit.tree.get(path)) for path in found])
+        existing = [p for p in paths if p in commit.tree or trees.is_folder(commit.tree, p)]
+        return JSONResponse([views.entry(commit.tree, path, commit.tree.get(path)) for path in existing])
 
     def list_refs(self, call: Call) -> Response:
         visible_repo(self._store, call)
@@ -230,7 +230,7 @@ class Api:
             "private": take(body, "private", bool, False),
             "items": [],
         }
-        # The id follows from the title, so that a repeated creation is seen as such.
+        # The id is a hash of namespace and title, so that a repeated creation is recognised.
         digest = hashlib.sha256(f"{namespace}/{title}".encode()).hexdigest()[:24]
         name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:60] or "collection"
         slug = f"{namespace}/{name}-{digest}"
@@ -238,13 +238,13 @@ class Api:
         return JSONResponse(self._collection(slug, call))
 
     def list_collections(self, call: Call) -> Response:
-        found = self._store.collections(call.query("owner"))
-        shown = [views.collection(slug, data) for slug, data in found.items() if call.trusted or not data["private"]]
-        # As on the Hub: four items at most, and the client itself counts the positions.
-        shown = [
-            {**{k: v for k, v in entry.items() if k != "position"}, "items": entry["items"][:4]} for entry in shown
+        stored = self._store.collections(call.query("owner"))
+        listed = [views.collection(slug, data) for slug, data in stored.items() if call.trusted or not data["private"]]
+        # As on the Hub: list at most four items, without positions, which the client counts itself.
+        listed = [
+            {**{k: v for k, v in entry.items() if k != "position"}, "items": entry["items"][:4]} for entry in listed
         ]
-        return page(call, shown)
+        return page(call, listed)
 
     def get_collection(self, call: Call) -> Response:
         return JSONResponse(self._collection(f"{call.param('ns')}/{call.param('slug')}", call))
@@ -276,7 +276,7 @@ class Api:
         return pages.index([(repo, self._store.resolve(repo.id, "main")) for repo in repos])
 
     def repo_page(self, call: Call) -> Response:
-        repo, commit = self._at(call)
+        repo, commit = self._repo_and_commit(call)
         return pages.repo(
             repo,
             commit,
@@ -286,7 +286,7 @@ class Api:
             readme=self._read(commit, "README.md"),
         )
 
-    def _at(self, call: Call) -> tuple[Repo, Commit]:
+    def _repo_and_commit(self, call: Call) -> tuple[Repo, Commit]:
         repo = visible_repo(self._store, call)
         return repo, self._store.resolve(repo.id, call.param("rev") or "main")
 

@@ -1,4 +1,4 @@
-"""One HTTP request as the handlers see it, and the answers that huggingface_hub turns into its exceptions."""
+"""Wrap an HTTP request for the handlers, and build the error responses that huggingface_hub turns into exceptions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pipeline.loopback.store import Repo, Store
 # The page size of the real Hub's tree listing.
 PAGE_ENTRIES = 1000
 
-# Status and X-Error-Code; the code is what chooses the client's exception class.
+# Status and X-Error-Code; the client chooses its exception class by the code.
 _ANSWERS: dict[type[HubError], tuple[int, str | None]] = {
     InvalidRequest: (400, None),
     Unauthorized: (401, None),
@@ -47,7 +47,7 @@ _Kind = TypeVar("_Kind")
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A request with its whole body; `trusted` says whether it may write and see private repositories."""
+    """A request with its whole body; `trusted`: it may write, and see private repositories."""
 
     request: Request
     body: bytes
@@ -55,7 +55,7 @@ class Call:
 
     @property
     def base(self) -> str:
-        """The Hub's address as this client reached it, without a slash at the end."""
+        """The Hub's URL as this client reached it, without a trailing slash."""
         return str(self.request.base_url).rstrip("/")
 
     @property
@@ -63,7 +63,7 @@ class Call:
         return f"{self.param('ns')}/{self.param('name')}"
 
     def param(self, name: str) -> str:
-        """A part of the path, decoded; '' if the route has none of that name."""
+        """A decoded path parameter, '' if the route has none of that name."""
         return unquote(self.request.path_params.get(name, ""))
 
     def query(self, name: str) -> str:
@@ -71,7 +71,7 @@ class Call:
         return self.request.query_params.get(name, "")
 
     def flag(self, name: str) -> bool:
-        """A query parameter that is true or false (or absent)."""
+        """A boolean query parameter, False if it is absent."""
         return self.query(name).lower() in ("1", "true")
 
     def json(self) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def json_object(data: bytes) -> dict[str, Any]:
 
 
 def take(body: Mapping[str, Any], name: str, kind: type[_Kind], default: _Kind | None = None) -> _Kind:
-    """A field of a JSON object, of the given type; without a default it has to be there and not null."""
+    """A field of a JSON object, checked for its type; InvalidRequest if it is absent or null and has no default."""
     value = body.get(name)
     if value is None and default is not None:
         return default
@@ -105,20 +105,20 @@ def take(body: Mapping[str, Any], name: str, kind: type[_Kind], default: _Kind |
 
 
 def trusts(request: Request, token: str | None) -> bool:
-    """Whether the request carries the Hub's token (or the Hub has none); Unauthorized for a wrong token."""
+    """Whether the request has the Hub's token, or the Hub has none; Unauthorized for a wrong token."""
     if token is None:
         return True
     given = request.headers.get("authorization")
     if given is None:
         return False
     if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-        # The client tells a wrong token from a hidden repository by exactly this text.
+        # The client distinguishes a wrong token from a hidden repository by exactly this text.
         raise Unauthorized("Invalid credentials in Authorization header")
     return True
 
 
 def visible_repo(store: Store, call: Call) -> Repo:
-    """The repository that the path names, if the caller may see it; RepoNotFound otherwise."""
+    """The repository in the path; RepoNotFound if it doesn't exist or the caller may not see it."""
     repo = store.repo(call.repo_id)
     if repo.private and not call.trusted:
         raise RepoNotFound(f"no repository {repo.id!r} here; create it first")
@@ -126,12 +126,12 @@ def visible_repo(store: Store, call: Call) -> Repo:
 
 
 def answer_error(error: HubError, *, trusted: bool) -> Response:
-    """The answer that makes huggingface_hub raise the exception of this error."""
+    """The response that makes huggingface_hub raise the exception for this error."""
     status, code = _ANSWERS[type(error)]
     if isinstance(error, RepoNotFound) and not trusted:
-        # As on the Hub: to a stranger, "private" and "not there" look alike.
+        # As on the Hub: without a token, "private" and "doesn't exist" get the same response.
         status = 401
-    # Header values are latin-1 without line breaks.
+    # Header values must be latin-1 without line breaks.
     text = " ".join(str(error).split()).encode("ascii", "replace").decode()
     headers = {"X-Error-Message": text}
     if code is not None:
@@ -145,7 +145,7 @@ def answer_error(error: HubError, *, trusted: bool) -> Response:
 
 
 def page(call: Call, items: Sequence[Any]) -> Response:
-    """One page of a listing, with a Link to the next one (RFC 8288) if there is more."""
+    """One page of a listing, with a Link header to the next one (RFC 8288) if there is more."""
     cursor = call.query("cursor") or "0"
     if not cursor.isdigit():
         raise InvalidRequest(f"the cursor must be a number, got {cursor!r}")
@@ -160,13 +160,13 @@ def page(call: Call, items: Sequence[Any]) -> Response:
 
 
 def route(method: str, path: str, work: Callable[[Call], Response], *, token: str | None, write: bool = False) -> Route:
-    """A route whose handler runs in a worker thread, after the body was read and the token checked."""
+    """A route that reads the body, checks the token, and runs the handler `work` in a worker thread."""
 
     async def endpoint(request: Request) -> Response:
         try:
             body = await request.body()
         except ClientDisconnect:
-            return Response(status_code=400)  # to nobody: the client hung up while it was sending
+            return Response(status_code=400)  # nobody receives it: the client disconnected while sending
         trusted = False
         try:
             trusted = trusts(request, token)
@@ -181,7 +181,7 @@ def route(method: str, path: str, work: Callable[[Call], Response], *, token: st
 
 def _require_writer(request: Request, trusted: bool) -> None:
     if "origin" in request.headers:
-        # Only browsers send it: a web page must not be able to write to a Hub on the reader's machine.
+        # Only browsers send Origin: a web page must not write to a Hub on the reader's machine.
         raise InvalidRequest("a web page may not write to this Hub: got an Origin header")
     if trusted:
         return

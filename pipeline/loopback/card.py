@@ -1,4 +1,4 @@
-"""The YAML block at the head of a model card: read it, and say what is wrong with it."""
+"""Read and validate the YAML front matter of a model card."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _RELATIONS = ("adapter", "finetune", "merge", "quantized")
 
 
 def front_matter(text: str) -> dict[str, Any] | None:
-    """The metadata of a card, None if it has none; ValueError if it is not a YAML mapping."""
+    """The metadata of a card, None if it has none; ValueError if it isn't a YAML mapping."""
     lines = text.lstrip("\ufeff").lstrip().splitlines()
     if not lines or lines[0].rstrip() != "---":
         return None
@@ -42,7 +42,7 @@ def front_matter(text: str) -> dict[str, Any] | None:
 
 
 def problems(text: str) -> tuple[list[str], list[str]]:
-    """Errors and warnings of a card's metadata, all at once."""
+    """All errors and warnings about a card's metadata."""
     try:
         data = front_matter(text)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What the loopback Hub refuses; these become HTTP answers in app.py and never reach quantmill's own code.
+"""Define the loopback Hub's errors. call.py turns them into HTTP responses; quantmill's own code never sees them.
 
 HubError
 ├── InvalidRequest      the request itself is wrong
@@ -15,33 +15,33 @@ from __future__ import annotations
 
 
 class HubError(Exception):
-    """Root of everything that the loopback Hub answers with an error status."""
+    """Base class of errors that the loopback Hub answers with an error status."""
 
 
 class InvalidRequest(HubError):
-    """The request itself is wrong; repeating it can't help."""
+    """The request is invalid; repeating it fails again."""
 
 
 class Unauthorized(HubError):
-    """No token where one is needed, or the wrong one."""
+    """The required token is missing or wrong."""
 
 
 class NotFound(HubError):
-    """Something that the request names is not here."""
+    """Something that the request names doesn't exist."""
 
 
 class RepoNotFound(NotFound):
-    """No such repository, or a private one to somebody without the token."""
+    """The repository doesn't exist, or is private and the request has no token."""
 
 
 class RevisionNotFound(NotFound):
-    """No such branch, tag or commit."""
+    """The branch, tag or commit doesn't exist."""
 
 
 class EntryNotFound(NotFound):
-    """No such file or folder at that revision.
+    """The file or folder doesn't exist at that revision.
 
-    commit: the commit that was looked into, which clients record beside the absence; None if unknown.
+    commit: the commit that lacks it, which clients cache with the absence; None if unknown.
     """
 
     def __init__(self, message: str, commit: str | None = None) -> None:
@@ -52,7 +52,7 @@ class EntryNotFound(NotFound):
 class AlreadyExists(HubError):
     """The name is taken.
 
-    slug: of the collection that has it, which clients read from the answer; None for other things.
+    slug: the existing collection's slug, which clients read from the response; None for other things.
     """
 
     def __init__(self, message: str, slug: str | None = None) -> None:
@@ -61,4 +61,4 @@ class AlreadyExists(HubError):
 
 
 class HeadMoved(HubError):
-    """The branch is not at the parent that the commit names."""
+    """The branch's head isn't the parent that the commit names."""

@@ -1,4 +1,4 @@
-"""A seam for tests: make the loopback Hub answer, stall or hang up as a real one does on a bad day."""
+"""Inject faults into the loopback Hub for tests: error responses, delays and dropped connections."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 @dataclass(frozen=True, slots=True)
 class FaultRequest:
-    """What a fault is decided by: the method and the path, percent-encoded as it came, without the query."""
+    """What a fault function decides by: method and path (percent-encoded as sent, without the query)."""
 
     method: str
     path: str
@@ -21,12 +21,12 @@ class FaultRequest:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What goes wrong with one request, after `delay` seconds.
+    """A fault of one request, injected after `delay` seconds.
 
-    status: answer with this status and `headers` instead of doing the work.
-    drop: close the connection without an answer: before the work, while it goes on (for `work` seconds, in which
-        the client may have come back), or after it was done; or in the middle of the answer.
-    trickle: the answer comes in pieces, with so many seconds between two of them.
+    status: respond with this status and `headers` instead of doing the work.
+    drop: close the connection before the work; during it (for `work` seconds, in which the client may reconnect);
+        after it, without a response; or in the middle of the response.
+    trickle: send the response in pieces, this many seconds apart.
     """
 
     status: int | None = None
@@ -45,9 +45,9 @@ FaultFunction = Callable[[FaultRequest], Fault | None]
 
 
 class FaultInjector:
-    """ASGI middleware that asks `fault` about every request; it runs on the event loop, so it must not block.
+    """ASGI middleware that calls `fault` for every request, on the event loop: `fault` must not block.
 
-    Dropping needs the connection's transport in the scope's state, which server.py puts there.
+    Dropping uses the connection's transport, which server.py puts into the scope's state.
     """
 
     def __init__(self, app: ASGIApp, fault: FaultFunction) -> None:
@@ -83,7 +83,7 @@ class FaultInjector:
 
 
 async def drain(receive: Receive) -> None:
-    """Read a request to its end, so that an early answer reaches a client that is still sending."""
+    """Read a request to its end, so that a client that is still sending can read an early response."""
     while True:
         message = await receive()
         if message["type"] == "http.disconnect" or not message.get("more_body", False):
@@ -91,20 +91,20 @@ async def drain(receive: Receive) -> None:
 
 
 async def _whole(receive: Receive) -> Receive:
-    """Read a request to its end; what is returned gives it again, to a client that has gone by then."""
+    """Read a request to its end; returns a receive function that replays it, and then reports a disconnect."""
     messages: list[Message] = []
     while not messages or messages[-1].get("more_body", False):
         messages.append(await receive())
-    left = iter(messages)
+    remaining = iter(messages)
 
-    async def again() -> Message:
-        return next(left, {"type": "http.disconnect"})
+    async def replay() -> Message:
+        return next(remaining, {"type": "http.disconnect"})
 
-    return again
+    return replay
 
 
 def _half_of(send: Send) -> Send:
-    """Send the head of an answer, and half of the first piece of its body."""
+    """Send the headers of a response, and half of the first piece of its body."""
     done = False
 
     async def half(message: Message) -> None:
@@ -120,7 +120,7 @@ def _half_of(send: Send) -> Send:
 
 
 class _Trickle:
-    """Send an answer's body in pieces, slowly."""
+    """Sends a response's body in pieces, `seconds` apart."""
 
     def __init__(self, send: Send, seconds: float, pieces: int = 50) -> None:
         self._send = send

@@ -1,6 +1,6 @@
-"""Files that are written once: aside in a scratch folder, synced, then renamed to where they belong.
+"""Store immutable files, written durably: to a scratch folder, synced, then moved by atomic rename.
 
-An object's name is the sha256 of its bytes: ROOT/objects/ab/abcdef...; it is never changed and never removed.
+An object is named after the sha256 of its content, as ROOT/objects/ab/abcdef...; it is never changed or removed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _COPY_BYTES = 4 * 2**20
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory survive a power cut."""
+    """Sync a directory, so that its entries survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -41,10 +41,10 @@ def make_directory(path: Path) -> None:
 
 
 class Incoming:
-    """A file that is being written: nobody sees it before `keep` gives it its name, and it vanishes without."""
+    """A file being written: invisible until `keep` renames it to its final name, and deleted if `keep` isn't called."""
 
     def __init__(self, scratch: Path) -> None:
-        # Closed by keep() or __exit__, which may come from different calls.
+        # keep() or __exit__ closes it, maybe in different calls.
         self._file = tempfile.NamedTemporaryFile(dir=scratch, delete=False)  # noqa: SIM115
         self._hash = hashlib.sha256()
         self.size = 0
@@ -56,11 +56,11 @@ class Incoming:
 
     @property
     def sha256(self) -> str:
-        """Of what was written so far, 64 hex digits."""
+        """The sha256 of what was written so far, 64 hex digits."""
         return self._hash.hexdigest()
 
     def keep(self, path: Path) -> None:
-        """Put the file at `path`, durably, in the place of what may be there."""
+        """Move the file to `path` durably, replacing an existing file."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -77,37 +77,37 @@ class Incoming:
         try:
             self._file.close()
         finally:
-            # On a full disk closing fails, too.
+            # On a full disk close() fails, too; delete the file anyway.
             Path(self._file.name).unlink(missing_ok=True)
 
 
 def write_file(path: Path, data: bytes, scratch: Path) -> None:
-    """Write a whole file durably and atomically: a reader sees the old one or the new one."""
+    """Write a whole file durably and atomically: readers see the old content or the new."""
     with Incoming(scratch) as incoming:
         incoming.write(data)
         incoming.keep(path)
 
 
 class ObjectStore:
-    """Immutable blobs by sha256, and the parts of those that arrive in several requests.
+    """Immutable blobs by sha256, and the parts of multipart uploads.
 
-    Parts wait in the scratch folder, so an upload that the server's death cuts short starts anew.
+    Parts are kept in the scratch folder, which a restart empties: interrupted multipart uploads start again.
     """
 
     def __init__(self, root: Path, scratch: Path) -> None:
         self._root = root
         self.scratch = scratch
-        # Two uploads of the same object share their parts: the later one must find the object, not half its parts.
+        # Two uploads of one object share their parts: the later one must see the whole object, not some of its parts.
         self._assembling = threading.Lock()
 
     def path(self, sha256: str) -> Path:
-        """Where an object is, whether it is there or not. Raises InvalidRequest for what is no sha256."""
+        """The path of an object, stored or not. Raises InvalidRequest if the name is no sha256."""
         if not _SHA256.fullmatch(sha256):
             raise InvalidRequest(f"an object is named by its sha256, 64 lower-case hex digits, got {sha256!r}")
         return self._root / sha256[:2] / sha256
 
     def size(self, sha256: str) -> int | None:
-        """Bytes of an object, None if it is not stored."""
+        """The size of an object in bytes, None if it isn't stored."""
         try:
             return self.path(sha256).stat().st_size
         except FileNotFoundError:
@@ -121,7 +121,7 @@ class ObjectStore:
         return sha256
 
     def adopt(self, incoming: Incoming, sha256: str, size: int) -> None:
-        """Store what arrived under the name that was announced; InvalidRequest if the bytes are others."""
+        """Store an upload under its announced sha256; InvalidRequest if its size or hash differ."""
         path = self.path(sha256)
         if (incoming.sha256, incoming.size) != (sha256, size):
             raise InvalidRequest(
@@ -132,7 +132,7 @@ class ObjectStore:
             incoming.keep(path)
 
     def adopt_part(self, incoming: Incoming, sha256: str, number: int) -> str:
-        """Set aside one part of an object, return the tag that `assemble` knows it by."""
+        """Keep one part of an object, return its tag for `assemble`."""
         incoming.keep(self._part(sha256, number, incoming.sha256))
         return incoming.sha256
 

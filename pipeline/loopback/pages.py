@@ -1,4 +1,4 @@
-"""The loopback Hub for a person with a browser: a list of repositories, and one page for each."""
+"""Render the loopback Hub's HTML pages: a list of repositories, and one page for each."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pre { background: #f4f6f8; padding: 1rem; border-radius: 6px; overflow-x: auto; 
 
 
 def index(repos: Sequence[tuple[Repo, Commit]]) -> HTMLResponse:
-    """The repositories, each with the head of its main branch, newest first."""
+    """Page of all repositories with the heads of their main branches, newest first."""
     rows = [
         (_link(f"/{repo.id}", repo.id), _visibility(repo), escape(head.title), _size(head), _when(head.date))
         for repo, head in sorted(repos, key=lambda pair: pair[1].date, reverse=True)
@@ -46,7 +46,7 @@ def repo(
     tags: Mapping[str, str],
     readme: str | None,
 ) -> HTMLResponse:
-    """A repository at a commit: its files, its revisions, and its card as plain text."""
+    """Page of a repository at a commit: files, revisions, and the card as plain text."""
     files = [
         (_link(f"/{repo.id}/resolve/{commit.oid}/{path}", path), _number(f.size), "LFS" if f.lfs else "")
         for path, f in sorted(commit.tree.items())
@@ -73,7 +73,7 @@ def _page(title: str, body: str) -> HTMLResponse:
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style><body>{body}</body></html>"
     )
-    # Nothing but its own style: what a card or a commit says can't load or run anything here.
+    # Allow only inline style: text of a card or commit must not load or run anything.
     return HTMLResponse(text, headers={"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"})
 
 

@@ -24,13 +24,13 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class LoopbackHub:
-    """A Hub for models on 127.0.0.1, with all its state in one folder; it serves from construction to `close`.
+    """A Hub for models on 127.0.0.1 with its state in one folder; serves from construction until `close`.
 
-    root: the folder, created if need be; one server may own it at a time, UserError otherwise.
-    port: 0 takes a free one; UserError if the given one is taken.
-    token: required for writing and for private repositories; None lets everybody do everything.
-    fault: asked before every request what should go wrong with it, for tests.
-    limits: sizes that decide how files are uploaded.
+    root: the folder, created if needed; UserError if another server owns it.
+    port: 0 for any free one; UserError if the given one is in use.
+    token: required for writing and for private repositories; None allows everything to everybody.
+    fault: called before every request to inject a fault, for tests.
+    limits: sizes (bytes) that decide how files are uploaded.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class LoopbackHub:
         fault: FaultFunction | None = None,
         limits: Limits = Limits(),  # noqa: B008  (frozen)
     ) -> None:
-        # Listening starts here: a request that comes before the loop runs waits in the backlog.
+        # Listen now: requests that arrive before the event loop runs wait in the socket's backlog.
         listener = _listen(port)
         try:
             self._store = Store(root)
@@ -66,7 +66,7 @@ class LoopbackHub:
         self._thread.start()
 
     def close(self) -> None:
-        """Finish the requests that are being answered (at most 5 seconds), stop, and give the root back."""
+        """Finish running requests (at most 5 seconds), stop, and release the root."""
         self._server.should_exit = True
         self._thread.join()
         self._store.close()
@@ -81,11 +81,11 @@ class LoopbackHub:
 
 
 def serve(root: Path, port: int, token: str | None = None) -> None:
-    """Run the Hub in the foreground until SIGINT or SIGTERM; prints its address and root once.
+    """Run the Hub in the foreground until SIGINT or SIGTERM; prints its URL and root once.
 
     Call it from the main thread. Raises as LoopbackHub does.
     """
-    # Blocked before the server's threads start, which inherit it: only sigwait sees these signals.
+    # Block the signals before the server's threads start and inherit the mask, so that only sigwait gets them.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
         with LoopbackHub(root, port, token) as hub:
@@ -102,13 +102,13 @@ def _listen(port: int) -> socket.socket:
         raise UserError(
             f"can't listen on {HOST}, port {port}: {error}; choose another port, or 0 for a free one"
         ) from error
-    # asyncio does this for the sockets that it makes itself; without, every answer waits 40 ms for a delayed ACK.
+    # asyncio sets this only on its own sockets; without it every response waits 40 ms for a delayed ACK.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
 
 class _Protocol(H11Protocol):  # type: ignore[misc]  # uvicorn is untyped to mypy here (see pyproject.toml)
-    """uvicorn's protocol, with the transport in the request's state, where faults.py finds it to hang up."""
+    """uvicorn's protocol, which also puts the transport into the request's state, for faults.py to close it."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)

@@ -1,16 +1,16 @@
-"""Repositories on disk, as plain files that a person can read; nothing of HTTP.
+"""Store repositories and collections on disk, as plain readable files; knows nothing of HTTP.
 
     ROOT/hub.json                         layout version and the key that signs upload addresses
-    ROOT/lock                             held (flock) by the one server that owns the root
+    ROOT/lock                             lock file (flock) of the one server that owns the root
     ROOT/objects/ab/<sha256>              contents, immutable
     ROOT/models/<ns>/<name>/repo.json     visibility, gate, creation time
                            /commits/<oid>.json   immutable: parent, message and the whole tree
                            /refs/heads/main      the id of a commit; replacing this file *is* the commit
                            /refs/tags/<tag>      the id of a commit, then the tag's message
     ROOT/collections/<ns>/<slug>.json
-    ROOT/incoming                         what is being written; emptied at the start
+    ROOT/incoming                         partial files; emptied at the start
 
-Every file is written aside, synced and renamed, so a kill at any instant leaves the old state or the new one.
+Every file is written to a partial file, synced and renamed, so a kill at any time leaves the old state or the new one.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Repo:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """One commit and all files at it; `oid` is the sha1 of the rest, 40 hex digits."""
+    """One commit and all of its files; `oid` is the sha1 of the other fields, 40 hex digits."""
 
     oid: str
     parent: str | None
@@ -74,7 +74,7 @@ class Commit:
 
 
 class Store:
-    """The Hub's state in one folder, which this process owns until `close`.
+    """The Hub's state in one folder, which this process locks until `close`.
 
     Raises UserError if another server owns the folder or it has another layout.
     """
@@ -99,18 +99,18 @@ class Store:
         self._changing = threading.RLock()
 
     def close(self) -> None:
-        """Give the root back."""
+        """Release the root's lock."""
         self._lockfile.close()
 
     # Repositories
 
     def repos(self) -> list[Repo]:
-        """All repositories, by id."""
+        """All repositories, sorted by id."""
         ids = sorted("/".join(path.parts[-3:-1]) for path in self.root.glob("models/*/*/repo.json"))
         return [self.repo(repo_id) for repo_id in ids]
 
     def repo(self, repo_id: str) -> Repo:
-        """One repository; raises RepoNotFound."""
+        """The repository of that id; raises RepoNotFound."""
         try:
             data = json.loads((self._folder(repo_id) / "repo.json").read_bytes())
         except FileNotFoundError as error:
@@ -118,7 +118,7 @@ class Store:
         return Repo(id=repo_id, **data)
 
     def create_repo(self, repo_id: str, *, private: bool) -> Repo:
-        """A new repository with one commit that holds .gitattributes, as on the Hub; raises AlreadyExists."""
+        """Create a repository with one commit that holds .gitattributes, as on the Hub; raises AlreadyExists."""
         folder = self._folder(repo_id)
         if _is_reserved(repo_id):
             raise InvalidRequest(f"the namespace of {repo_id!r} is reserved; choose another")
@@ -126,13 +126,13 @@ class Store:
             if folder.exists():
                 raise AlreadyExists(f"the repository {repo_id} exists already")
             repo = Repo(repo_id, private, _now())
-            aside = self._scratch / secrets.token_hex(8)
-            self._write_repo(aside, repo)
+            partial = self._scratch / secrets.token_hex(8)
+            self._write_repo(partial, repo)
             self.objects.put(trees.GITATTRIBUTES)
             first = {".gitattributes": trees.regular_file(trees.GITATTRIBUTES)}
-            commit = self._write_commit(aside, None, "initial commit", "", first)
-            self._write_ref(aside, "heads", "main", commit.oid)
-            self._rename(aside, folder)
+            commit = self._write_commit(partial, None, "initial commit", "", first)
+            self._write_ref(partial, "heads", "main", commit.oid)
+            self._rename(partial, folder)
         return repo
 
     def change_settings(self, repo_id: str, *, private: bool | None = None, gated: str | bool | None = None) -> Repo:
@@ -148,12 +148,12 @@ class Store:
         return repo
 
     def delete_repo(self, repo_id: str) -> None:
-        """Remove a repository; its objects stay, others may share them."""
+        """Remove a repository; its objects remain, as others may share them."""
         with self._changing:
             self.repo(repo_id)
-            aside = self._scratch / secrets.token_hex(8)
-            self._rename(self._folder(repo_id), aside)
-        shutil.rmtree(aside)
+            partial = self._scratch / secrets.token_hex(8)
+            self._rename(self._folder(repo_id), partial)
+        shutil.rmtree(partial)
 
     def move_repo(self, repo_id: str, new_id: str) -> None:
         """Rename a repository; raises AlreadyExists."""
@@ -169,13 +169,13 @@ class Store:
     # Revisions
 
     def refs(self, repo_id: str, kind: RefKind) -> dict[str, str]:
-        """Branches (`heads`) or tags and the commit that each is at, by name."""
+        """The commit of each branch (`heads`) or tag, by name."""
         self.repo(repo_id)
         paths = sorted((self._folder(repo_id) / "refs" / kind).glob("*"))
         return {unquote(path.name): path.read_text().split("\n", 1)[0] for path in paths}
 
     def resolve(self, repo_id: str, revision: str) -> Commit:
-        """The commit that a branch, a tag or a commit id means, in this order; raises RevisionNotFound."""
+        """The commit of a branch, tag or commit id, looked up in this order; raises RevisionNotFound."""
         self.repo(repo_id)
         for kind in ("heads", "tags"):
             oid = self._read_ref(repo_id, kind, revision.removeprefix(f"refs/{kind}/"))
@@ -184,14 +184,14 @@ class Store:
         return self._read_commit(repo_id, revision)
 
     def history(self, repo_id: str, revision: str) -> list[Commit]:
-        """A commit and all those before it, newest first."""
+        """A commit and its ancestors, newest first."""
         commits = [self.resolve(repo_id, revision)]
         while commits[-1].parent is not None:
             commits.append(self._read_commit(repo_id, commits[-1].parent))
         return commits
 
     def create_ref(self, repo_id: str, kind: RefKind, name: str, revision: str, message: str = "") -> None:
-        """A new branch or tag at a revision; raises AlreadyExists."""
+        """Create a branch or tag at a revision; raises AlreadyExists."""
         if not _REF.fullmatch(name) or ".." in name or "//" in name or name.endswith(("/", ".", ".lock")):
             raise InvalidRequest(
                 f"got {name!r} as the name of a branch or tag: expected letters, digits and any of _ . + - /"
@@ -203,7 +203,7 @@ class Store:
             self._write_ref(self._folder(repo_id), kind, name, commit.oid, message)
 
     def delete_ref(self, repo_id: str, kind: RefKind, name: str) -> None:
-        """Remove a branch other than main, or a tag; its commits stay."""
+        """Remove a branch other than main, or a tag; its commits remain."""
         if (kind, name) == ("heads", "main"):
             raise InvalidRequest("the branch 'main' can't be deleted")
         with self._changing:
@@ -226,8 +226,8 @@ class Store:
     ) -> Commit:
         """Apply the operations to a branch as one commit, or return its head if they change nothing.
 
-        parent: the commit (at least 7 digits of it) that the branch has to be at; HeadMoved if it isn't.
-        Raises InvalidRequest for a file whose bytes were never uploaded, EntryNotFound for a deletion of nothing.
+        parent: the expected head of the branch (at least 7 digits of its id); HeadMoved if it is another.
+        Raises InvalidRequest for a file that was never uploaded, EntryNotFound if a path to delete doesn't exist.
         """
         self._require_objects(operations)
         name = branch.removeprefix("refs/heads/")
@@ -249,7 +249,7 @@ class Store:
     # Collections
 
     def collection(self, slug: str) -> dict[str, Any] | None:
-        """A collection's stored form, None if there is none of that slug (`namespace/title-id`)."""
+        """The stored form of a collection by slug (`namespace/title-id`), None if it doesn't exist."""
         try:
             data: dict[str, Any] = json.loads(self._collection_path(slug).read_bytes())
         except FileNotFoundError:
@@ -264,14 +264,14 @@ class Store:
         return {f"{path.parent.name}/{path.stem}": json.loads(path.read_bytes()) for path in paths}
 
     def create_collection(self, slug: str, data: Mapping[str, Any]) -> None:
-        """A new collection; raises AlreadyExists."""
+        """Create a collection; raises AlreadyExists."""
         with self._changing:
             if self.collection(slug) is not None:
                 raise AlreadyExists(f"the collection {slug} exists already", slug=slug)
             self._write_json(self._collection_path(slug), {**data, "updated_at": _now()})
 
     def add_to_collection(self, slug: str, item: Mapping[str, Any]) -> None:
-        """Append an item to an existing collection; raises AlreadyExists if one with its `_id` is there."""
+        """Append an item to an existing collection; raises AlreadyExists if it has an item with that `_id`."""
         with self._changing:
             data = self.collection(slug)
             assert data is not None
@@ -367,7 +367,7 @@ class Store:
 
 
 def _refuse_foreign(root: Path) -> None:
-    # The Hub empties ROOT/incoming: it must not do so in somebody's home directory.
+    # The Hub empties ROOT/incoming, which would delete a user's files if ROOT were, say, a home directory.
     names = {path.name for path in root.iterdir()}
     if "hub.json" not in names and names - {"lock", "incoming"}:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Files into the Hub (preupload, LFS, commit) and out of it (resolve).
+"""Serve uploads (preupload, LFS, commit) and downloads (resolve) of files.
 
 LFS: github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md, with the Hub's own multipart transfer.
 """
@@ -33,7 +33,7 @@ _WRITE_BYTES = 4 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Sizes in bytes: LFS files above `multipart_above` are uploaded in parts of `part_bytes`."""
+    """Sizes in bytes: LFS files larger than `multipart_above` are uploaded in parts of `part_bytes`."""
 
     multipart_above: int = 5 * 10**9
     part_bytes: int = 512 * 2**20
@@ -47,7 +47,7 @@ class Transfer:
         self._limits = limits
 
     def routes(self, token: str | None) -> list[Route]:
-        """Their routes. The /lfs/ ones that carry a signature need no token, as a storage bucket's wouldn't."""
+        """The routes for files. Signed /lfs/ URLs need no token, as those of a storage bucket."""
         read, write = partial(route, token=token), partial(route, token=token, write=True)
         return [
             write("POST", "/api/models/{ns}/{name}/preupload/{rev}", self.preupload),
@@ -65,9 +65,9 @@ class Transfer:
     def preupload(self, call: Call) -> Response:
         tree = self._store.resolve(call.repo_id, call.param("rev")).tree
         answers = []
-        for asked in _objects(call.json(), "files"):
-            path, size = take(asked, "path", str), take(asked, "size", int)
-            lfs = trees.is_lfs(path, size, _from_base64(take(asked, "sample", str, "")))
+        for file in _objects(call.json(), "files"):
+            path, size = take(file, "path", str), take(file, "size", int)
+            lfs = trees.is_lfs(path, size, _from_base64(take(file, "sample", str, "")))
             answer: dict[str, Any] = {"path": path, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
             if path in tree:
                 answer["oid"] = tree[path].sha256 if tree[path].lfs else tree[path].oid
@@ -81,10 +81,10 @@ class Transfer:
         if operation != "upload":
             raise InvalidRequest(f"this Hub serves files by /resolve/, got the LFS operation {operation!r}")
         objects = [
-            self._instruct(call.base, take(asked, "oid", str), take(asked, "size", int))
-            for asked in _objects(body, "objects")
+            self._instruct(call.base, take(object_, "oid", str), take(object_, "size", int))
+            for object_ in _objects(body, "objects")
         ]
-        # In parts or not is decided for each object, by the `chunk_size` in its header.
+        # `chunk_size` in an object's header makes its upload multipart.
         return JSONResponse({"transfer": "basic", "objects": objects})
 
     def _instruct(self, base: str, sha256: str, size: int) -> dict[str, Any]:
@@ -102,15 +102,15 @@ class Transfer:
         return {**answer, "actions": {"upload": upload, "verify": {"href": f"{base}/lfs/verify"}}}
 
     async def receive(self, request: Request) -> Response:
-        """PUT of an object or of one part of it, streamed to disk."""
+        """Handle the PUT of an object or of one part, streamed to disk."""
         chunks = request.stream()
         try:
             size = self._check_signature(request)
             return await self._receive(request, chunks, size)
         except ClientDisconnect:
-            return Response(status_code=400)  # to nobody
+            return Response(status_code=400)  # nobody receives it: the client disconnected
         except HubError as error:
-            # A client that is still sending would see a reset connection instead of this answer.
+            # Read the rest: a client that is still sending would see a connection reset instead of this response.
             async for _ in chunks:
                 pass
             return answer_error(error, trusted=True)
@@ -174,7 +174,7 @@ class Transfer:
                 return Put(path, trees.regular_file(data))
             case "lfsFile":
                 sha256 = take(value, "oid", str)
-                # Copies of files that are here already come without a size.
+                # Requests that copy a stored file have no size.
                 size = take(value, "size", int, self._store.objects.size(sha256) or 0)
                 return Put(path, trees.lfs_file(sha256, size))
             case "deletedFile":
@@ -211,7 +211,7 @@ class Transfer:
         headers = {
             "ETag": f'"{file.sha256 if file.lfs else file.oid}"',
             "X-Repo-Commit": commit.oid,
-            # Files of a stranger's model: never to be run as a page of this Hub.
+            # Files of untrusted models must not run as a page of this Hub.
             "X-Content-Type-Options": "nosniff",
             "Content-Disposition": f"inline; filename*=UTF-8''{quote(path.rsplit('/', 1)[-1])}",
         }

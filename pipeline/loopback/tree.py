@@ -1,4 +1,4 @@
-"""The files of one commit as a flat, immutable mapping from path to file, and the pure functions over it."""
+"""Model the files of a commit as a flat, immutable mapping from path to file, with pure functions over it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pipeline.loopback.errors import EntryNotFound, InvalidRequest
 
-# Files above this size are LFS whatever their name, as on the Hub.
+# Files above this size are stored in LFS whatever their name, as on the Hub.
 MAX_REGULAR_BYTES = 10 * 2**20
 
 LFS_SUFFIXES = (
@@ -21,7 +21,7 @@ GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for s
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """One file: where its bytes are (sha256), its git blob id (of the pointer, if LFS) and its size in bytes."""
+    """One file: sha256 of its content, its git blob id (of the pointer, if LFS), and its size in bytes."""
 
     sha256: str
     oid: str
@@ -47,7 +47,7 @@ class Put:
 
 @dataclass(frozen=True, slots=True)
 class Delete:
-    """Remove a file, or a folder with all that is in it."""
+    """Remove a file, or a folder with its content."""
 
     path: str
     folder: bool
@@ -57,22 +57,22 @@ Operation = Put | Delete
 
 
 def git_blob_oid(data: bytes) -> str:
-    """The id that git gives to these bytes: 40 hex digits (git-hash-object)."""
+    """The git blob id of these bytes: 40 hex digits (git-hash-object)."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def lfs_pointer(sha256: str, size: int) -> bytes:
-    """The text that git holds in an LFS file's place (git-lfs docs/spec.md)."""
+    """The pointer that git stores instead of an LFS file (git-lfs docs/spec.md)."""
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
 
 
 def regular_file(data: bytes) -> File:
-    """The entry of a file whose bytes are in git itself."""
+    """The entry of a file stored in git itself."""
     return File(hashlib.sha256(data).hexdigest(), git_blob_oid(data), len(data), lfs=False)
 
 
 def lfs_file(sha256: str, size: int) -> File:
-    """The entry of a file whose bytes are in large file storage."""
+    """The entry of a file stored in LFS."""
     return File(sha256, git_blob_oid(lfs_pointer(sha256, size)), size, lfs=True)
 
 
@@ -82,9 +82,9 @@ def is_lfs(path: str, size: int, sample: bytes) -> bool:
 
 
 def apply(tree: Tree, operations: Iterable[Operation]) -> dict[str, File]:
-    """The tree after the operations, one after the other.
+    """The tree after applying the operations in order.
 
-    Raises EntryNotFound for a deletion of what isn't there, InvalidRequest for a path that git can't hold.
+    Raises EntryNotFound if a path to delete doesn't exist, InvalidRequest for a path that git can't store.
     """
     result = dict(tree)
     for operation in operations:
@@ -95,7 +95,7 @@ def apply(tree: Tree, operations: Iterable[Operation]) -> dict[str, File]:
             for path in _below(result, operation.path):
                 del result[path]
         elif result.pop(operation.path, None) is None:
-            # The wording is the Hub's own: huggingface_hub looks for it to add a hint.
+            # Keep the Hub's wording: huggingface_hub searches for it to add a hint.
             raise EntryNotFound(f"A file with this name doesn't exist: {operation.path!r}")
     for path in result:
         clash = next((parent for parent in _parents(path) if parent in result), None)
@@ -105,7 +105,7 @@ def apply(tree: Tree, operations: Iterable[Operation]) -> dict[str, File]:
 
 
 def check_path(path: str) -> None:
-    """Refuse a path that is absolute, climbs, is empty somewhere, or holds control characters."""
+    """Refuse a path that is absolute, has empty, '.', '..' or '.git' parts, or control characters."""
     parts = path.split("/")
     if any(part in ("", ".", "..", ".git") for part in parts) or any(ord(c) < 32 or ord(c) == 127 for c in path):
         raise InvalidRequest(
@@ -114,20 +114,20 @@ def check_path(path: str) -> None:
 
 
 def listing(tree: Tree, folder: str, *, recursive: bool) -> list[tuple[str, File | None]]:
-    """What is in a folder ('' is the root), sorted by path; a folder's File is None.
+    """The entries of a folder ('' is the root), sorted by path; a subfolder's File is None.
 
     Raises EntryNotFound if there is no such folder.
     """
-    found: dict[str, File | None] = {}
+    entries: dict[str, File | None] = {}
     prefix = f"{folder}/" if folder else ""
     for path in _below(tree, folder) if folder else tree:
-        found.update((parent, None) for parent in _parents(path) if parent.startswith(prefix))
-        found[path] = tree[path]
-    return sorted((p, f) for p, f in found.items() if recursive or "/" not in p.removeprefix(prefix))
+        entries.update((parent, None) for parent in _parents(path) if parent.startswith(prefix))
+        entries[path] = tree[path]
+    return sorted((p, f) for p, f in entries.items() if recursive or "/" not in p.removeprefix(prefix))
 
 
 def folder_oid(tree: Tree, folder: str) -> str:
-    """An id of a folder that changes exactly when something in it does: 40 hex digits, not git's own."""
+    """An id of a folder that changes exactly when its content does: 40 hex digits, but not git's tree id."""
     lines = (f"{path}\0{tree[path].oid}\n" for path in sorted(_below(tree, folder)))
     return hashlib.sha1("".join(lines).encode(), usedforsecurity=False).hexdigest()
 

@@ -1,4 +1,4 @@
-"""What the Hub's API says about repositories, files, revisions and collections, as plain JSON values."""
+"""Build the Hub API's JSON values for repositories, files, revisions and collections."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.loopback.tree import File, Tree
 
 
 def repo_info(repo: Repo, commit: Commit, readme: str | None, *, blobs: bool) -> dict[str, Any]:
-    """A repository at a commit; with `blobs`, sizes and ids of its files."""
+    """A repository at a commit; with `blobs`, also sizes and ids of its files."""
     metadata = _metadata(readme)
     tags = metadata.get("tags") or []
     return {
@@ -40,7 +40,7 @@ def repo_info(repo: Repo, commit: Commit, readme: str | None, *, blobs: bool) ->
 
 
 def entry(tree: Tree, path: str, file: File | None) -> dict[str, Any]:
-    """A file, or (without a File) a folder, as tree and paths-info list it."""
+    """An entry of tree and paths-info: a file, or a folder if `file` is None."""
     if file is None:
         return {"type": "directory", "oid": trees.folder_oid(tree, path), "size": 0, "path": path}
     result: dict[str, Any] = {"type": "file", "oid": file.oid, "size": file.size, "path": path}
@@ -50,12 +50,12 @@ def entry(tree: Tree, path: str, file: File | None) -> dict[str, Any]:
 
 
 def refs(kind: RefKind, targets: Mapping[str, str]) -> list[dict[str, str]]:
-    """Branches or tags."""
+    """Branches or tags, for the refs listing."""
     return [{"name": n, "ref": f"refs/{kind}/{n}", "targetCommit": oid} for n, oid in targets.items()]
 
 
 def commit(commit: Commit, user: str) -> dict[str, Any]:
-    """A commit in a history."""
+    """A commit, for the listing of a history."""
     return {
         "id": commit.oid,
         "title": commit.title,
@@ -94,8 +94,8 @@ def _metadata(readme: str | None) -> dict[str, Any]:
     try:
         metadata = card.front_matter(readme or "") or {}
     except ValueError:
-        # A card that can't be read has no metadata; validate-yaml is where its author hears of it.
+        # An unreadable card counts as having no metadata; its author gets the error from validate-yaml.
         return {}
-    # YAML has dates, JSON has not.
+    # YAML has dates, which JSON lacks.
     plain: dict[str, Any] = json.loads(json.dumps(metadata, default=str))
     return plain

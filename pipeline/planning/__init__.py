@@ -1,1 +1,1 @@
-"""What a run will make: models and data pinned, sizes, what is there already."""
+"""Plan a run: pin models and data, estimate sizes, skip what exists already, and build the jobs."""

@@ -1,4 +1,4 @@
-"""What a plan refuses: models that can't be quantized, recipes that don't fit a model's layers; with what would do."""
+"""Refuse models that can't be quantized and recipes that don't fit a model's layers, and name a remedy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ USUAL_GROUP_SIZES = (256, 128, 64, 32, 16)
 
 @dataclass(frozen=True)
 class _Layer:
-    """A weight that a recipe quantizes, and what it gets."""
+    """A weight that a recipe quantizes, and the scheme chosen for it."""
 
     name: str
     shape_OI: tuple[int, int]
@@ -25,7 +25,7 @@ class _Layer:
 
 
 def model_problem(source: PinnedModel) -> str | None:
-    """Why a model of this family can't be quantized at all; or None."""
+    """Why models of this family can't be quantized at all, or None."""
     reason = source.family.refused
     if not reason:
         return None
@@ -34,7 +34,7 @@ def model_problem(source: PinnedModel) -> str | None:
 
 
 def recipe_problems(source: PinnedModel, recipe: Recipe) -> Iterator[str]:
-    """What is wrong with a recipe for a model, and what would do."""
+    """Why a recipe doesn't fit a model, with a remedy; empty if it fits."""
     layers = [_layer(source, recipe, tensor) for tensor in source.tensors if quantizable(tensor, recipe)]
     problem = _format_problem(source, recipe, layers) or _shape_problem(source, recipe, layers)
     if problem:
@@ -47,7 +47,7 @@ def _layer(source: PinnedModel, recipe: Recipe, tensor: TensorHeader) -> _Layer:
 
 
 def _format_problem(source: PinnedModel, recipe: Recipe, layers: Iterable[_Layer]) -> str | None:
-    """Layers of the model that no runtime that checks the recipe's format reads; or None."""
+    """The first layer that the runtime which checks the recipe's format can't read, as a message; or None."""
     first: dict[tuple[Scheme, LayerKinds], str] = {}
     for layer in layers:
         kinds = LayerKinds(experts=EXPERT.search(layer.name) is not None, conv1d=source.family.conv1d)
@@ -63,11 +63,11 @@ def _format_problem(source: PinnedModel, recipe: Recipe, layers: Iterable[_Layer
 
 
 def _shape_problem(source: PinnedModel, recipe: Recipe, layers: list[_Layer]) -> str | None:
-    """Layers whose shapes the recipe's schemes or its format don't take, and what would do; or None."""
+    """Layers whose shapes the recipe's schemes or format don't support, as a message with a remedy; or None."""
     for scheme in dict.fromkeys(layer.gets.wanted for layer in layers):
         alike = [layer for layer in layers if layer.gets.wanted == scheme]
         deviating = [layer for layer in alike if layer.gets.why]
-        # A substitute for some of the layers is what `indivisible` is for; for all of them, it's another recipe.
+        # `indivisible` may substitute the scheme of some layers; if it would of all of them, the recipe doesn't fit.
         refused = [layer for layer in deviating if layer.gets.refused or len(deviating) == len(alike)]
         if not refused:
             continue
@@ -105,8 +105,10 @@ def _group_size_problem(source: PinnedModel, recipe: Recipe, scheme: Scheme, ali
 
 
 def _where(recipe: Recipe, scheme: IntScheme) -> str:
-    """Where a recipe says a scheme."""
+    """The key of the recipe that sets a scheme."""
     if scheme == recipe.scheme or not isinstance(recipe, IntRecipe):
         return "scheme"
-    index = next(index for index, override in enumerate(recipe.overrides) if override.scheme == scheme)
-    return f"overrides.{index}.scheme"
+    override_index = next(
+        override_index for override_index, override in enumerate(recipe.overrides) if override.scheme == scheme
+    )
+    return f"overrides.{override_index}.scheme"

@@ -1,4 +1,4 @@
-"""From a zoo to jobs: pin, expand, fingerprint, skip what stands already, estimate. Decides; starts nothing."""
+"""Turn a zoo into jobs: pin, expand, fingerprint, skip existing artifacts, estimate. Starts nothing."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from workers.transfer.storage import Storage
 T = TypeVar("T")
 U = TypeVar("U")
 THREADS = 16  # requests at a time while planning
-BATCH = 32
+BATCH = 32  # items per task of the thread pool
 
 
 @dataclass(frozen=True)
 class PlannedArtifact:
-    """One cell of models x recipes: what would be made, or why not."""
+    """One cell of models x recipes, to be made or skipped."""
 
     source: sources.PinnedModel
     order: Order
@@ -37,12 +37,12 @@ class PlannedArtifact:
 
     @property
     def skipped(self) -> bool:
-        """Whether the very artifact stands at its destination already."""
+        """Whether an artifact with this fingerprint exists at its destination already."""
         return self.standing is not None
 
     @property
     def reason(self) -> str:
-        """Why the artifact is skipped, or made."""
+        """Why the artifact is skipped or made, for people."""
         if not self.skipped:
             return "to be made"
         return "published already" if self.order.repo_id else "verified already"
@@ -50,7 +50,7 @@ class PlannedArtifact:
 
 @dataclass(frozen=True)
 class Collection:
-    """A collection by its title, in the namespace that the artifacts go to."""
+    """A Hub collection, identified by its title in the namespace of the artifacts."""
 
     title: str
     namespace: str
@@ -60,7 +60,7 @@ class Collection:
 
 @dataclass(frozen=True)
 class Plan:
-    """All cells of a zoo, and the jobs that make the missing ones: one for each model and environment."""
+    """All cells of a zoo, and the jobs that make the missing ones: one job per model and environment."""
 
     zoo: str
     artifacts: tuple[PlannedArtifact, ...]
@@ -71,7 +71,7 @@ class Plan:
 def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None) -> Plan:
     """Plan a zoo.
 
-    ``endpoint`` is where artifacts are published (the loopback Hub's address once it runs), None for nowhere.
+    ``endpoint`` is where artifacts are published (for the loopback Hub, its URL); None: they aren't published.
 
     Raises:
         UserError: all findings about models, data and destination in one message.
@@ -104,8 +104,8 @@ def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None)
     standing = _standing(orders, workspace, endpoint, verification, zoo.storage)
     estimates = sizing.Estimates(calibration, verification)
     artifacts = tuple(
-        PlannedArtifact(source, order, estimates.of(source, recipe), *(there or ()))
-        for (source, recipe), order, there in zip(cells, orders, standing, strict=True)
+        PlannedArtifact(source, order, estimates.of(source, recipe), *(existing or ()))
+        for (source, recipe), order, existing in zip(cells, orders, standing, strict=True)
     )
     destination, collection = None, None
     if endpoint and publish:
@@ -119,37 +119,39 @@ def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None)
 def _resolve_all(zoo: Zoo, zoo_folder: Path) -> tuple[list[tuple[ModelEntry, sources.PinnedModel]], list[str]]:
     results = _at_once(lambda entry: _try(lambda: sources.resolve(entry, zoo_folder)), zoo.models)
     pairs = zip(zoo.models, results, strict=True)
-    # The same headers are kept once: a zoo has many finetunes of few models.
+    # Share equal headers to save memory: a zoo has many finetunes of few models.
     known: dict[tuple[TensorHeader, ...], tuple[TensorHeader, ...]] = {}
-    found = [
+    resolved = [
         (entry, replace(result, tensors=known.setdefault(result.tensors, result.tensors)))
         for entry, result in pairs
         if isinstance(result, sources.PinnedModel)
     ]
-    return found, [str(result) for result in results if isinstance(result, UserError)]
+    return resolved, [str(result) for result in results if isinstance(result, UserError)]
 
 
 def _at_once(look: Callable[[T], U], things: Sequence[T]) -> list[U]:
-    """What ``look`` makes of each, many at a time; in batches, for handing one out costs more than a short look."""
+    """Map ``look`` over things in threads, in order; in batches, as one task costs more than a short look."""
     size = max(1, min(BATCH, len(things) // (4 * THREADS)))
-    batches = [things[at : at + size] for at in range(0, len(things), size)]
+    batches = [things[start : start + size] for start in range(0, len(things), size)]
     with ThreadPoolExecutor(THREADS) as pool:
-        return [found for batch in pool.map(lambda batch: [look(thing) for thing in batch], batches) for found in batch]
+        return [
+            answer for batch in pool.map(lambda batch: [look(thing) for thing in batch], batches) for answer in batch
+        ]
 
 
 def _misfits(cells: list[tuple[sources.PinnedModel, Recipe]], refused: Mapping[str, str]) -> list[str]:
-    """What is wrong with recipes for models; those of one shape, such as finetunes, are looked at once."""
+    """Why recipes don't fit models; models of the same shape, such as finetunes, are checked once."""
     fine: set[tuple[object, ...]] = set()
-    found: list[str] = []
+    misfits: list[str] = []
     for source, recipe in cells:
         key = (*sizing.alike(source), recipe.name)
         if source.pin.id in refused or key in fine:
             continue
         problems = list(fitting.recipe_problems(source, recipe))
-        found += problems
+        misfits += problems
         if not problems:
             fine.add(key)
-    return found
+    return misfits
 
 
 def _pin_data(zoo: Zoo, zoo_folder: Path) -> tuple[Calibration | None, str | None, Verification, list[str]]:
@@ -174,7 +176,7 @@ def _pin_data(zoo: Zoo, zoo_folder: Path) -> tuple[Calibration | None, str | Non
 
 
 def _try(action: Callable[[], U]) -> U | UserError:
-    """The result, or the finding; what isn't the user's to mend (an unreachable Hub) goes on upwards."""
+    """The result, or the user's error; other errors (an unreachable Hub) propagate."""
     try:
         return insist(action)
     except UserError as problem:
@@ -182,12 +184,12 @@ def _try(action: Callable[[], U]) -> U | UserError:
 
 
 def _too_long(source: sources.PinnedModel, calibration: Calibration | None, verification: Verification) -> list[str]:
-    """Sequences longer than the model has positions for."""
+    """Messages about sequence lengths (tokens) above the model's number of positions."""
     longest = source.config.get("max_position_embeddings") or source.config.get("n_positions")
-    asked = {"verify": verification.sequence_length, "calibration": calibration.sequence_length if calibration else 0}
+    lengths = {"verify": verification.sequence_length, "calibration": calibration.sequence_length if calibration else 0}
     return [
         f"{where}.sequence_length: got {length}, but {source.pin.id!r} has {longest} positions; set at most {longest}"
-        for where, length in asked.items()
+        for where, length in lengths.items()
         if isinstance(longest, int) and length > longest
     ]
 
@@ -209,7 +211,7 @@ def _order(
 
 
 def _check_twins(cells: list[tuple[sources.PinnedModel, Recipe]], orders: list[Order]) -> None:
-    """Two models of the same content would be the same artifact, made twice at the same place."""
+    """Refuse two cells with the same fingerprint: they would be one artifact, made twice in the same folder."""
     owners: dict[str, tuple[str, str]] = {}
     for (source, recipe), order in zip(cells, orders, strict=True):
         first = owners.setdefault(order.fingerprint, (source.pin.id, recipe.name))
@@ -248,7 +250,7 @@ Standing = tuple[Manifest, str | None]
 def _standing(
     orders: list[Order], workspace: Path, endpoint: str | None, verification: Verification, storage: str | None
 ) -> list[Standing | None]:
-    """For each order, what makes it superfluous: at the destination, or here if nothing is published."""
+    """For each order, the existing artifact: at the destination, or in the workspace if nothing is published."""
 
     def find(order: Order) -> Standing | None:
         return _published(endpoint, order) if endpoint else _local(order, workspace, verification, storage)
@@ -261,7 +263,7 @@ def _published(endpoint: str, order: Order) -> Standing | None:
 
 
 def standing(job: Job, order: Order) -> Standing | None:
-    """What makes an order of a job superfluous by now; None also while the Hub doesn't answer."""
+    """The artifact of an order if it exists by now; None also while the Hub doesn't answer."""
     try:
         if job.destination is None:
             return _local(order, Path(job.workspace), job.verification, job.storage)
@@ -271,15 +273,15 @@ def standing(job: Job, order: Order) -> Standing | None:
 
 
 def _local(order: Order, workspace: Path, verification: Verification, storage: str | None) -> Standing | None:
-    """The artifact in the workspace, or in the shared storage, if it passed today's gates on today's text."""
-    place = artifact_folder(workspace, order)
+    """The artifact in the workspace or shared storage, if it was accepted with the current thresholds and text."""
+    folder = artifact_folder(workspace, order)
     try:
-        text = (place / MANIFEST).read_bytes() if storage is None else Storage(storage).manifest(place)
+        text = (folder / MANIFEST).read_bytes() if storage is None else Storage(storage).manifest(folder)
         manifest = Manifest.model_validate_json(text or b"")
     except (OSError, ValueError):
         return None
-    judged_alike = manifest.thresholds == order.thresholds and manifest.verification.same_as(verification)
-    return (manifest, None) if manifest.verdict.accepted and judged_alike else None
+    same_criteria = manifest.thresholds == order.thresholds and manifest.verification.same_as(verification)
+    return (manifest, None) if manifest.verdict.accepted and same_criteria else None
 
 
 def _jobs(

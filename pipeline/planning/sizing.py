@@ -1,6 +1,6 @@
-"""What an artifact and its making will need, from safetensors headers and config.json alone.
+"""Estimate an artifact's disk, memory and compute from safetensors headers and config.json alone.
 
-An estimate of bytes on disk and of peak host memory; the measured peaks stand in results.json beside it.
+Estimates are bytes on disk, peak bytes of host and GPU memory, and multiply-adds; results.json has the measured peaks.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from workers.spec.split import gathered_bytes
 from workers.spec.tensors import TensorHeader
 from workers.spec.workspace import MAX_SHARD_BYTES, MICRO_BATCH_TOKENS
 
-# A fork of a parent with torch and transformers, and the second one that checks the runtime; measured 0.4 to 0.55 GB
-# each, of which what the parent has is shared (processes that start from nothing: 0.1 GB more).
-RUNTIME_BYTES, LOADER_BYTES = 580_000_000, 660_000_000
-# The same on a card: the CUDA context and kernels. Not measured yet.
+# Bytes of a process with torch and transformers, forked from the warm parent, and of the second one that checks the
+# runtime. Measured: 0.4 to 0.55 GB each, pages shared with the parent included (0.1 GB more without a parent).
+RUNTIME_BYTES, LOADER_BYTES = 580_000_000, 680_000_000
+# GPU bytes of such a process: CUDA context and kernels. Not measured yet.
 DEVICE_BYTES = 1_000_000_000
-# Bytes for each weight of the largest layer: as it was read, the next one, the model's float32 and a method's own.
+# Bytes per weight of the largest layer: as read, the next layer prefetched, the model's float32, the method's own copy.
 LAYER_BYTES = 12
-# Bytes for each logit of a sequence: both models', their logarithms, what the loading process computes and sends.
+# Bytes per logit of a sequence: both models' logits, their logarithms, and the loading process's logits and answer.
 LOGITS_BYTES = 36
-# What a model's config says of its sizes.
+# Keys of config.json that determine the estimates.
 CONFIG = ("model_type", "hidden_size", "n_embd", "vocab_size", "num_attention_heads", "n_head")
-# Projections that lead out of their module have an input of their own.
+# Output projections: their input isn't shared with other projections of their module.
 OUTWARD = re.compile(r"^(o|out|down|c|dense|fc2|w2|wo)(_proj|_lin|_4h_to_h)?$|^dense|^fc_?out")
 EXPERT_ONE = re.compile(r"experts\.(?!0\.)\d+\.")
-# A pattern that may mean some layers and not others.
+# A recipe's pattern that may match some layers and not others.
 ONE_LAYER = re.compile(r"\d\\?\.|\[|\.\d|^re:")
-# Below these a stage isn't slow, it hangs: a tenth or less of what was ever measured.
+# Below these rates (seconds, bytes/s, multiply-adds/s) a stage counts as hung: a tenth or less of any measurement.
 STARTING_SECONDS = 3600.0
 CRAWLING_BYTES_PER_SECOND = 256 * 1024
 CRAWLING_ON_A_CORE, CRAWLING_ON_A_GPU = 1e9, 1e12
-# What is reached as a rule: on a core measured (4e10 with a calibrated recipe), on a GPU assumed.
+# Typical multiply-adds per second: on a core measured (4e10 with a calibrated recipe), on a GPU assumed.
 TYPICAL_ON_A_CORE, TYPICAL_ON_A_GPU = 4e10, 5e13
 
 
 @dataclass(frozen=True)
 class Need:
-    """Peak bytes of a stage, on the host and on a card."""
+    """Peak bytes of a stage, in host memory and in GPU memory."""
 
     host: int
     device: int = 0
@@ -54,9 +54,9 @@ class Need:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on disk, of the source and of the artifact, and what making and verifying it need in memory.
+    """Bytes on disk of source and artifact, peak memory of quantizing and verifying, and work in multiply-adds.
 
-    While it's made, ``spool_bytes`` more lie on the disk, and ``state_bytes`` for all recipes of the pass together.
+    Quantizing takes ``spool_bytes`` more disk per artifact, and ``state_bytes`` for all recipes of the pass together.
     """
 
     source_bytes: int
@@ -65,26 +65,26 @@ class Estimate:
     verify: Need
     spool_bytes: int = 0
     state_bytes: int = 0
-    gathered_bytes: int = 0  # while the pass is spread over workers
-    # Multiply-adds: of the pass that all recipes of a model share, and of the artifact's own verification.
+    gathered_bytes: int = 0  # on disk, while the pass is spread over workers
+    # Multiply-adds of the pass that all recipes of a model share, and of the artifact's own verification.
     pass_work: int = 0
     own_work: int = 0
 
     @property
     def host_bytes(self) -> int:
-        """The peak of all stages."""
+        """Peak bytes of host memory over all stages."""
         return max(self.quantize.host, self.verify.host)
 
     @property
     def device_bytes(self) -> int:
-        """The peak of all stages on a card, where there is one."""
+        """Peak bytes of GPU memory over all stages, if there is a GPU."""
         return max(self.quantize.device, self.verify.device)
 
 
 def estimate(
     source: PinnedModel, recipe: Recipe, calibration: Calibration | None, verification: Verification
 ) -> Estimate:
-    """Sizes for one model under one recipe; zeros for a pickled checkpoint, whose headers can't be read."""
+    """Estimate one model under one recipe; zeros for a pickled checkpoint, which has no readable headers."""
     shape = shape_of(source)
     artifact = sum(count * _stored_bytes(tensor, source, recipe) for tensor, count in _tensors(shape, recipe))
     calibrated = _calibration_tokens(recipe, calibration)
@@ -94,7 +94,7 @@ def estimate(
         artifact_bytes=artifact,
         quantize=_quantizing(source, shape, recipe, calibration, verification),
         verify=_verifying(source, shape, verification),
-        # A shard is written from its spool; the state of a pass beside the one before it.
+        # A shard is copied from its spool file; a pass writes its new state before it deletes the last one.
         spool_bytes=min(artifact, MAX_SHARD_BYTES),
         state_bytes=2 * hidden * (verification.tokens + calibrated),
         gathered_bytes=gathered_bytes(calibrated, _widths(source, shape, recipe), 4),
@@ -104,14 +104,14 @@ def estimate(
 
 
 class Estimates:
-    """Estimates for a plan; models of the same shape, such as finetunes, are estimated once."""
+    """Cache of a plan's estimates; models of the same shape, such as finetunes, share one."""
 
     def __init__(self, calibration: Calibration | None, verification: Verification) -> None:
         self._calibration, self._verification = calibration, verification
         self._known: dict[tuple[object, ...], Estimate] = {}
 
     def of(self, source: PinnedModel, recipe: Recipe) -> Estimate:
-        """As ``estimate`` says."""
+        """Cached ``estimate``."""
         key = (*alike(source), recipe.name)
         if key not in self._known:
             self._known[key] = estimate(source, recipe, self._calibration, self._verification)
@@ -119,19 +119,19 @@ class Estimates:
 
 
 def alike(source: PinnedModel) -> tuple[object, ...]:
-    """What sources have in common that are sized, and fit recipes, alike; tensors have to be the same object."""
+    """Cache key: sources with equal keys share estimates and fit the same recipes. Tensors compare by identity."""
     return id(source.tensors), *(str(source.config.get(name)) for name in CONFIG)
 
 
 def deadline_seconds(stage: Stage, source_bytes: int, work: int, cpus: int, gpus: int) -> float:
-    """When a stage counts as hanging: a generous time for what every stage does, and its work at a crawl."""
+    """Seconds after which a stage counts as hung: a generous fixed time, plus its work at the lowest plausible rate."""
     if stage not in (Stage.QUANTIZE, Stage.VERIFY):
         return STARTING_SECONDS + source_bytes / CRAWLING_BYTES_PER_SECOND
     return STARTING_SECONDS + work / (CRAWLING_ON_A_GPU if gpus else CRAWLING_ON_A_CORE * cpus)
 
 
 def typical_seconds(work: int, cpus: int, gpus: int) -> float:
-    """About how long so many multiply-adds take on a slot."""
+    """Typical seconds for ``work`` multiply-adds on one slot."""
     return work / (TYPICAL_ON_A_GPU if gpus else TYPICAL_ON_A_CORE * cpus)
 
 
@@ -144,29 +144,29 @@ def _size(source: PinnedModel, *names: str) -> int:
 
 
 def _in_features(tensor: TensorHeader, source: PinnedModel) -> int:
-    """The width along which a weight's groups run."""
+    """A weight's input width, along which its groups run."""
     return out_in_shape(tensor, conv1d=source.family.conv1d)[1]
 
 
 def _stored_bytes(tensor: TensorHeader, source: PinnedModel, recipe: Recipe) -> int:
-    """Bytes of a tensor in the artifact, its entries in the header of its file included."""
-    as_it_is = tensor.bytes + tensor.header_bytes
+    """Bytes of a tensor in the artifact, including its entries in the safetensors header."""
+    unquantized = tensor.bytes + tensor.header_bytes
     if not quantizable(tensor, recipe):
-        return as_it_is
+        return unquantized
     module, shape_OI = tensor.name.removesuffix(".weight"), out_in_shape(tensor, conv1d=source.family.conv1d)
     scheme = scheme_for(recipe, module, shape_OI).scheme
     if scheme is None:
-        return as_it_is
+        return unquantized
     stored = FORMATS[recipe.format].stored(scheme, tensor._replace(shape=shape_OI))
     return sum(part.bytes + part.header_bytes + len(module) + 1 for part in stored)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The tensors of a checkpoint, with layers that are alike counted instead of repeated."""
+    """The tensors of a checkpoint; identical layers are counted instead of repeated."""
 
     outside: tuple[TensorHeader, ...]
-    layers: tuple[tuple[tuple[TensorHeader, ...], int], ...]  # one of each kind, and how many there are
+    layers: tuple[tuple[tuple[TensorHeader, ...], int], ...]  # one layer of each kind, and how many there are
     every: tuple[TensorHeader, ...]
     bytes: int
     weights: int
@@ -184,12 +184,12 @@ def _shape(tensors: _Same) -> Shape:
             layers[match.group(1)].append(tensor)
     kinds: dict[tuple[tuple[str, tuple[int, ...], str], ...], list[tuple[TensorHeader, ...]]] = defaultdict(list)
     for layer in layers.values():
-        # The name after the layer's number tells them apart.
+        # Compare tensors by the part of the name after the layer's number.
         signature = sorted((LAYER.split(t.name, maxsplit=1)[-1], t.shape, t.dtype) for t in layer)
         kinds[tuple(signature)].append(tuple(layer))
     return Shape(
         outside=tuple(outside),
-        layers=tuple((found[0], len(found)) for found in kinds.values()),
+        layers=tuple((same_kind[0], len(same_kind)) for same_kind in kinds.values()),
         every=tensors.tensors,
         bytes=sum(tensor.bytes for tensor in tensors.tensors),
         weights=sum(tensor.numel for tensor in tensors.tensors),
@@ -198,7 +198,7 @@ def _shape(tensors: _Same) -> Shape:
 
 @dataclass(frozen=True)
 class _Same:
-    """Tensors that are told apart by being the same object: a model has hundreds."""
+    """Tensors hashed and compared by identity: a model has hundreds, and hashing them all is slow."""
 
     tensors: tuple[TensorHeader, ...]
 
@@ -215,7 +215,7 @@ def shape_of(source: PinnedModel) -> Shape:
 
 
 def _tensors(shape: Shape, recipe: Recipe) -> Iterable[tuple[TensorHeader, int]]:
-    """Tensors and how many of each there are; all of them where a recipe's patterns may name single layers."""
+    """Tensors and their counts; one by one if a recipe's patterns may match single layers."""
     if any(ONE_LAYER.search(pattern) for pattern in recipe.patterns):
         return [(tensor, 1) for tensor in shape.every]
     inside = [(tensor, count) for layer, count in shape.layers for tensor in layer]
@@ -225,23 +225,23 @@ def _tensors(shape: Shape, recipe: Recipe) -> Iterable[tuple[TensorHeader, int]]
 def _quantizing(
     source: PinnedModel, shape: Shape, recipe: Recipe, calibration: Calibration | None, verification: Verification
 ) -> Need:
-    """One pass: what lies outside the layers, two layers, statistics and their factors, hidden states, activations."""
+    """Need of a pass: tensors outside layers, two layers, statistics and their factors, hidden states, activations."""
     tokens = verification.tokens + _calibration_tokens(recipe, calibration)
     longest = max(verification.sequence_length, calibration.sequence_length if calibration else 0)
     hessians = max((_hessian_bytes(layer, source, recipe) for layer, _ in shape.layers), default=0)
     outside = sum(tensor.numel for tensor in shape.outside)
     layer = max((sum(tensor.numel for tensor in layer) for layer, _ in shape.layers), default=0)
     working = _activations(source, shape, longest, tokens)
-    kept = (1 + recipe.needs.own_stream) * tokens * _bytes_for_each_token(source, shape, longest)
-    host = RUNTIME_BYTES + 4 * outside + LAYER_BYTES * layer + 2 * hessians + kept + working
-    # On a card in half precision; hidden states of waiting micro-batches rest on the host.
+    hidden_states = (1 + recipe.needs.own_stream) * tokens * _bytes_for_each_token(source, shape, longest)
+    host = RUNTIME_BYTES + 4 * outside + LAYER_BYTES * layer + 2 * hessians + hidden_states + working
+    # On a GPU weights are in half precision, and hidden states of waiting micro-batches stay on the host.
     device = DEVICE_BYTES + 2 * outside + (LAYER_BYTES // 2) * layer + 2 * hessians + working
     return Need(host, device)
 
 
 def _verifying(source: PinnedModel, shape: Shape, verification: Verification) -> Need:
-    """Both models streamed side by side; and a process beside it that loads the whole artifact as users do, which a
-    CPU mostly decodes to float32."""
+    """Need of verifying: both models streamed side by side, and a process that loads the whole artifact as users do
+    (most runtimes decode it to float32 on a CPU)."""
     outside = sum(tensor.numel for tensor in shape.outside)
     layer = max((sum(tensor.numel for tensor in layer) for layer, _ in shape.layers), default=0)
     logits = _size(source, "vocab_size") * verification.sequence_length
@@ -253,8 +253,8 @@ def _verifying(source: PinnedModel, shape: Shape, verification: Verification) ->
 
 
 def _hessian_bytes(layer: tuple[TensorHeader, ...], source: PinnedModel, recipe: Recipe) -> int:
-    """Float32 statistics of all distinct inputs of a layer: projections of one module and width share theirs, but for
-    those that lead out of it."""
+    """Bytes of the float32 statistics of a layer's distinct inputs: projections of one module and width share theirs,
+    except output projections."""
     if not recipe.calibrated:
         return 0
     return sum(4 * width**2 for width in _inputs(layer, source, recipe))
@@ -272,27 +272,27 @@ def _inputs(layer: tuple[TensorHeader, ...], source: PinnedModel, recipe: Recipe
 
 
 def _widths(source: PinnedModel, shape: Shape, recipe: Recipe) -> list[int]:
-    """The widths of all layers' inputs; of experts, as many as a token is sent to."""
+    """The widths of all layers' distinct inputs; of experts, only as many as a token is routed to."""
     if not recipe.calibrated:
         return []
     sent_to = _size(source, "num_experts_per_tok", "num_experts_per_token", "moe_topk") or 1
-    found: list[int] = []
+    widths: list[int] = []
     for layer, count in shape.layers:
         plain = tuple(tensor for tensor in layer if EXPERT.search(tensor.name) is None)
         first = tuple(tensor for tensor in layer if EXPERT.search(tensor.name) and not EXPERT_ONE.search(tensor.name))
-        found += count * _inputs(plain, source, recipe) + count * sent_to * _inputs(first, source, recipe)
-    return found
+        widths += count * _inputs(plain, source, recipe) + count * sent_to * _inputs(first, source, recipe)
+    return widths
 
 
 def _bytes_for_each_token(source: PinnedModel, shape: Shape, longest: int) -> int:
-    """What waits between two layers: hidden states, the mask, rotary embeddings. With experts several times as much:
-    their tokens are gathered in pieces of all sizes, which allocators don't give back."""
+    """Bytes per token held between two layers: hidden states, mask, rotary embeddings. Experts take several times as
+    much: they gather tokens in pieces of varying size, which allocators don't return."""
     experts = any(EXPERT_ONE.search(tensor.name) for layer, _ in shape.layers for tensor in layer)
     return 4 * (9 if experts else 1) * _size(source, "hidden_size", "n_embd") + longest + 512
 
 
 def _activations(source: PinnedModel, shape: Shape, longest: int, tokens: int) -> int:
-    """One micro-batch in the widest layer, attention scores included (as ``workers.model.batching`` counts them)."""
+    """Bytes of a micro-batch in the widest layer, with attention scores (as ``workers.model.batching`` counts)."""
     widths = [
         sum(sum(tensor.shape) for tensor in layer if len(tensor.shape) == 2 and EXPERT_ONE.search(tensor.name) is None)
         for layer, _ in shape.layers

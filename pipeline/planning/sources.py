@@ -1,4 +1,4 @@
-"""Pin the zoo's models and data: which exact bytes a run is about, from headers and hashes alone."""
+"""Pin the zoo's models and data to exact content (commits and hashes), reading headers and hashes alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CAUSAL_LM = re.compile(r"(ForCausalLM|LMHeadModel|LMHead)$")
 
 @dataclass(frozen=True)
 class PinnedModel:
-    """A pinned model, its config and its tensors; no tensors for a checkpoint that is pickled."""
+    """A pinned model, its config and its tensors; a pickled checkpoint has no tensors here."""
 
     pin: ModelPin
     config: dict[str, Any]
@@ -35,12 +35,12 @@ class PinnedModel:
 
     @property
     def family(self) -> Family:
-        """What is known of the model's family."""
+        """The family row of the model's ``model_type``."""
         return family_of(self.config.get("model_type"))
 
     @property
     def name(self) -> str:
-        """The last part of the id: what repositories are named after."""
+        """The last part of the id, used in the names of published repositories."""
         return Path(self.pin.id).name
 
 
@@ -131,10 +131,10 @@ def _refuse_pickle(entry: ModelEntry, files: list[str]) -> None:
 
 
 def read_header(path: Path) -> list[TensorHeader]:
-    """The tensors of a safetensors file, from its header alone.
+    """List the tensors of a safetensors file from its header alone.
 
     Raises:
-        CheckpointError: not a safetensors file, or shorter than its header says.
+        CheckpointError: the file isn't safetensors, or is shorter than its header says.
     """
     try:
         with path.open("rb") as stream:
@@ -190,10 +190,10 @@ def _remote_tensors(entry: ModelEntry, api: HfApi, commit: str, files: list[str]
 
 
 def pin_dataset(dataset: Dataset, zoo_folder: Path, where: str) -> tuple[Dataset, str]:
-    """The data set with absolute paths, or pinned to a commit, and the sha256 that stands for its content.
+    """Pin a data set: with absolute paths, or to a commit; returns it with the sha256 that identifies its content.
 
     Raises:
-        CalibrationError: a file that isn't there or can't be read.
+        CalibrationError: a file doesn't exist or can't be read.
     """
     if dataset.path not in BUILDERS and not (zoo_folder / dataset.path).exists():
         return _pin_remote_dataset(dataset, where)

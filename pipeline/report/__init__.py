@@ -1,1 +1,1 @@
-"""What became of a run: results, ledger, logs, ``report.html``."""
+"""Report a run: results.json, ledger, logs, progress, metrics and report.html."""

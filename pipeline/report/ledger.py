@@ -1,4 +1,4 @@
-"""The ledger: what was tried, when, with which result. SQLite, beside the runs."""
+"""Record runs and the attempts of their stages, with results, in an SQLite ledger beside the runs."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ CREATE INDEX IF NOT EXISTS attempts_of_run ON attempts (run_id);
 
 
 def now() -> str:
-    """The time in UTC, to the second, ISO 8601."""
+    """The current UTC time in ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One stage that was tried."""
+    """One attempt of a stage."""
 
     model: str
     revision: str
@@ -40,7 +40,7 @@ class Attempt:
 
 
 class Ledger:
-    """The ledger of one output folder. Every entry is committed at once."""
+    """The ledger of one output folder. Every entry is committed immediately."""
 
     def __init__(self, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
@@ -57,19 +57,19 @@ class Ledger:
         self._connection.close()
 
     def start(self, run_id: str, zoo: str, started_at: str) -> None:
-        """Enter a run."""
+        """Insert a run."""
         with self._connection as connection:
             connection.execute("INSERT INTO runs (run_id, zoo, started_at) VALUES (?, ?, ?)", (run_id, zoo, started_at))
 
     def finish(self, run_id: str, finished_at: str, status: str) -> None:
-        """Enter a run's end."""
+        """Record a run's end and status."""
         with self._connection as connection:
             connection.execute(
                 "UPDATE runs SET finished_at = ?, status = ? WHERE run_id = ?", (finished_at, status, run_id)
             )
 
     def record(self, run_id: str, attempt: Attempt, result: StageResult) -> None:
-        """Enter one tried stage."""
+        """Insert one attempt of a stage and its result."""
         failure = result.failure
         row = (
             *(run_id, attempt.model, attempt.revision, attempt.recipe, attempt.fingerprint),
@@ -89,7 +89,7 @@ class Ledger:
             return cursor.fetchall()
 
     def attempts(self, run_id: str) -> list[sqlite3.Row]:
-        """The stages that a run tried, in the order in which they ended."""
+        """The attempts of a run's stages, in the order in which they ended."""
         query = "SELECT * FROM attempts WHERE run_id = ? ORDER BY id"
         with closing(self._connection.execute(query, (run_id,))) as cursor:
             return cursor.fetchall()

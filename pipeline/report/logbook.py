@@ -1,4 +1,4 @@
-"""The run's log for machines: one JSON line for each stage that starts or ends, with run, model, recipe and stage."""
+"""Write a run's machine-readable log: one JSON line for each stage that starts or ends."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ LOG = "log.jsonl"
 
 
 class Logbook:
-    """Writes ``log.jsonl`` in the folder of a run; every line is whole, also in a run that is killed."""
+    """Writes ``log.jsonl`` in a run's folder; lines are flushed one by one, so that a killed run leaves whole lines."""
 
     def __init__(self, folder: Path, run_id: str) -> None:
         self._run_id = run_id
         self._file: TextIO = (folder / LOG).open("a", encoding="utf-8")
 
     def close(self) -> None:
-        """Nothing more is written."""
+        """Close the file."""
         self._file.close()
 
     def started(self, job: Job, step: Step, attempt: int) -> None:
-        """A stage was handed to a node."""
+        """Log that a stage was handed to a node."""
         self._write("started", job, step, attempt)
 
     def ended(self, job: Job, step: Step, attempt: int, result: StageResult, retry_in: float | None) -> None:
-        """A stage ended, well or not."""
+        """Log that a stage ended or failed."""
         failure, verdict = result.failure, result.manifest.verdict if result.manifest else None
         self._write(
             "failed" if failure else "ended",
@@ -48,7 +48,7 @@ class Logbook:
             notes=list(result.notes) or None,
         )
 
-    def _write(self, event: str, job: Job, step: Step, attempt: int, **more: Any) -> None:
+    def _write(self, event: str, job: Job, step: Step, attempt: int, **fields: Any) -> None:
         line = {
             "time": now(),
             "run": self._run_id,
@@ -58,7 +58,7 @@ class Logbook:
             "recipe": step.recipe,
             "stage": step.stage.value,
             "attempt": attempt,
-            **{key: value for key, value in more.items() if value is not None},
+            **{key: value for key, value in fields.items() if value is not None},
         }
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()

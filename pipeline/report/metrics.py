@@ -1,4 +1,4 @@
-"""What Ray's metrics endpoint tells of a run, for Prometheus and Ray's dashboard."""
+"""Export a run's metrics through Ray's metrics endpoint, for Prometheus and Ray's dashboard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SECONDS = [1.0, 10.0, 60.0, 300.0, 1200.0, 3600.0, 4 * 3600.0, 12 * 3600.0]
 
 
 class PrometheusMetrics:
-    """Counts what starts and ends; ``pulse`` tells of the fleet in between. Needs a driver connected to Ray."""
+    """Counts stages that end; ``pulse`` gives the fleet's current state. Needs a driver connected to Ray."""
 
     def __init__(self, zoo: str, pulse: Callable[[], Pulse]) -> None:
         from ray.util.metrics import Counter, Gauge, Histogram
@@ -40,17 +40,17 @@ class PrometheusMetrics:
         self._busy = gauge("gpu_busy_share", "Share of the GPUs that stages hold, 0 to 1.")
 
     def started(self, job: Job, step: Step, attempt: int) -> None:
-        """A stage was handed to a node."""
+        """Update the gauges when a stage is handed to a node."""
         self._measure()
 
     def ended(self, job: Job, step: Step, attempt: int, result: StageResult, retry_in: float | None) -> None:
-        """A stage ended, well or not."""
+        """Count a stage's seconds, failure and artifact bytes when it ends."""
         tags = {"zoo": self._zoo, "stage": step.stage.value}
         self._seconds.observe(result.seconds, {**tags, "outcome": "failed" if result.failure else "ok"})
         if result.failure:
             self._failures.inc(1, {**tags, "error": result.failure.kind})
-        if made := sum(artifact.bytes for artifact in result.artifacts):
-            self._bytes.inc(made, {"zoo": self._zoo})
+        if artifact_bytes := sum(artifact.bytes for artifact in result.artifacts):
+            self._bytes.inc(artifact_bytes, {"zoo": self._zoo})
         self._measure()
 
     def _measure(self) -> None:

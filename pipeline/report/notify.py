@@ -1,4 +1,4 @@
-"""Tell a webhook how a run ended; what goes wrong with that is told, and changes nothing."""
+"""Post a run's outcome to a webhook; a failure to post is reported and doesn't change the run's status."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from typing import Any
 from pipeline.report.results import Results
 
 ATTEMPTS, SECONDS = 3, 10.0
-NAMED = 20  # artifacts that weren't accepted, in one message
+LISTED = 20  # most artifacts listed in one message as not accepted
 
 
-def message(results: Results, place: Path) -> dict[str, Any]:
-    """What is posted as JSON; chat services show ``text``."""
+def message(results: Results, results_path: Path) -> dict[str, Any]:
+    """The JSON content to post; chat services show ``text``."""
     counts = Counter(entry.status for entry in results.artifacts)
-    bad = [entry for entry in results.artifacts if entry.status in ("rejected", "failed")]
-    said = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-    lines = [f"quantmill {results.zoo}: {results.status} ({said})"]
-    lines += [f"{entry.status}: {Path(entry.model).name} {entry.recipe}: {entry.reason}" for entry in bad[:NAMED]]
+    not_accepted = [entry for entry in results.artifacts if entry.status in ("rejected", "failed")]
+    summary = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+    lines = [f"quantmill {results.zoo}: {results.status} ({summary})"]
+    lines += [
+        f"{entry.status}: {Path(entry.model).name} {entry.recipe}: {entry.reason}" for entry in not_accepted[:LISTED]
+    ]
     return {
         "text": "\n".join(lines),
         "run_id": results.run_id,
@@ -33,15 +35,15 @@ def message(results: Results, place: Path) -> dict[str, Any]:
         "artifacts": dict(counts),
         "not_accepted": [
             {"model": entry.model, "recipe": entry.recipe, "status": entry.status, "reason": entry.reason}
-            for entry in bad[:NAMED]
+            for entry in not_accepted[:LISTED]
         ],
-        "results": str(place),
+        "results": str(results_path),
     }
 
 
 def post(url: str, content: dict[str, Any], seconds: float = SECONDS) -> str | None:
-    """Post it, in a few attempts; what went wrong in words, without the URL, which is often a secret."""
-    body, said = json.dumps(content).encode(), ""
+    """Post the content, retrying a few times; returns the problem or None. Omits the URL, which is often a secret."""
+    body, problem = json.dumps(content).encode(), ""
     for attempt in range(ATTEMPTS):
         time.sleep(attempt)
         try:
@@ -49,11 +51,11 @@ def post(url: str, content: dict[str, Any], seconds: float = SECONDS) -> str | N
             with urllib.request.urlopen(request, timeout=seconds):
                 return None
         except urllib.error.HTTPError as error:
-            said = f"it answered {error.code}"
+            problem = f"it answered {error.code}"
             if error.code < 500 and error.code != 429:
                 break
         except ValueError:
             return "webhook: not a URL that can be posted to; expected https://..."
         except OSError as error:
-            said = f"no answer ({type(error).__name__})"
-    return f"webhook: {said}; the run itself is not concerned"
+            problem = f"no answer ({type(error).__name__})"
+    return f"webhook: {problem}; the run itself is not concerned"

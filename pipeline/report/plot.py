@@ -1,4 +1,4 @@
-"""The plot of a model's artifacts: KL divergence against size on disk, as inline SVG."""
+"""Plot a model's artifacts, KL divergence against size on disk, as inline SVG."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def kl_against_size(artifacts: Sequence[ArtifactEntry]) -> Markup | None:
 
 
 def _lifts(kls: Sequence[float], low: float, high: float) -> list[float]:
-    """How far each label stands above its point, in points, so that none lies on another."""
+    """Offset of each label above its data point, in typographic points, so that labels don't overlap."""
     scale = AXIS_POINTS / math.log10(high / low)
     lifts = [0.0] * len(kls)
     floor = -math.inf

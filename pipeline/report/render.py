@@ -1,4 +1,4 @@
-"""Fill the report's template: a table, and for each model a plot of KL against size."""
+"""Render report.html from its template: a table, and for each model a plot of KL against size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.report.results import ArtifactEntry, Results
 
 @dataclass(frozen=True)
 class ModelSection:
-    """One model of the report."""
+    """One model of the report, with its artifacts and plot."""
 
     name: str
     id: str
@@ -25,7 +25,7 @@ class ModelSection:
 
 
 def render(results: Results) -> str:
-    """The report as HTML."""
+    """Render the report as HTML."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )

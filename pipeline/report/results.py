@@ -1,4 +1,4 @@
-"""``results.json``: what a run leaves behind. Tools rely on these names; DESIGN.md of the project has the contract."""
+"""Build ``results.json``. Tools rely on its field names; docs/results.md has the contract."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class MetricsEntry(Frozen):
 
 
 class RuntimeEntry(Frozen):
-    """The library that loaded the artifact, and how far its logits were from ours."""
+    """The library that loaded the artifact, and the largest difference between its logits and ours."""
 
     name: str
     version: str
@@ -102,7 +102,7 @@ class Results(Frozen):
 def build(
     run_id: str, zoo: str, started_at: str, finished_at: str, planned: Iterable[PlannedArtifact], jobs: list[JobRun]
 ) -> Results:
-    """Results of a run: every planned artifact has an entry, also those that were skipped or never reached."""
+    """Build the results of a run; every planned artifact has an entry, even if skipped or never started."""
     runs = {(job.job.model.id, name): (job, artifact) for job in jobs for name, artifact in job.artifacts.items()}
     entries = tuple(_artifact(cell, *runs.get(_key(cell), (None, None))) for cell in planned)
     failed = any(entry.status in ("failed", "rejected") for entry in entries)
@@ -140,7 +140,7 @@ def _artifact(cell: PlannedArtifact, job: JobRun | None, run: ArtifactRun | None
     manifest = cell.standing or run.manifest
     status, reason = _status(cell, job, run)
     path = artifact_folder(job.job.workspace, cell.order) if job else None
-    made = run.made
+    record = run.record
     return ArtifactEntry(
         model=cell.source.pin.id,
         revision=cell.source.pin.revision,
@@ -153,11 +153,11 @@ def _artifact(cell: PlannedArtifact, job: JobRun | None, run: ArtifactRun | None
         commit=run.commit or cell.commit,
         metrics=_metrics(manifest),
         runtime=_runtime(manifest),
-        bytes=manifest.bytes if manifest else made.bytes if made else 0,
+        bytes=manifest.bytes if manifest else record.bytes if record else 0,
         reference_bytes=manifest.reference_bytes if manifest else (job.reference_bytes if job else 0),
         seconds=_seconds(run.seconds),
         peak_memory_bytes=PeakMemory(host=run.host_bytes, device=run.device_bytes),
-        fallbacks=manifest.fallbacks if manifest else made.fallbacks if made else (),
+        fallbacks=manifest.fallbacks if manifest else record.fallbacks if record else (),
         attempts=run.attempts if job else 0,
         error=ErrorEntry(kind=run.failure.kind, message=run.failure.message) if run.failure else None,
         outcome=manifest.verdict.outcome if manifest else None,
@@ -186,12 +186,12 @@ def _status(cell: PlannedArtifact, job: JobRun | None, run: ArtifactRun) -> tupl
 def _metrics(manifest: Manifest | None) -> MetricsEntry | None:
     if manifest is None or manifest.verdict.metrics is None:
         return None
-    kept = set(MetricsEntry.model_fields)
-    return MetricsEntry.model_validate(manifest.verdict.metrics.model_dump(include=kept))
+    fields = set(MetricsEntry.model_fields)
+    return MetricsEntry.model_validate(manifest.verdict.metrics.model_dump(include=fields))
 
 
 def _runtime(manifest: Manifest | None) -> RuntimeEntry | None:
     if manifest is None or manifest.verdict.runtime is None:
         return None
-    kept = set(RuntimeEntry.model_fields)
-    return RuntimeEntry.model_validate(manifest.verdict.runtime.model_dump(include=kept))
+    fields = set(RuntimeEntry.model_fields)
+    return RuntimeEntry.model_validate(manifest.verdict.runtime.model_dump(include=fields))

@@ -1,1 +1,1 @@
-"""Runs as Ray jobs: packed, submitted, followed."""
+"""Run zoos as Ray jobs: pack, submit, follow and cancel them."""

@@ -1,7 +1,7 @@
-"""What a submitted run takes along: the code, the zoo file, and the local files and folders that the zoo names.
+"""Pack what a submitted run needs: the code, the zoo file, and the local files and folders that the zoo names.
 
-Laid out as a working directory of Ray's: the packages at its top, so that the cluster needs only their dependencies,
-and the zoo with its files in a folder beside them. Nothing else of the submitting machine travels.
+The parcel becomes the working directory of a Ray job: our packages at its top, so that the cluster needs only their
+dependencies, and the zoo with its files in a folder beside them. Nothing else of the submitting machine is sent.
 """
 
 from __future__ import annotations
@@ -26,16 +26,18 @@ from workers.machine.files import file_sha256
 from workers.spec.base import canonical_json
 from workers.spec.job import Dataset
 
-# The head's dashboard takes no larger request (DASHBOARD_CLIENT_MAX_SIZE, 100 MiB), and keeps what it gets in memory.
+# Bytes. The head's dashboard rejects larger requests (DASHBOARD_CLIENT_MAX_SIZE, 100 MiB), and keeps uploads in memory.
 LIMIT = 96 * 2**20
 ZOO = "zoo"
 ELSEWHERE = "elsewhere"
-WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".parquet", ".gz", ".zst"})  # don't get smaller
+WEIGHTS = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".parquet", ".gz", ".zst"}
+)  # already compressed or incompressible
 
 
 @dataclass(frozen=True)
 class Parcel:
-    """Files by their name in the working directory: paths on this machine, and the zoo's text."""
+    """The zoo's text, and paths on this machine by their name in the job's working directory."""
 
     zoo: str
     text: bytes
@@ -43,17 +45,17 @@ class Parcel:
 
     @property
     def bytes(self) -> int:
-        """Size before it's compressed."""
+        """Uncompressed size in bytes."""
         return len(self.text) + sum(path.stat().st_size for path in self.files.values())
 
     def sha256(self) -> str:
-        """Identity: over names and contents; when and from which folder it was packed doesn't count."""
+        """Hash of names and contents; independent of when and from which folder the parcel was packed."""
         content = {name: file_sha256(path) for name, path in self.files.items()}
         content[self.zoo] = hashlib.sha256(self.text).hexdigest()
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
     def write(self, path: Path) -> None:
-        """Write it as a zip file."""
+        """Write the parcel as a zip file."""
         with ZipFile(path, "w") as archive:
             archive.writestr(ZipInfo(self.zoo), self.text, ZIP_DEFLATED)
             for name, source in sorted(self.files.items()):
@@ -62,26 +64,26 @@ class Parcel:
 
 
 def pack(zoo: Zoo, zoo_path: Path, shared: Sequence[Path] = ()) -> Parcel:
-    """What a run of the zoo, which was read from ``zoo_path``, needs on a cluster.
+    """Pack what a run of the zoo, read from ``zoo_path``, needs on a cluster.
 
-    What lies in one of the folders ``shared`` is there at the same path already, and isn't looked at here.
+    Paths in the ``shared`` folders exist on the cluster at the same path; they are neither packed nor checked here.
 
     Raises:
-        ZooError: a file or folder that isn't there, or more than a Ray head takes.
+        ZooError: a file or folder doesn't exist, or the parcel is larger than a Ray head accepts.
     """
     for folder in shared:
         if not folder.is_absolute():
             raise ZooError(f"--shared: expected an absolute path, got {str(folder)!r}; name it as every node sees it")
     local = _Local(zoo_path.resolve().parent, tuple(Path(os.path.normpath(folder)) for folder in shared))
-    changed = {"models": tuple(local.model(entry) for entry in zoo.models), "verify": zoo.verify}
-    changed["verify"] = zoo.verify.model_copy(update={"dataset": local.dataset(zoo.verify.dataset, "verify.dataset")})
+    updates = {"models": tuple(local.model(entry) for entry in zoo.models), "verify": zoo.verify}
+    updates["verify"] = zoo.verify.model_copy(update={"dataset": local.dataset(zoo.verify.dataset, "verify.dataset")})
     if zoo.calibration:
         text = local.dataset(zoo.calibration.dataset, "calibration.dataset")
-        changed["calibration"] = zoo.calibration.model_copy(update={"dataset": text})
-    travels = zoo.model_copy(update=changed)
-    plain = travels.model_dump(mode="json", exclude_unset=True)
-    written = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).encode()
-    parcel = Parcel(f"{ZOO}/{zoo_path.name}", written, {**local.files, **_code()})
+        updates["calibration"] = zoo.calibration.model_copy(update={"dataset": text})
+    packed_zoo = zoo.model_copy(update=updates)
+    content = packed_zoo.model_dump(mode="json", exclude_unset=True)
+    zoo_text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode()
+    parcel = Parcel(f"{ZOO}/{zoo_path.name}", zoo_text, {**local.files, **_code()})
     if parcel.bytes > LIMIT:
         largest = max(local.files.values(), key=lambda path: path.stat().st_size)
         raise ZooError(
@@ -93,7 +95,7 @@ def pack(zoo: Zoo, zoo_path: Path, shared: Sequence[Path] = ()) -> Parcel:
 
 
 def _code() -> dict[str, Path]:
-    """Both packages, and the configs where a wheel has them: ``shipped.configs`` finds them there first."""
+    """Files of both packages, and the configs at the place where ``shipped.configs`` looks first."""
     roots = {package.__name__: Path(cast(str, package.__file__)).parent for package in (pipeline, workers)}
     return {
         name: path
@@ -104,7 +106,7 @@ def _code() -> dict[str, Path]:
 
 
 def _visible(folder: Path, name: str) -> dict[str, Path]:
-    """The files of a folder that count for its identity (``files.folder_sha256``): those that aren't hidden."""
+    """Files of a folder that aren't hidden, by name in the parcel; the same that ``files.folder_sha256`` hashes."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     parts = [path.relative_to(folder).parts for path in files]
     return {
@@ -115,19 +117,19 @@ def _visible(folder: Path, name: str) -> dict[str, Path]:
 
 
 class _Local:
-    """Says where what the zoo names will lie, and collects what has to travel.
+    """Rewrites the paths that a zoo names for the cluster, and collects the files to send.
 
-    Names that lead down from the zoo's folder stay; whatever lies elsewhere gets a place below it.
+    Paths inside the zoo's folder keep their names; others are moved to a folder below it.
     """
 
     def __init__(self, folder: Path, shared: tuple[Path, ...]) -> None:
         self.files: dict[str, Path] = {}
-        self._places: dict[str, Path] = {}
+        self._elsewhere: dict[str, Path] = {}
         self._folder = folder
         self._shared = shared
 
     def model(self, entry: ModelEntry) -> ModelEntry:
-        """The entry as the cluster reads it."""
+        """The entry with its path on the cluster."""
         path = self._path(entry.id)
         if self._is_shared(path):
             return entry.model_copy(update={"id": str(path)})
@@ -138,15 +140,15 @@ class _Local:
         return entry
 
     def dataset(self, dataset: Dataset, where: str) -> Dataset:
-        """The data set as the cluster reads it."""
+        """The data set with its paths on the cluster."""
         folder = self._path(dataset.path)
         local = folder.exists() or self._is_shared(folder)
         if dataset.path not in BUILDERS and not local:
             return dataset
-        changed: dict[str, object] = {"data_files": tuple(self._file(name, where) for name in dataset.data_files)}
+        updates: dict[str, object] = {"data_files": tuple(self._file(name, where) for name in dataset.data_files)}
         if dataset.path not in BUILDERS:
-            changed["path"] = str(folder) if self._is_shared(folder) else self._take(folder)
-        return dataset.model_copy(update=changed)
+            updates["path"] = str(folder) if self._is_shared(folder) else self._take(folder)
+        return dataset.model_copy(update=updates)
 
     def _file(self, name: str, where: str) -> str:
         path = self._path(name)
@@ -163,16 +165,16 @@ class _Local:
         return any(path.is_relative_to(folder) for folder in self._shared)
 
     def _take(self, path: Path) -> str:
-        """Let it travel; its name relative to the zoo's place in the parcel."""
+        """Add a path to the parcel; returns its name relative to the zoo's folder there."""
         if path.is_relative_to(self._folder) and path != self._folder:
-            place = path.relative_to(self._folder).as_posix()
+            name = path.relative_to(self._folder).as_posix()
         else:
-            place = f"{ELSEWHERE}/{path.name}"
-            if self._places.setdefault(place, path) != path:
-                place = f"{ELSEWHERE}/{hashlib.sha256(str(path.parent).encode()).hexdigest()[:8]}/{path.name}"
-        inside = f"{ZOO}/{place}"
-        self.files.update(_visible(path, inside) if path.is_dir() else {inside: path})
-        return place
+            name = f"{ELSEWHERE}/{path.name}"
+            if self._elsewhere.setdefault(name, path) != path:
+                name = f"{ELSEWHERE}/{hashlib.sha256(str(path.parent).encode()).hexdigest()[:8]}/{path.name}"
+        name_in_parcel = f"{ZOO}/{name}"
+        self.files.update(_visible(path, name_in_parcel) if path.is_dir() else {name_in_parcel: path})
+        return name
 
 
 def _missing(where: str, name: str, path: Path, kind: str) -> str:

@@ -1,7 +1,7 @@
-"""The Jobs API of a Ray head over HTTP: as its dashboard serves it, with a deadline for every request.
+"""Call the Jobs API of a Ray head's dashboard over HTTP, with a deadline for every request.
 
-Ray's own ``JobSubmissionClient`` waits for ever, lets ``RAY_ADDRESS`` overrule the address it's given, and needs the
-extra ``ray[default]`` (33 packages, which slow the embedded Ray down) also where nothing but requests are made.
+Ray's own ``JobSubmissionClient`` has no timeout, lets ``RAY_ADDRESS`` override the given address, and needs the extra
+``ray[default]`` (33 packages, which slow the embedded Ray down) on the client too.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from workers.errors import QuantmillError, TransientError, ZooError
 
 T = TypeVar("T")
 
-SECONDS = 30.0
-SLOWEST = 1e6  # bytes in a second, of an upload
+SECONDS = 30.0  # default deadline of a request
+SLOWEST = 1e6  # bytes per second: an upload's deadline allows for this rate
 ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 
 
 class RayJob(BaseModel):
-    """A submitted job, as the head tells of it; times are Unix milliseconds."""
+    """A submitted job, as the head reports it; times are Unix milliseconds."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -44,7 +44,7 @@ class RayJob(BaseModel):
 
     @property
     def ended(self) -> bool:
-        """Whether nothing will happen any more."""
+        """Whether the job has reached a final status."""
         return self.status in ENDED
 
 
@@ -54,10 +54,10 @@ _JOBS = TypeAdapter(list[RayJob])
 
 
 class JobsClient:
-    """A Ray head, by the address of its dashboard.
+    """Client of a Ray head's dashboard.
 
-    Every method raises TransientError where there's no answer, or one that says that the head itself failed, and
-    ZooError where the address isn't one of a dashboard that lets us in.
+    Every method raises TransientError if the head doesn't answer, or answers that it failed itself (5xx, 429), and
+    ZooError if the address isn't that of a dashboard that accepts our token.
     """
 
     def __init__(self, address: str, seconds: float = SECONDS) -> None:
@@ -77,10 +77,10 @@ class JobsClient:
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def check(self) -> None:
-        """Look whether there is a Ray head at all.
+        """Check that a Ray head answers at the address.
 
         Raises:
-            ZooError: there's none.
+            ZooError: none does.
         """
         try:
             version = _parsed(self._ask("GET", "/api/version"), _OBJECT).get("ray_version")
@@ -93,49 +93,49 @@ class JobsClient:
             raise ZooError(f"--address: {self.address} is no Ray dashboard, got no ray_version; name another")
 
     def jobs(self) -> list[RayJob]:
-        """All jobs that the head knows."""
+        """List all jobs that the head knows."""
         return _parsed(self._ask("GET", "/api/jobs/"), _JOBS)
 
     def job(self, name: str) -> RayJob | None:
-        """The job submitted under that name; None if there is none."""
+        """The job with that submission id, or None."""
         answer = self._find(f"/api/jobs/{quote(name, safe='')}")
         return None if answer is None else _parsed(answer, _JOB)
 
     def logs(self, name: str) -> str:
-        """All that a job has printed so far."""
+        """The output of a job so far."""
         return str(_parsed(self._ask("GET", f"/api/jobs/{name}/logs"), _OBJECT).get("logs", ""))
 
     def stop(self, name: str) -> None:
-        """Ask a job to end."""
+        """Ask the head to stop a job."""
         self._ask("POST", f"/api/jobs/{name}/stop")
 
     def start(self, request: dict[str, Any]) -> None:
-        """Start a job; where its name is taken, the head fails."""
-        self._ask("POST", "/api/jobs/", json.dumps(request).encode(), more=self._seconds)
+        """Start a job; the head answers with an error if its submission id is taken."""
+        self._ask("POST", "/api/jobs/", json.dumps(request).encode(), extra_seconds=self._seconds)
 
     def upload(self, archive: Path) -> str:
-        """Bring a zip file there unless it is there; its URI in runtime environments."""
+        """Upload a zip file unless the head has it; returns its URI for runtime environments."""
         name = archive.name
         if self._find(f"/api/packages/gcs/{name}") is None:
             body = archive.read_bytes()
-            self._ask("PUT", f"/api/packages/gcs/{name}", body, more=len(body) / SLOWEST)
+            self._ask("PUT", f"/api/packages/gcs/{name}", body, extra_seconds=len(body) / SLOWEST)
         return f"gcs://{name}"
 
     def _find(self, path: str) -> bytes | None:
-        """The answer, or None where nothing is."""
+        """The answer to a GET, or None on 404."""
         try:
             return self._ask("GET", path)
         except _NotFound:
             return None
 
-    def _ask(self, method: str, path: str, body: bytes | None = None, more: float = 0.0) -> bytes:
+    def _ask(self, method: str, path: str, body: bytes | None = None, extra_seconds: float = 0.0) -> bytes:
         headers = {**_authorization(), "Content-Type": "application/json" if method == "POST" else "application/zip"}
         request = urllib.request.Request(self.address + path, body, headers, method=method)
-        seconds = self._seconds + more
-        until = time.monotonic() + seconds
+        seconds = self._seconds + extra_seconds
+        deadline = time.monotonic() + seconds
         try:
             with self._opener.open(request, timeout=seconds) as answer:
-                return _read(answer, until)
+                return _read(answer, deadline)
         except urllib.error.HTTPError as error:
             with error:
                 raise self._refusal(path, error.code, error.read(1 << 16).decode(errors="replace")) from None
@@ -144,33 +144,33 @@ class JobsClient:
             raise TransientError(f"{self.address}: no answer: {str(reason) or type(reason).__name__}") from error
 
     def _refusal(self, path: str, code: int, text: str) -> QuantmillError:
-        said = (text.strip().splitlines() or [""])[-1][:500]
+        line = (text.strip().splitlines() or [""])[-1][:500]
         if code in (401, 403):
             return ZooError(
-                f"--address: {self.address} wants Ray's token, got {code} ({said}); set RAY_AUTH_TOKEN to the cluster's"
+                f"--address: {self.address} wants Ray's token, got {code} ({line}); set RAY_AUTH_TOKEN to the cluster's"
             )
         if code == 404:
             return _NotFound(f"--address: {self.address}{path} doesn't exist; name the dashboard of a Ray head")
         if code >= 500 or code == 429:
-            return TransientError(f"{self.address}: answered {code}: {said}")
-        return ZooError(f"--address: {self.address}{path} answered {code}: {said}")
+            return TransientError(f"{self.address}: answered {code}: {line}")
+        return ZooError(f"--address: {self.address}{path} answered {code}: {line}")
 
 
 class _NotFound(ZooError):
-    """The address leads to a server that has nothing there."""
+    """The server answered 404."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is an answer: following it would carry Ray's token to somebody else."""
+    """Doesn't follow redirects, which could send Ray's token to another server."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
     ) -> None:
-        """Never."""
+        """Never redirect."""
 
 
 def _authorization() -> dict[str, str]:
-    """Ray's own token, from where Ray takes it; nothing to do with the Hub's."""
+    """Authorization header with Ray's token, read from where Ray reads it; unrelated to the Hub's token."""
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
         return {}
     token = os.environ.get("RAY_AUTH_TOKEN", "").strip()
@@ -180,18 +180,18 @@ def _authorization() -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
-def _read(answer: Any, until: float) -> bytes:
-    """All of it, unless it comes too slowly; the socket's own timeout only bounds each piece."""
+def _read(answer: Any, deadline: float) -> bytes:
+    """Read the whole answer before the deadline; the socket's timeout bounds only each single read."""
     pieces = []
     while piece := answer.read1(1 << 20):
         pieces.append(piece)
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             raise TimeoutError("the answer didn't end in time")
     return b"".join(pieces)
 
 
-def _parsed(answer: bytes, what: TypeAdapter[T]) -> T:
+def _parsed(answer: bytes, adapter: TypeAdapter[T]) -> T:
     try:
-        return what.validate_json(answer)
+        return adapter.validate_json(answer)
     except ValidationError as error:
         raise TransientError(f"the head's answer can't be read ({error.error_count()} problems)") from error

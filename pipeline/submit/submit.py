@@ -1,7 +1,7 @@
-"""A run as a Ray job: submitted once however often it's asked for, followed, cancelled.
+"""Submit, follow and cancel runs as Ray jobs. Submitting is idempotent.
 
-The submission's name is its content (zoo, files, code, place), so that a repeated command finds what is there instead
-of starting it twice. The plan is made on the cluster, which has the Hub's token and the shared folders; the machine
+A submission's name contains the hash of its content (zoo, files, code, --out), so that a repeated command finds the job
+instead of starting another. The cluster makes the plan, as it has the Hub's token and the shared folders; the machine
 that submits needs neither, and sends no token.
 """
 
@@ -27,27 +27,27 @@ from workers.spec.base import canonical_json
 PREFIX = "quantmill-"
 ATTEMPTS = 4
 POLL_SECONDS = 1.0
-READ_RATE = 1e6  # bytes in a second, of logs that are read again and again
-PATIENCE_SECONDS = 600.0  # without an answer, while a job is followed
-LOG_SECONDS = 30.0  # without the log of a run that has ended
-STOP_SECONDS = 60  # between the signal that ends a run in order, and the one that doesn't
+READ_RATE = 1e6  # bytes per second at most for polling a log, which is read whole each time
+PATIENCE_SECONDS = 600.0  # longest time without an answer while a job is followed
+LOG_SECONDS = 30.0  # longest wait for the log of a run that has ended
+STOP_SECONDS = 60  # between SIGINT and SIGKILL
 RUN_CODES = frozenset({0, 1, 2, 130})
 FAILED, INTERRUPTED = 1, 130
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A name that stands on the cluster, and whether it stood there before."""
+    """The submission id of a job on the cluster, and whether the job was running before (``attached``)."""
 
     name: str
     attached: bool
 
 
 def check(zoo: Zoo, out: str) -> None:
-    """What the zoo and the command line ask for that a cluster can't do.
+    """Refuse what a cluster can't do.
 
     Raises:
-        ZooError: the loopback Hub, or a folder that Ray would delete.
+        ZooError: the zoo publishes to the loopback Hub, or Ray would delete the output folder.
     """
     if zoo.publish and zoo.publish.endpoint == LOOPBACK:
         raise ZooError(
@@ -62,39 +62,39 @@ def check(zoo: Zoo, out: str) -> None:
 
 
 def command(parcel: Parcel, out: str, python: str) -> str:
-    """What the head's shell runs, in the unpacked parcel; ``exec``, for signals and the exit code to be the run's."""
-    place = f"~/{shlex.quote(out[2:])}" if out.startswith("~/") else shlex.quote(out)
+    """The job's shell command, run in the unpacked parcel; ``exec`` makes signals and exit code the run's."""
+    folder = f"~/{shlex.quote(out[2:])}" if out.startswith("~/") else shlex.quote(out)
     return (
-        f"exec {shlex.quote(python)} -m pipeline.cli.in_job run {shlex.quote(parcel.zoo)} --out {place} --address auto"
+        f"exec {shlex.quote(python)} -m pipeline.cli.in_job run {shlex.quote(parcel.zoo)} --out {folder} --address auto"
     )
 
 
 def submit(head: JobsClient, zoo: Zoo, parcel: Parcel, out: str, python: str) -> Submission:
-    """Start the run, unless the very same is waiting or at work.
+    """Start the run, unless the same one is pending or running.
 
-    Look, decide, act, look again: a lost answer is found by looking. A run that has ended is followed by another one
-    under the next name.
+    Every retry lists the jobs first, so that a job whose start request got no answer is found. After a run that has
+    ended, a new one starts under the next name.
 
     Raises:
-        TransientError: the head doesn't answer; whether the run was started isn't known, and repeating does no harm.
+        TransientError: the head doesn't answer; the run may have been started, and submitting again is safe.
     """
     entrypoint = command(parcel, out, python)
     identity = canonical_json({"parcel": parcel.sha256(), "entrypoint": entrypoint})
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-    base, tried, problem = f"{PREFIX}{zoo.name}-{fingerprint[:12]}", None, ""
+    base, requested, problem = f"{PREFIX}{zoo.name}-{fingerprint[:12]}", None, ""
     with tempfile.TemporaryDirectory(prefix="quantmill-") as folder:
         archive = Path(folder) / f"quantmill_{parcel.sha256()}.zip"
         parcel.write(archive)
         for attempt in range(ATTEMPTS):
             try:
                 known = head.jobs()
-                if tried and any(job.submission_id == tried for job in known):
-                    return Submission(tried, attached=False)
+                if requested and any(job.submission_id == requested for job in known):
+                    return Submission(requested, attached=False)
                 name, attached = choose(base, known)
                 if attached:
                     return Submission(name, attached=True)
                 request = _request(name, entrypoint, head.upload(archive), zoo.name, out, fingerprint)
-                tried = name
+                requested = name
                 head.start(request)
                 return Submission(name, attached=False)
             except TransientError as error:
@@ -107,13 +107,13 @@ def submit(head: JobsClient, zoo: Zoo, parcel: Parcel, out: str, python: str) ->
 
 
 def choose(base: str, known: Iterable[RayJob]) -> tuple[str, bool]:
-    """The name to go by, and whether that job is waiting or at work: ``base``, then ``base-2``, ``base-3``, ..."""
+    """The submission id to use (``base``, ``base-2``, ``base-3``, ...), and whether that job is pending or running."""
     numbered = re.compile(rf"{re.escape(base)}(?:-(\d+))?")
-    found = [(match, job) for job in known if (match := numbered.fullmatch(job.submission_id or ""))]
-    for match, job in found:
+    earlier = [(match, job) for job in known if (match := numbered.fullmatch(job.submission_id or ""))]
+    for match, job in earlier:
         if not job.ended:
             return match[0], True
-    last = max((int(match[1] or 1) for match, _ in found), default=0)
+    last = max((int(match[1] or 1) for match, _ in earlier), default=0)
     return (base if last == 0 else f"{base}-{last + 1}"), False
 
 
@@ -123,7 +123,7 @@ def _request(name: str, entrypoint: str, uri: str, zoo: str, out: str, fingerpri
         "entrypoint": entrypoint,
         "runtime_env": {
             "working_dir": uri,
-            # Read by Ray's supervisor of the job, which sends SIGTERM otherwise, and SIGKILL after 3 s.
+            # Ray's job supervisor reads these; its defaults are SIGTERM, and SIGKILL after 3 s.
             "env_vars": {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
         },
         "metadata": {"zoo": zoo, "out": out, "fingerprint": fingerprint},
@@ -131,7 +131,7 @@ def _request(name: str, entrypoint: str, uri: str, zoo: str, out: str, fingerpri
 
 
 def submitted(head: JobsClient) -> list[RayJob]:
-    """The runs that were submitted to the cluster, the newest first."""
+    """The submitted runs that the cluster knows, newest first."""
     ours = [job for job in head.jobs() if (job.submission_id or "").startswith(PREFIX)]
     return sorted(ours, key=lambda job: job.start_time or 0, reverse=True)
 
@@ -140,7 +140,7 @@ def find(head: JobsClient, name: str) -> RayJob:
     """The submitted run of that name.
 
     Raises:
-        ZooError: there is none.
+        ZooError: the head knows none.
     """
     job = head.job(name)
     if job is None:
@@ -150,26 +150,26 @@ def find(head: JobsClient, name: str) -> RayJob:
 
 
 def follow(head: JobsClient, name: str, write: Callable[[str], object], tell: Callable[[str], object]) -> RayJob:
-    """Hand on what the run prints, as it prints it, until it has ended; lost connections are taken up again.
+    """Stream the run's output to ``write`` until it has ended, retrying lost connections; ``tell`` gets notices.
 
     Raises:
-        TransientError: no answer for ten minutes, or the head forgot the job (it was started anew).
+        TransientError: no answer for ``PATIENCE_SECONDS``, or the head, restarted, doesn't know the job any more.
     """
-    shown, heard, silent, job = 0, time.monotonic(), False, None
+    shown, last_answer, outage_reported, job = 0, time.monotonic(), False, None
     while True:
         try:
             job = head.job(name)
             text = head.logs(name) if job else ""
         except TransientError as error:
-            since = time.monotonic() - heard
+            since = time.monotonic() - last_answer
             if job and job.ended and since > LOG_SECONDS:
                 tell(f"{error}; the end of its log can't be had")
                 return job
             if since > PATIENCE_SECONDS:
                 raise TransientError(f"{error}; none for {since:.0f} s, the run may well go on") from error
-            if not silent:
+            if not outage_reported:
                 tell(f"{error}; trying again")
-            silent = True
+            outage_reported = True
             time.sleep(POLL_SECONDS)
             continue
         if job is None:
@@ -177,7 +177,7 @@ def follow(head: JobsClient, name: str, write: Callable[[str], object], tell: Ca
                 f"{head.address} doesn't know {name!r} any more, so its head was started anew; submit the zoo again: "
                 "only what is missing is made"
             )
-        heard, silent = time.monotonic(), False
+        last_answer, outage_reported = time.monotonic(), False
         write(text[shown:])
         shown = max(shown, len(text))
         if job.ended:
@@ -186,25 +186,25 @@ def follow(head: JobsClient, name: str, write: Callable[[str], object], tell: Ca
 
 
 def cancel(head: JobsClient, name: str) -> RayJob:
-    """Ask a run to end, and wait until it has: it writes its results first. One that has ended is left as it is.
+    """Ask a run to end, and wait until it has written its results and ended. Does nothing to a run that has ended.
 
     Raises:
-        ZooError: there's no such run.
-        TransientError: it doesn't end.
+        ZooError: the head knows no such run.
+        TransientError: the run doesn't end in time.
     """
     job = find(head, name)
-    until = time.monotonic() + STOP_SECONDS + 30
+    deadline = time.monotonic() + STOP_SECONDS + 30
     while not job.ended:
         head.stop(name)
         time.sleep(POLL_SECONDS)
         job = find(head, name)
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             raise TransientError(f"{name}: still {job.status} after {STOP_SECONDS + 30} s; cancel it again")
     return job
 
 
 def row(job: RayJob) -> dict[str, object]:
-    """A submitted run for the table of ``quantmill status``."""
+    """The row of a submitted run in the table of ``quantmill status``."""
     begun, ended = job.start_time, job.end_time
     seconds = None if begun is None else (ended / 1000 if ended else time.time()) - begun / 1000
     return {
@@ -218,25 +218,25 @@ def row(job: RayJob) -> dict[str, object]:
 
 
 def exit_code(job: RayJob) -> int:
-    """The run's own exit code; 130 for one that was cancelled, 1 for one that couldn't end in order."""
+    """The run's exit code; 130 if it was cancelled, 1 if it died."""
     if job.status == "STOPPED":
         return INTERRUPTED
     if job.status == "SUCCEEDED":
         return 0
     code = job.driver_exit_code
-    if code is None and (said := re.search(r"failed with exit code (-?\d+)", job.message or "")):
-        code = int(said[1])
+    if code is None and (match := re.search(r"failed with exit code (-?\d+)", job.message or "")):
+        code = int(match[1])
     return code if code in RUN_CODES and code else FAILED
 
 
 def ending(job: RayJob) -> str:
-    """How a run ended, in words."""
+    """Describe how a run ended."""
     if job.status != "FAILED" or job.driver_exit_code in RUN_CODES:
         return f"{job.submission_id}: {job.status.lower()}, exit code {exit_code(job)}"
     if job.driver_exit_code is not None:
-        why = f"its driver ended with {job.driver_exit_code}"
+        reason = f"its driver ended with {job.driver_exit_code}"
         if job.driver_exit_code == 127:
-            why += ": no such Python on the head; name it with --python"
+            reason += ": no such Python on the head; name it with --python"
     else:
-        why = (job.message or "no reason given").strip().splitlines()[0]
-    return f"{job.submission_id}: failed, {why}; submit the zoo again: only what is missing is made"
+        reason = (job.message or "no reason given").strip().splitlines()[0]
+    return f"{job.submission_id}: failed, {reason}; submit the zoo again: only what is missing is made"

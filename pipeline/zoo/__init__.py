@@ -1,1 +1,1 @@
-"""Zoo files, and what is shipped for them."""
+"""Reading and validating zoo files; the recipes, gates and tables that quantmill ships for them."""

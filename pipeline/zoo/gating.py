@@ -1,4 +1,4 @@
-"""Which thresholds an artifact has to keep: the shipped ones, and over them what a zoo and its models say."""
+"""Choose the thresholds of an artifact: the shipped ones, overridden by the zoo's and then by the model's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from workers.spec.recipes import Recipe
 
 
 class Gate(Frozen):
-    """Some thresholds; those left out stay what they are."""
+    """Overrides of single thresholds; those left out keep their value."""
 
     kl_mean: float | None = Field(None, gt=0, description="At most, in nats for each token (upper bound).")
     top1_agreement: float | None = Field(None, gt=0, le=1, description="At least (Wilson lower bound).")
@@ -24,19 +24,21 @@ class Gate(Frozen):
     perplexity_ratio_least: float | None = Field(None, gt=0, lt=1, description="Better is ANOMALOUS (upper bound).")
 
 
-# By a family of recipes (w4, nf4, ...), or by the name of a recipe, which comes after.
+# Keys are families of recipes (w4, nf4, ...) or names of recipes; a name overrides its family.
 Gates = dict[str, Gate]
 
 
-def thresholds(shipped: Mapping[str, Thresholds], said: Sequence[Mapping[str, Gate]], recipe: Recipe) -> Thresholds:
-    """Those of a recipe: what comes later in ``said`` (the zoo's, the model's) goes over what comes before.
+def thresholds(
+    shipped: Mapping[str, Thresholds], overrides: Sequence[Mapping[str, Gate]], recipe: Recipe
+) -> Thresholds:
+    """The thresholds of a recipe: later entries of ``overrides`` (the zoo's, then the model's) override earlier ones.
 
     Raises:
-        ZooError: a family that ``shipped`` doesn't have, not given whole.
+        ZooError: ``shipped`` lacks the recipe's family, and ``overrides`` don't give all of its thresholds.
     """
     family = recipe.scheme.family
     chosen: dict[str, Any] = shipped[family].model_dump() if family in shipped else {}
-    for gates in said:
+    for gates in overrides:
         for key in (family, recipe.name):
             if key in gates:
                 chosen |= gates[key].model_dump(exclude_none=True)
@@ -51,6 +53,6 @@ def thresholds(shipped: Mapping[str, Thresholds], said: Sequence[Mapping[str, Ga
 
 
 def unknown_keys(gates: Mapping[str, Gate], recipes: Sequence[Recipe]) -> list[str]:
-    """Keys that are neither a recipe of the zoo nor the family of one."""
+    """Keys that name neither a recipe of the zoo nor the family of one, sorted."""
     known = {recipe.name for recipe in recipes} | {recipe.scheme.family for recipe in recipes}
     return sorted(set(gates) - known)

@@ -1,4 +1,4 @@
-"""pydantic's findings in words that name the thing, the value and the remedy."""
+"""Turn pydantic's validation errors into messages that name the key, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pydantic import BaseModel, ValidationError
 
 
 def explain(error: ValidationError, where: str, content: object, root: type[BaseModel] | None = None) -> str:
-    """One line for each finding: the path in the file, what was got, what was expected.
+    """One line for each finding: its path in the file, the value, and what was expected.
 
-    ``content`` is what was validated: of pydantic's paths, only what stands in it is shown, not the tags of unions.
+    ``content`` is the validated input: paths show only keys that it contains, not pydantic's tags of unions.
     """
     findings = error.errors(include_url=False)
     # A tuple with one bad item is also reported as too short: keep the innermost finding.
@@ -40,14 +40,14 @@ def _line(finding: Any, root: type[BaseModel] | None, content: object) -> str:
             return f"  {path}: {message}, got {_short(got)}"
 
 
-def _path(loc: tuple[int | str, ...], kind: str, content: object) -> Iterator[str]:
-    """The parts of a finding's path that stand in the file; one that is missing there ends it."""
-    here = content
+def _path(loc: tuple[int | str, ...], finding_type: str, content: object) -> Iterator[str]:
+    """The parts of a finding's path that the file contains; a key that is missing there may only come last."""
+    value = content
     for position, part in enumerate(loc):
-        in_list = isinstance(here, list | tuple) and isinstance(part, int) and part < len(here)
-        if in_list or (isinstance(here, Mapping) and part in here):
-            here = here[part]  # type: ignore[index]
-        elif kind != "missing" or position < len(loc) - 1:
+        in_list = isinstance(value, list | tuple) and isinstance(part, int) and part < len(value)
+        if in_list or (isinstance(value, Mapping) and part in value):
+            value = value[part]  # type: ignore[index]
+        elif finding_type != "missing" or position < len(loc) - 1:
             continue  # a union's tag
         yield str(part)
 
@@ -64,6 +64,6 @@ def _all_keys(root: type[BaseModel]) -> list[str]:
 
 
 def _short(value: object) -> str:
-    # Whoever writes a password into an address doesn't want to read it in a log.
+    # URLs may hold credentials, which must not reach a log.
     text = re.sub(r"(://)[^/@\s]+@", r"\1...@", repr(value))
     return text if len(text) <= 80 else text[:77] + "..."

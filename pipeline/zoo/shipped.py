@@ -1,4 +1,4 @@
-"""What quantmill ships beside its code: recipes, gates, the report template."""
+"""Look up what quantmill ships beside its code: recipes and gates in ``configs/``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def recipe(name: str) -> Recipe:
     """The shipped recipe of that name.
 
     Raises:
-        ZooError: if there is none.
+        ZooError: no shipped recipe has that name.
     """
     if name not in recipe_names():
         close = difflib.get_close_matches(name, recipe_names(), n=1)

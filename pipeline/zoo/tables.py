@@ -1,6 +1,6 @@
-"""The README's tables of recipes and formats, printed from the rows: ``python -m pipeline.zoo.tables README.md``.
+"""Generate the README's tables of recipes and formats: ``python -m pipeline.zoo.tables README.md``.
 
-What stands between ``<!-- NAME -->`` and ``<!-- /NAME -->`` is replaced; a test holds the README to it.
+The text between ``<!-- NAME -->`` and ``<!-- /NAME -->`` is replaced; a test checks that the README is up to date.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from workers.spec.runtimes import RUNTIMES, Runtime, checking
 
 
 def recipes_table() -> str:
-    """The shipped recipes: what they are, and which runtimes read what they make."""
+    """Markdown table of the shipped recipes, and of the runtimes that read their artifacts."""
     others = [row for row in RUNTIMES.values() if row.entry is None]
     rows = [
         (f"`{recipe.name}`", recipe.method, _scheme(recipe), recipe.format, _checked(recipe), _read_by(recipe, others))
@@ -31,7 +31,7 @@ def recipes_table() -> str:
 
 
 def formats_table() -> str:
-    """The formats: what they hold, and what loading one takes beside the runtime that it's checked in."""
+    """Markdown table of the formats: contents, and the packages needed beside the runtime that checks each."""
     rows = []
     for row in FORMATS.values():
         runtime = checking(row.name)
@@ -46,7 +46,7 @@ TABLES = {"recipes": recipes_table, "formats": formats_table}
 
 
 def rewritten(text: str) -> str:
-    """A text with its tables printed anew."""
+    """The text with its tables regenerated."""
     for name, table in TABLES.items():
         block = f"<!-- {name} -->\n{table()}\n<!-- /{name} -->"
         text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, block=block: block, text, flags=re.S)  # type: ignore[misc]
@@ -65,12 +65,12 @@ def _checked(recipe: Recipe) -> str:
 
 def _read_by(recipe: Recipe, others: Iterable[Runtime]) -> str:
     mixed = bool(getattr(recipe, "overrides", ()))
-    said = []
+    readers = []
     for row in others:
         if row.reads(recipe.format, recipe.scheme, LayerKinds(mixed=mixed)) is None:
             dense = row.reads(recipe.format, recipe.scheme, LayerKinds(mixed=mixed, experts=True)) is not None
-            said.append(f"{row.name}{' (dense models)' if dense else ''}")
-    return ", ".join(said)
+            readers.append(f"{row.name}{' (dense models)' if dense else ''}")
+    return ", ".join(readers)
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

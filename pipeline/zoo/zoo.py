@@ -1,4 +1,4 @@
-"""The zoo file: models x recipes, calibration, gates and publishing, validated once."""
+"""Model and load the zoo file (models x recipes, calibration, gates, publishing), validated once."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Verify(Frozen):
 
     @property
     def verification(self) -> Verification:
-        """What a worker needs of it."""
+        """The part of these settings that a worker needs."""
         return Verification(dataset=self.dataset, tokens=self.tokens, sequence_length=self.sequence_length)
 
     @field_validator("gates")
@@ -90,7 +90,7 @@ class Publish(Frozen):
     limits: HubLimits = Field(HubLimits(), description="How much of the Hub a run may use.")
 
     def destination(self, endpoint: str) -> Destination:
-        """What a worker needs of it; ``endpoint`` is the embedded Hub's address once it runs."""
+        """The part of these settings that a worker needs; ``endpoint`` replaces 'loopback' by the running Hub's URL."""
         terms = {"private", "gated", "keep", "force", "limits"}
         return Destination(endpoint=endpoint, **{name: getattr(self, name) for name in terms})
 
@@ -176,15 +176,15 @@ class Zoo(Frozen):
         return tuple(r for r in self.resolved_recipes if not model.recipes or r.name in model.recipes)
 
     def thresholds(self, model: ModelEntry, recipe: Recipe) -> Thresholds:
-        """The gates of an artifact: the set's, what the zoo says of its family and recipe, what the model says.
+        """The thresholds of an artifact: the named set's, overridden by the zoo's gates, then by the model's.
 
         Raises:
-            ZooError: if there are none for that family.
+            ZooError: no thresholds for the recipe's family.
         """
-        said = self.verify.gates
-        if isinstance(said, str):
-            return gating.thresholds(shipped.gates()[said], [model.gates], recipe)
-        return gating.thresholds(shipped.gates()["default"], [said, model.gates], recipe)
+        gates = self.verify.gates
+        if isinstance(gates, str):
+            return gating.thresholds(shipped.gates()[gates], [model.gates], recipe)
+        return gating.thresholds(shipped.gates()["default"], [gates, model.gates], recipe)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -206,10 +206,10 @@ class Zoo(Frozen):
 
 
 def load(path: Path) -> Zoo:
-    """Read a zoo file; recipe names and gates are looked up, so that a mistake shows here.
+    """Read a zoo file, and look up its recipe names and gates, so that mistakes show before planning.
 
     Raises:
-        ZooError: naming the key, the value and the remedy, for all findings at once.
+        ZooError: the message names key, value and remedy of every finding.
     """
     try:
         raw = yaml.load(path.read_text(), _UniqueKeys)
@@ -249,7 +249,7 @@ def _gates(zoo: Zoo) -> Iterator[tuple[str, Gates]]:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key given twice is an error, not a silent overwrite."""
+    """YAML loader that rejects duplicate keys instead of keeping the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]

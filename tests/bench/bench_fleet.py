@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -46,19 +44,10 @@ def sleep(request: str, where: Where, warm: Any, nap: float, answer: str) -> str
 
 def sleep_apart(request: str, where: Where, warm: Any, nap: float, answer: str) -> str:
     """A stage that computes: the same in a process of its own, which has torch and transformers as a real one."""
-    ended = where.ask("tests.bench.bench_fleet:doze", json.dumps([nap, answer]), warm)
+    ended = where.ask("tests.bench.dozing:doze", json.dumps([nap, answer]), warm)
     assert ended.answer is not None, ended
     assert ended.note is None, ended.note
     return ended.answer
-
-
-def doze(request: str) -> str:
-    """What the process of its own does."""
-    nap, answer = json.loads(request)
-    assert {"torch", "transformers"} <= set(sys.modules)
-    assert len(os.environ["CUDA_VISIBLE_DEVICES"].split(",")) == 1
-    time.sleep(nap)
-    return str(answer)
 
 
 def answer(step: Step, of: Job) -> str:

@@ -1,4 +1,4 @@
-"""Zoos on the small models, and quantmill as a user runs it: a process of its own, embedded Ray, loopback Hub."""
+"""Helpers that run zoos on the small models as a user does: in a subprocess, with embedded Ray and loopback Hub."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def command(zoo: Path, out: Path) -> list[str]:
 
 
 def run(zoo: Path, out: Path, seconds: float = RUN_SECONDS) -> tuple[int, str, dict[str, Any]]:
-    """Run to the end: exit code, what was printed, and results.json."""
+    """Run a zoo to its end; returns exit code, stdout, and the content of results.json."""
     done = subprocess.run(
         command(zoo, out), capture_output=True, text=True, timeout=seconds, cwd=out.parent, check=False
     )
@@ -52,7 +52,7 @@ def run(zoo: Path, out: Path, seconds: float = RUN_SECONDS) -> tuple[int, str, d
 
 
 def stop_when(zoo: Path, out: Path, said: str, number: signal.Signals) -> tuple[int, str, str]:
-    """Send a signal once a line says so: exit code, what was printed until then, and the run's mark."""
+    """Run a zoo and send a signal once a line contains ``said``; returns exit code, output, and the run's mark."""
     mark = uuid.uuid4().hex
     process = subprocess.Popen(
         command(zoo, out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, MARK: mark}
@@ -70,7 +70,7 @@ def stop_when(zoo: Path, out: Path, said: str, number: signal.Signals) -> tuple[
 
 
 def marked_processes(mark: str, but: tuple[str, ...] = ()) -> list[int]:
-    """Processes that inherited a run's mark: its own, Ray's, the workers' and their children; ``but`` by title."""
+    """Ids of processes that inherited a run's mark (Ray's and workers' too), except titles that start with ``but``."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():

@@ -1,6 +1,6 @@
-"""A fleet that only passes time: the driver's own decisions, carried out in virtual seconds.
+"""Simulate a fleet, to test the driver's real decisions in virtual time (seconds).
 
-It refuses what a real cluster couldn't do: more than a node has, or work for a node that is gone.
+The simulation asserts that stages don't use more than a node has; stages on a node that is gone fail.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ Fails = Callable[[Step, Job, Node, Claim], Failure | None]
 
 
 def node(name: str, cpus: int = 2, gpus: int = 0, gib: int = 1000, **labels: str) -> Node:
-    """A node with so much memory to lend."""
+    """A node with ``gib`` GiB of host memory."""
     return Node(name, cpus, gpus, gib * GIB, {key.replace("_", "/"): value for key, value in labels.items()})
 
 
 @dataclass
 class Used:
-    """What runs on a node."""
+    """Resources that running stages use on a node: cores, bytes, and the share of each GPU."""
 
     cpus: float = 0.0
     memory: int = 0
@@ -61,7 +61,7 @@ class Used:
 
 
 class SimulatedFleet:
-    """Nodes, and stages that take as long as ``seconds`` says and end as ``fails`` says."""
+    """Nodes whose stages take ``seconds(...)`` of virtual time, and fail if ``fails(...)`` returns a failure."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class SimulatedFleet:
     ) -> None:
         self.alive = {node.id: node for node in nodes}
         self.now = 0.0
-        self.log: list[tuple[float, str, str, Step]] = []  # time, started or ended, node, step
+        self.log: list[tuple[float, str, str, Step]] = []  # time, "started" or "ended", node, step
         self.claims: dict[Step, Claim] = {}
         self.most = Counter[tuple[str, Stage]]()
         self.lean: set[Step] = set()
@@ -89,11 +89,11 @@ class SimulatedFleet:
         self._events: list[tuple[float, int, Callable[[], None]]] = []
 
     def at(self, when: float, action: Callable[[], None]) -> None:
-        """Do something at a time: a node goes, or comes."""
+        """Schedule an action, such as adding or removing a node, at a virtual time."""
         heapq.heappush(self._events, (when, next(self._order), action))
 
     def vanish(self, name: str) -> None:
-        """A node is gone, with all that runs there."""
+        """Remove a node; the stages that run there end now."""
         self.alive.pop(name, None)
         lost = [entry for entry in self._flying if entry[4].id == name]
         self._flying = [entry for entry in self._flying if entry[4].id != name]
@@ -140,7 +140,7 @@ class SimulatedFleet:
             assert not claim.gpus or claim.card < node.gpus
 
     def sleep(self, seconds: float) -> None:
-        """Time passes, and nothing ends."""
+        """Advance the virtual time; no stage ends meanwhile."""
         self._pass_to(self.now + seconds)
 
     def wait(self, seconds: float) -> list[tuple[Step, StageResult]]:
@@ -182,12 +182,12 @@ class SimulatedFleet:
                 return StageResult(stage=Stage.PUBLISH, recipe=step.recipe, commit="c")
 
     def order_of(self, stage: Stage, what: str = "started") -> list[int]:
-        """The jobs of a stage, in the order in which it was started (or ended)."""
+        """Jobs in the order in which their stage was started (or ended)."""
         return [step.job for _, event, _, step in self.log if event == what and step.stage == stage]
 
 
 def plan_of(sizes: Sequence[Estimate], *recipes: str) -> Plan:
-    """A plan of one job for each estimate, every one under all recipes."""
+    """A plan with one job per estimate, each with all recipes."""
     jobs, cells = [], []
     for index, size in enumerate(sizes):
         pin = ModelPin(id=f"org/model-{index}", revision="r")
@@ -197,23 +197,23 @@ def plan_of(sizes: Sequence[Estimate], *recipes: str) -> Plan:
 
 
 def size(work: int = 0, *, host: int = 0, device: int = 0, disk: int = 0) -> Estimate:
-    """An estimate in which quantizing and verifying need the same memory."""
+    """An estimate whose quantizing and verifying need the same memory; ``work`` in multiply-adds, the rest in bytes."""
     need = Need(host, device)
     return Estimate(0, disk, need, need, pass_work=work)
 
 
 def drive(fleet: SimulatedFleet, plan: Plan, spread_seconds: float = math.inf) -> Driver:
-    """Run the plan in virtual time; without spreading a pass, unless it's asked for."""
+    """Run the plan in virtual time; by default passes aren't spread."""
     driver = Driver(fleet, plan, [], clock=lambda: fleet.now, sleep=fleet.sleep, spread_seconds=spread_seconds)
     driver.run()
     return driver
 
 
 def commits(driver: Driver) -> list[str | None]:
-    """What came of every artifact."""
+    """The commit of every artifact, None if it wasn't published."""
     return [artifact.commit for run in driver.jobs for artifact in run.artifacts.values()]
 
 
 def computing(step: Step) -> bool:
-    """Whether a step takes a slot."""
+    """Whether a step computes, which takes a slot."""
     return step.stage not in NETWORK_STAGES

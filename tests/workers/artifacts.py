@@ -1,4 +1,4 @@
-"""What the tests of the formats share: small checkpoints, codes by rounding, an artifact without the engine."""
+"""Helpers for tests of formats: small checkpoints, codes by rounding, and artifacts written without the engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SMALL = {"vocab_size": 96, "initializer_range": 0.1, "bos_token_id": 1, "eos_tok
 DENSE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
     "llama": lambda: tf.LlamaConfig(**SMALL, **DENSE, intermediate_size=128),
-    # 32 divides its width, 64 doesn't.
+    # The intermediate width is divisible by 32, but not by 64.
     "odd": lambda: tf.LlamaConfig(**SMALL, **DENSE, intermediate_size=160),
     "qwen3_moe": lambda: tf.Qwen3MoeConfig(
         **SMALL, **DENSE, moe_intermediate_size=32, head_dim=16, num_experts=4, num_experts_per_tok=2
@@ -33,7 +33,7 @@ IDS = torch.randint(0, 96, (2, 16), generator=torch.Generator().manual_seed(3))
 
 
 def make_sources(folder: Path) -> dict[str, Path]:
-    """Random float checkpoints of ``CONFIGS``."""
+    """Write a random bfloat16 checkpoint for each of ``CONFIGS``; returns their folders by name."""
     for name, config in CONFIGS.items():
         torch.manual_seed(7)
         tf.AutoModelForCausalLM.from_config(config(), dtype=torch.bfloat16).save_pretrained(folder / name)
@@ -65,7 +65,7 @@ def random_weight(rows: int, columns: int, chosen: IntScheme, dtype: torch.dtype
 
 
 def value_of(weight: IntWeight, dtype: torch.dtype) -> Tensor:
-    """The weight that the codes stand for, column by column."""
+    """Dequantize a weight: (code - zero point) x scale of the column's group."""
     group = torch.arange(weight.codes_OI.shape[1]) // (weight.group_size or weight.codes_OI.shape[1])
     zero = 0 if weight.zero_OG is None else weight.zero_OG[:, group].int()
     return (weight.codes_OI.int() - zero).to(dtype) * weight.scale_OG[:, group].to(dtype)
@@ -83,7 +83,7 @@ def write(
     dtype: torch.dtype = torch.bfloat16,
     coder: Callable[[Tensor, Any, torch.dtype], CodedWeight] = round_to_nearest,
 ) -> Path:
-    """Quantize a checkpoint by rounding; ``schemes`` says how each Linear module is stored, None to keep it."""
+    """Quantize a checkpoint by rounding; ``schemes`` maps a Linear module to its scheme, None leaves it unquantized."""
     stored: dict[str, Tensor] = {}
     used: dict[str, LinearScheme] = {}
     kept = ["lm_head"]
@@ -106,7 +106,7 @@ def write(
 
 
 def write_decoded(quantized: Path, source: Path, target: Path) -> Path:
-    """Our own reading of a quantized checkpoint, as a float checkpoint."""
+    """Write a quantized checkpoint as a float checkpoint, dequantized by our own decoder."""
     target.mkdir()
     with open_decoded(quantized) as decoded:
         save_file({name: decoded.read(name) for name in decoded.headers}, target / "model.safetensors")

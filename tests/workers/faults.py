@@ -1,4 +1,4 @@
-"""Ways in which a checkpoint gets broken: each takes a good artifact's folder, and what its verdict has to name."""
+"""Faults to plant in the folder of a good artifact, each with the text that the verdict's reasons must contain."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UP = "model.layers.1.mlp.up_proj"
 
 @dataclass(frozen=True)
 class Planted:
-    """A fault in the artifact of a model under a recipe; ``said`` is part of one of the reasons."""
+    """A fault in the artifact of a model and recipe; one of the verdict's reasons must contain ``said``."""
 
     plant: Callable[[Path], object]
     said: str
@@ -32,7 +32,7 @@ class Planted:
 
 
 def tensors(change: Change) -> Callable[[Path], None]:
-    """Changes the tensors of the weights."""
+    """A fault that changes the loaded tensors in place."""
 
     def plant(folder: Path) -> None:
         loaded = load_file(folder / WEIGHTS)
@@ -43,12 +43,12 @@ def tensors(change: Change) -> Callable[[Path], None]:
 
 
 def one(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
-    """Replaces one tensor."""
+    """A fault that replaces one tensor."""
     return tensors(lambda loaded: loaded.update({name: change(loaded[name]).contiguous()}))
 
 
 def setting(file: str, *path: str, value: Any) -> Callable[[Path], None]:
-    """Changes one setting of a JSON file."""
+    """A fault that sets one key (at ``path``) of a JSON file."""
 
     def plant(folder: Path) -> None:
         content = json.loads((folder / file).read_text())
@@ -62,7 +62,7 @@ def setting(file: str, *path: str, value: Any) -> Callable[[Path], None]:
 
 
 def swapped(first: str, second: str) -> Callable[[Path], None]:
-    """Exchanges all tensors of two modules."""
+    """A fault that exchanges all tensors of two modules."""
 
     def change(loaded: dict[str, Tensor]) -> None:
         pairs = [(name, second + name.removeprefix(first)) for name in loaded if name.startswith(f"{first}.")]
@@ -78,11 +78,11 @@ def nibbles_swapped(words: Tensor) -> Tensor:
 
 
 def transposed(loaded: dict[str, Tensor]) -> None:
-    """A square weight, its codes and scales made for the transposed matrix."""
+    """Replace the codes and scales of a square weight by those of its transpose."""
     module = "model.layers.2.self_attn.q_proj"
     stored = {suffix: loaded[f"{module}.{suffix}"] for suffix in ("weight_packed", "weight_scale", "weight_shape")}
     codes_OI = unpack_from_int32(stored["weight_packed"], 4, (256, 256))
-    # One scale everywhere, so that the transposed codes are a transposed weight and nothing else.
+    # Use a single scale, so that the weight differs from the original only by being transposed.
     scale = stored["weight_scale"].float().mean()
     values_OI = codes_OI.float() * stored["weight_scale"].float().repeat_interleave(128, dim=1)
     again_OI = (values_OI.T / scale).round().clamp(-8, 7).to(torch.int8).contiguous()
@@ -110,7 +110,7 @@ def truncated(folder: Path) -> None:
 
 
 def indexed(folder: Path, *, keys: Callable[[list[str]], list[str]] = list, file: str = WEIGHTS) -> None:
-    """An index over the one shard, of the keys that it may name."""
+    """Write an index that maps the chosen ``keys`` of the only shard to ``file``."""
     placed = dict.fromkeys(keys(sorted(load_file(folder / WEIGHTS))), file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
 
@@ -120,7 +120,7 @@ def overwritten(name: str, text: str = "{}") -> Callable[[Path], object]:
 
 
 def renamed_tokens(folder: Path) -> None:
-    """The tokenizer with two tokens exchanged: every count and shape as it was."""
+    """Exchange two tokens of the tokenizer, which changes no count or shape."""
     content = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = content["model"]["vocab"]
     first, second = sorted(vocabulary, key=vocabulary.get)[300:302]

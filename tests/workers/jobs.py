@@ -1,4 +1,4 @@
-"""Jobs on the small models, as the driver hands them to a worker."""
+"""Build jobs on the small models, as the driver sends them to a worker."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def text(name: str) -> Dataset:
 
 
 def recipe(**definition: Any) -> Recipe:
-    """A recipe in place: int, compressed-tensors unless told otherwise."""
+    """A recipe from its fields, by default in the format compressed-tensors."""
     adapter: TypeAdapter[Recipe] = TypeAdapter(Recipe)
     return adapter.validate_python({"format": "compressed-tensors", **definition})
 

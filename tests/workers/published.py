@@ -1,4 +1,4 @@
-"""A small accepted artifact, and a Hub that fails where a test says so."""
+"""A small artifact to publish, and a fault function for the loopback Hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REJECTED = {"accepted": False, "reasons": ("KL too high",), "outcome": "REGRESSI
 
 
 def artifact(folder: Path, text: str = "one", fingerprint: str = "f" * 64, *, accepted: bool = True) -> Path:
-    """Files in git and in LFS, and the manifest of them."""
+    """Write an artifact with files for git and for LFS, and its manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text('{"model_type": "llama"}')
     (folder / "README.md").write_text(f"---\nlicense: mit\n---\n{text}")
@@ -25,7 +25,7 @@ def artifact(folder: Path, text: str = "one", fingerprint: str = "f" * 64, *, ac
 
 
 def seal(folder: Path, fingerprint: str = "f" * 64, *, accepted: bool = True) -> Path:
-    """Write the manifest of what is in a folder."""
+    """Write the manifest of a folder's files."""
     files = [path for path in folder.iterdir() if path.name != MANIFEST]
     manifest = Manifest(
         fingerprint=fingerprint,
@@ -48,7 +48,7 @@ def seal(folder: Path, fingerprint: str = "f" * 64, *, accepted: bool = True) ->
 
 
 class Faults:
-    """Fails the first so many requests whose path contains some text, and notes all of them."""
+    """Fault function: ``plan`` has (part of a path, number of failures, fault); ``seen`` records all requests."""
 
     def __init__(self) -> None:
         self.plan: list[tuple[str, int, Fault]] = []

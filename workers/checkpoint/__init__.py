@@ -1,1 +1,1 @@
-"""Checkpoints on disk: tensors read and written."""
+"""Reads and writes checkpoints on disk."""

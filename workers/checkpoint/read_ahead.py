@@ -1,4 +1,4 @@
-"""The next layer's tensors are read while this one computes."""
+"""Reads the next layer's tensors while the current layer computes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from workers.checkpoint.source import TensorSource
 
 
 class ReadAhead:
-    """Reads groups of tensors in a thread, one group ahead of the one that was taken last."""
+    """Reads groups of tensors in a thread, one group ahead of the last one taken."""
 
     def __init__(self, source: TensorSource, groups: Sequence[Sequence[str]]) -> None:
         self._source = source
@@ -30,7 +30,7 @@ class ReadAhead:
         self._reader.shutdown(cancel_futures=True)
 
     def take(self, index: int) -> dict[str, Tensor]:
-        """The tensors of a group, by name; an error of reading them is raised here."""
+        """A group's tensors, by name; raises errors of reading them."""
         if self._next is None or self._next[0] != index:
             self._begin(index)
         assert self._next is not None

@@ -1,8 +1,8 @@
-"""Shards of an artifact, written as the tensors come: nothing waits in memory, and a killed writer can go on.
+"""Writes an artifact's shards tensor by tensor: nothing accumulates in memory, and a killed writer can resume.
 
 Tensors are appended to a spool file. A full spool becomes a safetensors shard: header first, then the data in the
-format's canonical order (falling size of the dtype, then the name), copied inside the kernel. All shards get their
-final names when ``close`` knows how many there are.
+format's canonical order (descending dtype size, then name), copied inside the kernel. ``close`` renames all shards once
+their number is known.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from workers.spec.base import Frozen
 from workers.spec.workspace import MAX_SHARD_BYTES
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Headers are padded to a multiple of this, as the format's own writer does, so that readers can map the tensors.
+# Headers are padded to a multiple of this many bytes, as by the format's own writer, so that tensors can be mapped.
 ALIGNMENT = 8
 
 
 class Spooled(Frozen):
-    """A tensor in a file: where it lies, in bytes. ``file`` is None in the writer's own spool."""
+    """A tensor in a file, with its position in bytes. ``file`` is None in the writer's own spool."""
 
     name: str
     dtype: str
@@ -41,7 +41,7 @@ class Spooled(Frozen):
 
 
 class Journal(Frozen):
-    """What a writer has put on disk: names of the shards that are whole, and the spool of the next."""
+    """A writer's state on disk: tensor names of the complete shards, and the spool of the next shard."""
 
     shards: tuple[tuple[str, ...], ...] = ()
     spool: tuple[Spooled, ...] = ()
@@ -49,9 +49,9 @@ class Journal(Frozen):
 
 
 class ShardWriter:
-    """Writes tensors into shards of bounded size, in the order of adding; names follow the Hub's conventions.
+    """Writes tensors into shards of bounded size, in the order of adding; file names follow the Hub's conventions.
 
-    Leaving the context without ``close`` removes what was written.
+    Leaving the context without ``close`` removes everything written.
     """
 
     def __init__(self, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES, journal: Journal | None = None) -> None:
@@ -66,7 +66,7 @@ class ShardWriter:
         self._spool_bytes = sum(entry.size for entry in self._spooled if entry.file is None)
         self.total_bytes = journal.total_bytes
         self._spool: BinaryIO | None = None
-        # Spools whose shards are whole: the last journal may name them still, so they outlive the next one.
+        # Spools of complete shards: the last saved journal may still name them, so they are kept until the next one.
         self._spent: list[Path] = []
         self._spent_before: list[Path] = []
         self._discard_after(journal)
@@ -82,14 +82,14 @@ class ShardWriter:
             path.unlink(missing_ok=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Append one tensor, of any device; it's copied to the host."""
+        """Append one tensor, from any device, by copying it to the host."""
         self._make_room(name, tensor.numel() * tensor.element_size())
         entry = append(self._open_spool(), self._spool_bytes, name, tensor)
         self._spool_bytes += entry.size
         self._take(entry)
 
     def adopt(self, entries: Iterable[Spooled]) -> None:
-        """Take tensors in, in their order, that lie in other files; these have to stay until ``close``."""
+        """Append tensors stored in other files, in their order; these files must exist until ``close``."""
         for entry in entries:
             assert entry.file is not None
             self._make_room(entry.name, entry.size)
@@ -107,9 +107,9 @@ class ShardWriter:
         self.total_bytes += entry.size
 
     def journal(self) -> Journal:
-        """What is on the disk by now, surely: a writer made from it goes on after the last tensor that it names.
+        """Flush to disk, and return the state: a writer created from it continues after the last tensor in it.
 
-        The journal before it has to be kept until this one is.
+        Keep the previous journal until this one is saved.
         """
         if self._spool is not None:
             self._spool.flush()
@@ -120,7 +120,7 @@ class ShardWriter:
         return Journal(shards=tuple(self._shards), spool=tuple(self._spooled), total_bytes=self.total_bytes)
 
     def close(self) -> None:
-        """Write what is left, and give the shards their names."""
+        """Write the last shard, and rename all shards to their final names."""
         self._finish_shard()
         for path in (*self._spent_before, *self._spent):
             path.unlink(missing_ok=True)
@@ -136,7 +136,7 @@ class ShardWriter:
         write_text(self._folder / INDEX, json.dumps(index, indent=2) + "\n")
 
     def release(self) -> None:
-        """Let go of the open file; what was written stays."""
+        """Close the open file; written files stay."""
         if self._spool is not None:
             self._spool.close()
             self._spool = None
@@ -153,20 +153,20 @@ class ShardWriter:
         return self._spool
 
     def _discard_after(self, journal: Journal) -> None:
-        """Remove what a killed writer left beyond its journal.
+        """Remove everything that a killed writer wrote after its journal.
 
         Raises:
-            FileNotFoundError: what the journal names isn't there any more.
+            FileNotFoundError: a file that the journal names is missing.
         """
-        kept = {self._partial(number) for number in range(len(journal.shards))}
-        missing = next((path for path in kept if not path.is_file()), None)
+        journaled = {self._partial(number) for number in range(len(journal.shards))}
+        missing = next((path for path in journaled if not path.is_file()), None)
         if missing is not None:
             raise FileNotFoundError(f"{missing}: named in a journal, but not there")
         if self._spool_bytes:
-            kept.add(self._spool_path())
+            journaled.add(self._spool_path())
             os.truncate(self._spool_path(), self._spool_bytes)
         for path in (*self._folder.glob(".shard-*.partial"), *self._folder.glob(".shard-*.spool")):
-            if path not in kept:
+            if path not in journaled:
                 path.unlink()
 
     def _finish_shard(self) -> None:
@@ -190,7 +190,7 @@ class ShardWriter:
 
 
 def append(stream: BinaryIO, start: int, name: str, tensor: Tensor) -> Spooled:
-    """Write a tensor, of any device, at the end of a stream, which is at ``start``."""
+    """Write a tensor, from any device, at the end of a stream; ``start`` is the stream's position in bytes."""
     data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
     stream.write(data.numpy().data)
     shape = tuple(tensor.shape)
@@ -198,10 +198,10 @@ def append(stream: BinaryIO, start: int, name: str, tensor: Tensor) -> Spooled:
 
 
 def read_back(stream: BufferedReader, entry: Spooled) -> Tensor:
-    """A tensor that ``append`` has written, on the CPU.
+    """Read a tensor written by ``append``, to the CPU.
 
     Raises:
-        OSError: the file ends before it.
+        OSError: the file is too short.
     """
     data = torch.empty(entry.size, dtype=torch.uint8)
     stream.seek(entry.start)
@@ -230,7 +230,7 @@ def _header(entries: list[Spooled]) -> bytes:
 
 
 def _copy(source: BinaryIO, target: BinaryIO, start: int, size: int) -> None:
-    """Copy bytes from a place in one file to the end of another, without bringing them into this process."""
+    """Copy ``size`` bytes from ``start`` to the end of another file, inside the kernel."""
     while size:
         copied = os.sendfile(target.fileno(), source.fileno(), start, size)
         if copied == 0:
@@ -238,5 +238,5 @@ def _copy(source: BinaryIO, target: BinaryIO, start: int, size: int) -> None:
         start, size = start + copied, size - copied
 
 
-# What writes the weights of an artifact, by the container of its format.
+# Weight writers by the container of a format.
 WRITERS: dict[str, type[ShardWriter]] = {"shards": ShardWriter}

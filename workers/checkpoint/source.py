@@ -1,4 +1,4 @@
-"""Checkpoints on disk: safetensors in, tensor by tensor; safetensors out, shard by shard, whole or not at all."""
+"""Reads checkpoints on disk tensor by tensor (safetensors, or pickles if allowed), and copies the files beside them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from workers.errors import CheckpointError, UnsupportedModel
 INDEX = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".index.json")
-# Written anew for the artifact, at its top.
+# Files at the top of a checkpoint that are rewritten for the artifact.
 REPLACED = frozenset({"config.json", "README.md", "quantmill.json", ".gitattributes"})
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -34,14 +34,14 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Header:
-    """A stored tensor, before it's read."""
+    """Shape and dtype of a stored tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 class TensorSource(Protocol):
-    """Tensors by their names in a checkpoint: stored as they are, or decoded from codes."""
+    """Tensors by their names in a checkpoint, stored as floats or decoded from codes."""
 
     @property
     def headers(self) -> Mapping[str, Header]:
@@ -52,11 +52,11 @@ class TensorSource(Protocol):
 
 
 class Source:
-    """A checkpoint folder, opened: headers at once, tensors when they're asked for.
+    """An opened checkpoint folder: headers are read immediately, tensors on demand.
 
     Raises:
-        CheckpointError: no weights, a truncated shard, an index that doesn't fit its shards.
-        UnsupportedModel: pickle weights that weren't allowed.
+        CheckpointError: there are no weights, a shard is truncated, or the index doesn't match the shards.
+        UnsupportedModel: the weights are pickles, which aren't allowed.
     """
 
     def __init__(self, folder: Path, *, allow_pickle: bool = False) -> None:
@@ -88,13 +88,13 @@ class Source:
         """The tensor, on the CPU, contiguous.
 
         Raises:
-            CheckpointError: there is none of that name.
+            CheckpointError: there is no tensor of that name.
         """
         if name not in self.headers:
             raise CheckpointError(f"checkpoint {self.folder}: no tensor {name!r}; it has {len(self.headers)} others")
         if self._pickled:
             return self._pickled[name].contiguous()
-        # Read, not mapped: mapped pages of all layers would count as this process's memory.
+        # Read, not mapped: mapped pages of all layers would count toward this process's memory.
         file, start, size = self._places[name]
         data = torch.empty(size, dtype=torch.uint8)
         _read_into(data.numpy().data, file, start)
@@ -129,7 +129,7 @@ class Source:
 
 
 def _read_into(target: memoryview, file: int, start: int) -> None:
-    """Fill ``target`` from a place in a file; positional, so that threads can read at once."""
+    """Fill ``target`` from byte ``start`` of a file; positional reads, so that threads can read concurrently."""
     while target:
         count = os.preadv(file, [target], start)
         if count == 0:
@@ -137,15 +137,15 @@ def _read_into(target: memoryview, file: int, start: int) -> None:
         target, start = target[count:], start + count
 
 
-def _dtype(shard: Path, name: str, found: str) -> torch.dtype:
-    if found not in DTYPES:
+def _dtype(shard: Path, name: str, name_of_dtype: str) -> torch.dtype:
+    if name_of_dtype not in DTYPES:
         known = ", ".join(DTYPES)
-        raise CheckpointError(f"checkpoint {shard}: dtype of {name!r}: got {found!r}, expected one of {known}")
-    return DTYPES[found]
+        raise CheckpointError(f"checkpoint {shard}: dtype of {name!r}: got {name_of_dtype!r}, expected one of {known}")
+    return DTYPES[name_of_dtype]
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The shards that the index names, in its order; else the one file; else whatever safetensors there are."""
+    """The index's shards in its order; otherwise model.safetensors; otherwise all safetensors files."""
     index = folder / INDEX
     if index.is_file():
         names = dict.fromkeys(_weight_map(index).values())
@@ -200,9 +200,9 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"checkpoint {path}: broken, not only weights, or of torch before 1.6 ({said}); convert it to safetensors"
+            f"checkpoint {path}: broken, not only weights, or of torch before 1.6 ({reason}); convert it to safetensors"
         ) from error
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise CheckpointError(f"checkpoint {path}: expected tensors by name; save the model's state_dict alone")
@@ -210,7 +210,7 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def companion_files(source: Path) -> list[Path]:
-    """Every file of a checkpoint that goes into its artifact unchanged: tokenizer, templates, licence, ..."""
+    """Files of a checkpoint that are copied unchanged into its artifact: tokenizer, templates, licence, ..."""
     files = (path for path in sorted(source.rglob("*")) if path.is_file())
     relative = (path.relative_to(source) for path in files)
     return [
@@ -223,7 +223,7 @@ def companion_files(source: Path) -> list[Path]:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy the companion files by their bytes."""
+    """Copy the companion files byte by byte."""
     for path in companion_files(source):
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / path, target / path)

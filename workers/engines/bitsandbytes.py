@@ -1,8 +1,7 @@
-"""bitsandbytes: from a weight to the tensors that the library itself would have saved.
+"""The maker of bitsandbytes artifacts: converts weights to the tensors that the library itself would save.
 
-The kernels, the choice of modules and the block in config.json are the library's own, so what comes out is byte for
-byte what ``from_pretrained(source, quantization_config=...)`` followed by ``save_pretrained`` writes, without a model
-in memory.
+The kernels, the choice of modules and the block in config.json are the library's own. The result is byte-identical to
+``from_pretrained(source, quantization_config=...)`` followed by ``save_pretrained``, without a model in memory.
 """
 
 from __future__ import annotations
@@ -36,24 +35,24 @@ BLOCK = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """What bitsandbytes converts in one model; all names are module names of the transformers model.
+    """Modules that bitsandbytes converts in one model; all names are module names of the transformers model.
 
-    ``transposed`` are those of ``converted`` that are Conv1D, stored (in, out) by the source. ``skipped`` is what
-    config.json has to say of it: None where the library's own choice is meant. ``kept`` are parameters that a matmul
-    reads and that stay in half precision though the recipe doesn't ignore them (fused experts, routers, the head).
+    ``transposed`` are the Conv1D modules of ``converted``, stored (in, out) by the source. ``skipped`` is the list for
+    config.json: None for the library's own default. ``unquantized`` are parameters that a matmul reads and that stay in
+    half precision though the recipe doesn't ignore them (fused experts, routers, the head).
     """
 
     converted: frozenset[str]
     transposed: frozenset[str]
     skipped: tuple[str, ...] | None
-    kept: tuple[str, ...]
+    unquantized: tuple[str, ...]
 
 
 def plan(model: PreTrainedModel, recipe: BitsAndBytesRecipe) -> Plan:
-    """Find out which modules of ``model`` (on the meta device, left as it is) the library converts.
+    """Determine which modules of ``model`` (on the meta device, not modified) the library converts.
 
-    The library's own default always holds: the output head and tied weights stay. What the recipe ignores besides is
-    named in ``skipped``.
+    The library's own default always applies: the output head and tied weights stay. Modules that the recipe ignores in
+    addition are in ``skipped``.
     """
     converted = _converted(model, recipe, None)
     ignored = {name for name in converted if recipe.ignores(name)}
@@ -65,14 +64,14 @@ def plan(model: PreTrainedModel, recipe: BitsAndBytesRecipe) -> Plan:
         converted=frozenset(converted),
         transposed=frozenset(name for name, source in converted.items() if issubclass(source, Conv1D)),
         skipped=skipped,
-        kept=tuple(_kept(model, recipe, converted)),
+        unquantized=tuple(_unquantized(model, recipe, converted)),
     )
 
 
 def quantize(weight: Tensor, scheme: FourBitFloatScheme | LlmInt8Scheme, *, transposed: bool) -> dict[str, Tensor]:
     """Quantize one weight with the library's kernel, on the weight's own device.
 
-    ``weight`` is (out, in), or (in, out) where ``transposed``, in the checkpoint's dtype. Returns the stored tensors by
+    ``weight`` is (out, in), or (in, out) if ``transposed``, in the checkpoint's dtype. Returns the stored tensors by
     their names within the module: 4-bit ``weight`` uint8 (n/2, 1) with ``weight.absmax``, ``weight.quant_map`` and the
     packed state; LLM.int8 ``weight`` int8 (out, in), ``SCB`` float32 (out,), ``weight_format`` uint8 ().
     """
@@ -88,7 +87,7 @@ def quantize(weight: Tensor, scheme: FourBitFloatScheme | LlmInt8Scheme, *, tran
             )
             return {"weight": packed, **{f"weight.{name}": t for name, t in state.as_dict(packed=True).items()}}
         case LlmInt8Scheme():
-            # bitsandbytes.nn.Int8Params quantizes from float16 whatever the checkpoint's dtype.
+            # bitsandbytes.nn.Int8Params quantizes from float16, whatever the checkpoint's dtype.
             codes, row_max, _ = bnb.functional.int8_vectorwise_quant(weight_OI.to(torch.float16))
             return {"weight": codes, "SCB": row_max, "weight_format": torch.tensor(0, dtype=torch.uint8)}
 
@@ -128,7 +127,7 @@ def _library_config(
 def _converted(
     model: PreTrainedModel, recipe: BitsAndBytesRecipe, skipped: tuple[str, ...] | None
 ) -> dict[str, type[nn.Module]]:
-    """Names of the modules that the library replaces in a copy of the model, with the classes they had."""
+    """Names of the modules that the library replaces in a copy of the model, with their original classes."""
     config = _library_config(recipe, torch.float32, skipped)
     keep = HfQuantizer.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
     replaced = replace_with_bnb_linear(copy.deepcopy(model), keep, config)
@@ -139,7 +138,7 @@ def _converted(
     }
 
 
-def _kept(model: PreTrainedModel, recipe: BitsAndBytesRecipe, converted: Iterable[str]) -> list[str]:
+def _unquantized(model: PreTrainedModel, recipe: BitsAndBytesRecipe, converted: Iterable[str]) -> list[str]:
     embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
     known = {f"{name}.weight" for name in (*embeddings, *converted)}
     return [
@@ -150,7 +149,7 @@ def _kept(model: PreTrainedModel, recipe: BitsAndBytesRecipe, converted: Iterabl
 
 
 class BitsAndBytesMaker(Maker):
-    """bitsandbytes' own kernels over the tensors that the library would convert."""
+    """Applies bitsandbytes' own kernels to the tensors that the library would convert."""
 
     def __init__(self, job: Job, order: Order, streamed: StreamedModel, source: Source, partial: Path) -> None:
         super().__init__(job, order, streamed, source, partial)
@@ -163,23 +162,23 @@ class BitsAndBytesMaker(Maker):
             raise UnsupportedRecipe(
                 f"recipe {recipe.name!r}: nothing is left to quantize, got ignore {list(recipe.ignore)}; shorten it"
             )
-        kept = [name for name in self._plan.kept if streamed.layers_name in name]
-        if kept:
-            said = f"left in half precision, for bitsandbytes converts linear modules alone: {_summary(kept)}"
-            self.fallbacks[said] = None
+        unquantized = [name for name in self._plan.unquantized if streamed.layers_name in name]
+        if unquantized:
+            note = f"left in half precision, for bitsandbytes converts linear modules alone: {_summary(unquantized)}"
+            self.fallbacks[note] = None
 
     def layout(self) -> Layout:
-        """The one scheme for what the library converts."""
+        """The recipe's scheme for every module that the library converts."""
         converted = [w.module for w in self._streamed.weights if self._modules[w.key] in self._plan.converted]
         return Layout.of(dict.fromkeys(converted, self._recipe.scheme))
 
     def quantization_config(self) -> dict[str, Any]:
-        """As ``save_pretrained`` writes it."""
+        """The quantization config, as ``save_pretrained`` writes it."""
         dtypes = [self._source.headers[key].dtype for key in self._modules]
         return quantization_config(self._recipe, dtypes[0], self._plan.skipped)
 
     def layer(self, work: LayerWork) -> None:
-        """Convert what the library converts, copy the rest."""
+        """Quantize the modules that the library converts, and copy the other tensors."""
         for key in self._streamed.keys_of_layer(work.index):
             module = self._modules.get(key)
             if module not in self._plan.converted:

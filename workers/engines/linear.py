@@ -1,4 +1,4 @@
-"""The maker of artifacts by our own methods: codes of linear layers, in one of the formats that hold them."""
+"""The maker of artifacts by our own methods: quantizes linear layers, and stores them in a format for their codes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from workers.spec.workspace import folds_folder
 
 
 class LinearMaker(Maker):
-    """Codes of linear layers."""
+    """Quantizes linear layers."""
 
     def __init__(self, job: Job, order: Order, streamed: StreamedModel, source: Source, partial: Path) -> None:
         super().__init__(job, order, streamed, source, partial)
@@ -40,38 +40,40 @@ class LinearMaker(Maker):
         self._schemes = schemes.schemes_of(self._recipe, streamed)
         self._weights = {weight.key: weight for weight in streamed.weights}
         self._conv1d = [weight.module for weight in streamed.weights if weight.transposed]
-        self.quantization_config()  # refuses what the format can't hold
+        self.quantization_config()  # raises if the format can't store the schemes
         self.fallbacks = dict.fromkeys(schemes.deviations(self._recipe, streamed.weights, self._schemes))
         unknown = self._other_matrices()
         if unknown:
-            said = f"left in half precision, for they are no linear layers that can be streamed: {some(unknown)}"
-            self.fallbacks[said] = None
+            note = f"left in half precision, for they are no linear layers that can be streamed: {some(unknown)}"
+            self.fallbacks[note] = None
 
     def _other_matrices(self) -> list[str]:
-        """Large tensors of the layers that aren't linear weights of their own: experts stored as one tensor."""
+        """Large layer tensors that aren't separate linear weights, such as experts stored as one tensor."""
         streamed, known = self._streamed, {weight.key for weight in self._streamed.weights}
-        found = []
+        unquantized = []
         for index in range(len(streamed.layers)):
             shapes = {key: self._source.headers[key].shape for key in streamed.keys_of_layer(index)}
             threshold = sum(map(math.prod, shapes.values())) // 100
             large = (key for key, shape in shapes.items() if len(shape) > 1 and math.prod(shape) > threshold)
-            found += [key for key in large if key not in known and not self._recipe.ignores(key.rpartition(".")[0])]
-        return found
+            unquantized += [
+                key for key in large if key not in known and not self._recipe.ignores(key.rpartition(".")[0])
+            ]
+        return unquantized
 
     def layout(self) -> Layout:
-        """The schemes of the method's modules, deviations included."""
+        """The schemes of the quantized modules, deviations included."""
         return Layout.of(self._by_module())
 
     def _by_module(self) -> dict[str, LinearScheme]:
         return {self._weights[key].module: scheme for key, scheme in self._schemes.items()}
 
     def quantization_config(self) -> dict[str, Any]:
-        """As the format defines it."""
+        """The quantization config as the format defines it."""
         conv1d = [self._weights[key].module for key in self._schemes if self._weights[key].transposed]
-        return self._config(self._by_module(), self._kept(), conv1d)
+        return self._config(self._by_module(), self._unquantized_modules(), conv1d)
 
-    def _kept(self) -> list[str]:
-        """Every linear module that stays as it is, by its names in the model and in the checkpoint."""
+    def _unquantized_modules(self) -> list[str]:
+        """Linear modules that aren't quantized, by their names in the model and in the checkpoint."""
         weights = self._weights
         coded = {weights[key].input.module for key in self._schemes}
         linears = [name for name, module in self._streamed.model.named_modules() if isinstance(module, nn.Linear)]
@@ -79,7 +81,7 @@ class LinearMaker(Maker):
         return [*(name for name in linears if name not in coded), *in_checkpoint]
 
     def layer(self, work: LayerWork) -> None:
-        """Code what is to be quantized, copy the rest."""
+        """Quantize one layer's weights, and copy its other tensors."""
         keys = self._streamed.keys_of_layer(work.index)
         chosen = [(self._weights[key], self._schemes[key]) for key in keys if key in self._schemes]
         scaling = self._scaling(work)
@@ -106,7 +108,7 @@ class LinearMaker(Maker):
             self.decoded[weight.key] = matrix_OI.T.contiguous() if weight.transposed else matrix_OI
 
     def _scaling(self, work: LayerWork) -> Scaling:
-        """The scales of the layer's inputs, chosen and folded, where the method has any."""
+        """Choose and fold the scales of the layer's inputs, if the method uses any."""
         scaling = Scaling(self._streamed, work, {key: s for key, s in self._schemes.items() if key in work.tensors})
         if self._recipe.needs.folds:
             with coarse_products():
@@ -124,15 +126,15 @@ class LinearMaker(Maker):
         return work.observer.of(weight.input)
 
     def _note_borrowing(self, work: LayerWork, weights: Iterable[QuantizableWeight]) -> None:
-        """Say which experts had too few tokens, a line for each layer."""
+        """Add a fallback that names the layer's experts with too few tokens."""
         if work.observer is None or not self._recipe.calibrated:
             return
         short = {w.module: n for w in weights if (n := work.observer.borrowed(w.input)) is not None}
         if short:
             least, most = min(short.values()), max(short.values())
-            said = f"{least} to {most} tokens" if least != most else f"{least} tokens"
+            tokens = f"{least} to {most} tokens" if least != most else f"{least} tokens"
             self.fallbacks[
-                f"calibrated on the tokens of all experts of its layer, for only {said} came to it: "
+                f"calibrated on the tokens of all experts of its layer, for only {tokens} came to it: "
                 f"{some(sorted(short))}"
             ] = None
 
@@ -141,17 +143,17 @@ class LinearMaker(Maker):
         return self._partial.with_name(f"{self._partial.name}.folds")
 
     def finish(self) -> ArtifactMade:
-        """Write what belongs to no layer, and put the artifact in its place; the folded scales beside it first."""
-        target = folds_folder(self.place)
+        """Write the tensors outside of the layers, store the folded scales, and move the artifact to its final path."""
+        target = folds_folder(self.target)
         shutil.rmtree(target, ignore_errors=True)
         if self._folds.is_dir():
-            # Copied: a kill before the artifact is in its place leaves them to the next attempt.
+            # Copied, not moved: if the process is killed before the rename, the next attempt still needs them.
             shutil.copytree(self._folds, target)
-        made = super().finish()
+        artifact = super().finish()
         shutil.rmtree(self._folds, ignore_errors=True)
-        return made
+        return artifact
 
     def discard(self) -> None:
-        """Remove what was written so far."""
+        """Remove everything written so far."""
         super().discard()
         shutil.rmtree(self._folds, ignore_errors=True)

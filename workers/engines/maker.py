@@ -1,4 +1,4 @@
-"""A maker makes one artifact from the layers that pass by, and puts it in its place at the end, whole."""
+"""Makes one artifact layer by layer, and moves it to its final path by an atomic rename."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from workers.spec.workspace import artifact_folder, layout_path, record_path
 
 
 class TensorWriter(Protocol):
-    """Where the tensors of an artifact go."""
+    """Destination of an artifact's tensors."""
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, of any device."""
+        """Write one tensor, from any device."""
 
 
 class MakerState(Frozen):
-    """What a maker needs to go on after a kill."""
+    """State that a maker needs to resume after a kill."""
 
     journal: Journal
     fallbacks: tuple[str, ...]
@@ -41,32 +41,32 @@ class MakerState(Frozen):
 
 
 class Maker(ABC):
-    """One artifact in the making. After ``begin``, ``layer`` takes one layer after the other, ``finish`` the rest.
+    """Makes one artifact: call ``begin``, ``layer`` for each layer in order, then ``finish``.
 
-    Where the layers are spread over workers, each calls ``layer_into``, and one ``adopt`` for all of them.
+    When the layers are spread over workers, each worker calls ``layer_into``, and one calls ``adopt`` for all layers.
 
     Raises:
-        UnsupportedRecipe: on construction, before anything dear has started, if the model can't take the recipe.
+        UnsupportedRecipe: on construction, before any expensive work, if the model can't take the recipe.
     """
 
     def __init__(self, job: Job, order: Order, streamed: StreamedModel, source: Source, partial: Path) -> None:
         self.order = order
         self.seconds = 0.0
         self.fallbacks: dict[str, None] = {}
-        # The layer as the artifact holds it, by checkpoint key: for recipes that calibrate on their own activations.
+        # The layer's dequantized weights by checkpoint key: for recipes that calibrate on their own activations.
         self.decoded: dict[str, Tensor] = {}
         self._streamed = streamed
         self._source = source
-        self.place = artifact_folder(job.workspace, order)
+        self.target = artifact_folder(job.workspace, order)
         self._partial = partial
         self._shards: ShardWriter | None = None
         self._writer: TensorWriter | None = None
 
     def begin(self, state: MakerState | None = None) -> None:
-        """Begin to write the artifact, or go on with it.
+        """Start writing the artifact, or resume from ``state``.
 
         Raises:
-            FileNotFoundError: ``state`` names files that aren't there.
+            FileNotFoundError: files that ``state`` names are missing.
         """
         if state is None:
             shutil.rmtree(self._partial, ignore_errors=True)
@@ -77,74 +77,74 @@ class Maker(ABC):
 
     @abstractmethod
     def layer(self, work: LayerWork) -> None:
-        """Write one layer's tensors; its statistics are complete."""
+        """Write one layer's tensors; its statistics must be complete."""
 
     @abstractmethod
     def layout(self) -> Layout:
-        """What is decided: the scheme of every module that is quantized."""
+        """The scheme of every quantized module."""
 
     @abstractmethod
     def quantization_config(self) -> dict[str, Any]:
         """The ``quantization_config`` of config.json."""
 
     def layer_into(self, writer: TensorWriter, work: LayerWork) -> tuple[str, ...]:
-        """One layer, of any number, written elsewhere than into the artifact; the fallbacks that it took."""
+        """Write any one layer to ``writer`` instead of the artifact; return its fallbacks."""
         self._writer, self.fallbacks = writer, {}
         self.layer(work)
         return tuple(self.fallbacks)
 
     def adopt(self, entries: Iterable[Spooled], fallbacks: Iterable[str], seconds: float) -> None:
-        """Take in the layer that comes next, as ``layer_into`` has left it; its file has to stay until ``finish``."""
-        self._begun.adopt(entries)
+        """Append the next layer, as written by ``layer_into``; its file must exist until ``finish``."""
+        self._open_shards.adopt(entries)
         self.fallbacks.update(dict.fromkeys(fallbacks))
         self.seconds += seconds
 
     def state(self) -> MakerState:
-        """What was made so far, surely on the disk."""
-        return MakerState(journal=self._begun.journal(), fallbacks=tuple(self.fallbacks), seconds=self.seconds)
+        """The state so far, flushed to disk."""
+        return MakerState(journal=self._open_shards.journal(), fallbacks=tuple(self.fallbacks), seconds=self.seconds)
 
     @property
-    def _begun(self) -> ShardWriter:
+    def _open_shards(self) -> ShardWriter:
         assert self._shards is not None, "begin comes first"
         return self._shards
 
     def finish(self) -> ArtifactMade:
-        """Write what belongs to no layer, and put the artifact in its place."""
+        """Write the tensors outside of the layers, and move the artifact to its final path."""
         for key in self._streamed.outside_keys:
             self.copy({key: self._source.read(key)})
-        self._begun.close()
+        self._open_shards.close()
         folder = self._source.folder
         config = json.loads((folder / "config.json").read_text())
         config["quantization_config"] = self.quantization_config()
         write_text(self._partial / "config.json", json.dumps(config, indent=2) + "\n")
         copy_companions(folder, self._partial)
-        made = ArtifactMade(
+        artifact = ArtifactMade(
             recipe=self.order.recipe.name,
-            path=str(self.place),
+            path=str(self.target),
             bytes=sum(path.stat().st_size for path in self._partial.glob("*.safetensors")),
             seconds=self.seconds,
             fallbacks=tuple(self.fallbacks),
         )
-        self.place.parent.mkdir(parents=True, exist_ok=True)
-        write_text(layout_path(self.place), self.layout().model_dump_json() + "\n")
-        write_text(record_path(self.place), made.model_dump_json() + "\n")
-        shutil.rmtree(self.place, ignore_errors=True)
-        self._partial.rename(self.place)
-        return made
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        write_text(layout_path(self.target), self.layout().model_dump_json() + "\n")
+        write_text(record_path(self.target), artifact.model_dump_json() + "\n")
+        shutil.rmtree(self.target, ignore_errors=True)
+        self._partial.rename(self.target)
+        return artifact
 
     def release(self) -> None:
-        """Let go of open files; what was written stays for the next attempt."""
+        """Close open files; written files stay for the next attempt."""
         if self._shards is not None:
             self._shards.release()
 
     def discard(self) -> None:
-        """Remove what was written so far."""
+        """Remove everything written so far."""
         self.release()
         shutil.rmtree(self._partial, ignore_errors=True)
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Count the time of the context as this artifact's own."""
+        """Add the duration of the context to this artifact's seconds."""
         begun = time.monotonic()
         try:
             yield
@@ -152,7 +152,7 @@ class Maker(ABC):
             self.seconds += time.monotonic() - begun
 
     def copy(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors as they are."""
+        """Write tensors unchanged."""
         for key, tensor in tensors.items():
             self._write(key, tensor)
 

@@ -1,6 +1,6 @@
-"""The engines that take part in the pass: which maker makes an artifact, and what is known of one that is made.
+"""The table of the engines that take part in the pass: their makers, and the layouts of existing artifacts.
 
-Every name here is an engine of ``spec.engines`` without a script; those with one are called by ``engines.whole``.
+All names are engines of ``spec.engines`` without a script; engines with a script are called by ``engines.whole``.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ MAKERS: dict[str, Callable[[], type[Maker]]] = {
 
 
 def maker_class(recipe: Recipe) -> type[Maker]:
-    """The maker for a recipe; a library is only imported where a recipe needs it."""
+    """The maker for a recipe; its library is imported only when a recipe needs it."""
     return MAKERS[recipe.engine]()
 
 
-def layout_of(place: Path, recipe: Recipe, streamed: StreamedModel) -> Layout:
-    """What the engine of an artifact in ``place`` decided; decided again where releases before layouts made it."""
-    stored = layout_path(place)
-    if stored.is_file():
-        return Layout.model_validate_json(stored.read_text())
-    return Layout.of(_decided(recipe, streamed))
+def layout_of(folder: Path, recipe: Recipe, streamed: StreamedModel) -> Layout:
+    """The layout of the artifact in ``folder``; recomputed for artifacts of releases that stored none."""
+    layout_file = layout_path(folder)
+    if layout_file.is_file():
+        return Layout.model_validate_json(layout_file.read_text())
+    return Layout.of(_layout_again(recipe, streamed))
 
 
-def _decided(recipe: Recipe, streamed: StreamedModel) -> dict[str, Scheme]:
+def _layout_again(recipe: Recipe, streamed: StreamedModel) -> dict[str, Scheme]:
     if isinstance(recipe, BitsAndBytesRecipe):
         from workers.engines import bitsandbytes
 

@@ -1,18 +1,18 @@
-"""Engines that make a whole artifact in a process of their own: a library, in an environment of its own.
+"""Runs engines that make a whole artifact in their own process, with a library in its own environment.
 
-The engine's script reads a ``WholeRequest`` as one line of JSON from its standard input, writes ``WholeProgress``
-lines to its standard output, and leaves weights and config.json in the output folder. What belongs to every artifact
-is done here: companion files, the record and the layout beside it, and putting it in its place at the end, whole.
+The engine's script reads a ``WholeRequest`` as one line of JSON from standard input, writes ``WholeProgress`` lines to
+standard output, and leaves weights and config.json in the output folder. This module adds what every artifact has
+(companion files, the record and the layout beside it), and moves it to its final path by an atomic rename.
 """
 
 from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from workers.checkpoint.source import copy_companions
 from workers.errors import OutOfMemory, UnsupportedRecipe, WorkerDied
+from workers.machine import child
 from workers.machine.environments import interpreter
 from workers.machine.files import write_text
 from workers.spec.engines import Engine, WholeProgress, WholeRequest
@@ -38,16 +39,16 @@ def make(
     calibration_NT: Tensor | None,
     progress: Callable[[float], None] = lambda share: None,
 ) -> ArtifactMade:
-    """Have an engine make the artifact of an order; ``source`` is the model's folder, tokens are int64 [N, T].
+    """Make the artifact of an order by an engine; ``source`` is the model's folder, tokens are int64 [N, T].
 
     Raises:
-        UnsupportedRecipe: the engine says that it can't, or leaves no weights or no config.json.
-        WorkerDied: its process ended without an answer.
-        OutOfMemory: its process was killed.
-        PreflightError: its environment isn't built here.
+        UnsupportedRecipe: the engine reports an error, or leaves no weights or no config.json.
+        WorkerDied: the engine's process ended without an answer.
+        OutOfMemory: the engine's process was killed.
+        PreflightError: the engine's environment isn't built here.
     """
-    begun, place = time.monotonic(), artifact_folder(job.workspace, order)
-    partial = place.with_name(f".{place.name}.partial")
+    begun, target = time.monotonic(), artifact_folder(job.workspace, order)
+    partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -60,7 +61,7 @@ def make(
                 trust_remote_code=job.model.trust_remote_code,
             )
             last = _ask(engine, request, progress)
-        return _put_in_place(engine, order, source, partial, place, last, time.monotonic() - begun)
+        return _publish(engine, order, source, partial, target, last, time.monotonic() - begun)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -74,42 +75,47 @@ def _stored(tokens_NT: Tensor | None, scratch: Path) -> str | None:
 
 
 def _ask(engine: Engine, request: WholeRequest, progress: Callable[[float], None]) -> WholeProgress:
-    """The engine's last line."""
+    """Run the engine's process; return its last line."""
     assert engine.script is not None, "engines without a script take part in the pass"
-    python = str(interpreter(engine.environment)) if engine.environment else sys.executable
+    command, environment = child.script(engine.script, interpreter(engine.environment) if engine.environment else None)
     last = WholeProgress()
     with tempfile.TemporaryFile("w+") as complaints:
         with subprocess.Popen(
-            [python, "-m", engine.script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, text=True
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, text=True
         ) as process:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.write(request.model_dump_json() + "\n")
-            process.stdin.close()
-            for last in _lines(process.stdout):
-                progress(last.share)
+            try:
+                for last in _answers(process, request):
+                    progress(last.share)
+            except BaseException:
+                process.kill()  # otherwise leaving the context would wait for it
+                raise
         complaints.seek(0)
-        said = (complaints.read().strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+        reason = (complaints.read().strip().splitlines() or [f"exit code {process.returncode}"])[-1]
     if process.returncode == -9:
-        raise OutOfMemory(f"engine {engine.name!r}: its process was killed ({said}); use a larger machine")
+        raise OutOfMemory(f"engine {engine.name!r}: its process was killed ({reason}); use a larger machine")
     if last.error is not None:
         raise UnsupportedRecipe(f"recipe {request.recipe.name!r}: engine {engine.name!r}: {last.error}")
     if process.returncode or last.layout is None:
-        raise WorkerDied(f"engine {engine.name!r}: its process ended with {process.returncode} ({said})")
+        raise WorkerDied(f"engine {engine.name!r}: its process ended with {process.returncode} ({reason})")
     return last
 
 
-def _lines(stream: Iterator[str]) -> Iterator[WholeProgress]:
-    """The engine's answers; what a library prints in between is passed over."""
-    for line in stream:
+def _answers(process: subprocess.Popen[str], request: WholeRequest) -> Iterator[WholeProgress]:
+    """The engine's answers to a request; lines that its library prints in between are skipped."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with suppress(BrokenPipeError):  # a process that ended early is reported by its exit code
+        process.stdin.write(request.model_dump_json() + "\n")
+        process.stdin.close()
+    for line in process.stdout:
         try:
             yield WholeProgress.model_validate_json(line)
         except ValidationError:
             continue
 
 
-def _put_in_place(
-    engine: Engine, order: Order, source: Path, partial: Path, place: Path, last: WholeProgress, seconds: float
+def _publish(
+    engine: Engine, order: Order, source: Path, partial: Path, target: Path, last: WholeProgress, seconds: float
 ) -> ArtifactMade:
     size = sum(path.stat().st_size for path in partial.glob(WEIGHTS))
     if not size or not (partial / "config.json").is_file():
@@ -117,12 +123,12 @@ def _put_in_place(
             f"recipe {order.recipe.name!r}: engine {engine.name!r} left no {WEIGHTS} or no config.json in its folder"
         )
     copy_companions(source, partial)
-    made = ArtifactMade(
-        recipe=order.recipe.name, path=str(place), bytes=size, seconds=seconds, fallbacks=last.fallbacks
+    artifact = ArtifactMade(
+        recipe=order.recipe.name, path=str(target), bytes=size, seconds=seconds, fallbacks=last.fallbacks
     )
     assert last.layout is not None, "an answer without a layout was refused"
-    write_text(layout_path(place), last.layout.model_dump_json() + "\n")
-    write_text(record_path(place), made.model_dump_json() + "\n")
-    shutil.rmtree(place, ignore_errors=True)
-    partial.rename(place)
-    return made
+    write_text(layout_path(target), last.layout.model_dump_json() + "\n")
+    write_text(record_path(target), artifact.model_dump_json() + "\n")
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+    return artifact

@@ -1,6 +1,6 @@
 """The awq format (AutoAWQ's GEMM version), as transformers, gptqmodel and vLLM read it.
 
-Shapes: O output features, I input features, G groups of input columns. Codes are unsigned, and stored inputs first,
+Shapes: O output features, I input features, G groups of input columns. Codes are unsigned, stored with inputs first,
 eight outputs to a word in the order 0, 2, 4, 6, 1, 3, 5, 7. Specification: ``gptqmodel.quantization.awq`` (7.6).
 """
 
@@ -35,7 +35,7 @@ def encode(weight: CodedWeight, scheme: LinearScheme) -> dict[str, Tensor]:
 
     Raises:
         UnsupportedRecipe: 8 doesn't divide O.
-        NumericalError: a scale that float16 can't hold.
+        NumericalError: a scale exceeds float16's range.
     """
     assert isinstance(weight, IntWeight), "the recipe refuses other schemes"
     assert weight.zero_OG is not None, "the recipe refuses symmetric schemes"
@@ -66,16 +66,16 @@ def decode(stored: Mapping[str, Tensor]) -> Tensor:
 
 
 def header(stored: Mapping[str, Header]) -> Header:
-    """Return shape and dtype of what :func:`decode` gives."""
+    """Return shape and dtype of :func:`decode`'s result."""
     width, words = stored["qweight"].shape
     return Header((words * IN_WORD, width), torch.float16)
 
 
 def check_declared(config: Mapping[str, Any]) -> None:
-    """Refuse a ``quantization_config`` of another version or width.
+    """Refuse a ``quantization_config`` of another version or bit width.
 
     Raises:
-        UnsupportedRecipe: naming what it declares.
+        UnsupportedRecipe: names the declared version and width.
     """
     version, bits = str(config.get("version") or config.get("format") or "gemm").lower(), config.get("bits")
     if version != "gemm" or bits != BITS:
@@ -85,20 +85,20 @@ def check_declared(config: Mapping[str, Any]) -> None:
 
 
 def quantization_config(
-    schemes: Mapping[str, LinearScheme], kept: Iterable[str], conv1d: Iterable[str] = ()
+    schemes: Mapping[str, LinearScheme], unquantized: Iterable[str], conv1d: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """Return the ``quantization_config`` of config.json; arguments as ``formats.gptq``'s.
+    """Return the ``quantization_config`` of config.json; arguments as in ``formats.gptq``.
 
     Raises:
-        UnsupportedRecipe: Conv1D modules, quantized experts, modules outside of the decoder layers or with schemes of
-            their own, a group size that no kernel reads.
+        UnsupportedRecipe: there are Conv1D modules, quantized experts, modules outside of the decoder layers or with
+            different schemes, or no kernel reads the group size.
     """
     scheme = one_scheme(AWQ.name, schemes)
     one_block(AWQ.name, schemes, conv1d)
     return {
         "bits": BITS,
         "group_size": scheme.group_size,
-        "modules_to_not_convert": sorted(set(kept)),
+        "modules_to_not_convert": sorted(set(unquantized)),
         "quant_method": "awq",
         "version": "gemm",
         "zero_point": True,
@@ -112,14 +112,14 @@ def _packed(values_XO: Tensor) -> Tensor:
 
 def _unpacked(words_XW: Tensor) -> Tensor:
     values = torch.unflatten(unpack(words_XW, BITS, words_XW.shape[1] * IN_WORD), 1, (-1, IN_WORD))
-    return values[..., [ORDER.index(place) for place in range(IN_WORD)]].flatten(1)
+    return values[..., [ORDER.index(position) for position in range(IN_WORD)]].flatten(1)
 
 
 def open_(config: Mapping[str, Any], source: Source, trust_remote_code: bool) -> Decoder:
-    """What decodes a checkpoint with this ``quantization_config``.
+    """The decoder of a checkpoint with this ``quantization_config``.
 
     Raises:
-        UnsupportedRecipe: as ``check_declared`` says.
+        UnsupportedRecipe: see ``check_declared``.
     """
     check_declared(config)
     return Decoder(

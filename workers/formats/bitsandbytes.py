@@ -1,4 +1,4 @@
-"""The bitsandbytes format, read: stored tensors back to a float weight, with the library's own kernels."""
+"""Reads the bitsandbytes format: decodes stored tensors to a float weight with the library's own kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from workers.checkpoint.source import Header, Source
 from workers.formats.decoder import Decoder
 from workers.model.loading import build_on_meta, owners_of_keys
 
-# The state of a 4-bit weight, in JSON, under the name of its codebook.
+# Stored names of a 4-bit weight's state, which is JSON; they end in the codebook's name.
 STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
 ANCHORS = (*STATES, "SCB")
 SUFFIXES = (
@@ -29,7 +29,7 @@ SUFFIXES = (
 
 
 def header(stored: Mapping[str, Header], read: Callable[[str], Tensor], *, transposed: bool) -> Header:
-    """Return shape and dtype of what :func:`decode` gives; ``read`` reads a stored tensor by its name."""
+    """Return shape and dtype of :func:`decode`'s result; ``read`` reads a stored tensor by its name."""
     if "SCB" in stored:
         shape, dtype = stored["weight"].shape, torch.float32
     else:
@@ -39,10 +39,10 @@ def header(stored: Mapping[str, Header], read: Callable[[str], Tensor], *, trans
 
 
 def decode(stored: Mapping[str, Tensor], *, transposed: bool) -> Tensor:
-    """Decode one weight from the tensors of its module, given by their names within it.
+    """Decode one weight from its module's tensors, given by their names within the module.
 
     4-bit: in the dtype of the checkpoint that was quantized; LLM.int8: float32 ``codes * SCB / 127`` (arXiv 2208.07339,
-    section 2.1). Returns (out, in), or (in, out) where ``transposed``: the source's orientation of a Conv1D.
+    section 2.1). Returns (out, in), or (in, out) if ``transposed``, the source's orientation of a Conv1D.
     """
     codes = stored["weight"]
     if "SCB" in stored:
@@ -56,16 +56,16 @@ def decode(stored: Mapping[str, Tensor], *, transposed: bool) -> Tensor:
 def _decode_4bit(codes: Tensor, state_tensors: dict[str, Tensor]) -> Tensor:
     state = bnb.functional.QuantState.from_dict(state_tensors, codes.device)
     shape = state.shape
-    # Blocks run over the ends of rows. The CPU kernel of bitsandbytes 0.50.2 begins a block with each row and is
-    # wrong where 64 doesn't divide the width; as one long row it is right, and the same as CUDA's.
+    # Blocks continue across row ends. The CPU kernel of bitsandbytes 0.50.2 starts a new block at each row, which is
+    # wrong unless 64 divides the width; on one long row it is correct, and equal to CUDA's.
     state.shape = (shape.numel(),)
     flat: Tensor = bnb.functional.dequantize_4bit(codes, state)
     return flat.reshape(shape)
 
 
 def open_(config: Mapping[str, Any], source: Source, trust_remote_code: bool) -> Decoder:
-    """What decodes a checkpoint with this ``quantization_config``."""
-    # What is stored doesn't tell a Conv1D, which has to be turned back: the model does.
+    """The decoder of a checkpoint with this ``quantization_config``."""
+    # The stored tensors don't show whether a module is a Conv1D, whose weight must be transposed: the model does.
     model = build_on_meta(source.folder, torch.float32, trust_remote_code)
     conv1d = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
     owners = owners_of_keys(model, source.headers)

@@ -1,7 +1,7 @@
-"""A quantized checkpoint, presented as the float checkpoint that it stands for.
+"""Presents a quantized checkpoint as a float checkpoint.
 
-The keys are those of the checkpoint that was quantized; a tensor is decoded when it is asked for, so that the streamed
-forward reads an artifact as it reads its source.
+The keys are those of the checkpoint that was quantized. A tensor is decoded when it is read, so that the streamed
+forward reads an artifact like its source.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from workers.spec.formats import FORMATS, recognised
 
 
 class Decoded:
-    """An opened checkpoint (a ``source.TensorSource``) whose quantized weights are decoded by a decoder."""
+    """An opened checkpoint (a ``source.TensorSource``) whose quantized weights are decoded on reading."""
 
     def __init__(self, source: Source, decoder: Decoder) -> None:
         self._source = source
@@ -39,19 +39,19 @@ class Decoded:
 
     @property
     def quantized(self) -> frozenset[str]:
-        """Names of the modules whose weight is stored as codes."""
+        """Names of the quantized modules."""
         return frozenset(self._stored)
 
     @property
     def bytes(self) -> int:
-        """Bytes of all weight files, as they're stored."""
+        """Bytes of all weight files, as stored."""
         return self._source.bytes
 
     def read(self, name: str) -> Tensor:
         """The tensor, on the CPU, contiguous; a quantized weight in its format's float dtype.
 
         Raises:
-            CheckpointError: there is none of that name, or what is stored isn't what config.json declares.
+            CheckpointError: there is no such tensor, or the stored tensors don't match config.json.
         """
         names = self._stored.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if names is None:
@@ -64,7 +64,7 @@ class Decoded:
             raise CheckpointError(f"{module}: {error}") from error
 
     def input_rounding(self, module: str, device: str) -> Callable[[Tensor], Tensor] | None:
-        """What transformers does to the input of a quantized module on a kind of device; None: nothing."""
+        """The rounding that transformers applies to a quantized module's input on a kind of device; None if none."""
         stored = self._stored[module]
         scales = {"input_scale": self._source.read(stored["input_scale"])} if "input_scale" in stored else {}
         return self._decoder.rounding(module, scales, device)
@@ -87,11 +87,11 @@ class Decoded:
 
 
 def open_decoded(folder: Path, *, trust_remote_code: bool = False) -> Source | Decoded:
-    """Open a checkpoint by what its config.json says: quantized weights are decoded, a float checkpoint is as it is.
+    """Open a checkpoint according to its config.json: decode quantized weights, read a float checkpoint unchanged.
 
     Raises:
-        CheckpointError: no readable config.json, or files that aren't a checkpoint.
-        UnsupportedRecipe: a quantization that isn't known.
+        CheckpointError: there is no readable config.json, or the files aren't a checkpoint.
+        UnsupportedRecipe: the quantization is unknown.
     """
     try:
         config = json.loads((folder / "config.json").read_text()).get("quantization_config")
@@ -103,19 +103,19 @@ def open_decoded(folder: Path, *, trust_remote_code: bool = False) -> Source | D
     if row is None:
         raise UnsupportedRecipe(
             f"checkpoint {folder}: quant_method {config.get('quant_method')!r} in config.json; can decode "
-            f"{', '.join(FORMATS)}"
+            f"{', '.join(sorted(FORMATS))}"
         )
     source = Source(folder)
     return Decoded(source, CODECS[row.name].open(config, source, trust_remote_code))
 
 
 def _weights(headers: Iterable[str], decoder: Decoder) -> dict[str, dict[str, str]]:
-    """For each quantized module the keys of its weight, by their suffixes."""
+    """The keys of each quantized module's weight tensors, by suffix."""
     keys = set(headers)
-    found = {key.removesuffix(f".{end}") for key in headers for end in decoder.anchors if key.endswith(f".{end}")}
+    modules = {key.removesuffix(f".{end}") for key in headers for end in decoder.anchors if key.endswith(f".{end}")}
     weights = {
         module: {suffix: f"{module}.{suffix}" for suffix in decoder.suffixes if f"{module}.{suffix}" in keys}
-        for module in found
+        for module in modules
     }
     for module, names in weights.items():
         missing = [suffix for suffix in decoder.required if suffix not in names]

@@ -1,4 +1,4 @@
-"""How one opened checkpoint is decoded: what each format's codec makes of its config.json."""
+"""The decoder of one opened checkpoint, built by a format's codec from its config.json."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from workers.checkpoint.source import Header
 
 @dataclass(frozen=True)
 class Decoder:
-    """How the checkpoint's quantized weights are read; the functions get a module's name first.
+    """Reads the checkpoint's quantized weights; the functions take a module's name first.
 
-    A module is quantized if one of ``anchors`` stands in the checkpoint under its name; the tensors of its weight are
-    those of ``suffixes``, of which it has all that are ``required``. ``header`` gives shape and dtype of what
-    ``decode`` returns; ``rounding`` also gets the kind of device, and says what the runtime does to the module's
-    input.
+    A module is quantized if the checkpoint has a tensor named by it and one of ``anchors``; its weight's tensors are
+    those named by ``suffixes``, of which all ``required`` must exist. ``header`` returns shape and dtype of the result
+    of ``decode``; ``rounding`` also takes the kind of device, and returns how the runtime rounds the module's input.
     """
 
     anchors: tuple[str, ...]

@@ -1,7 +1,7 @@
-"""A source under the scales that an artifact's making folded into it: what the artifact has to stand for.
+"""A source checkpoint with an artifact's scales folded in, for comparison with the artifact.
 
-AWQ and SmoothQuant change norms and multiply rows and columns of weights; with the scales that were kept beside the
-artifact the same is done to the source, so that every tensor can be compared with its own.
+AWQ and SmoothQuant change norms, and multiply rows and columns of weights. The scales stored beside the artifact apply
+the same changes to the source, so that every tensor of the artifact has a counterpart.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from workers.numerics.smoothing import scaled
 
 
 class Folded:
-    """A checkpoint (a ``source.TensorSource``) under the scales kept in ``folder``; without any, as it is.
+    """A checkpoint (a ``source.TensorSource``) with the scales in ``folder`` applied; unchanged if there are none.
 
     Raises:
-        CheckpointError: scales for tensors that the source doesn't have.
+        CheckpointError: there are scales for tensors that the source lacks.
     """
 
     def __init__(self, source: Source, folder: Path, transposed: frozenset[str]) -> None:
@@ -37,7 +37,7 @@ class Folded:
 
     @property
     def changed(self) -> frozenset[str]:
-        """Keys of the tensors that aren't the source's own."""
+        """Keys of the tensors that differ from the source's."""
         return frozenset(name.partition("|")[2] for name in self._files)
 
     @property
@@ -56,11 +56,11 @@ class Folded:
         return self._source.bytes
 
     def read(self, name: str) -> Tensor:
-        """The tensor, on the CPU; float32 where it was scaled before rounding."""
-        replaced = self._kept("replaced", name)
+        """The tensor, on the CPU; float32 if it is scaled before rounding."""
+        replaced = self._folded_tensor("replaced", name)
         if replaced is not None:
             return replaced
-        columns_I, rows_O = self._kept("columns", name), self._kept("rows", name)
+        columns_I, rows_O = self._folded_tensor("columns", name), self._folded_tensor("rows", name)
         tensor = self._source.read(name)
         if columns_I is None and rows_O is None:
             return tensor
@@ -68,7 +68,7 @@ class Folded:
             return scaled(tensor.T, columns_I, rows_O).T.contiguous()
         return scaled(tensor, columns_I, rows_O)
 
-    def _kept(self, kind: str, name: str) -> Tensor | None:
+    def _folded_tensor(self, kind: str, name: str) -> Tensor | None:
         path = self._files.get(f"{kind}|{name}")
         if path is None:
             return None

@@ -1,4 +1,4 @@
-"""transformers' FineGrainedFP8 format (``quant_method: fp8``), DeepSeek-V3's: a scale for each 128 x 128 block.
+"""transformers' FineGrainedFP8 format (``quant_method: fp8``), as in DeepSeek-V3: one scale per 128 x 128 block.
 
 O output features, I input features, P and Q blocks of them.
 Specification: ``transformers.integrations.finegrained_fp8`` (5.23); vLLM reads it too.
@@ -31,7 +31,7 @@ CONFIG: dict[str, Any] = {
     "quant_method": FP8.name,
     "weight_block_size": [fp8.BLOCK, fp8.BLOCK],
 }
-# What can be read, and what a config.json means that doesn't say.
+# Readable values of each setting, and the default of a config.json without it.
 READABLE: dict[str, tuple[Any, Any]] = {
     "activation_scheme": ("dynamic", "dynamic"),
     "weight_block_size": ([fp8.BLOCK, fp8.BLOCK], [fp8.BLOCK, fp8.BLOCK]),
@@ -43,7 +43,7 @@ READABLE: dict[str, tuple[Any, Any]] = {
 def encode(weight: CodedWeight, scheme: LinearScheme) -> dict[str, Tensor]:
     """Return the stored tensors by their names within the module.
 
-    ``weight`` float8_e4m3fn (O, I); ``weight_scale_inv`` float32 (P, Q), which multiplies in spite of its name.
+    ``weight`` float8_e4m3fn (O, I); ``weight_scale_inv`` float32 (P, Q), which multiplies despite its name.
 
     Raises:
         UnsupportedRecipe: 128 doesn't divide O and I.
@@ -57,11 +57,11 @@ def encode(weight: CodedWeight, scheme: LinearScheme) -> dict[str, Tensor]:
 def check_sides(shape_OI: Iterable[int]) -> None:
     """Refuse a weight that isn't made of whole blocks.
 
-    transformers 5.23 takes 5 rows of scales for 576 rows of weights as blocks of 115.2 rows when it decodes, and 2 for
-    160 as blocks of 80, without an error; its kernels take blocks of 128, as DeepSeek does.
+    When transformers 5.23 decodes, it silently takes 5 rows of scales for 576 rows of weights as blocks of 115.2 rows,
+    and 2 for 160 as blocks of 80; its kernels use blocks of 128, as DeepSeek does.
 
     Raises:
-        UnsupportedRecipe: 128 doesn't divide one of the sides.
+        UnsupportedRecipe: 128 doesn't divide both sides.
     """
     rows, columns = shape_OI
     if rows % fp8.BLOCK or columns % fp8.BLOCK:
@@ -72,15 +72,15 @@ def check_sides(shape_OI: Iterable[int]) -> None:
 
 
 def header(stored: Mapping[str, Header]) -> Header:
-    """Return shape and dtype of what :func:`decode` gives."""
+    """Return shape and dtype of :func:`decode`'s result."""
     return Header(stored["weight"].shape, torch.float32)
 
 
 def decode(stored: Mapping[str, Tensor]) -> Tensor:
-    """Decode the tensors of one module to its weight (O, I), float32; a side may end in a part of a block.
+    """Decode the tensors of one module to its weight (O, I), float32; a side may end in a partial block.
 
     Raises:
-        CheckpointError: values that aren't float8_e4m3fn, or scales that don't fit them.
+        CheckpointError: the values aren't float8_e4m3fn, or the scales don't fit them.
     """
     values_OI, scale_PQ = stored["weight"], stored["weight_scale_inv"]
     if values_OI.dtype != torch.float8_e4m3fn:
@@ -95,7 +95,7 @@ def decode(stored: Mapping[str, Tensor]) -> Tensor:
 
 
 def check_declared(config: Mapping[str, Any]) -> None:
-    """Refuse what config.json's ``quantization_config`` declares, if it can't be decoded.
+    """Refuse a ``quantization_config`` that can't be decoded.
 
     Raises:
         UnsupportedRecipe: other blocks, static activations, or scales that are powers of two.
@@ -106,37 +106,41 @@ def check_declared(config: Mapping[str, Any]) -> None:
 
 
 def input_rounding(device: str) -> Callable[[Tensor], Tensor] | None:
-    """What transformers 5.23 does to the input of every quantized layer, experts included; None: nothing.
+    """The rounding that transformers 5.23 applies to every quantized layer's input, experts included; None if none.
 
-    Its kernels round (a GPU or XPU); without them the weights are decoded while they're loaded.
+    Only its kernels round (on a GPU or XPU); without them, the weights are decoded on loading.
     """
     return None if device == "cpu" else activations.round_fp8_group128
 
 
 def quantization_config(
-    schemes: Mapping[str, LinearScheme], kept: Iterable[str], conv1d: Iterable[str] = ()
+    schemes: Mapping[str, LinearScheme], unquantized: Iterable[str], conv1d: Iterable[str] = ()
 ) -> dict[str, Any]:
     """Return the ``quantization_config`` of config.json.
 
-    ``schemes`` is what each quantized module got; ``kept`` are the Linear modules left as they are (where a module and
-    its checkpoint key differ in name, both names); ``conv1d`` are those of ``schemes`` that are transformers' Conv1D.
+    ``schemes`` is each quantized module's scheme; ``unquantized`` are the other Linear modules (where a module and its
+    checkpoint key differ in name, both names); ``conv1d`` are those of ``schemes`` that are transformers' Conv1D.
 
     Raises:
-        UnsupportedRecipe: Conv1D modules; experts of which some are quantized and others aren't.
+        UnsupportedRecipe: there are Conv1D modules, or only some of a layer's experts are quantized.
     """
-    conv1d, kept = sorted(conv1d), sorted(set(kept))
+    conv1d, unquantized = sorted(conv1d), sorted(set(unquantized))
     why = misfit(FP8.name, next(iter(schemes.values())), LayerKinds(conv1d=True)) if conv1d else None
     if why:
         raise UnsupportedRecipe(f"fp8: {some(conv1d)} {why}")
-    # transformers replaces the experts of a layer as one module, which has to be named as such.
-    left = {_experts_of(name): name for name in kept if EXPERT.search(name)}
-    uneven = sorted(left[_experts_of(name)] for name in schemes if EXPERT.search(name) and _experts_of(name) in left)
+    # transformers replaces a layer's experts as one module, which must be listed under its own name.
+    unquantized_by_layer = {_experts_of(name): name for name in unquantized if EXPERT.search(name)}
+    uneven = sorted(
+        unquantized_by_layer[_experts_of(name)]
+        for name in schemes
+        if EXPERT.search(name) and _experts_of(name) in unquantized_by_layer
+    )
     if uneven:
         raise UnsupportedRecipe(
             f"fp8: the experts {some(uneven)} are left as they are, but others of their layer aren't; transformers "
             "loads them together; ignore all of them ('*.experts.*') or none"
         )
-    return {**CONFIG, "modules_to_not_convert": sorted({*kept, *left})}
+    return {**CONFIG, "modules_to_not_convert": sorted({*unquantized, *unquantized_by_layer})}
 
 
 def _experts_of(module: str) -> str:
@@ -144,10 +148,10 @@ def _experts_of(module: str) -> str:
 
 
 def open_(config: Mapping[str, Any], source: Source, trust_remote_code: bool) -> Decoder:
-    """What decodes a checkpoint with this ``quantization_config``.
+    """The decoder of a checkpoint with this ``quantization_config``.
 
     Raises:
-        UnsupportedRecipe: as ``check_declared`` says.
+        UnsupportedRecipe: see ``check_declared``.
     """
     check_declared(config)
     return Decoder(

@@ -1,8 +1,8 @@
-"""The gptq format, as transformers, gptqmodel and vLLM read it, in both versions that are about.
+"""The gptq format, in both existing versions, as transformers, gptqmodel and vLLM read it.
 
-Shapes: O output features, I input features, G groups of input columns. Codes are unsigned, and stored inputs first.
+Shapes: O output features, I input features, G groups of input columns. Codes are unsigned, stored with inputs first.
 Specification: ``gptqmodel.nn_modules.qlinear`` (7.6). The first version (AutoGPTQ's, ``checkpoint_format: gptq``)
-stores zero points minus one; the second (``gptq_v2``) as they are.
+stores zero points minus one; the second (``gptq_v2``) stores them unchanged.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 @dataclass(frozen=True)
 class Version:
-    """One version of the format: its name in config.json, and what is taken from a zero point before it is stored."""
+    """One version of the format: its name in config.json, and the offset subtracted from stored zero points."""
 
     name: str
     offset: int
@@ -52,9 +52,9 @@ class Version:
         int32 (I,), in order of the columns.
 
         Raises:
-            UnsupportedRecipe: 32 doesn't divide O and I.
-            NumericalError: a scale that float16 can't hold, or, in the first version, a group that has its zero point
-                at the lowest code and also uses the highest.
+            UnsupportedRecipe: 32 doesn't divide both O and I.
+            NumericalError: a scale exceeds float16's range, or, in the first version, a group has its zero point at the
+                lowest code and also uses the highest.
         """
         assert isinstance(weight, IntWeight), "the recipe refuses other schemes"
         rows, columns = weight.codes_OI.shape
@@ -78,31 +78,31 @@ class Version:
         """Decode the tensors of one module to its weight (O, I), float16 as in gptqmodel's reference kernel.
 
         Raises:
-            CheckpointError: more or fewer words than ``bits`` asks for.
+            CheckpointError: the number of words doesn't match ``bits``.
         """
         group_I = stored["g_idx"].long()
         check_words(stored["qweight"].shape[0], len(group_I), bits)
         codes_IO = unpack_gptq(stored["qweight"], bits, 0)
-        # gptqmodel fills up the last word of a number of outputs that 32 doesn't divide.
+        # gptqmodel pads the last word if 32 doesn't divide the number of outputs.
         zero_GO = unpack_gptq(stored["qzeros"], bits, 1)[:, : stored["scales"].shape[1]] + self.offset
         weight_IO = (codes_IO - zero_GO[group_I]).to(torch.float16) * stored["scales"][group_I]
         return weight_IO.t().contiguous()
 
     def quantization_config(
-        self, schemes: Mapping[str, LinearScheme], kept: Iterable[str], conv1d: Iterable[str] = ()
+        self, schemes: Mapping[str, LinearScheme], unquantized: Iterable[str], conv1d: Iterable[str] = ()
     ) -> dict[str, Any]:
         """Return the ``quantization_config`` of config.json.
 
-        All names are modules of the transformers model. ``schemes`` is what each quantized module got, fallbacks
-        included; ``kept`` are the Linear modules left as they are; ``conv1d`` are those of ``schemes`` that are Conv1D.
+        All names are modules of the transformers model. ``schemes`` is each quantized module's scheme, fallbacks
+        included; ``unquantized`` are the other Linear modules; ``conv1d`` are those of ``schemes`` that are Conv1D.
 
         Raises:
-            UnsupportedRecipe: Conv1D modules, quantized experts, modules outside of the decoder layers or with schemes
-                of their own, a scheme that gptqmodel computes wrongly.
+            UnsupportedRecipe: there are Conv1D modules, quantized experts, modules outside of the decoder layers or
+                with different schemes, or a scheme that gptqmodel computes wrongly.
         """
         scheme = one_scheme(GPTQ.name, schemes)
         blocks = one_block(GPTQ.name, schemes, conv1d)
-        inside = sorted({name for name in kept if _block(name) == blocks})
+        inside = sorted({name for name in unquantized if _block(name) == blocks})
         return {
             "bits": scheme.bits,
             "block_name_to_quantize": blocks,
@@ -121,30 +121,31 @@ V2 = Version("gptq_v2", 0)
 
 
 def header(stored: Mapping[str, Header]) -> Header:
-    """Return shape and dtype of what decoding gives."""
+    """Return shape and dtype of the decoded weight."""
     return Header((stored["qweight"].shape[1], stored["g_idx"].shape[0]), torch.float16)
 
 
 def declared(config: Mapping[str, Any]) -> tuple[Version, int]:
-    """Return the version and the bit width that config.json's ``quantization_config`` declares.
+    """Return the version and the bit width declared by config.json's ``quantization_config``.
 
     Raises:
         UnsupportedRecipe: another version of the format.
     """
-    said = config.get("checkpoint_format") or config.get("format") or "gptq"
+    version_name = config.get("checkpoint_format") or config.get("format") or "gptq"
     known = {version.name: version for version in (V1, V2)}
-    if said not in known:
+    if version_name not in known:
         raise UnsupportedRecipe(
-            f"gptq: checkpoint_format {said!r} can't be decoded; known are {', '.join(known)}: quantize again to one"
+            f"gptq: checkpoint_format {version_name!r} can't be decoded; known are {', '.join(known)}: quantize again "
+            "to one"
         )
-    return known[said], int(config["bits"])
+    return known[version_name], int(config["bits"])
 
 
 def one_block(fmt: str, schemes: Mapping[str, LinearScheme], conv1d: Iterable[str]) -> str:
-    """The list of layers in which all quantized modules lie; ``gptq`` and ``awq`` know no others.
+    """The list of layers that contains all quantized modules; ``gptq`` and ``awq`` support only one.
 
     Raises:
-        UnsupportedRecipe: modules outside of it, Conv1D modules, or experts.
+        UnsupportedRecipe: there are modules outside of it, Conv1D modules, or experts.
     """
     scheme, experts = one_scheme(fmt, schemes), [name for name in schemes if EXPERT.search(name)]
     if not group_size_held(FORMATS[fmt], scheme):
@@ -166,27 +167,27 @@ def one_block(fmt: str, schemes: Mapping[str, LinearScheme], conv1d: Iterable[st
 
 
 def one_scheme(fmt: str, schemes: Mapping[str, LinearScheme]) -> IntScheme:
-    """The scheme that all modules have.
+    """The scheme of all modules.
 
     Raises:
-        UnsupportedRecipe: some have another.
+        UnsupportedRecipe: some modules have another scheme.
     """
     scheme = Counter(schemes.values()).most_common(1)[0][0]
     assert isinstance(scheme, IntScheme), "the recipe refuses other schemes"
     _refuse(
         fmt,
-        [name for name, own in schemes.items() if own != scheme],
+        [name for name, other in schemes.items() if other != scheme],
         f"deviate from the group size {scheme.group_size} of the others, and this format has one for all; choose "
         f"indivisible: keep, or {formats_with_schemes_by_layer()}",
     )
     return scheme
 
 
-def _exceptions(quantized: list[str], kept: list[str]) -> dict[str, Any]:
-    """The two ways to say which modules are quantized: the first is transformers', the second gptqmodel's own."""
+def _exceptions(quantized: list[str], unquantized: list[str]) -> dict[str, Any]:
+    """The two settings that list the quantized modules: the first is transformers', the second gptqmodel's own."""
     return {
         "modules_in_block_to_quantize": [quantized],
-        "dynamic": {f"-:^{re.escape(name)}$": {} for name in kept},
+        "dynamic": {f"-:^{re.escape(name)}$": {} for name in unquantized},
     }
 
 
@@ -198,8 +199,8 @@ def _block(module: str) -> str:
 def _unsigned(weight: IntWeight, lowest_zero: int) -> tuple[Tensor, Tensor]:
     """Codes (O, I) in [0, 2^bits - 1] and zero points (O, G) in [lowest_zero, 2^bits - 1], int32.
 
-    A zero point of 0 would be stored as -1 by the first version, and readers differ in what they make of that: such
-    groups move up by one code, if the highest is free.
+    The first version would store a zero point of 0 as -1, which readers interpret differently: such groups are shifted
+    up by one code, if the highest code is free.
     """
     middle = 1 << (weight.bits - 1)
     codes_OI = weight.codes_OI.int() + middle
@@ -222,10 +223,10 @@ def _refuse(fmt: str, modules: list[str], why: str | None) -> None:
 
 
 def open_(config: Mapping[str, Any], source: Source, trust_remote_code: bool) -> Decoder:
-    """What decodes a checkpoint with this ``quantization_config``, of either version.
+    """The decoder of a checkpoint with this ``quantization_config``, of either version.
 
     Raises:
-        UnsupportedRecipe: as ``declared`` says.
+        UnsupportedRecipe: see ``declared``.
     """
     version, bits = declared(config)
     return Decoder(

@@ -1,6 +1,6 @@
-"""The codecs: for each row of ``spec.formats`` what writes its tensors and config.json, and what opens a checkpoint.
+"""The table of codecs: for each row of ``spec.formats`` the functions that encode, configure and open a checkpoint.
 
-Every name here is one of ``spec.formats.FORMATS``, and the other way round.
+Its keys are exactly those of ``spec.formats.FORMATS``.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ from workers.spec.schemes import LinearScheme
 
 
 class Encode(Protocol):
-    """What stores the codes of one module."""
+    """Encodes one module's codes as stored tensors."""
 
     def __call__(self, weight: CodedWeight, scheme: LinearScheme) -> dict[str, Tensor]:
         """The stored tensors by their names within the module."""
 
 
 class Configure(Protocol):
-    """What describes a checkpoint in its config.json."""
+    """Builds the description of a checkpoint for its config.json."""
 
     def __call__(
-        self, schemes: Mapping[str, LinearScheme], kept: Iterable[str], conv1d: Iterable[str] = ()
+        self, schemes: Mapping[str, LinearScheme], unquantized: Iterable[str], conv1d: Iterable[str] = ()
     ) -> dict[str, Any]:
         """The ``quantization_config``.
 
-        ``schemes`` is what each quantized module got, fallbacks included; ``kept`` are the Linear modules left as they
-        are (where a module and its checkpoint key differ in name, both names); ``conv1d`` are those of ``schemes`` that
-        are transformers' Conv1D.
+        ``schemes`` is each quantized module's scheme, fallbacks included; ``unquantized`` are the other Linear modules
+        (where a module and its checkpoint key differ in name, both names); ``conv1d`` are those of ``schemes`` that are
+        transformers' Conv1D.
 
         Raises:
-            UnsupportedRecipe: modules that the format, or the runtime that checks it, doesn't take.
+            UnsupportedRecipe: modules that the format, or the runtime that checks it, doesn't support.
         """
 
 
 @dataclass(frozen=True)
 class Codec:
-    """How one format is written and read.
+    """Writes and reads one format.
 
-    ``open`` gets the ``quantization_config``, the checkpoint, and whether its own code may be run. Formats that a
-    library alone writes have neither ``encode`` nor ``config``: their engine calls the library.
+    ``open`` takes the ``quantization_config``, the checkpoint, and whether its own code may be run. Formats written
+    only by a library have neither ``encode`` nor ``config``: their engine calls the library.
     """
 
     open: Callable[[Mapping[str, Any], Source, bool], Decoder]

@@ -1,1 +1,1 @@
-"""The machine a worker runs on: fresh processes, and the parents that they start warm from. No torch at import."""
+"""Machine-level services: fresh processes, and warm parents that they are forked from. No torch at import."""

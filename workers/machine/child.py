@@ -143,6 +143,20 @@ def _start(
             process.wait()
 
 
+def script(module: str, python: str | Path | None = None) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of a module that is run as a script, by an interpreter that has quantmill.
+
+    For what speaks for longer than one answer on standard input and output. The process dies with the thread that
+    starts it; another ``python`` imports the quantmill that it has.
+    """
+    code = (
+        "import runpy, sys; from workers.machine.child import die_with; die_with(int(sys.argv[1])); "
+        "runpy.run_module(sys.argv[2], run_name='__main__')"
+    )
+    path = {} if python else {"PYTHONPATH": import_path()}
+    return [str(python or sys.executable), "-P", "-c", code, str(os.getpid()), module], {**os.environ, **path}
+
+
 # ------------------------------------------------------------------------------------------ of a warm parent
 
 

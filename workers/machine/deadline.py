@@ -1,4 +1,4 @@
-"""A stage that hangs ends: with an error where Python still runs, else with its process."""
+"""Ends a hanging stage: by an exception if Python still runs, otherwise by ending its process."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from types import FrameType
 
 from workers.errors import StageHung
 
-# Between the error and the end of the process: a library that holds the interpreter gets no signal.
+# Seconds between the exception and the end of the process: a library that holds the interpreter blocks signals.
 GRACE_SECONDS = 60.0
 EXIT_CODE = 75
 
 
 @contextmanager
 def ends_within(seconds: float, what: str, grace: float = GRACE_SECONDS) -> Iterator[None]:
-    """End the context with ``StageHung`` after so many seconds (infinite: never), or its process ``grace`` later.
+    """Raise ``StageHung`` after ``seconds`` in the context (infinite: never), or end its process ``grace`` s later.
 
-    In another thread than the main one, which signals don't reach, only the process's end is left.
+    In a thread other than the main one, which signals don't reach, only the process's end is possible.
     """
 
     def hung(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""Where prebuilt environments lie on a machine, and which interpreter a recipe's stages run with. No torch, no Ray.
+"""Paths of prebuilt environments on a machine, and the interpreter of a recipe's stages. No torch, no Ray.
 
 ROOT/NAME               a link to the version in use, or a virtual environment that somebody made by hand
 ROOT/.built/NAME/HASH   one version: a virtual environment with ``quantmill-environment.json``, written last
@@ -25,7 +25,7 @@ RECORD = "quantmill-environment.json"
 
 
 class Built(Frozen):
-    """What an environment was built from: its definition, and what it has to share with the driver."""
+    """Record of an environment: its definition, and the versions that it must share with the driver."""
 
     name: str
     identity: str = Field(description="sha256 of the definition and of all that follows.")
@@ -36,7 +36,7 @@ class Built(Frozen):
 
 
 def root() -> Path:
-    """The folder of the environments: ``QUANTMILL_ENVS``, else ``quantmill/envs`` in the user's cache."""
+    """Root folder of the environments: ``QUANTMILL_ENVS``, or ``quantmill/envs`` in the user's cache."""
     if chosen := os.environ.get("QUANTMILL_ENVS"):
         return Path(chosen).expanduser().absolute()
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -44,10 +44,10 @@ def root() -> Path:
 
 
 def folder(name: str) -> Path:
-    """Where the environment of that name is expected.
+    """Expected folder of the environment of that name.
 
     Raises:
-        PreflightError: for a name that could lead out of the root.
+        PreflightError: the name could lead out of the root.
     """
     if not re.match(SLUG, name):
         raise PreflightError(f"environment: got {name!r}, expected small letters, digits, '.', '_' and '-'; rename it")
@@ -55,29 +55,29 @@ def folder(name: str) -> Path:
 
 
 def interpreter(name: str) -> Path:
-    """The Python of an environment, by which a stage is started; looked up on the machine that runs it.
+    """The Python of an environment that stages are started with; looked up on the machine that runs them.
 
-    Ray itself tries a Python that doesn't start for six minutes before it gives up, so what can be known is asked here.
+    Ray retries a Python that doesn't start for six minutes before it gives up, so known problems are checked here.
 
     Raises:
-        PreflightError: it isn't built here, or has another Ray, Python or quantmill than this process.
+        PreflightError: it isn't built here, or its Ray, Python or quantmill differs from this process's.
     """
-    place = folder(name)
-    python = place / "bin" / "python"
+    environment = folder(name)
+    python = environment / "bin" / "python"
     remedy = f"run `quantmill env create {name}` there"
     if not os.access(python, os.X_OK):
         raise PreflightError(f"environment {name!r} isn't built on {platform.node()}, expected {python}; {remedy}")
     record = built(name)
     if record is None:
-        remedy = f"install that into {place}"
-    had = (record.python, record.packages) if record else _ask(name, python)
-    if found := _differences(*had):
-        raise PreflightError(f"environment {name!r} on {platform.node()} has {', '.join(found)}; {remedy}")
+        remedy = f"install that into {environment}"
+    python_and_packages = (record.python, record.packages) if record else _ask(name, python)
+    if differences := _differences(*python_and_packages):
+        raise PreflightError(f"environment {name!r} on {platform.node()} has {', '.join(differences)}; {remedy}")
     return python
 
 
 def interpreters(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """The interpreters of those environments that can be used on this machine, and why the others can't; by name."""
+    """Interpreters of the usable environments on this machine, and the problems of the others; by name."""
     usable, problems = {}, {}
     for name in names:
         try:
@@ -88,7 +88,7 @@ def interpreters(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def built(name: str) -> Built | None:
-    """The record of an environment that ``quantmill env create`` made; None for one made by hand, or for none.
+    """The record of an environment made by ``quantmill env create``; None for a manual one, or if there is none.
 
     Raises:
         PreflightError: the record isn't readable.
@@ -105,7 +105,7 @@ def built(name: str) -> Built | None:
 
 
 def _ask(name: str, python: Path) -> tuple[str, dict[str, str]]:
-    """Version and packages of a Python without a record, as it says itself; a tenth of a second."""
+    """Version and packages of a Python without a record, from running it, which takes a tenth of a second."""
     code = (
         "import importlib.metadata as m, json, platform\n"
         "packages = {d.name.lower(): d.version for d in m.distributions()}\n"
@@ -120,15 +120,19 @@ def _ask(name: str, python: Path) -> tuple[str, dict[str, str]]:
 
 
 def _differences(python: str, packages: dict[str, str]) -> list[str]:
-    """In what an environment differs from this process where both must agree, in words."""
-    here = platform.python_version()
-    found = [] if minor(python) == minor(here) else [f"Python {python}, expected {minor(here)} as here"]
+    """Differences between an environment and this process that must agree, in words."""
+    own_python = platform.python_version()
+    differences = (
+        [] if minor(python) == minor(own_python) else [f"Python {python}, expected {minor(own_python)} as here"]
+    )
     for name in ("ray", "quantmill"):
-        had, have = packages.get(name), version(name)
-        # Code that was shipped with a Ray job stands before what is installed, there as here.
-        if have is not None and had != have:
-            found.append(f"{f'{name} {had}' if had else f'no {name}'}, expected {have} as here")
-    return found
+        their_version, own_version = packages.get(name), version(name)
+        # Code shipped with a Ray job takes precedence over installed code, both there and here.
+        if own_version is not None and their_version != own_version:
+            differences.append(
+                f"{f'{name} {their_version}' if their_version else f'no {name}'}, expected {own_version} as here"
+            )
+    return differences
 
 
 def minor(python: str) -> str:
@@ -137,7 +141,7 @@ def minor(python: str) -> str:
 
 
 def version(distribution: str) -> str | None:
-    """The version that is installed beside this process, if it is."""
+    """The version installed for this process; None if it isn't installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

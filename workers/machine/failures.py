@@ -1,4 +1,4 @@
-"""Errors as they travel to the driver, and the peak memory of this process."""
+"""Converts errors for the driver, and measures this process's peak memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from workers.spec.job import Failure, PeakMemory
 
 
 def describe(error: BaseException) -> Failure:
-    """An error as it travels to the driver: its class in ``workers.errors``, or its own where it isn't ours."""
+    """Describe an error for the driver: its class in ``workers.errors``, or its own class if it isn't ours."""
     known = classify(error)
     return Failure(
         kind=type(known).__name__,
@@ -23,12 +23,12 @@ def describe(error: BaseException) -> Failure:
 
 
 def classify(error: BaseException) -> BaseException:
-    """The same error, or the one of ours that says what it means: no memory, no disk."""
+    """The same error, or our equivalent: out of memory, or disk full."""
     if isinstance(error, QuantmillError):
         return error
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return OutOfMemory(f"out of memory ({error}); use a larger machine, or lower calibration.samples")
-    # safetensors reports a full disk as an error of its own, with the system's text in it.
+    # safetensors reports a full disk as its own error, with the system's text in it.
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or "No space left on device" in str(error):
         return DiskFull(f"no space left on the device ({error}); free some, or choose another --out")
@@ -36,7 +36,7 @@ def classify(error: BaseException) -> BaseException:
 
 
 def peak_memory() -> PeakMemory:
-    """Peak bytes of this process so far, on the host and on its CUDA device."""
+    """Peak memory of this process in bytes, on the host and on its CUDA device."""
     torch = sys.modules.get("torch")
     device = torch.cuda.max_memory_allocated() if torch is not None and torch.cuda.is_initialized() else 0
     return PeakMemory(host=peak_host_bytes(), device=device)

@@ -1,4 +1,4 @@
-"""Bytes on disk: their identity, and files that are there whole or not at all."""
+"""Checksums of files and folders, and atomic writes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def file_sha256(path: Path) -> str:
 
 
 def folder_sha256(folder: Path) -> str:
-    """Identity of a folder: over names and contents of all files that aren't hidden."""
+    """Identity of a folder: sha256 of the names and contents of all files that aren't hidden."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     visible = (path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
     names = {str(path.relative_to(folder)): file_sha256(path) for path in visible}
@@ -24,7 +24,7 @@ def folder_sha256(folder: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it's there whole, or not at all."""
+    """Write a file atomically: fsync, then rename."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("w", encoding="utf-8") as stream:

@@ -1,4 +1,4 @@
-"""The preflight: what a machine has, and what a job lacks there. Facts apart from judgement; no torch at import."""
+"""The preflight: probes a machine, and lists what a job lacks there. Facts apart from judgement; no torch at import."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Device(Frozen):
 
 
 class MachineFacts(Frozen):
-    """What a machine has, as found by ``probe``; bytes."""
+    """A machine's resources, as measured by ``probe``; memory and disk in bytes."""
 
     node: str
     python: str
@@ -41,7 +41,7 @@ class MachineFacts(Frozen):
 
 
 def probe(workspace: Path, with_devices: bool = True) -> MachineFacts:
-    """Look at this machine. ``with_devices`` imports torch, which takes seconds."""
+    """Measure this machine. ``with_devices`` imports torch, which takes seconds."""
     return MachineFacts(
         node=platform.node(),
         python=platform.python_version(),
@@ -54,30 +54,30 @@ def probe(workspace: Path, with_devices: bool = True) -> MachineFacts:
 
 
 def answer(request: str) -> str:
-    """``MachineFacts`` beside the workspace that is named, both as JSON: how a process of its own is asked."""
+    """``MachineFacts`` for the workspace named in the request, both as JSON: the entry of a separate process."""
     return probe(Path(json.loads(request)["workspace"])).model_dump_json()
 
 
 def versions() -> dict[str, str]:
-    """Versions of all that shapes an artifact, for its manifest."""
-    found = {name: version for name in sorted({*_named(), "quantmill"}) if (version := _version(name))}
-    return {"python": platform.python_version(), "platform": platform.machine(), **found}
+    """Versions of everything that affects an artifact, for its manifest."""
+    installed = {name: version for name in sorted({*_named(), "quantmill"}) if (version := _version(name))}
+    return {"python": platform.python_version(), "platform": platform.machine(), **installed}
 
 
 def problems(facts: MachineFacts, recipe: Recipe) -> list[str]:
-    """All that the machine lacks for a recipe, each with the command that mends it. Pure."""
+    """Everything that the machine lacks for a recipe, each with the command that fixes it. Pure."""
     engine, runtime = ENGINES[recipe.engine], checking(recipe.format)
     needed = [*BASE_PACKAGES, *engine.packages, *FORMATS[recipe.format].needs]
     lacking = [name for name in needed if name not in facts.packages]
     if runtime.environment is None:
         lacking += runtime.lacks(recipe.format, facts.packages)
-    found = [
+    missing = [
         f"package {name} is not installed, expected for recipe {recipe.name!r}; run "
         f"`pip install '{runtime.extras.get(name, name)}'`"
         for name in dict.fromkeys(lacking)
     ]
     return (
-        found
+        missing
         + [
             f"compute capability {'.'.join(map(str, device.capability))} of {device.name}: {engine.name} expects "
             f"{'.'.join(map(str, engine.least_capability))} or more; use the CPU"
@@ -88,12 +88,12 @@ def problems(facts: MachineFacts, recipe: Recipe) -> list[str]:
 
 
 def _named() -> set[str]:
-    """The distributions that any row names, and those that every stage needs."""
+    """All distributions named in the tables, and those that every stage needs."""
     made_with = {name for row in ENGINES.values() for name in row.packages}
     stored_with = {name for row in FORMATS.values() for name in row.needs}
-    # Of a runtime in an environment of its own, this process can't tell.
-    here = [row for row in RUNTIMES.values() if row.entry and row.environment is None]
-    read_with = {name for row in here for names in row.packages.values() for name in (row.distribution, *names)}
+    # A runtime in its own environment can't be checked from this process.
+    in_process = [row for row in RUNTIMES.values() if row.entry and row.environment is None]
+    read_with = {name for row in in_process for names in row.packages.values() for name in (row.distribution, *names)}
     return {*BASE_PACKAGES, *made_with, *stored_with, *read_with}
 
 
@@ -105,7 +105,7 @@ def _version(distribution: str) -> str | None:
 
 
 def host_memory() -> int:
-    """Bytes in all; a container's limit counts where it is lower."""
+    """Total memory in bytes, or the container's limit if it is lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else "max"

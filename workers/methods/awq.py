@@ -1,4 +1,4 @@
-"""AWQ (arXiv 2306.00978): scales of input channels and clipped ranges that make the output error least."""
+"""AWQ (arXiv 2306.00978): scales of input channels and clipped ranges that minimize the output error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from workers.spec.schemes import IntScheme
 
 
 def solve(recipe: AwqRecipe, stack: Stack) -> Solved:
-    """Codes of weights that are scaled already, with clipped ranges if the recipe says so."""
+    """Codes of already scaled weights, with clipped ranges if ``clip`` is set."""
     scheme, w_BOI = stack.scheme, stack.w_BOI
     if recipe.options.clip:
         scale_BOG, zero_BOG = awq.clipped_params(
@@ -29,7 +29,7 @@ def solve(recipe: AwqRecipe, stack: Stack) -> Solved:
 
 
 def input_scales(recipe: AwqRecipe, foldable: FoldableInput) -> Tensor:
-    """s of the input, float32 [I]: the exponent of the mean activation that makes the output error least."""
+    """s of the input, float32 [I]: the mean activation to the exponent that minimizes the output error."""
     problems: dict[InputName, list[tuple[QuantizableWeight, InputStatistics]]] = {}
     for weight, statistics in foldable.seen:
         name = weight.input if weight.input.expert is not None else InputName("", None)

@@ -1,4 +1,4 @@
-"""GPTQ (arXiv 2210.17323): columns solved one after the other under the Hessian of their inputs."""
+"""GPTQ (arXiv 2210.17323): quantizes column after column under the Hessian of the inputs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from workers.spec.recipes import GptqRecipe
 
 
 def solve(recipe: GptqRecipe, stack: Stack) -> Solved:
-    """Codes by GPTQ, refined if the recipe says so.
+    """Codes by GPTQ, refined if ``refine`` is set.
 
     Raises:
-        NumericalError: statistics that no damping mends.
+        NumericalError: the statistics stay indefinite under any damping.
     """
     options, scheme, w_BOI, h_BII = recipe.options, stack.scheme, stack.w_BOI, stack.hessians
     importance_BI = h_BII.diagonal(dim1=1, dim2=2) if options.scales == "mse" else None
@@ -48,14 +48,14 @@ def _factor(recipe: GptqRecipe, stack: Stack, h_BII: Tensor) -> gptq.Factor:
 
 
 def _nonzero(importance_BI: Tensor) -> Tensor:
-    """Equal importance for inputs that nothing ever came to."""
+    """Use equal importance for inputs that received no tokens."""
     return torch.where((importance_BI > 0).any(-1, keepdim=True), importance_BI, 1.0)
 
 
 def _notes(recipe: GptqRecipe, problem: Problem, damping: float) -> tuple[str, ...]:
-    wanted, name, said = recipe.options.damping, problem.weights[0].module, []
+    wanted, name, notes = recipe.options.damping, problem.weights[0].module, []
     if damping > wanted:
-        said.append(f"damping raised from {wanted:g} to {damping:g} for {name}: H wasn't positive definite")
+        notes.append(f"damping raised from {wanted:g} to {damping:g} for {name}: H wasn't positive definite")
     if problem.statistics is None or problem.statistics.count == 0:
-        said.append(f"rounded to nearest, for no calibration token came to it: {name}")
-    return tuple(said)
+        notes.append(f"rounded to nearest, for no calibration token came to it: {name}")
+    return tuple(notes)

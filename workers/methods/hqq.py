@@ -1,4 +1,4 @@
-"""HQQ (Badri and Shaji, 2023): zero points that make an l_p norm of the weights' error small."""
+"""HQQ (Badri and Shaji, 2023): zero points that minimize an l_p norm of the weights' error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from workers.spec.recipes import HqqRecipe
 
 
 def solve(recipe: HqqRecipe, stack: Stack) -> Solved:
-    """Codes under half-quadratic scales and zero points; no calibration."""
+    """Codes under half-quadratic scales and zero points; needs no calibration."""
     scheme, options = stack.scheme, recipe.options
     scale_BOG, zero_BOG = hqq.params(
         stack.w_BOI, scheme.bits, scheme.group_size, scale_dtype=stack.scale_dtype, iterations=options.iterations,

@@ -1,4 +1,4 @@
-"""What a method sees of one layer: its weights, the statistics of their inputs, and what it makes of them.
+"""A method's view of one layer: its weights, the statistics of their inputs, and the resulting codes.
 
 B problems, O output features, I input features, G groups of input columns.
 """
@@ -23,10 +23,10 @@ Key = tuple[tuple[int, ...], bool, float]
 
 
 class Factors:
-    """A layer's factors, each made once; they are let go with the layer."""
+    """Cache of a layer's GPTQ factors; freed with the layer."""
 
     def __init__(self) -> None:
-        self._made: dict[Key, tuple[tuple[InputStatistics, ...], gptq.Factor]] = {}
+        self._factors: dict[Key, tuple[tuple[InputStatistics, ...], gptq.Factor]] = {}
 
     def of(
         self, statistics: tuple[InputStatistics, ...], h_BII: Tensor, *, activation_order: bool, damping: float
@@ -37,19 +37,19 @@ class Factors:
             gptq.NotPositiveDefinite: as ``gptq.factorize``.
         """
         key = (tuple(map(id, statistics)), activation_order, damping)
-        if key not in self._made:
+        if key not in self._factors:
             factor = gptq.factorize(h_BII, activation_order=activation_order, damping=damping)
-            # The statistics are held, so that their ids stay their own.
-            self._made[key] = (statistics, factor)
-        return self._made[key][1]
+            # Holding the statistics keeps their ids from being reused.
+            self._factors[key] = (statistics, factor)
+        return self._factors[key][1]
 
 
 @dataclass(frozen=True)
 class LayerWork:
-    """One layer as all makers get it: its checkpoint tensors, and what was seen of it.
+    """One layer as given to all makers: its checkpoint tensors and observations.
 
-    ``observer`` is None in a pass without calibration; ``folds`` are those that a probe of the layer has proven;
-    ``factors`` are shared by the recipes that solve under the same statistics.
+    ``observer`` is None in a pass without calibration; ``folds`` are the layer's proven folds; ``factors`` are shared
+    by the recipes that solve under the same statistics.
     """
 
     index: int
@@ -61,7 +61,7 @@ class LayerWork:
 
 @dataclass(frozen=True)
 class Coded:
-    """The codes of one weight, and what had to be done otherwise than the recipe says."""
+    """The codes of one weight, and its deviations from the recipe."""
 
     weight: QuantizableWeight
     codes: CodedWeight
@@ -80,9 +80,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Layer:
-    """What a method sees of a layer.
+    """A layer as a method sees it.
 
-    ``read`` gives a weight as float [O, I]; ``statistics`` those of its input; ``dtype`` is the checkpoint's.
+    ``read`` returns a weight as float [O, I]; ``statistics`` those of its input; ``dtype`` is the checkpoint's.
     """
 
     read: Callable[[QuantizableWeight], Tensor]
@@ -95,7 +95,7 @@ class Layer:
 class Stack:
     """Problems of one shape and one integer scheme, solved together; ``w_BOI`` is float.
 
-    Scales are to be rounded to ``scale_dtype``; ``factors`` are the layer's.
+    Scales are rounded to ``scale_dtype``; ``factors`` are the layer's.
     """
 
     problems: Sequence[Problem]
@@ -106,7 +106,7 @@ class Stack:
 
     @property
     def hessians(self) -> Tensor:
-        """X^T X of each problem's input, float32; zeros where nothing came in."""
+        """X^T X of each problem's input, float32; zeros if it received no tokens."""
         first = self.problems[0]
         if len(self.problems) == 1 and first.statistics is not None:
             return first.statistics.gram_II[None]
@@ -117,7 +117,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Solved:
-    """The codes of a stack, int8 [B, O, I], its scales and zero points, and notes for each problem, empty for none."""
+    """The codes of a stack, int8 [B, O, I], its scales and zero points, and each problem's notes (empty if none)."""
 
     codes_BOI: Tensor
     scale_BOG: Tensor
@@ -127,10 +127,10 @@ class Solved:
 
 @dataclass(frozen=True)
 class FoldableInput:
-    """An input whose scales can be moved into what comes before it.
+    """An input whose scales can be folded into the preceding module.
 
-    ``rows_I`` says which channel of the source each column comes from; ``seen`` are the weights that multiply it, with
-    statistics; ``sinks`` are all of them; ``read`` gives a weight as [O, I] in its stored dtype.
+    ``rows_I`` is the source channel of each column; ``seen`` are the weights that multiply the input and have
+    statistics; ``sinks`` are all weights that multiply it; ``read`` returns a weight as [O, I] in its stored dtype.
     """
 
     rows_I: Tensor
@@ -140,17 +140,17 @@ class FoldableInput:
     read: Callable[[QuantizableWeight], Tensor]
 
     def tied(self, values_I: Tensor, how: str) -> Tensor:
-        """One value for all columns that come from one channel of the source: their mean, or their largest (amax)."""
+        """Give columns of one source channel the same value: their mean, or their maximum (``how="amax"``)."""
         rows_I = self.rows_I.to(values_I.device)
-        of_rows = values_I.new_zeros(int(rows_I.max()) + 1)
-        return of_rows.scatter_reduce_(0, rows_I, values_I, how, include_self=False)[rows_I]
+        by_row = values_I.new_zeros(int(rows_I.max()) + 1)
+        return by_row.scatter_reduce_(0, rows_I, values_I, how, include_self=False)[rows_I]
 
 
 def require_finite(key: str, tensor: Tensor) -> Tensor:
-    """The tensor itself.
+    """Return the tensor unchanged.
 
     Raises:
-        NumericalError: it holds NaN or Inf.
+        NumericalError: it contains NaN or Inf.
     """
     if not bool(torch.isfinite(tensor).all()):
         raise NumericalError(f"weights: NaN or Inf in {key}; the checkpoint is broken, fetch it again")

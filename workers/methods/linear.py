@@ -1,6 +1,6 @@
-"""Linear layers: from a layer's weights and statistics to codes, for every method of our own.
+"""Quantizes a layer's linear weights to codes from their statistics, for all of our own methods.
 
-What shares an input is solved as one problem (q, k, v; gate, up), and the experts of a layer are stacked.
+Weights that share an input are solved as one problem (q, k, v; gate, up), and the experts of a layer are stacked.
 B problems, O output features, I input features, G groups.
 """
 
@@ -20,17 +20,17 @@ from workers.spec.formats import FORMATS
 from workers.spec.recipes import LinearRecipe
 from workers.spec.schemes import Float8Scheme, IntScheme, LinearScheme, MicroscalingScheme
 
-# Elements of the weights that are stacked into one problem: bounds the memory of a layer with many experts.
+# Maximum number of weight elements stacked into one problem: bounds the memory of a layer with many experts.
 STACKED_ELEMENTS = 1 << 26
 
 
 def code_layer(
     recipe: LinearRecipe, weights: Sequence[tuple[QuantizableWeight, LinearScheme]], layer: Layer
 ) -> Iterator[Coded]:
-    """Codes for the weights of one layer.
+    """Quantize the weights of one layer.
 
     Raises:
-        NumericalError: NaN or Inf in a weight, or statistics that no damping mends.
+        NumericalError: a weight contains NaN or Inf, or its statistics stay indefinite under any damping.
     """
     for batch in _batches(_problems(weights, layer)):
         yield from _code(recipe, batch, layer)
@@ -39,9 +39,9 @@ def code_layer(
 def _problems(weights: Sequence[tuple[QuantizableWeight, LinearScheme]], layer: Layer) -> Iterator[Problem]:
     together: dict[tuple[object, LinearScheme], list[QuantizableWeight]] = {}
     for weight, scheme in weights:
-        found = layer.statistics(weight)
-        # Experts that share statistics stay problems of their own: they are stacked as far as memory goes.
-        name: object = weight.key if found is None else (id(found), weight.input.expert)
+        statistics = layer.statistics(weight)
+        # Experts that share statistics stay separate problems: they are stacked as far as memory allows.
+        name: object = weight.key if statistics is None else (id(statistics), weight.input.expert)
         together.setdefault((name, scheme), []).append(weight)
     for (_, scheme), group in together.items():
         matrices = [require_finite(weight.key, layer.read(weight)) for weight in group]
@@ -49,7 +49,7 @@ def _problems(weights: Sequence[tuple[QuantizableWeight, LinearScheme]], layer: 
 
 
 def _batches(problems: Iterable[Problem]) -> Iterator[list[Problem]]:
-    """Problems of one shape one after the other, experts stacked as far as the memory for it goes."""
+    """Problems one by one, except experts of equal shape, which are stacked as far as memory allows."""
     batch: list[Problem] = []
     for problem in problems:
         fits = (
@@ -92,7 +92,7 @@ def _code_int(recipe: LinearRecipe, scheme: IntScheme, batch: list[Problem], lay
 
 
 def _split(problem: Problem, scheme: IntScheme, solved: Solved, index: int) -> Iterator[Coded]:
-    """The stacked rows of one problem back to the weights they came from."""
+    """Split the stacked rows of one problem into its weights."""
     sizes = [weight.shape_OI[0] for weight in problem.weights]
     codes = torch.split(solved.codes_BOI[index], sizes)
     scales = torch.split(solved.scale_BOG[index], sizes)

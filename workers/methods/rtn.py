@@ -1,4 +1,4 @@
-"""Round to nearest: each weight to the closest code of its group's range."""
+"""Round to nearest: rounds each weight to the closest code in its group's range."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from workers.spec.recipes import RtnRecipe, SmoothQuantRecipe
 
 
 def solve(recipe: RtnRecipe | SmoothQuantRecipe, stack: Stack) -> Solved:
-    """Codes in the range that ``recipe.options.scales`` chooses; SmoothQuant's weights are scaled already."""
+    """Codes in the range chosen by ``recipe.options.scales``; SmoothQuant's weights are already scaled."""
     scheme = stack.scheme
     params = rounding.mse_params if recipe.options.scales == "mse" else rounding.minmax_params
     scale_BOG, zero_BOG = params(

@@ -1,7 +1,7 @@
-"""Scales of the layers' inputs (AWQ, SmoothQuant): chosen from the statistics, folded into what comes before.
+"""Chooses the scales of a layer's inputs (AWQ, SmoothQuant), and folds them into the preceding module.
 
-I input features, O output features; W x = (W diag(s)) (diag(1/s) x), and diag(1/s) goes into the norm or the linear
-layer that made x.
+I input features, O output features; W x = (W diag(s)) (diag(1/s) x), and diag(1/s) is folded into the norm or linear
+layer that computed x.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from workers.spec.schemes import LinearScheme
 
 
 class Scaling:
-    """A layer's tensors and statistics under the scales of its inputs; without ``choose``, as they are.
+    """A layer's tensors and statistics under the scales of its inputs; unchanged unless ``choose`` is called.
 
-    ``replaced`` are tensors that aren't quantized and change (norms, routers), in their stored dtype.
+    ``replaced`` are the changed tensors that aren't quantized (norms, routers), in their stored dtype.
     """
 
     def __init__(self, streamed: StreamedModel, work: LayerWork, schemes: Mapping[str, LinearScheme]) -> None:
@@ -44,35 +44,39 @@ class Scaling:
 
     @property
     def changed(self) -> bool:
-        """Whether any tensor isn't what the checkpoint holds."""
+        """Whether any tensor differs from the checkpoint's."""
         return bool(self._columns or self._rows or self.replaced)
 
     def weight(self, weight: QuantizableWeight, matrix_OI: Tensor) -> Tensor:
-        """A weight to be quantized: float32 where it is scaled, as it is otherwise."""
+        """A weight to quantize: float32 if it is scaled, otherwise unchanged."""
         return scaled(matrix_OI, self._columns.get(weight.key), self._rows.get(weight.key))
 
-    def statistics(self, weight: QuantizableWeight, found: InputStatistics | None) -> InputStatistics | None:
-        """Statistics of a weight's input after scaling; weights that share theirs go on doing so."""
+    def statistics(self, weight: QuantizableWeight, statistics: InputStatistics | None) -> InputStatistics | None:
+        """Statistics of a weight's input after scaling; weights that shared statistics still share them."""
         scale_I = self._inputs.get(weight.input)
-        if found is None or scale_I is None:
-            return found
-        leader = next(name for name, own in self._inputs.items() if own is scale_I)
-        key = (id(found), leader)
+        if statistics is None or scale_I is None:
+            return statistics
+        leader = next(name for name, other in self._inputs.items() if other is scale_I)
+        key = (id(statistics), leader)
         if key not in self._scaled:
-            self._scaled[key] = found.divided(scale_I)
+            self._scaled[key] = statistics.divided(scale_I)
         return self._scaled[key]
 
     def save(self, path: Path) -> None:
-        """Keep the scales, for ``formats.folded``."""
+        """Store the scales, for ``formats.folded``."""
         path.parent.mkdir(parents=True, exist_ok=True)
         kinds = {"columns": self._columns, "rows": self._rows, "replaced": self.replaced}
-        tensors = {f"{kind}|{key}": t.cpu().contiguous() for kind, found in kinds.items() for key, t in found.items()}
+        tensors = {
+            f"{kind}|{key}": t.cpu().contiguous()
+            for kind, tensors_by_key in kinds.items()
+            for key, t in tensors_by_key.items()
+        }
         save_file(tensors, path)
 
     # ------------------------------------------------------------------------------------- choosing
 
     def choose(self, recipe: LinearRecipe) -> None:
-        """Choose the scales of all inputs that can be folded, and fold them."""
+        """Choose the scales of all foldable inputs, and fold them."""
         folded: set[InputName] = set()
         for fold in self._work.folds:
             sinks = [weight for weight in self._sinks(fold) if weight.key in self._schemes]
@@ -82,25 +86,25 @@ class Scaling:
             if scale_I is not None:
                 self._fold(fold, scale_I)
                 folded |= {weight.input for weight in sinks}
-        left = [w.module for w in self._weights if w.key in self._schemes and w.input not in folded]
-        if left:
-            self.notes.append(f"inputs not scaled, for nothing before them can take the scales: {some(left)}")
+        unscaled = [w.module for w in self._weights if w.key in self._schemes and w.input not in folded]
+        if unscaled:
+            self.notes.append(f"inputs not scaled, for nothing before them can take the scales: {some(unscaled)}")
 
     def _sinks(self, fold: Fold) -> list[QuantizableWeight]:
         names = set(fold.sinks)
         return [weight for weight in self._weights if weight.input in names]
 
     def _reachable(self, fold: Fold) -> bool:
-        """Whether every tensor that the fold changes has a key of its own in the checkpoint."""
+        """Whether every tensor that the fold changes has its own key in the checkpoint."""
         inputs = {weight.input for weight in self._weights}
         return all(sink in inputs or sink.parameter in self._keys for sink in fold.sinks)
 
     def _chosen(self, recipe: LinearRecipe, fold: Fold, sinks: Sequence[QuantizableWeight]) -> Tensor | None:
-        """s of the sinks' input, float32 [I]; one value for all columns that come from one channel of the source."""
+        """s of the sinks' input, float32 [I]; equal for all columns from one channel of the source."""
         observer, choose = self._work.observer, METHODS[recipe.method].input_scales
         assert observer is not None, "a method that folds is calibrated"
         assert choose is not None, "the recipe says that it folds"
-        seen = [(weight, found) for weight in sinks if (found := observer.of(weight.input)) is not None]
+        seen = [(weight, statistics) for weight in sinks if (statistics := observer.of(weight.input)) is not None]
         if not seen:
             return None
         return choose(recipe, FoldableInput(fold.rows_I, seen, sinks, self._schemes[seen[0][0].key], self._read))
@@ -112,7 +116,7 @@ class Scaling:
     # -------------------------------------------------------------------------------------- folding
 
     def _fold(self, fold: Fold, scale_I: Tensor) -> None:
-        """Divide the source by the scales, and multiply the sinks with what that achieved in the stored dtype."""
+        """Divide the source by the scales, and multiply the sinks by the effective scales after rounding."""
         effective_I = self._divide_source(fold, scale_I)
         names = set(fold.sinks)
         for name in names:
@@ -129,24 +133,24 @@ class Scaling:
         if key in self._schemes:
             self._columns[key] = scale_I * self._columns.get(key, 1.0)
             return
-        tensor = self._now(key)
+        tensor = self._current(key)
         columns = scale_I[:, None] if transposed else scale_I
         self.replaced[key] = (tensor.float() * columns).to(tensor.dtype)
 
     def _divide_source(self, fold: Fold, scale_I: Tensor) -> Tensor:
-        """Fold into the source; the scales of the sinks' columns that this achieved."""
+        """Divide the source; return the effective scales of the sinks' columns."""
         if fold.kind == "linear":
             return self._divide_rows(fold, scale_I)
         weight, bias = self._keys[f"{fold.source}.weight"], self._keys.get(f"{fold.source}.bias")
-        held = None if bias is None else self._now(bias)
-        new_weight, new_bias, effective = fold_source(fold.kind, self._now(weight), held, scale_I)
+        old_bias = None if bias is None else self._current(bias)
+        new_weight, new_bias, effective = fold_source(fold.kind, self._current(weight), old_bias, scale_I)
         self.replaced[weight] = new_weight
         if bias is not None and new_bias is not None:
             self.replaced[bias] = new_bias
         return effective.float()
 
     def _divide_rows(self, fold: Fold, scale_I: Tensor) -> Tensor:
-        """The rows of a linear source, which may be spread over several keys that are fused in memory."""
+        """Divide the rows of a linear source, which may be several checkpoint keys fused in memory."""
         parameter = fold.source if fold.expert is not None else f"{fold.source}.weight"
         start = 0
         for weight in [w for w in self._weights if w.input == (parameter, fold.expert)]:
@@ -159,25 +163,25 @@ class Scaling:
             start += rows
         bias = self._keys.get(f"{fold.source}.bias")
         if fold.expert is None and bias is not None:
-            held = self._now(bias)
-            scale_O = torch.ones(len(held), device=scale_I.device)
+            old_bias = self._current(bias)
+            scale_O = torch.ones(len(old_bias), device=scale_I.device)
             scale_O[fold.rows_I] = scale_I
-            self.replaced[bias] = (held.float() / scale_O).to(held.dtype)
+            self.replaced[bias] = (old_bias.float() / scale_O).to(old_bias.dtype)
         return scale_I
 
     def _divide(self, weight: QuantizableWeight, scale_O: Tensor) -> None:
         if weight.key in self._schemes:
             self._rows[weight.key] = scale_O * self._rows.get(weight.key, 1.0)
             return
-        tensor = self._now(weight.key)
+        tensor = self._current(weight.key)
         rows = scale_O if weight.transposed else scale_O[:, None]
         self.replaced[weight.key] = (tensor.float() / rows).to(tensor.dtype)
 
-    def _now(self, key: str) -> Tensor:
-        """A tensor that isn't quantized, with what was folded into it so far."""
+    def _current(self, key: str) -> Tensor:
+        """A tensor that isn't quantized, with the folds so far applied."""
         return self.replaced.get(key, self._work.tensors[key]).to(self._streamed.device)
 
 
 def some(names: Sequence[str]) -> str:
-    """Name the first few of many modules."""
+    """List the first three of many names."""
     return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"

@@ -1,4 +1,4 @@
-"""What each weight of a model is quantized to under a recipe, and where that isn't what the recipe says."""
+"""Determines the scheme of each weight under a recipe, and the deviations from the recipe."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ UNPACKABLE = "transformers reads its plain weight while it loads, and a packed o
 
 
 def schemes_of(recipe: LinearRecipe, streamed: StreamedModel) -> dict[str, LinearScheme]:
-    """What each weight that the recipe quantizes is quantized to, by checkpoint key; all deviations included.
+    """The scheme of each weight that the recipe quantizes, by checkpoint key; all deviations included.
 
     Raises:
-        UnsupportedRecipe: nothing is left to quantize, or a shape that the scheme doesn't take is refused.
+        UnsupportedRecipe: nothing is left to quantize, or the scheme refuses a weight's shape.
     """
     chosen = {weight.key: _chosen(recipe, weight) for weight in streamed.weights if not recipe.ignores(weight.module)}
     schemes = {key: cast(LinearScheme, layer.scheme) for key, layer in chosen.items() if layer.scheme is not None}
@@ -58,7 +58,7 @@ def _formats_with_weight(scheme: Scheme) -> list[str]:
 
 
 def _unloadable(recipe: LinearRecipe, streamed: StreamedModel, schemes: Mapping[str, LinearScheme]) -> list[str]:
-    """Keys whose packed weight transformers wouldn't load."""
+    """Keys of packed weights that transformers couldn't load."""
     without_weight = FORMATS[recipe.format].without_weight
     packed = [weight for weight in streamed.weights if weight.key in schemes and without_weight(schemes[weight.key])]
     unpackable = unpackable_modules(streamed) if packed else frozenset()
@@ -68,7 +68,7 @@ def _unloadable(recipe: LinearRecipe, streamed: StreamedModel, schemes: Mapping[
 def deviations(
     recipe: LinearRecipe, weights: Iterable[QuantizableWeight], schemes: Mapping[str, LinearScheme]
 ) -> list[str]:
-    """What is done otherwise than the recipe says because of a layer's shape or kind, a line for each layer."""
+    """Deviations from the recipe because of a layer's shape or kind, one line per layer."""
     lines = []
     for weight in weights:
         scheme = schemes.get(weight.key)

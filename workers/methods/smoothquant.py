@@ -1,4 +1,4 @@
-"""SmoothQuant (arXiv 2211.10438): outliers of the activations moved into the weights, which are then rounded."""
+"""SmoothQuant (arXiv 2211.10438): moves activation outliers into the weights, which are then rounded."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The methods: one row each of what chooses codes on an integer grid. What a method needs is said by its recipe.
+"""The table of methods: one row for each way to choose codes on an integer grid. Their needs are in their recipes.
 
-A new method is a recipe class (``spec.recipes``), its numerics, a module here with its solver, and a row.
+To add a method, add a recipe class (``spec.recipes``), its numerics, a module here with its solver, and a row.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from workers.spec.recipes import AwqRecipe, GptqRecipe, HqqRecipe, RecipeBase, R
 
 @dataclass(frozen=True)
 class Method:
-    """One method: its recipes, its solver, and what chooses the scales of inputs that can be folded, if it has any."""
+    """One method: its recipe, its solver, and the function that chooses the scales of foldable inputs, if any."""
 
     recipe: type[RecipeBase]
     solve: Callable[[Any, Stack], Solved]

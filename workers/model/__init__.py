@@ -1,1 +1,1 @@
-"""A model streamed layer by layer, and what is seen of it."""
+"""Streams a model layer by layer, and observes it."""

@@ -1,4 +1,4 @@
-"""How many tokens pass a layer at a time: as many as the memory for it holds."""
+"""Sizes micro-batches in tokens, to fit the device's memory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from workers.machine.preflight import host_memory
 from workers.model.loading import StreamedModel
 from workers.spec.workspace import MICRO_BATCH_TOKENS
 
-# Share of the device's whole memory that one micro-batch's activations may take. Not of what is free: the size of the
-# micro-batches shows in the last bits of the statistics, and the same job on the same machine makes the same bytes.
+# Share of the device's total memory for one micro-batch's activations. Not of the free memory: the micro-batch size
+# affects the last bits of the statistics, and the same job on the same machine must produce the same bytes.
 SHARE = 0.125
 
 
@@ -25,7 +25,7 @@ def micro_batch_tokens(streamed: StreamedModel, sequence_length: int) -> int:
 
 
 def bytes_per_token(streamed: StreamedModel, sequence_length: int) -> int:
-    """What one token's activations take at most while the widest layer runs, attention scores included."""
+    """Upper bound of one token's activations in bytes while the widest layer runs, attention scores included."""
     widths: dict[int, int] = {}
     for weight in streamed.weights:
         if weight.input.expert in (None, 0):
@@ -37,14 +37,14 @@ def bytes_per_token(streamed: StreamedModel, sequence_length: int) -> int:
 
 
 def halved(tokens: int, sequence_length: int) -> int | None:
-    """The next size to try after running out of memory; None when there is none."""
+    """The next size (tokens) to try after running out of memory; None at one sequence."""
     return max(tokens // 2, sequence_length) if tokens > sequence_length else None
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an error says that memory for a tensor was lacking; torch has no class of its own for the host's.
+    """Whether an error means that a tensor couldn't be allocated; torch has no error class for host memory.
 
-    ``OutOfMemory`` is a decision made already: smaller micro-batches don't help.
+    ``OutOfMemory`` doesn't count: it is raised when smaller micro-batches don't help.
     """
     if isinstance(error, OutOfMemory):
         return False

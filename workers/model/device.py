@@ -1,4 +1,4 @@
-"""Where to compute, in which dtype, and a model opened there."""
+"""Chooses the compute device and dtype, and opens a model for them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from workers.spec.job import Job
 
 
 def compute_device() -> tuple[str, torch.dtype | None]:
-    """Where to compute and in which dtype: a GPU in the checkpoint's own (None), a CPU in float32."""
+    """Device and dtype of the computation: a GPU in the checkpoint's dtype (None), or the CPU in float32."""
     return ("cuda", None) if torch.cuda.is_available() else ("cpu", torch.float32)
 
 
 def checkpoint_dtype(source: Source) -> torch.dtype:
-    """The floating dtype that most of a checkpoint's matrices have."""
+    """The floating dtype of most of a checkpoint's matrices."""
     counts: dict[torch.dtype, int] = {}
     for header in source.headers.values():
         if header.dtype.is_floating_point and len(header.shape) > 1:
@@ -26,7 +26,7 @@ def checkpoint_dtype(source: Source) -> torch.dtype:
 
 
 def open_model(job: Job, folder: Path, source: Source) -> StreamedModel:
-    """The job's model, on the meta device, to be streamed where ``compute_device`` says."""
+    """Open the job's model on the meta device, to be streamed on ``compute_device``."""
     device, dtype = compute_device()
     return StreamedModel(
         folder,

@@ -1,10 +1,10 @@
-"""Which channels of a layer can be rescaled without changing what it computes: pairs of a source and its sinks.
+"""Finds the folds of a layer: a source and sinks whose channels can be rescaled without changing the layer's output.
 
-Nothing is known of any architecture. What may belong together is read off one run of the layer (what takes a norm's
-output; which matrices lie side by side), and then proven: with a source divided and its sinks multiplied by powers of
-two, which floats carry without rounding, the layer has to return the same bits. The powers are far apart, so that what
-bounds its values (a clamp between two linear layers) shows on a few tokens; and the layer computes in float32, whatever
-its own dtype, which none of them leaves.
+No architecture is hard-coded. One traced run of the layer gives the candidates (which products consume a norm's output;
+which matrices are siblings), and a second run proves them: with the source divided and its sinks multiplied by powers
+of two, which are exact in floating point, the layer must return the same bits. The powers differ by up to 2**40, so a
+nonlinearity between two linear layers (a clamp) shows on a few tokens. The layer computes in float32, whatever its own
+dtype, whose range the powers don't exceed.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from workers.model.loading import InputName, QuantizableWeight
 from workers.model.products import Products
 
 FoldKind = Literal["norm", "unit-offset-norm", "linear"]
-# A tensor of the layer, and what it is to hold.
+# A tensor of the layer, and its new value.
 TensorChange = tuple[Tensor, Tensor]
-# Exponents of the powers of two that a proof scales with.
+# Exponents of the powers of two used as test scales.
 EXPONENTS = (-20.0, -1.0, 1.0, 20.0)
 
 
 @dataclass(frozen=True)
 class Fold:
-    """A source that is divided, and all the sinks that undo it: parameters whose input columns are multiplied.
+    """A source to divide, and all its sinks: parameters whose input columns are multiplied to compensate.
 
-    ``source`` names the module, or for an expert of a fused parameter that parameter; ``rows_I`` (int64) is the channel
-    of the source that each column of the sinks comes from.
+    ``source`` names a module, or the fused parameter if ``expert`` is set; ``rows_I`` (int64) is the source channel
+    that feeds each input column of the sinks.
     """
 
     source: str
@@ -49,11 +49,11 @@ class Fold:
 def find_folds(
     layer: nn.Module, prefix: str, run: Callable[[], Any], targets: Sequence[QuantizableWeight]
 ) -> list[Fold]:
-    """The folds of a loaded layer, proven by running it.
+    """Find the folds of a loaded layer, and prove them by running it.
 
-    ``prefix`` is the layer's name in the model; ``run`` runs it on some tokens, always the same and in float32, and
-    returns its output and whatever else it may write to. ``targets`` are the layer's quantizable weights: linear
-    sources are among them, and the sinks of a fold, beside routers. The layer's weights are afterwards what they were.
+    ``prefix`` is the layer's name in the model. ``run`` runs the layer on some tokens, always the same and in float32,
+    and returns its output and everything else it may write to. ``targets`` are the layer's quantizable weights: linear
+    sources and the sinks of folds are among them; routers are sinks too. The layer's weights are restored afterwards.
     """
     with _in_float32(layer):
         probe = _Probe(layer, prefix, run, targets)
@@ -65,32 +65,32 @@ def find_folds(
 def fold_source(
     kind: FoldKind, weight: Tensor, bias: Tensor | None, s_I: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Divide a norm's weight and bias by s_I in their stored dtypes; and the s_I that rounding made of it (float32)."""
+    """Divide a norm's weight and bias by s_I in their stored dtypes; return them and the effective s_I (float32)."""
     offset = 1.0 if kind == "unit-offset-norm" else 0.0
     new = ((weight.float() + offset) / s_I - offset).to(weight.dtype)
-    made = new.float() + offset
-    effective = torch.where(made == 0, s_I, (weight.float() + offset) / made)
-    # A channel that the norm switches off has no ratio.
+    rounded = new.float() + offset
+    effective = torch.where(rounded == 0, s_I, (weight.float() + offset) / rounded)
+    # A channel whose rounded weight is 0 has no ratio: keep s_I.
     effective = torch.where(effective > 0, effective, s_I)
     return new, None if bias is None else (bias.float() / effective).to(bias.dtype), effective
 
 
 @dataclass
-class _Seen:
-    """What one run showed: the input of each product, and each norm's arguments and output."""
+class _Trace:
+    """One traced run: the input of each product, each norm's arguments and output, and each module's tensor inputs."""
 
     inputs: dict[InputName, Tensor] = field(default_factory=dict)
     norms: dict[str, tuple[tuple[Any, ...], dict[str, Any], Tensor]] = field(default_factory=dict)
-    entered: dict[str, list[Tensor]] = field(default_factory=dict)
+    module_inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     result: tuple[Tensor, ...] = ()
 
     def note(self, name: InputName, inputs: Tensor) -> None:
-        """Keep the first input that came to a product."""
+        """Record the first input of a product."""
         self.inputs.setdefault(name, inputs)
 
 
 class _Probe:
-    """One layer under examination; every name is the model's."""
+    """Probes one layer for folds; all names are the model's."""
 
     def __init__(
         self, layer: nn.Module, prefix: str, run: Callable[[], Any], targets: Sequence[QuantizableWeight]
@@ -100,32 +100,32 @@ class _Probe:
         self._parameters = {f"{prefix}.{name}": parameter for name, parameter in layer.named_parameters()}
         self._targets = list(dict.fromkeys(weight.input for weight in targets))
         self._generator = torch.Generator().manual_seed(0)
-        self._plain = self._look()
-        self.deterministic = _same(self._plain.result, self._look().result)
+        self._plain = self._traced_run()
+        self.deterministic = _same(self._plain.result, self._traced_run().result)
 
-    # ---------------------------------------------------------------------------------------- looking
+    # ---------------------------------------------------------------------------------------- tracing
 
-    def _look(self) -> _Seen:
-        """Run the layer, and note what goes on inside."""
-        seen = _Seen()
+    def _traced_run(self) -> _Trace:
+        """Run the layer, and record its inner inputs."""
+        trace = _Trace()
         matrices = [(name, parameter) for name, parameter in self._parameters.items() if parameter.dim() > 1]
         with ExitStack() as stack:
             for name, module in self._modules.items():
-                before = module.register_forward_pre_hook(partial(_note_entry, seen, name))
+                before = module.register_forward_pre_hook(partial(_note_entry, trace, name))
                 stack.callback(before.remove)
                 if isinstance(module, nn.Linear | Conv1D):
-                    # Whatever its forward does with the weight.
-                    note = partial(_note_input, seen, f"{name}.weight")
+                    # A hook, because Conv1D and Linear subclasses need not call ``linear``.
+                    note = partial(_note_input, trace, f"{name}.weight")
                     stack.callback(module.register_forward_pre_hook(note).remove)
                 if _is_norm(module):
-                    hook = partial(_note_norm, seen, name)
+                    hook = partial(_note_norm, trace, name)
                     stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
-            stack.enter_context(Products(matrices, seen.note))
-            seen.result = tuple(tensor.clone() for _, tensor in trees.leaves(self._run()))
-        return seen
+            stack.enter_context(Products(matrices, trace.note))
+            trace.result = tuple(tensor.clone() for _, tensor in trees.leaves(self._run()))
+        return trace
 
     def _result(self) -> tuple[Tensor, ...] | None:
-        """What the layer returns under changed weights; None if it fails."""
+        """The layer's output under changed weights; None if it fails."""
         try:
             return tuple(tensor for _, tensor in trees.leaves(self._run()))
         except (RuntimeError, ValueError, IndexError) as error:
@@ -141,22 +141,24 @@ class _Probe:
     # ------------------------------------------------------------------------------------------ norms
 
     def from_norms(self) -> Iterator[Fold]:
-        """For each norm all that takes its output, if it is of a kind that scales."""
+        """Yield a fold for each norm that scales by its weight, with all consumers of its output as sinks."""
         for name, (args, kwargs, output) in self._plain.norms.items():
             norm = self._modules[name]
-            sinks = self._takers(output)
+            sinks = self._consumers(output)
             kind = _kind_of(norm, args, kwargs, self._powers(output.shape[-1], output.device)) if sinks else None
             if kind is not None:
                 rows_I = torch.arange(output.shape[-1], device=norm.weight.device)
                 yield Fold(name, kind, None, rows_I, tuple(sinks))
 
-    def _takers(self, output: Tensor) -> list[InputName]:
-        """The products with a tensor, and all products of its width in a mixture of experts that it goes into."""
+    def _consumers(self, output: Tensor) -> list[InputName]:
+        """Products whose input is ``output``, and same-width products of expert modules that take ``output``."""
         width, names = output.shape[-1], dict[InputName, None]()
         for name, inputs in self._plain.inputs.items():
             if _shares(inputs, output) and inputs.shape[-1] == width:
                 names[name] = None
-        inside = [module for module, given in self._plain.entered.items() if any(_shares(x, output) for x in given)]
+        inside = [
+            module for module, tensors in self._plain.module_inputs.items() if any(_shares(x, output) for x in tensors)
+        ]
         for name in self._targets:
             fused = name[1] is not None and name[0].rpartition(".")[0] in inside
             if fused and self._width(name) == width:
@@ -166,30 +168,30 @@ class _Probe:
     # ---------------------------------------------------------------------------------------- linears
 
     def from_linears(self) -> Iterator[Fold]:
-        """For each target the linear layer beside it that makes its input, channel by channel."""
-        taken = {sink.parameter for fold in self.from_norms() for sink in fold.sinks}
+        """Yield a fold for each target whose input a sibling linear layer produces channel by channel."""
+        covered = {sink.parameter for fold in self.from_norms() for sink in fold.sinks}
         for sink in dict.fromkeys(parameter for parameter, _ in self._targets):
-            if sink in taken:
+            if sink in covered:
                 continue
-            found = next(filter(None, (self._matched(source, sink) for source in self._beside(sink))), None)
-            if found is not None:
-                source, rows_I = found
+            match = next(filter(None, (self._row_map(source, sink) for source in self._candidate_sources(sink))), None)
+            if match is not None:
+                source, rows_I = match
                 yield from self._folds_between(source, sink, rows_I)
 
-    def _beside(self, sink: str) -> list[str]:
-        """Targets of the same module or of the module's own parent that come first, the nearest at the front."""
+    def _candidate_sources(self, sink: str) -> list[str]:
+        """Targets that run before the sink in the same parent module, nearest first."""
         order = list(dict.fromkeys(parameter for parameter, _ in self._plain.inputs))
         if sink not in order:
             return []
         earlier = order[: order.index(sink)]
         known = {parameter for parameter, _ in self._targets}
-        return [name for name in reversed(earlier) if name in known and _family(name) == _family(sink)]
+        return [name for name in reversed(earlier) if name in known and _parent_module(name) == _parent_module(sink)]
 
     def _experts(self, parameter: str) -> list[int | None]:
         return [expert for name, expert in self._targets if name == parameter]
 
-    def _matched(self, source: str, sink: str) -> tuple[str, Tensor] | None:
-        """Which row of the source each column of the sink comes from, if it does."""
+    def _row_map(self, source: str, sink: str) -> tuple[str, Tensor] | None:
+        """The source and its row for each column of the sink; None if the sink doesn't follow the source."""
         if self._experts(source) != self._experts(sink):
             return None
         rows = self._rows(InputName(source, self._experts(source)[0]))
@@ -200,13 +202,13 @@ class _Probe:
         return None
 
     def _follows(self, source: str, sink: str, rows_I: Tensor) -> bool:
-        """Whether the sink's inputs, and they alone, are scaled with the source's rows."""
+        """Whether scaling the source's rows scales the sink's inputs, and in exactly that way."""
         scale_O = torch.ones(self._rows(InputName(source, self._experts(source)[0])))
         scale_O[rows_I] = self._powers(len(scale_O), torch.device("cpu"))[rows_I]
         changes = (c for expert in self._experts(source) for c in self._divided_rows(source, expert, scale_O))
         with _changed(changes):
             try:
-                now = self._look()
+                now = self._traced_run()
             except (RuntimeError, ValueError, IndexError) as error:
                 if ran_out(error):
                     raise
@@ -232,23 +234,23 @@ class _Probe:
             yield Fold(name, "linear", expert, rows_I, (InputName(sink, expert),))
 
     def _head_sizes(self, sink: str) -> list[int]:
-        """What the module of attention says of the size of its heads."""
-        values = vars(self._modules.get(_family(sink), nn.Module()))
+        """Head sizes named in the attributes of the attention module (``head_dim`` and alike)."""
+        values = vars(self._modules.get(_parent_module(sink), nn.Module()))
         named = [v for k, v in values.items() if "head" in k and ("dim" in k or "size" in k) and isinstance(v, int)]
         return list(dict.fromkeys(value for value in named if value > 0))
 
     # ------------------------------------------------------------------------------------------- proof
 
     def proven(self, folds: Sequence[Fold]) -> list[Fold]:
-        """Those under which, all together, the layer returns the same bits."""
-        if not folds or self._holds(folds):
+        """The folds that, applied together, leave the layer's output bit-identical."""
+        if not folds or self._is_exact(folds):
             return list(folds)
-        alone = [group for group in _by_structure(folds) if self._holds(group)]
-        kept = [fold for group in alone for fold in group]
-        return kept if kept and self._holds(kept) else []
+        alone = [group for group in _by_structure(folds) if self._is_exact(group)]
+        valid = [fold for group in alone for fold in group]
+        return valid if valid and self._is_exact(valid) else []
 
-    def _holds(self, folds: Sequence[Fold]) -> bool:
-        """Whether folding random powers of two changes nothing, while the sources alone change something."""
+    def _is_exact(self, folds: Sequence[Fold]) -> bool:
+        """Whether folding random powers of two leaves the output bit-identical, while the sources alone change it."""
         neutral = [
             (self._parameters[f"{fold.source}.weight"], torch.zeros_like(self._parameters[f"{fold.source}.weight"]))
             for fold in folds
@@ -257,7 +259,7 @@ class _Probe:
         with _changed(neutral):
             plain = self._result()
             scales = [self._powers(int(fold.rows_I.max()) + 1, fold.rows_I.device)[fold.rows_I] for fold in folds]
-            # One after the other: a layer's worth of new values isn't held beside the old ones.
+            # Lazily, one after the other: at most one new value is held beside the saved ones.
             with _changed(c for fold, s in zip(folds, scales, strict=True) for c in self._divided(fold, s)):
                 half = self._result()
                 with _changed(c for fold, s in zip(folds, scales, strict=True) for c in self._multiplied(fold, s)):
@@ -309,24 +311,24 @@ class _Probe:
         return self._matrix(name).shape[0 if self._transposed(name[0]) else 1]
 
 
-def _note_entry(seen: _Seen, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-    seen.entered.setdefault(name, []).extend(value for value in args if isinstance(value, Tensor))
+def _note_entry(trace: _Trace, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    trace.module_inputs.setdefault(name, []).extend(value for value in args if isinstance(value, Tensor))
 
 
-def _note_input(seen: _Seen, weight: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+def _note_input(trace: _Trace, weight: str, module: nn.Module, args: tuple[Any, ...]) -> None:
     if args:
-        seen.inputs.setdefault(InputName(weight, None), args[0])
+        trace.inputs.setdefault(InputName(weight, None), args[0])
 
 
 def _note_norm(
-    seen: _Seen, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    trace: _Trace, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
     if isinstance(output, Tensor) and output.shape[-1] == module.get_parameter("weight").numel():
-        seen.norms.setdefault(name, (args, kwargs, output))
+        trace.norms.setdefault(name, (args, kwargs, output))
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """A module with a vector for a weight, and nothing beside it but a bias of the same size."""
+    """A module whose only parameters are a weight vector and optionally a bias of the same shape."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.dim() != 1:
         return False
@@ -334,7 +336,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _kind_of(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], scale_I: Tensor) -> FoldKind | None:
-    """Whether the norm multiplies with its weight, with one more than it, or with neither."""
+    """How the norm scales: by its weight, by 1 + its weight, or neither (None)."""
     weight, bias = norm.get_parameter("weight"), getattr(norm, "bias", None)
     without_bias = [] if bias is None else [(bias, torch.zeros_like(bias))]
     kinds: tuple[tuple[FoldKind, float], ...] = (("norm", 0.0), ("unit-offset-norm", 1.0))
@@ -350,11 +352,11 @@ def _kind_of(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sca
 
 
 def _row_maps(rows: int, width: int, head_sizes: Iterable[int]) -> Iterator[Tensor]:
-    """Where the columns of a sink may come from: all that attention and gated layers are known to do.
+    """Candidate row maps (sink column -> source row) of the layouts known from attention and gated layers.
 
-    The rows as they are; the last or the first of them, or every other (parts that are fused, side by side or in
-    turns); values of key-value heads that several heads share, alone, behind queries and keys, or in groups with them;
-    a part at the end of each head.
+    The identity; the last or first ``width`` rows, or every other row (parts fused side by side or interleaved); the
+    values of key-value heads shared by several query heads: alone, behind queries and keys, or grouped with them; the
+    last part of each head.
     """
     columns = torch.arange(width)
     if rows == width:
@@ -372,27 +374,27 @@ def _row_maps(rows: int, width: int, head_sizes: Iterable[int]) -> Iterator[Tens
 
 def _shared_heads(rows: int, width: int, size: int) -> Iterator[Tensor]:
     columns = torch.arange(width)
-    heads, place = columns // size, columns % size
+    heads, offset = columns // size, columns % size
     stride = rows // (width // size)
     if stride > size and stride * (width // size) == rows:
-        yield heads * stride + stride - size + place
+        yield heads * stride + stride - size + offset
     values = rows if rows < width else (rows - width) // 2
     groups = values // size
     if values % size or groups == 0 or (width // size) % groups:
         return
     shared = width // size // groups
-    yield rows - values + heads // shared * size + place
+    yield rows - values + heads // shared * size + offset
     if rows == width + 2 * values:
-        yield heads // shared * (shared + 2) * size + (shared + 1) * size + place
+        yield heads // shared * (shared + 2) * size + (shared + 1) * size + offset
 
 
-def _family(parameter: str) -> str:
-    """The module that a linear layer is part of; for a fused parameter the one that holds it."""
+def _parent_module(parameter: str) -> str:
+    """The parent module of a linear layer; for a fused parameter the module that holds it."""
     return parameter.removesuffix(".weight").rpartition(".")[0]
 
 
 def _by_structure(folds: Sequence[Fold]) -> list[list[Fold]]:
-    """Folds that differ in nothing but the expert stand or fall together."""
+    """Group the folds of one source: folds that differ only in the expert are accepted or rejected together."""
     groups: dict[str, list[Fold]] = {}
     for fold in folds:
         groups.setdefault(fold.source, []).append(fold)
@@ -401,7 +403,7 @@ def _by_structure(folds: Sequence[Fold]) -> list[list[Fold]]:
 
 @contextmanager
 def _in_float32(layer: nn.Module) -> Iterator[None]:
-    """A layer computes in float32 while the context lasts; its own bits come back, which float32 holds all of."""
+    """Run a layer in float32 while the context lasts; its original bits are restored, since float32 represents them."""
     narrow = [
         (tensor, tensor.dtype)
         for tensor in [*layer.parameters(), *layer.buffers()]
@@ -418,15 +420,15 @@ def _in_float32(layer: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _changed(changes: Iterable[TensorChange]) -> Iterator[None]:
-    """Tensors hold other values while the context lasts."""
-    kept: list[TensorChange] = []
+    """Overwrite tensors while the context lasts."""
+    originals: list[TensorChange] = []
     try:
         for tensor, value in changes:
-            kept.append((tensor.data, tensor.data.clone()))
+            originals.append((tensor.data, tensor.data.clone()))
             tensor.data.copy_(value)
         yield
     finally:
-        for tensor, value in reversed(kept):
+        for tensor, value in reversed(originals):
             tensor.copy_(value)
 
 

@@ -1,7 +1,7 @@
-"""The streamed forward: all micro-batches go through the layers in lock step, one layer's weights in memory.
+"""Streams micro-batches through a decoder in lock step, with one layer's weights in memory at a time.
 
-The model's own forward runs, each micro-batch in a greenlet of its own that rests before every decoder layer; so masks,
-rotary embeddings and per-layer arguments are right for every architecture without a line about any of them.
+The model's own forward runs, each micro-batch in its own greenlet (a lane) that pauses before every decoder layer; so
+masks, rotary embeddings and per-layer arguments are right for every architecture without code for any of them.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ LayerVisitor = Callable[[int], None]
 
 @dataclass(frozen=True)
 class LoadedLayer:
-    """A layer whose weights are in memory; ``tensors`` are its checkpoint tensors as they were read."""
+    """A layer whose weights are in memory; ``tensors`` are its checkpoint tensors as read."""
 
     index: int
     tensors: Mapping[str, Tensor]
 
 
 class Streaming:
-    """A model's layers, one after the other in memory, and the lanes that go through them.
+    """Loads a model's layers one after the other, and drives the lanes through them.
 
     Raises:
         UnsupportedModel: the model's forward doesn't run its layers one after the other, each once.
@@ -51,7 +51,7 @@ class Streaming:
         self._stack.enter_context(torch.inference_mode())
         for layer in self._streamed.layers:
             self._stack.enter_context(_pretending(layer))
-            self._stack.callback(layer.register_forward_pre_hook(_rest, with_kwargs=True).remove)
+            self._stack.callback(layer.register_forward_pre_hook(_pause, with_kwargs=True).remove)
             self._stack.callback(layer.register_forward_hook(_note_output).remove)
         return self
 
@@ -63,16 +63,16 @@ class Streaming:
         self._stack.close()
 
     def lanes(self, batches: Sequence[Tensor]) -> Lanes:
-        """Token batches (int64 [B, T] each) at the door of the first layer."""
+        """Start lanes for token batches (int64 [B, T] each): they are paused before the first layer."""
         if not self._streamed.outside_loaded:
             self._streamed.load_outside()
         self._lanes.append(Lanes(self._streamed, batches))
         return self._lanes[-1]
 
     def layers(self, start: int = 0) -> Iterator[LoadedLayer]:
-        """Load the layers from ``start`` on, one after the other; the next is read while the caller is at work.
+        """Load the layers from ``start`` on, one after the other; the next is read ahead while the caller works.
 
-        Without lanes they are only read.
+        Without lanes, layers are only read, not loaded into the model.
         """
         streamed = self._streamed
         with ReadAhead(streamed.source, [streamed.keys_of_layer(i) for i in range(len(streamed.layers))]) as ahead:
@@ -89,7 +89,7 @@ class Streaming:
 
 
 class Lanes:
-    """Micro-batches on their way through the decoder, all at the same layer's door."""
+    """Micro-batches on their way through the decoder, all paused before the same layer."""
 
     def __init__(self, streamed: StreamedModel, batches: Sequence[Tensor]) -> None:
         self._streamed = streamed
@@ -97,64 +97,64 @@ class Lanes:
         self._at = 0
         self.device = streamed.device
         for lane in self._lanes:
-            lane.go_on()
+            lane.resume()
 
     def advance(self) -> None:
-        """Take all through the layer that they rest before; its weights are in memory."""
+        """Run all micro-batches through the next layer, whose weights must be in memory."""
         for lane in self._lanes:
             lane.require_before(self._at)
-            lane.go_on()
+            lane.resume()
         self._at += 1
 
     def run_without_advancing(self) -> None:
-        """Run the layer on what waits at its door, for those who look on; nothing goes on."""
+        """Run the next layer on its inputs, for observers; the micro-batches stay paused before it."""
         for lane in self._lanes:
             lane.require_before(self._at)
             lane.run_without_advancing()
 
     def float32_run(self) -> Callable[[], Any]:
-        """A function that runs the layer on what waits in the first lane: its output, and its arguments afterwards.
+        """A function that runs the next layer on the first micro-batch, and returns its output and arguments.
 
-        All floats are float32, as the layer's own are to be while it's called.
+        All floats are cast to float32, as the layer's own must be while the function is called.
         """
         lane = self._lanes[0]
         lane.require_before(self._at)
         return lane.run_in_float32
 
     def outputs(self) -> list[Tensor]:
-        """The decoder's output for each batch, float [B, T, hidden] on the CPU, once all are through."""
+        """The decoder's output for each batch, float [B, T, hidden] on the CPU, once all layers have run."""
         return [lane.output() for lane in self._lanes]
 
     def end(self) -> None:
-        """Unwind lanes that stopped half way."""
+        """Unwind lanes that are still paused."""
         for lane in self._lanes:
             lane.end()
 
-    # ---------------------------------------------------------------------- going on after a kill
+    # -------------------------------------------------------------------------------------- resuming
 
     def last_outputs(self) -> list[Any]:
-        """What the last layer returned, for each lane."""
+        """The output of the last layer that ran, for each lane."""
         return [lane.last_output for lane in self._lanes]
 
     def next_inputs(self) -> list[Any]:
-        """The arguments of the layer that comes next, for each lane; None at the end."""
+        """The arguments of the next layer, for each lane; None at the end."""
         return [lane.inputs for lane in self._lanes]
 
     def replay(self, layers: int, last_outputs: Sequence[Any]) -> None:
-        """Take all to the door of layer ``layers`` without computing: the last before it returns ``last_outputs``.
+        """Advance all lanes to layer ``layers`` without computing: the layer before it returns ``last_outputs``.
 
-        The earlier ones return NaN, which must not be seen at the door: the caller looks there.
+        Earlier layers return NaN. The caller checks ``next_inputs``, where no NaN may appear.
         """
         for lane, output in zip(self._lanes, last_outputs, strict=True):
-            nothing = _poisoned(output)
+            placeholder = _poisoned(output)
             for index in range(layers):
                 lane.require_before(index)
-                lane.pretend(output if index == layers - 1 else nothing)
+                lane.pretend(output if index == layers - 1 else placeholder)
         self._at = layers
 
 
 class _Lane:
-    """One micro-batch on its way through the model's own forward."""
+    """One micro-batch in the model's own forward."""
 
     def __init__(self, streamed: StreamedModel, batch: Tensor) -> None:
         self._streamed = streamed
@@ -166,51 +166,55 @@ class _Lane:
 
     @property
     def last_output(self) -> Any:
-        """What the last layer returned."""
+        """The output of the last layer that ran."""
         return self._greenlet.last_output
 
-    def go_on(self) -> None:
-        """Run until the next layer's door, or to the end."""
+    def resume(self) -> None:
+        """Run until the next layer is called, or to the end."""
         self._next, self.inputs = self._greenlet.switch() or (None, None)
 
     def run_without_advancing(self) -> Any:
-        """Run the layer on its arguments, and return what it returns; the lane stays where it is."""
+        """Run the next layer on its arguments, and return its output; the lane stays paused."""
         assert self._next is not None
         args, kwargs = self.inputs
         return self._next(*args, **kwargs)
 
     def run_in_float32(self) -> tuple[Any, Any]:
-        """As ``run_without_advancing``, on the arguments in float32; they come back beside the output."""
+        """Like ``run_without_advancing``, on the arguments cast to float32; returns the output and the arguments."""
         assert self._next is not None
         args, kwargs = _in_float32(self.inputs)
         return self._next(*args, **kwargs), (args, kwargs)
 
     def pretend(self, output: Any) -> None:
-        """Go on as if the layer had returned ``output``."""
+        """Resume as if the layer had returned ``output``."""
         self._greenlet.pretended = (output,)
-        self.go_on()
+        self.resume()
 
     def require_before(self, index: int) -> None:
-        """Refuse a forward that rests at the door of another layer, or has ended."""
+        """Raise unless the lane is paused before layer ``index``.
+
+        Raises:
+            UnsupportedModel: the forward called another layer, or has ended.
+        """
         layers = self._streamed.layers
         if self._next is not layers[index]:
-            found = "ends" if self._next is None else f"comes to layer {layers.index(self._next)}"
-            raise self._unsupported(f"its forward {found} where layer {index} of {len(layers)} should come next")
+            problem = "ends" if self._next is None else f"comes to layer {layers.index(self._next)}"
+            raise self._unsupported(f"its forward {problem} where layer {index} of {len(layers)} should come next")
 
     def output(self) -> Tensor:
-        """The decoder's output, once the lane is through."""
+        """The decoder's output, once all layers have run."""
         if self._output is None:
             raise self._unsupported("its forward comes to a layer again after the last")
         return self._output.to("cpu")
 
-    def _unsupported(self, found: str) -> UnsupportedModel:
+    def _unsupported(self, problem: str) -> UnsupportedModel:
         return UnsupportedModel(
-            f"model {type(self._streamed.model).__name__}: {found} ({self._streamed.layers_name}); quantmill streams "
+            f"model {type(self._streamed.model).__name__}: {problem} ({self._streamed.layers_name}); quantmill streams "
             "models whose forward runs each layer once, in order: leave it out of the zoo"
         )
 
     def end(self) -> None:
-        """Unwind a lane that stopped half way."""
+        """Unwind a lane that is still paused."""
         if not self._greenlet.dead:
             self._greenlet.throw()
 
@@ -220,14 +224,14 @@ class _Lane:
 
 
 class _LaneGreenlet(greenlet):  # type: ignore[misc]  # the library has no types
-    """A greenlet with places for what the last layer returned in it, and for what the next is to return instead."""
+    """A greenlet with the last layer's output in it, and the output that the next layer returns without running."""
 
     last_output: Any = None
     pretended: tuple[Any] | None = None
 
 
-def _rest(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A layer in a lane gives way to the scheduler before it runs; called outside of the lanes, it runs."""
+def _pause(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Pre-forward hook: pause the lane before its layer runs; outside of lanes, do nothing."""
     parent = getcurrent().parent
     if parent is not None:
         parent.switch((module, (args, kwargs)))
@@ -235,19 +239,19 @@ def _rest(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
 
 @contextmanager
 def _pretending(layer: nn.Module) -> Iterator[None]:
-    """While the context lasts, the layer returns what its lane is to pretend, if there is such a thing.
+    """While the context lasts, the layer returns its lane's ``pretended`` output, if set, without running.
 
-    A module takes its ``forward`` before its hooks run, so that it can't be replaced while a lane rests in one.
+    ``forward`` is wrapped beforehand: a module looks it up before its hooks run, so a hook can't replace it.
     """
-    plain = layer.forward
+    original = layer.forward
 
-    @wraps(plain)
+    @wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
         lane = getcurrent()
         if isinstance(lane, _LaneGreenlet) and lane.pretended is not None:
             (output,), lane.pretended = lane.pretended, None
             return output
-        return plain(*args, **kwargs)
+        return original(*args, **kwargs)
 
     layer.forward = forward
     try:
@@ -263,12 +267,12 @@ def _note_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 
 
 def _poisoned(output: Any) -> Any:
-    """The same structure, its floats NaN."""
+    """The same structure with all floats NaN."""
     return trees.mapped(lambda t: torch.full_like(t, torch.nan) if t.is_floating_point() else t, output)
 
 
 def _in_float32(value: Any) -> Any:
-    """The same structure, its floats in float32."""
+    """The same structure with all floats cast to float32."""
     return trees.mapped(lambda t: t.float() if t.is_floating_point() else t, value)
 
 
@@ -280,11 +284,11 @@ def stream(
     observed: int = 0,
     after_layer: LayerVisitor | None = None,
 ) -> list[Tensor]:
-    """Run token batches through the decoder, and return its output for each: the input of the head.
+    """Run token batches through the decoder, and return its outputs: the inputs of the head.
 
-    ``batches``: int64 [B, T] each. The first ``observed`` of them are shown to ``observer``. ``after_layer(index)`` is
-    called when all have passed a layer whose weights are still loaded. Returns float [B, T, hidden] on the CPU, one for
-    each batch that isn't observed; observed ones are only for the statistics.
+    ``batches``: int64 [B, T] each. ``observer`` sees the first ``observed`` of them. ``after_layer(index)`` is called
+    when all batches have passed a layer, with its weights still loaded. Returns float [B, T, hidden] on the CPU for
+    each batch that isn't observed; observed batches only feed the statistics.
 
     Raises: as ``Streaming``.
     """
@@ -303,7 +307,7 @@ def stream(
 
 
 class LogitsHead:
-    """Turns the decoder's output into logits by the model's own forward, head, scaling and capping included."""
+    """Computes logits from the decoder's output by the model's own forward, including head, scaling and capping."""
 
     def __init__(self, streamed: StreamedModel) -> None:
         if not streamed.outside_loaded:
@@ -311,7 +315,7 @@ class LogitsHead:
         self._streamed = streamed
 
     def logits(self, hidden_BTH: Tensor) -> Tensor:
-        """Logits [B, T, V] of the decoder's output [B, T, hidden], bit by bit those of the whole forward."""
+        """Logits [B, T, V] of the decoder's output [B, T, hidden], bit-identical to those of the whole forward."""
         model, name = self._streamed.model, self._streamed.base_name
         base = model._modules[name]
         hidden = hidden_BTH.to(self._streamed.device)
@@ -326,7 +330,7 @@ class LogitsHead:
 
 
 class _Replay(nn.Module):
-    """Stands in for the decoder, or for a part of it that the head calls by name, and returns what it returned."""
+    """Replaces the decoder, or a submodule of it that the head calls by name, and returns the stored output."""
 
     def __init__(self, hidden: Tensor, decoder: Any) -> None:
         super().__init__()
@@ -334,15 +338,15 @@ class _Replay(nn.Module):
         self.__dict__["_stands_for"] = decoder
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self.__dict__["_stands_for"], name)
-        return self if isinstance(found, nn.Module) else found
+        value = getattr(self.__dict__["_stands_for"], name)
+        return self if isinstance(value, nn.Module) else value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return _Replayed(self._hidden)
 
 
 class _Replayed:
-    """A decoder's output of which only the hidden states are there."""
+    """A decoder's output that has only hidden states."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden

@@ -1,7 +1,7 @@
-"""The reference: what the source model makes of the held-out text, kept as final hidden states.
+"""Stores the reference: the source model's final hidden states on the held-out text.
 
-Its logits are one head away, so the comparison is exact and the store small. It is made once for a model, its data and
-a dtype: in the pass that calibrates, or on its own.
+The head turns them into logits, so the comparison is exact and the store small. It is computed once per model, data
+set and dtype: in the calibration pass, or on its own.
 """
 
 from __future__ import annotations
@@ -23,38 +23,38 @@ from workers.spec.workspace import MICRO_BATCH_TOKENS
 
 @dataclass(frozen=True)
 class ReferenceFile:
-    """Where the reference of a model on some tokens lies; the name is its identity."""
+    """File of a model's reference on some tokens; its name is its identity."""
 
     path: Path
 
     @property
     def exists(self) -> bool:
-        """Whether it was made already."""
+        """Whether the reference is stored already."""
         return self.path.is_file()
 
 
 def reference_file(model: ModelPin, workspace: Path, tokens_NT: Tensor, dtype: torch.dtype) -> ReferenceFile:
-    """Identity: the model's commit, the tokens themselves, the dtype of the computation."""
+    """Reference file identified by the model's commit, the tokens, and the dtype of the computation."""
     digest = hashlib.sha256(f"{model.id if model.endpoint else ''}@{model.revision} {dtype}".encode())
     digest.update(tokens_NT.numpy().tobytes())
     return ReferenceFile(workspace / "references" / f"{digest.hexdigest()[:32]}.safetensors")
 
 
-def store(place: ReferenceFile, hidden: Sequence[Tensor]) -> None:
-    """Keep the decoder's outputs, one tensor for each micro-batch; whole or not at all."""
-    place.path.parent.mkdir(parents=True, exist_ok=True)
-    partial = place.path.with_name(f".{place.path.name}.{os.getpid()}.partial")
+def store(file: ReferenceFile, hidden: Sequence[Tensor]) -> None:
+    """Write the decoder's outputs, one tensor per micro-batch, by atomic rename."""
+    file.path.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.path.with_name(f".{file.path.name}.{os.getpid()}.partial")
     save_file({f"{index:06d}": batch.contiguous() for index, batch in enumerate(hidden)}, partial)
-    partial.rename(place.path)
+    partial.rename(file.path)
 
 
-def load(place: ReferenceFile) -> list[Tensor]:
-    """The decoder's outputs, [B, T, hidden] for each micro-batch."""
-    with safe_open(place.path, framework="pt") as reader:
+def load(file: ReferenceFile) -> list[Tensor]:
+    """Read the decoder's outputs, [B, T, hidden] for each micro-batch."""
+    with safe_open(file.path, framework="pt") as reader:
         return [reader.get_tensor(name) for name in sorted(reader.keys())]
 
 
 def micro_batches(tokens_NT: Tensor, tokens: int = MICRO_BATCH_TOKENS) -> list[Tensor]:
-    """Sequences in batches of at most ``tokens`` tokens, or of one sequence: int64 [B, T] each."""
+    """Split sequences into batches of at most ``tokens`` tokens, or of one sequence: int64 [B, T] each."""
     size = max(1, tokens // tokens_NT.shape[1])
     return list(torch.split(tokens_NT, size))

@@ -1,7 +1,7 @@
-"""What calibrated methods need to know of each linear layer's input, gathered while a layer runs.
+"""Gathers the input statistics of each linear layer that calibrated methods need, while the layer runs.
 
-N tokens, I input features. One set of statistics for each distinct input: q, k and v share one, gate and up share one,
-found by the input being the same tensor.
+N tokens, I input features. There is one set of statistics for each distinct input: q, k and v share one, gate and up
+share one, recognized by the input being the same tensor.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WIDE = 1024
 
 @dataclass
 class InputStatistics:
-    """Sums over all calibration tokens that a linear layer saw; float32 on the device of the model."""
+    """Sums over all calibration tokens at a linear layer's input; float32 on the model's device."""
 
     count: int
     gram_II: Tensor
@@ -35,13 +35,13 @@ class InputStatistics:
 
     @classmethod
     def empty(cls, width: int, device: torch.device | str) -> InputStatistics:
-        """Statistics of no tokens."""
+        """Statistics of zero tokens."""
         zeros = torch.zeros(width, device=device)
         return cls(0, torch.zeros(width, width, device=device), zeros.clone(), zeros)
 
     @classmethod
     def sum(cls, parts: Sequence[InputStatistics]) -> InputStatistics:
-        """Statistics of all tokens of the parts."""
+        """Statistics of the tokens of all parts."""
         total = cls.empty(len(parts[0].abs_sum_I), parts[0].gram_II.device)
         for part in parts:
             total.count += part.count
@@ -51,15 +51,15 @@ class InputStatistics:
         return total
 
     def divided(self, scale_I: Tensor) -> InputStatistics:
-        """Statistics of the same tokens with every input divided by its scale: positive float32 [I]."""
+        """Statistics of the same tokens with every input divided by ``scale_I`` (positive float32 [I])."""
         gram_II = self.gram_II / scale_I / scale_I[:, None]
         return InputStatistics(self.count, gram_II, self.abs_sum_I / scale_I, self.abs_max_I / scale_I)
 
     def add(self, inputs: Tensor, *, magnitudes: bool = True) -> None:
-        """Take tokens in: float [..., I]; without ``magnitudes`` their products alone, which takes half the time.
+        """Add tokens, float [..., I]; without ``magnitudes`` only to ``gram_II``, which takes half the time.
 
-        NaN and Inf stay in the sums, where ``Observer.check`` finds them. Of a wide ``gram_II`` only blocks on the
-        diagonal and above are summed up, until ``complete``.
+        NaN and Inf stay in the sums, and ``Observer.check`` reports them. Of a wide ``gram_II`` only blocks on and
+        above the diagonal are summed, until ``complete`` mirrors them.
         """
         x_NI = inputs.reshape(-1, inputs.shape[-1]).float()
         self.count += len(x_NI)
@@ -74,7 +74,7 @@ class InputStatistics:
         torch.maximum(self.abs_max_I, magnitude.amax(0) if len(x_NI) else self.abs_max_I, out=self.abs_max_I)
 
     def complete(self) -> None:
-        """Mirror what lies above the diagonal, once all tokens are in."""
+        """Mirror the blocks above the diagonal, once all tokens are added."""
         width = len(self.abs_sum_I)
         for start in range(0, width, stride := _stride(width)):
             stop = start + stride
@@ -82,14 +82,14 @@ class InputStatistics:
 
 
 def _stride(width: int) -> int:
-    """Rows of a block: wide sums take two thirds of the time without what lies below the diagonal."""
+    """Rows per block: without the blocks below the diagonal, wide sums take two thirds of the time."""
     return width if width < WIDE else -(-width // 4)
 
 
 class InputWatcher(ABC):
-    """Sees the inputs of one layer's linear modules and fused experts, while it runs.
+    """Watches the inputs of one layer's linear modules and fused experts while it runs.
 
-    With ``all_tokens`` every expert is shown all tokens of its layer, else those that are sent to it.
+    With ``all_tokens`` every expert is shown all tokens of its layer, otherwise only those routed to it.
     """
 
     def __init__(self, *, all_tokens: bool) -> None:
@@ -98,15 +98,15 @@ class InputWatcher(ABC):
 
     @abstractmethod
     def take(self, name: InputName, inputs: Tensor) -> None:
-        """An input comes: float [..., I]."""
+        """Handle a new input of a weight: float [..., I]."""
 
     @abstractmethod
     def share(self, name: InputName, leader: InputName) -> None:
-        """The input that has come to ``leader`` comes to another weight."""
+        """Handle an input of a weight that ``leader`` has already taken."""
 
     @contextmanager
     def watching(self, streamed: StreamedModel, inputs: Iterable[InputName]) -> Iterator[None]:
-        """See these inputs of a loaded layer while the context lasts."""
+        """Watch these inputs of a loaded layer while the context lasts."""
         self._current = {}
         with ExitStack() as stack:
             stack.callback(self._current.clear)
@@ -131,28 +131,28 @@ class InputWatcher(ABC):
         return before
 
     def _see(self, name: InputName, inputs: Tensor) -> None:
-        """Count an input once, whichever of those that share it comes first."""
-        held = self._current.get(id(inputs))
-        if held is not None and held[0] is inputs and held[1] != name:
-            self.share(name, held[1])
+        """Take an input once, for the first of the weights that share it."""
+        previous = self._current.get(id(inputs))
+        if previous is not None and previous[0] is inputs and previous[1] != name:
+            self.share(name, previous[1])
             return
         self.take(name, inputs)
-        # Holding the tensor keeps its id from being given to another.
+        # Holding the tensor keeps its id from being reused.
         self._current = {id(inputs): (inputs, name)}
 
     @contextmanager
     def _experts(self, module: nn.Module, name: str, leaves: list[str]) -> Iterator[None]:
-        """See the products with slices of 3-D parameters while the module's forward runs."""
-        plain = module.forward
+        """Watch the products with slices of 3-D parameters while the module's forward runs."""
+        original = module.forward
         parameters = [(f"{name}.{leaf}", module.get_parameter(leaf)) for leaf in leaves]
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             if not self._all_tokens:
                 with Products(parameters, self._see):
-                    return plain(*args, **kwargs)
+                    return original(*args, **kwargs)
             with Products(parameters, self._see):
-                plain(*_to_all_experts(module, name, args, kwargs))
-            return plain(*args, **kwargs)
+                original(*_to_all_experts(module, name, args, kwargs))
+            return original(*args, **kwargs)
 
         module.forward = watched
         try:
@@ -162,15 +162,15 @@ class InputWatcher(ABC):
 
 
 def inputs_of(streamed: StreamedModel, layer: int) -> list[InputName]:
-    """The inputs of a layer's quantizable weights."""
+    """Distinct inputs of a layer's quantizable weights."""
     return list(dict.fromkeys(weight.input for weight in streamed.weights if weight.layer == layer))
 
 
 class Observer(InputWatcher):
-    """Gathers the statistics of one layer at a time; ``of`` tells them after the layer has run.
+    """Gathers the statistics of one layer at a time; read them with ``of`` after the layer has run.
 
-    ``experts``: whether an expert learns from the tokens sent to it (``routed``) or from all of its layer (``all``).
-    An expert that fewer than ``minimum_tokens`` came to takes the statistics of its layer's experts together. Without
+    ``experts``: whether an expert's statistics cover the tokens routed to it (``routed``) or all tokens of its layer
+    (``all``). An expert with fewer than ``minimum_tokens`` tokens uses the sum over all experts of its layer. Without
     ``magnitudes``, ``abs_sum_I`` and ``abs_max_I`` stay zero.
     """
 
@@ -186,20 +186,20 @@ class Observer(InputWatcher):
         self._borrowing: dict[InputName, int] = {}
 
     def of(self, name: InputName) -> InputStatistics | None:
-        """Statistics of a weight's input; None if nothing ever came in."""
+        """Statistics of a weight's input; None if it received no tokens."""
         if name in self._borrowing:
             return self._together.get(name[0])
         return self._groups.get(name)
 
     def borrowed(self, name: InputName) -> int | None:
-        """How many tokens came to an expert that takes the statistics of all; None if it has enough of its own."""
+        """Number of tokens of an expert that uses the sum over all experts; None if it has enough of its own."""
         return self._borrowing.get(name)
 
     def check(self, layer: int) -> None:
-        """Refuse statistics that hold NaN or Inf.
+        """Refuse statistics that contain NaN or Inf.
 
         Raises:
-            NumericalError: naming the layer and the weight.
+            NumericalError: names the layer and the weight.
         """
         for name in self._leaders:
             if not bool(torch.isfinite(self._groups[name].gram_II.diagonal()).all()):
@@ -209,12 +209,12 @@ class Observer(InputWatcher):
                 )
 
     def _pool(self, expected: Iterable[InputName]) -> None:
-        """Find the experts that have too few tokens, and add up what all experts of their layer saw."""
+        """Find the experts with too few tokens, and sum the statistics of all experts of their layer."""
         for name in expected:
             if name[1] is None:
                 continue
-            own = self._groups.get(name)
-            count = own.count if own is not None else 0
+            statistics = self._groups.get(name)
+            count = statistics.count if statistics is not None else 0
             if count < max(self._minimum, 1):
                 self._borrowing[name] = count
         for parameter in dict.fromkeys(name[0] for name in self._borrowing):
@@ -224,14 +224,14 @@ class Observer(InputWatcher):
 
     @contextmanager
     def watch(self, streamed: StreamedModel, layer: int) -> Iterator[None]:
-        """Gather while the context lasts, from the layer's linear modules and fused experts."""
+        """Gather from the layer's linear modules and fused experts while the context lasts."""
         inputs = inputs_of(streamed, layer)
         with self.gathering(inputs), self.watching(streamed, inputs):
             yield
 
     @contextmanager
     def gathering(self, inputs: Iterable[InputName]) -> Iterator[None]:
-        """Gather what is shown while the context lasts, of a layer that has these inputs."""
+        """Gather the inputs passed to ``take`` while the context lasts, for a layer with these inputs."""
         self._groups, self._leaders = {}, []
         self._together, self._borrowing = {}, {}
         yield
@@ -240,24 +240,24 @@ class Observer(InputWatcher):
         self._pool(inputs)
 
     def take(self, name: InputName, inputs: Tensor) -> None:
-        """Count an input."""
+        """Add an input's tokens."""
         if name not in self._groups:
             self._groups[name] = InputStatistics.empty(inputs.shape[-1], inputs.device)
             self._leaders.append(name)
         self._groups[name].add(inputs, magnitudes=self._magnitudes)
 
     def share(self, name: InputName, leader: InputName) -> None:
-        """An input that is counted already."""
+        """Reuse the statistics of an input that is already added."""
         self._groups[name] = self._groups[leader]
 
 
 def _to_all_experts(
     module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The arguments of a fused experts' forward (hidden states, chosen experts, their weights), every expert chosen.
+    """Arguments of a fused experts' forward (hidden states, chosen experts, their weights) that choose every expert.
 
     Raises:
-        UnsupportedRecipe: a forward with other arguments.
+        UnsupportedRecipe: the forward takes other arguments.
     """
     try:
         bound = signature(type(module).forward).bind(module, *args, **kwargs).arguments

@@ -1,4 +1,4 @@
-"""Text into token sequences of one length: for calibration, and for the comparison with the reference."""
+"""Turns text into token sequences of equal length, for calibration and for the comparison with the reference."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from workers.errors import CalibrationError, UnsupportedModel
 from workers.spec.job import Calibration, Dataset, ModelPin, Verification
 from workers.transfer.hub import hub_errors
 
-# Sequences are drawn from the first POOL times as many: spread over the text, without tokenizing a whole corpus.
+# Sequences are drawn from the first POOL times as many: spread over the text without tokenizing the whole corpus.
 POOL = 4
 ROWS_AT_A_TIME = 256
 
 
 def load_tokenizer(folder: Path, pin: ModelPin) -> Any:
-    """The model's own tokenizer.
+    """Load the model's own tokenizer.
 
     Raises:
-        UnsupportedModel: it has none that transformers can load.
+        UnsupportedModel: transformers can't load one.
     """
     from transformers import AutoTokenizer
 
@@ -33,40 +33,40 @@ def load_tokenizer(folder: Path, pin: ModelPin) -> Any:
 
 
 def calibration_tokens(calibration: Calibration, tokenizer: Any) -> torch.Tensor:
-    """int64 [samples, sequence_length], drawn by the seed.
+    """Calibration tokens, int64 [samples, sequence_length], sampled by the seed.
 
     Raises:
-        CalibrationError: unreadable data, or fewer sequences than asked for.
+        CalibrationError: unreadable data, or fewer sequences than requested.
     """
-    asked, length = calibration.samples, calibration.sequence_length
-    pool = sequences(calibration.dataset, tokenizer, length, POOL * asked, "calibration.dataset")
-    if len(pool) < asked:
+    samples, length = calibration.samples, calibration.sequence_length
+    pool = sequences(calibration.dataset, tokenizer, length, POOL * samples, "calibration.dataset")
+    if len(pool) < samples:
         raise CalibrationError(
-            f"calibration.samples: got {asked}, but the data set holds {len(pool)} sequences of {length} tokens; "
+            f"calibration.samples: got {samples}, but the data set holds {len(pool)} sequences of {length} tokens; "
             f"set samples to at most {len(pool)}, shorten sequence_length, or add text"
         )
-    return pool[sorted(random.Random(calibration.seed).sample(range(len(pool)), asked))]
+    return pool[sorted(random.Random(calibration.seed).sample(range(len(pool)), samples))]
 
 
 def held_out_tokens(verification: Verification, tokenizer: Any) -> torch.Tensor:
-    """int64 [sequences, sequence_length], from the start of the text, at least ``tokens`` of them together.
+    """Held-out tokens from the start of the text, int64 [sequences, sequence_length], at least ``tokens`` in total.
 
     Raises:
-        CalibrationError: unreadable data, or fewer tokens than promised.
+        CalibrationError: unreadable data, or fewer tokens than requested.
     """
     length = verification.sequence_length
     wanted = -(-verification.tokens // length)
-    found = sequences(verification.dataset, tokenizer, length, wanted, "verify.dataset")
-    if len(found) < wanted:
+    held_out = sequences(verification.dataset, tokenizer, length, wanted, "verify.dataset")
+    if len(held_out) < wanted:
         raise CalibrationError(
-            f"verify.tokens: got {verification.tokens}, but the data set holds {len(found) * length} in sequences of "
-            f"{length}; set tokens to at most {len(found) * length}, or add text"
+            f"verify.tokens: got {verification.tokens}, but the data set holds {len(held_out) * length} in sequences "
+            f"of {length}; set tokens to at most {len(held_out) * length}, or add text"
         )
-    return found
+    return held_out
 
 
 def sequences(dataset: Dataset, tokenizer: Any, length: int, at_most: int, where: str) -> torch.Tensor:
-    """int64 [n <= at_most, length]: the rows as one stream of tokens, cut into pieces; the last, short one is left."""
+    """Tokenize the rows as one stream, and cut it: int64 [n <= at_most, length]; a short last piece is dropped."""
     tokens: list[int] = []
     for text in _texts(dataset, where):
         tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -77,7 +77,7 @@ def sequences(dataset: Dataset, tokenizer: Any, length: int, at_most: int, where
 
 
 def _texts(dataset: Dataset, where: str) -> Iterator[str]:
-    """The text in pieces of some hundred rows: tokenizing row by row is slow, and all at once needs memory."""
+    """Yield the text in chunks of rows: tokenizing row by row is slow, and all at once needs too much memory."""
     rows = _load(dataset, where)
     if dataset.column not in (rows.column_names or []):
         raise CalibrationError(
@@ -106,11 +106,11 @@ def _load(dataset: Dataset, where: str) -> Any:
 
 
 def fetch_dataset(dataset: Dataset, where: str) -> None:
-    """Bring a data set into the client's cache, where later stages find it.
+    """Download a data set into the client's cache, from where later stages read it.
 
     Raises:
-        CalibrationError: unreadable.
-        HubUnavailable, DiskFull: as ``hub.hub_errors`` says.
+        CalibrationError: the data set can't be read.
+        HubUnavailable, DiskFull: see ``hub.hub_errors``.
     """
     with hub_errors(f"{where}: {dataset.path}"):
         _load(dataset, where)

@@ -1,7 +1,7 @@
-"""Linear layers whose weight transformers reads while it loads a checkpoint, though nothing needs initializing.
+"""Finds linear layers whose weight transformers reads while loading a checkpoint, though nothing needs initializing.
 
-A packed checkpoint's modules have no ``weight``: where the class's ``_init_weights`` asks for it all the same, loading
-ends with an AttributeError (transformers 5.23: Mamba's out_proj, every Linear of Falcon). Which they are is tried out.
+A packed checkpoint's modules have no ``weight``: if the class's ``_init_weights`` reads it, loading fails with an
+AttributeError (transformers 5.23: Mamba's out_proj, every Linear of Falcon). Running ``_init_weights`` finds them.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from workers.model.loading import StreamedModel
 def unpackable_modules(streamed: StreamedModel) -> frozenset[str]:
     """Names, in the model, of the linear modules of its layers that can't be loaded without a ``weight``.
 
-    The layers are on the meta device: trying it out initializes them. It's done once for a model.
+    The layers must be on the meta device, since the check initializes them. The result is cached on ``streamed``.
     """
     if streamed.unpackable is None:
         with torch.inference_mode():
-            streamed.unpackable = frozenset(_tried(streamed))
+            streamed.unpackable = frozenset(_unpackable(streamed))
     return streamed.unpackable
 
 
-def _tried(streamed: StreamedModel) -> list[str]:
+def _unpackable(streamed: StreamedModel) -> list[str]:
     known: dict[str, list[str]] = {}
-    found: list[str] = []
+    unpackable: list[str] = []
     for index, layer in enumerate(streamed.layers):
         kind = " ".join(f"{name}:{type(module).__name__}" for name, module in layer.named_modules())
         linears = (module for module in layer.modules() if isinstance(module, nn.Linear))
         assert all(module.weight.is_meta for module in linears), "a loaded layer would be overwritten"
         if kind not in known:
-            known[kind] = _asked_for(layer, _owner(streamed))
-        found += [f"{streamed.layers_name}.{index}.{name}" if name else "" for name in known[kind]]
-    return found
+            known[kind] = _weights_needed(layer, _owner(streamed))
+        unpackable += [f"{streamed.layers_name}.{index}.{name}" if name else "" for name in known[kind]]
+    return unpackable
 
 
 def _owner(streamed: StreamedModel) -> Any:
-    """The innermost model that the layers are part of: what initializes them."""
+    """The innermost model around the layers, which initializes them."""
     parts = streamed.layers_name.split(".")
     inside = [streamed.model.get_submodule(".".join(parts[:end])) for end in range(len(parts))]
     return [module for module in inside if isinstance(module, PreTrainedModel)][-1]
 
 
-def _asked_for(layer: nn.Module, owner: Any) -> list[str]:
+def _weights_needed(layer: nn.Module, owner: Any) -> list[str]:
     linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
     names = {id(module): name for name, module in linears.items()}
     readers = {}
@@ -56,39 +56,39 @@ def _asked_for(layer: nn.Module, owner: Any) -> list[str]:
         with _reads() as read:
             owner._init_weights(module)
         readers[id(module)] = [names[key] for key in read if key in names]
-    found: list[str] = []
+    needed: list[str] = []
     with _without_weights(linears):
         for module in layer.modules():
             try:
                 owner._init_weights(module)
             except AttributeError:
-                found += readers[id(module)]
-    return list(dict.fromkeys(found))
+                needed += readers[id(module)]
+    return list(dict.fromkeys(needed))
 
 
 @contextmanager
 def _reads() -> Iterator[dict[int, None]]:
-    """The ids of the linear modules whose weight is read while the context lasts."""
-    seen: dict[int, None] = {}
+    """Ids of the linear modules whose weight is read while the context lasts."""
+    read: dict[int, None] = {}
 
-    def noted(module: nn.Linear, name: str) -> Any:
+    def recording_getattr(module: nn.Linear, name: str) -> Any:
         if name == "weight":
-            seen[id(module)] = None
+            read[id(module)] = None
         return nn.Module.__getattr__(module, name)
 
-    # Parameters are found by __getattr__, which Linear has from Module.
-    nn.Linear.__getattr__ = noted  # type: ignore[method-assign,assignment]
+    # Linear inherits __getattr__, which looks up parameters, from Module.
+    nn.Linear.__getattr__ = recording_getattr  # type: ignore[method-assign,assignment]
     try:
-        yield seen
+        yield read
     finally:
         del nn.Linear.__getattr__
 
 
 @contextmanager
 def _without_weights(linears: dict[str, nn.Linear]) -> Iterator[None]:
-    taken = {name: module._parameters.pop("weight") for name, module in linears.items()}
+    weights = {name: module._parameters.pop("weight") for name, module in linears.items()}
     try:
         yield
     finally:
         for name, module in linears.items():
-            module._parameters["weight"] = taken[name]
+            module._parameters["weight"] = weights[name]

@@ -1,6 +1,6 @@
-"""AWQ (arXiv 2306.00978): scales of the inputs and clipped ranges that make rounding to nearest lose least.
+"""AWQ (arXiv 2306.00978): scales of the inputs and clipped ranges that minimize the loss of rounding to nearest.
 
-The paper measures an output's error by forwards; here it is tr(E H E^T), the same sum, from H = X^T X alone.
+The paper measures an output's error by forwards; here it is computed from H = X^T X alone: tr(E H E^T), the same sum.
 B stacked problems, O output features, I input features, G groups, g group size.
 """
 
@@ -13,15 +13,15 @@ from torch import Tensor
 
 from workers.numerics import rounding
 
-# Scales beyond these would cost a half-precision norm or weight its digits.
+# Scales outside of this range would cost a half-precision norm or weight its digits.
 LEAST, MOST = 1e-4, 1e4
-# Shares of a group's range that the clipping search tries.
+# Shares of a group's range tried by the clipping search.
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 Problem = tuple[Tensor, Tensor]
 
 
 def weight_means(weights: Sequence[Tensor], group_size: int | None) -> Tensor:
-    """How large each input's weights are beside the largest of their group, in the mean over all rows: float32 [I]."""
+    """Each input's weight magnitudes relative to the largest of their group, averaged over all rows: float32 [I]."""
     total, rows = torch.zeros(weights[0].shape[-1], device=weights[0].device), 0
     for w_BOI in weights:
         size = group_size or w_BOI.shape[-1]
@@ -42,11 +42,11 @@ def input_scales(
     symmetric: bool,
     grid: int,
 ) -> Tensor:
-    """The scales s (float32 [I], positive, finite) under which ``Q(W s) / s`` loses least; 1 where nothing is better.
+    """The scales s (float32 [I], positive, finite) that minimize the loss of ``Q(W s) / s``; 1 if nothing is better.
 
-    ``problems``: weights float [B, O, I] and H float32 [B, I, I] of all that takes this input. Tried are x^a and
-    x^a / w^(1 - a), of the mean magnitudes ``input_mean_I`` (x) and ``weight_means`` (w), for exponents a that are
-    multiples of 1 / ``grid`` up to 1: four of them, then those around the best in ever smaller steps.
+    ``problems``: weights float [B, O, I] and H float32 [B, I, I] of all consumers of this input. Candidates are x^a and
+    x^a / w^(1 - a), with the mean magnitudes ``input_mean_I`` (x) and ``weight_means`` (w), for exponents a that are
+    multiples of 1 / ``grid`` up to 1: first four of them, then those around the best in decreasing steps.
     """
     x_I, w_I = input_mean_I.float(), weight_mean_I.float().clamp(min=LEAST)
 
@@ -59,13 +59,13 @@ def input_scales(
         _searched(lambda a: _bounded(x_I.pow(a)), loss_of, grid),
         _searched(lambda a: _bounded(x_I.pow(a) / w_I.pow(1 - a)), loss_of, grid),
     ]
-    return min(candidates, key=lambda found: found[0])[1]
+    return min(candidates, key=lambda candidate: candidate[0])[1]
 
 
 def _searched(
     scale_of: Callable[[float], Tensor], loss_of: Callable[[Tensor], float], grid: int
 ) -> tuple[float, Tensor]:
-    """The least loss over multiples of 1 / ``grid`` in (0, 1], and its scales."""
+    """The minimum loss over multiples of 1 / ``grid`` in (0, 1], and its scales."""
     tried: dict[int, tuple[float, Tensor]] = {}
 
     def loss_at(step: int) -> float:
@@ -83,7 +83,7 @@ def _searched(
 
 
 def _bounded(scale_I: Tensor) -> Tensor:
-    """Around 1 in the middle of its range; an input that was never anything but zero keeps its scale."""
+    """Center the scales' range around 1, and clamp it; an input that was always zero keeps scale 1."""
     seen_I = (scale_I > 0) & scale_I.isfinite()
     if not bool(seen_I.any()):
         return torch.ones_like(scale_I)
@@ -111,7 +111,7 @@ def clipped_params(
     symmetric: bool,
     scale_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scale [B, O, G] and zero point (int8, None if symmetric) of the share of each group's range that loses least.
+    """Scale [B, O, G] and zero point (int8, None if symmetric) of each group's range, clipped to minimize the loss.
 
     The loss is e H e^T over the columns of the group alone; ``h_BII`` float32.
     """

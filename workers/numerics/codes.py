@@ -1,4 +1,4 @@
-"""What a method gives for one weight and a format stores: codes, scales, and the float weight they stand for.
+"""A quantized weight, as produced by a method and stored by a format: codes and scales, and how they are decoded.
 
 O output features, I input features, G groups of input columns (1 for a scale per output channel).
 """
@@ -16,8 +16,8 @@ from workers.numerics import fp4, fp8, rounding
 class IntWeight:
     """``weight_OI = (codes_OI - zero_OG) * scale_OG``.
 
-    ``codes_OI`` int8 in [-2^(bits-1), 2^(bits-1) - 1]; ``scale_OG`` in the dtype it is stored in; ``zero_OG`` int8 in
-    the range of the codes, None for symmetric.
+    ``codes_OI`` int8 in [-2^(bits-1), 2^(bits-1) - 1]; ``scale_OG`` in its stored dtype; ``zero_OG`` int8 in the range
+    of the codes, None for symmetric.
     """
 
     codes_OI: Tensor

@@ -1,4 +1,4 @@
-"""How far one model's predictions are from another's.
+"""Measures of the difference between two models' predictions.
 
 N tokens, V vocabulary.
 """
@@ -10,13 +10,14 @@ import math
 import torch
 from torch import Tensor
 
-ELEMENTS_AT_A_TIME = 1 << 24  # float64 temporaries of a piece: 128 MiB each, whatever the vocabulary
+ELEMENTS_AT_A_TIME = 1 << 24  # bounds float64 temporaries to 128 MiB each, whatever the vocabulary
 
 
 def kl_divergence(reference_NV: Tensor, logits_NV: Tensor) -> Tensor:
     """KL(reference || other) in nats for each token, float64 [N], exact over the whole vocabulary.
 
-    What the reference holds impossible (a logit of -inf) adds nothing; what only the other does makes it infinite.
+    Tokens that are impossible in the reference (a logit of -inf) add nothing; tokens impossible only in the other give
+    infinity.
     """
     rows = _rows_at_a_time(reference_NV)
     pieces = zip(torch.split(reference_NV, rows), torch.split(logits_NV, rows), strict=True)
@@ -26,7 +27,7 @@ def kl_divergence(reference_NV: Tensor, logits_NV: Tensor) -> Tensor:
 def _kl_divergence(reference_NV: Tensor, logits_NV: Tensor) -> Tensor:
     p_NV = reference_NV.double().log_softmax(-1)
     q_NV = logits_NV.double().log_softmax(-1)
-    # -inf minus -inf would be NaN, where the limit of p log p is 0.
+    # -inf minus -inf would be NaN; the limit of p log p is 0.
     return (p_NV.exp() * (p_NV - q_NV).masked_fill_(p_NV == -math.inf, 0)).sum(-1)
 
 
@@ -48,7 +49,7 @@ def negative_log_likelihood(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
 
 def wilson_lower_bound(successes: int, trials: int, z: float = 1.96) -> float:
     """Lower end of the Wilson score interval for a proportion (Wilson 1927, equation 3); 0 without trials."""
-    if successes == 0:  # what the formula gives exactly, and rounding doesn't
+    if successes == 0:  # exact value of the formula, which rounding errors would miss
         return 0.0
     share, square = successes / trials, z * z / trials
     spread = z * math.sqrt(share * (1 - share) / trials + square / (4 * trials))
@@ -58,8 +59,8 @@ def wilson_lower_bound(successes: int, trials: int, z: float = 1.96) -> float:
 def bootstrap_interval(values_N: Tensor, confidence: float = 0.95, resamples: int = 4000) -> tuple[float, float]:
     """Confidence interval for the mean of independent values, float [N], by the bootstrap-t (Efron 1979, Hall 1988).
 
-    No shape is assumed, and a small sample gives a wide interval: an infinite one for fewer than two values. The same
-    values give the same interval.
+    No shape is assumed, and a small sample gives a wide interval: an infinite one for fewer than two values. The result
+    is deterministic.
     """
     values = values_N.double().cpu()
     count = len(values)
@@ -69,7 +70,7 @@ def bootstrap_interval(values_N: Tensor, confidence: float = 0.95, resamples: in
     generator = torch.Generator().manual_seed(0)
     drawn_RN = values[torch.randint(count, (resamples, count), generator=generator)]
     errors_R = drawn_RN.std(-1) / math.sqrt(count)
-    # A resample of one value repeated has no error of its own: it says nothing, which is as far out as can be.
+    # A resample of one repeated value has no standard error; its statistic counts as infinite.
     studentized_R = torch.where(errors_R > 0, (drawn_RN.mean(-1) - mean) / errors_R, math.inf)
     tail = (1 - confidence) / 2
     highest = _quantile(studentized_R, 1 - tail)
@@ -80,7 +81,7 @@ def bootstrap_interval(values_N: Tensor, confidence: float = 0.95, resamples: in
 
 
 def _quantile(values_R: Tensor, share: float) -> float:
-    """The order statistic; torch.quantile interpolates, and infinities can't be."""
+    """The order statistic; torch.quantile would interpolate, which fails for infinities."""
     return float(values_R.sort().values[min(len(values_R) - 1, max(0, math.ceil(share * len(values_R)) - 1))])
 
 

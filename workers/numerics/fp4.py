@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# What the codes 0 to 7 stand for; 8 to 15 are the same with the sign.
+# Values of the codes 0 to 7; 8 to 15 are the same with a minus sign.
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 LARGEST = VALUES[-1]
 LARGEST_E4M3 = 448.0
@@ -18,7 +18,7 @@ MXFP4_GROUP, NVFP4_GROUP = 32, 16
 BIAS = 127
 EXPONENT = 0x7F800000  # its bits in a float32
 ROWS_AT_A_TIME = 64  # keeps the search's temporaries in the cache
-# Scales tried, in steps from where the search starts; the first wins ties. More of them found nothing better.
+# Scales tried, as steps from the initial scale; the first wins ties. Larger sets found nothing better.
 MXFP4_STEPS = (0, 1)
 NVFP4_STEPS = (0, -2, -1, 1, 2, 3, 4, 5, 6)
 
@@ -26,8 +26,8 @@ NVFP4_STEPS = (0, -2, -1, 1, 2, 3, 4, 5, 6)
 def mxfp4(w_OI: Tensor) -> tuple[Tensor, Tensor]:
     """Codes uint8 [O, I] and exponents uint8 [O, I / 32] with a bias of 127.
 
-    A group has the standard's exponent, floor(log2(largest)) - 2, which may clip what is largest, or the next one,
-    which never does: the one with the least squared error. A group of zeros has the exponent 0.
+    A group's exponent is the standard's, floor(log2(largest)) - 2, which may clip the largest weight, or the next one,
+    which never clips: whichever has the smaller squared error. A group of zeros has the exponent 0.
     """
 
     def piece(w_RI: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,15 +43,15 @@ def mxfp4(w_OI: Tensor) -> tuple[Tensor, Tensor]:
 def nvfp4(w_OI: Tensor, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Codes uint8 [O, I], scales float8_e4m3fn [O, I / 16] and the global scale float32 [1] that divides them.
 
-    ``global_scale``: one that other weights have too (vLLM fuses q, k, v and gate, up, and wants one for all of them);
-    None: this weight's own. A group has, of the E4M3 scales around largest / 6, the one with the least squared error.
+    ``global_scale``: one shared with other weights (vLLM fuses q, k, v and gate, up, and needs one for all of them);
+    None: this weight's own. A group's scale is the E4M3 number around largest / 6 with the smallest squared error.
     """
     divisor = nvfp4_global_scale(w_OI.abs().amax()) if global_scale is None else global_scale.float().reshape(1)
 
     def piece(w_RI: Tensor) -> tuple[Tensor, Tensor]:
         groups_RGg = w_RI.float().view(len(w_RI), -1, NVFP4_GROUP)
         wanted = (groups_RGg.abs().amax(-1) / LARGEST * divisor).clamp(max=LARGEST_E4M3)
-        # The bits of positive E4M3 count upwards from 0, which can't be divided by, to 126; 127 is NaN.
+        # The bits of positive E4M3 count upwards from 0, which can't be a divisor, to 126; 127 is NaN.
         start = wanted.to(torch.float8_e4m3fn).view(torch.uint8).int()
         trials = [(start + step).clamp(1, 126) for step in NVFP4_STEPS]
         return _best(groups_RGg, trials, lambda bits: _e4m3(bits).float() / divisor)
@@ -61,20 +61,20 @@ def nvfp4(w_OI: Tensor, global_scale: Tensor | None = None) -> tuple[Tensor, Ten
 
 
 def nvfp4_global_scale(abs_max: Tensor) -> Tensor:
-    """448 * 6 / ``abs_max``: takes a tensor's largest magnitude to the largest code and scale. Float32 [1]."""
+    """448 * 6 / ``abs_max``: maps a tensor's largest magnitude to the largest code and scale. Float32 [1]."""
     scale = LARGEST_E4M3 * LARGEST / abs_max.float().reshape(1)
     return torch.where(scale.isfinite(), scale, 1.0)
 
 
 def encode(x: Tensor) -> Tensor:
-    """The nearest codes, uint8, ties to the even one; beyond 6 it is 6. A zero keeps its sign."""
+    """The nearest codes, uint8, ties to even; clamped to 6. A zero keeps its sign."""
     m = _nearest_(x.to(torch.float32, copy=True)).abs_()
     codes = torch.where(m < 2, 2 * m, torch.where(m < 4, m + 2, m / 2 + 4))
     return codes.to(torch.uint8) | (torch.signbit(x).to(torch.uint8) << 3)
 
 
 def dequantize(codes_OI: Tensor, scale_OG: Tensor, global_scale: Tensor | None) -> Tensor:
-    """The weights that codes stand for, float32 [O, I]; as ``codes.Float4Weight`` has them."""
+    """The decoded weights, float32 [O, I]; see ``codes.Float4Weight``."""
     values = torch.tensor(VALUES + tuple(-value for value in VALUES), device=codes_OI.device)
     scale = torch.exp2(scale_OG.float() - BIAS) if global_scale is None else scale_OG.float() / global_scale
     groups_OGg = values[codes_OI.long()].view(*scale.shape, -1)
@@ -82,7 +82,7 @@ def dequantize(codes_OI: Tensor, scale_OG: Tensor, global_scale: Tensor | None) 
 
 
 def pack(codes_OI: Tensor) -> Tensor:
-    """Two codes a byte, the first in the low half: uint8 [O, I / 2]."""
+    """Pack two codes per byte, the first in the low half: uint8 [O, I / 2]."""
     return codes_OI[..., 0::2] | (codes_OI[..., 1::2] << 4)
 
 
@@ -92,9 +92,9 @@ def unpack(pairs: Tensor) -> Tensor:
 
 
 def _nearest_(x: Tensor) -> Tensor:
-    """Turn float32 ``x`` into the nearest E2M1 numbers.
+    """Round float32 ``x`` in place to the nearest E2M1 numbers.
 
-    Even codes are even multiples of the step between neighbours, so that half to even is a tie to the even code.
+    Even codes are even multiples of the step between neighbours, so rounding half to even is a tie to the even code.
     """
     step = x.abs().clamp_(1, 4)
     step.view(torch.int32).bitwise_and_(EXPONENT)
@@ -107,12 +107,12 @@ def _e4m3(bits: Tensor) -> Tensor:
 
 
 def _by_rows(w_OI: Tensor, piece: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    found = [piece(w_RI) for w_RI in torch.split(w_OI.contiguous(), ROWS_AT_A_TIME)]
-    return torch.cat([codes for codes, _ in found]), torch.cat([bits for _, bits in found])
+    pieces = [piece(w_RI) for w_RI in torch.split(w_OI.contiguous(), ROWS_AT_A_TIME)]
+    return torch.cat([codes for codes, _ in pieces]), torch.cat([bits for _, bits in pieces])
 
 
 def _best(groups_OGg: Tensor, trials_OG: list[Tensor], scale_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Of scales given by their bits, each group's with the least squared error: codes [O, I] and bits [O, G], uint8."""
+    """Each group's trial scale (given by its bits) with the least squared error: codes [O, I], bits [O, G], uint8."""
     best = trials_OG[0]
     least = torch.full(best.shape, torch.inf, device=best.device)
     scratch = torch.empty_like(groups_OGg)

@@ -1,4 +1,4 @@
-"""FP8 E4M3 (arXiv 2209.05433): eight bits with an exponent, and the scales that go with them.
+"""FP8 E4M3 (arXiv 2209.05433): rounding to eight-bit floats, and their scales.
 
 O output features, I input features; P, Q blocks of output and input features.
 """
@@ -19,8 +19,8 @@ def quantize(
 ) -> tuple[Tensor, Tensor]:
     """The nearest values, float8_e4m3fn [O, I], and their scale in ``scale_dtype``: [1], [O, 1] or [P, Q].
 
-    A scale is the largest magnitude over 448. It is rounded to ``scale_dtype`` first and the values are taken from what
-    came out, so that a reader multiplies by the number that was divided by. What is all zeros stays zero.
+    A scale is the largest magnitude over 448. It is rounded to ``scale_dtype`` before the values are computed, so that
+    readers multiply by the same number that was divided by. All-zero weights stay zero.
     """
     w_OI = w_OI.float()
     match scales:
@@ -35,22 +35,22 @@ def quantize(
 
 
 def input_scale(abs_max: Tensor, scale_dtype: torch.dtype = torch.float32) -> Tensor:
-    """The static scale [1] of a layer's input, whose largest magnitudes ``abs_max`` (any shape) are known."""
+    """The static scale [1] of a layer's input with the largest magnitudes ``abs_max`` (any shape)."""
     return nonzero((abs_max.float().amax() / LARGEST).to(scale_dtype).reshape(1))
 
 
 def dequantize(values_OI: Tensor, scale: Tensor, *, blocks: bool) -> Tensor:
-    """The weights that values stand for, float32 [O, I]; ``scale`` [1], [O, 1], or one for each 128 x 128 block."""
+    """The decoded weights, float32 [O, I]; ``scale`` [1], [O, 1], or one for each 128 x 128 block."""
     return values_OI.float() * _expanded(scale.float(), values_OI, blocks=blocks)
 
 
 def to_e4m3(x: Tensor) -> Tensor:
-    """The nearest E4M3, ties to even; beyond 448 it is 448, for the format has no infinity and a cast gives NaN."""
+    """The nearest E4M3, ties to even; clamped to 448, since the format has no infinity and a cast would give NaN."""
     return x.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
 
 
 def nonzero(scale: Tensor) -> Tensor:
-    """``scale``, with its dtype's epsilon where it is zero, as compressed-tensors has it: nothing divides by zero."""
+    """``scale`` with zeros replaced by its dtype's epsilon, as in compressed-tensors, to avoid division by zero."""
     return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale).to(scale.dtype)
 
 
@@ -61,7 +61,7 @@ def _block_maxima(w_OI: Tensor) -> Tensor:
 
 
 def _expanded(scale: Tensor, w_OI: Tensor, *, blocks: bool) -> Tensor:
-    """What each weight is to be multiplied by, as far as it doesn't broadcast by itself."""
+    """The scale of each weight, expanded as far as it doesn't broadcast by itself."""
     if not blocks:
         return scale
     rows, columns = w_OI.shape

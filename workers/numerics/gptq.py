@@ -1,11 +1,11 @@
-"""GPTQ (arXiv 2210.17323): rounding column by column, each error passed on to the columns still to come.
+"""GPTQ (arXiv 2210.17323): rounds column by column, and propagates each error to the following columns.
 
 B stacked problems of one shape, O output features, I input features, G groups, e = w - q.
 
-With H = R R^T, R upper triangular, the loss tr(E H E^T) is ||E R||^2, and column j of E R depends on the columns up to
-j alone: (e_j R_jj + sum_{k<j} e_k R_kj). So the code of column j is the nearest to w_j + sum_{k<j} e_k R_kj / R_jj: the
+With H = R R^T, R upper triangular, the loss tr(E H E^T) is ||E R||^2, and column j of E R depends only on the columns
+up to j: (e_j R_jj + sum_{k<j} e_k R_kj). So the code of column j is the nearest to w_j + sum_{k<j} e_k R_kj / R_jj: the
 same codes as the paper's algorithm 1, without an inverse of H, and the sums are matrix products over blocks of columns.
-W is kept transposed, so that a column lies contiguous.
+W is kept transposed, so that columns are contiguous.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ SMALLEST_RAISED, LARGEST_DAMPING = 1e-4, 1.0
 
 
 class NotPositiveDefinite(ArithmeticError):
-    """H has no Cholesky factor, however strongly damped, or holds NaN or Inf."""
+    """H has no Cholesky factor under any damping, or contains NaN or Inf."""
 
 
 @dataclass(frozen=True)
 class Factor:
-    """What a solution needs of H alone: for all weights with these inputs.
+    """The part of a solution that depends on H alone, shared by all weights with these inputs.
 
-    ``mixing_BII[j, k]`` is R_kj / R_jj, float32, in the order of the columns ``order_BI`` (int64; None: as they are).
-    ``damping_B`` is the share of its mean diagonal that each H was damped with: larger than asked for where the
-    Cholesky factorization failed. ``dead`` counts columns that no token ever touched; they are rounded to nearest.
+    ``mixing_BII[j, k]`` is R_kj / R_jj, float32, in the column order ``order_BI`` (int64; None: unchanged).
+    ``damping_B`` is each H's damping as a share of its mean diagonal: larger than requested if the Cholesky
+    factorization failed. ``dead`` counts columns that received no tokens; they are rounded to nearest.
     """
 
     mixing_BII: Tensor
@@ -43,14 +43,14 @@ class Factor:
 
 
 def factorize(h_BII: Tensor, *, activation_order: bool, damping: float) -> Factor:
-    """Factorize H, float32: X^T X of the inputs, any positive multiple of it; of zeros if nothing ever came in.
+    """Factorize H, float32: X^T X of the inputs, or any positive multiple; zeros if there were no tokens.
 
-    ``activation_order`` takes the columns in order of falling diag(H); groups stay where they are (static groups), so
-    no index is stored. An H that float32 can't factorize is tried in float64, then with ten times the damping up to
-    its mean diagonal; the others keep theirs.
+    ``activation_order`` processes the columns in order of descending diag(H); groups keep their columns (static
+    groups), so no index is stored. If float32 can't factorize an H, float64 is tried, then ten times the damping, up to
+    its mean diagonal; the other problems' damping doesn't change.
 
     Raises:
-        NotPositiveDefinite: H holds NaN or Inf, or no damping helps it.
+        NotPositiveDefinite: H contains NaN or Inf, or isn't positive definite under any damping.
     """
     order_BI = _falling(h_BII) if activation_order else None
     factor_BII, dead, used = _factor(_permuted(h_BII, order_BI), damping)
@@ -86,12 +86,12 @@ def _permuted(h_BII: Tensor, order_BI: Tensor | None) -> Tensor:
 
 
 def transposed(tensor_BXY: Tensor, tile: int = 64) -> Tensor:
-    """[B, Y, X], contiguous; by tiles that stay in the cache, which takes a third of the time of a plain copy."""
+    """[B, Y, X], contiguous; copied in tiles that fit in the cache, in a third of the time of a plain copy."""
     batch, height, width = tensor_BXY.shape
-    made = tensor_BXY.new_empty(batch, width, height)
+    result = tensor_BXY.new_empty(batch, width, height)
     for top in range(0, height, tile):
-        made[:, :, top : top + tile] = tensor_BXY[:, top : top + tile].mT
-    return made
+        result[:, :, top : top + tile] = tensor_BXY[:, top : top + tile].mT
+    return result
 
 
 def _rows(tensor_BIO: Tensor, index_BI: Tensor | None) -> Tensor:
@@ -102,12 +102,12 @@ def _rows(tensor_BIO: Tensor, index_BI: Tensor | None) -> Tensor:
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
-    """As ``torch.stack``, which copies even one alone."""
+    """Like ``torch.stack``, but without a copy for a single tensor."""
     return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
 
 
 def each_column(params_BOG: Tensor, group_BI: Tensor) -> Sequence[Tensor]:
-    """The parameters of each column, float32 [B, O], or [O] for one problem alone, without a copy for each column."""
+    """The parameters of each column, float32 [B, O], or [O] for a single problem, without a copy per column."""
     params_BGO = params_BOG.float().transpose(1, 2).contiguous()
     if len(params_BGO) == 1:
         rows = _columns(params_BGO[0])
@@ -116,14 +116,14 @@ def each_column(params_BOG: Tensor, group_BI: Tensor) -> Sequence[Tensor]:
 
 
 def _columns(tensor_BIO: Tensor) -> tuple[Tensor, ...]:
-    """A view [B, O] for each column, all made at once: slicing in the loop costs as much as its arithmetic."""
+    """A view [B, O] of each column, all created at once: slicing in the loop costs as much as its arithmetic."""
     return torch.unbind(tensor_BIO, -2)
 
 
 def _factor(h_BII: Tensor, damping: float) -> tuple[Tensor, int, tuple[float, ...]]:
     """R of each H, the number of dead columns, and the damping that each H needed.
 
-    R is the lower factor of H with its rows and columns in reverse, reversed again.
+    R is computed as the lower factor of H with rows and columns reversed, reversed again.
     """
     lower_BII, whole_B = cholesky(damped(h_BII.flip(1, 2), damping))
     used = [damping] * len(h_BII)
@@ -134,7 +134,7 @@ def _factor(h_BII: Tensor, damping: float) -> tuple[Tensor, int, tuple[float, ..
 
 
 def _factor_again(h_1II: Tensor, damping: float, index: int) -> tuple[Tensor, float]:
-    """What float32 couldn't factorize, alone: its neighbours' results must not depend on it."""
+    """Factorize a single H that float32 couldn't, alone, so that other problems' results don't depend on it."""
     if not bool(torch.isfinite(h_1II).all()):
         raise NotPositiveDefinite(f"H of problem {index} holds NaN or Inf")
     used = damping
@@ -150,20 +150,20 @@ def _factor_again(h_1II: Tensor, damping: float, index: int) -> tuple[Tensor, fl
 
 
 def damped(h_BII: Tensor, damping: float) -> Tensor:
-    """A copy of H, float as given, with ``damping`` times its mean diagonal added to its diagonal; never singular."""
-    made_BII = h_BII.clone()
-    diagonal_BI = made_BII.diagonal(dim1=1, dim2=2)
+    """A copy of H, in its dtype, with ``damping`` times its mean diagonal added to its diagonal; never singular."""
+    damped_BII = h_BII.clone()
+    diagonal_BI = damped_BII.diagonal(dim1=1, dim2=2)
     mean_B1 = h_BII.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp(min=1e-30)
-    # A dead column has no products with the others: any diagonal leaves it alone.
+    # A dead column has no products with the others: any diagonal value leaves them unaffected.
     diagonal_BI += torch.where(diagonal_BI == 0, mean_B1, 0)
     diagonal_BI += damping * mean_B1
-    return made_BII
+    return damped_BII
 
 
 def cholesky(h_BII: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
     """Lower Cholesky factors, and whether each H was positive definite (bool [B]); ``h_BII`` is overwritten.
 
-    By blocks, so that nearly all of it is matrix products: on a CPU more than twice as fast as LAPACK's own.
+    Blocked, so that nearly all of it is matrix products: on a CPU more than twice as fast as LAPACK.
     """
     width = h_BII.shape[-1]
     whole_B = torch.ones(len(h_BII), dtype=torch.bool, device=h_BII.device)
@@ -187,7 +187,7 @@ def _round_columns(
 ) -> Tensor:
     """Codes [B, I, O] as floats; scales and zeros are [B, O] for each column.
 
-    One problem alone may come without B: its small operations then take two thirds of the time.
+    A single problem may come without B: its small operations then take two thirds of the time.
     """
     errors_BIO = torch.zeros_like(wt_BIO)
     return sweep_columns(wt_BIO, mixing_BII, errors_BIO, scales, zeros, low, high, lower=True)
@@ -206,9 +206,8 @@ def sweep_columns(
 ) -> Tensor:
     """Round column after column to the code nearest to ``w_j + sum_k mixing[j, k] e_k``; codes [B, I, O] as floats.
 
-    ``error_BIO`` is e, what the codes so far leave of the weights; each column's is replaced as soon as it is rounded.
-    ``mixing_BII`` has a diagonal of zeros; ``lower``: nothing above the diagonal is read. One problem alone may come
-    without B.
+    ``error_BIO`` is e, the current codes' error; each column's is updated as soon as it is rounded. ``mixing_BII`` has
+    a zero diagonal; ``lower``: nothing above the diagonal is read. A single problem may come without B.
     """
     width = wt_BIO.shape[-2]
     target_BIO = wt_BIO.clone()
@@ -216,7 +215,7 @@ def sweep_columns(
     targets, errors, codes, weights = map(_columns, (target_BIO, error_BIO, codes_BIO, wt_BIO))
 
     def add(rows: tuple[int, int], inside: tuple[int, int]) -> None:
-        """Add to the targets of ``rows`` what comes from the columns ``inside``, without those of ``rows`` itself."""
+        """Add to the targets of ``rows`` the contributions of the columns ``inside`` other than ``rows`` itself."""
         first, last = rows
         if lower:
             parts: tuple[tuple[int, int], ...] = ((inside[0], first),)

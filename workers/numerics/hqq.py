@@ -1,8 +1,8 @@
-"""Half-quadratic quantization (Badri and Shaji, 2023): grids that make an l_p norm of the weights' error small.
+"""Half-quadratic quantization (Badri and Shaji, 2023): grids that minimize an l_p norm of the weights' error.
 
-With p below 1 the few outliers of a group may err for the sake of the many others. The norm is split by half-quadratic
-splitting: the part of the error that is an outlier's (found by shrinking) is taken out, then the grid is fitted to the
-rest by least squares. The paper fits the zero point; here the scale is fitted too, for our zero points are integers.
+With p below 1, the few outliers of a group may err in favour of the many others. Half-quadratic splitting minimizes the
+norm: shrinking separates the outliers' part of the error, then least squares fits the grid to the rest. The paper
+fits only the zero point; here the scale is fitted too, because our zero points are integers.
 
 O output features, I input features, g group size, N groups of all rows. Codes and zero points are ``rounding``'s.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from workers.numerics import rounding
 
-# The weight of the quadratic term, and by what it grows with each iteration.
+# The weight of the quadratic term, and its growth factor per iteration.
 BETA, GROWTH = 10.0, 1.01
 LEAST_ERROR = 1e-8  # below it |e|^(p - 1) would overflow
 PIECE_ELEMENTS = 1 << 18  # keeps the temporaries in the cache
@@ -25,7 +25,7 @@ def params(
 ) -> tuple[Tensor, Tensor]:
     """Scale [..., O, G] in ``scale_dtype`` and zero point (int8) of each group, from its range by ``iterations`` steps.
 
-    ``norm`` is p in (0, 2). Of all steps the one with the least sum of |error|^p is taken: never worse than the range.
+    ``norm`` is p in (0, 2). The step with the smallest sum of |error|^p wins: never worse than the min-max range.
     """
     size = group_size or w_OI.shape[-1]
     groups_Ng = w_OI.reshape(-1, size)
@@ -60,28 +60,28 @@ def _fit(w_Ng: Tensor, bits: int, dtype: torch.dtype, iterations: int, norm: flo
 
 
 def _shrunk(noise: Tensor, beta: float, norm: float) -> Tensor:
-    """Generalized soft thresholding: the part of the error that is left to the outliers."""
+    """Generalized soft thresholding: the part of the error that is attributed to outliers."""
     magnitude = noise.abs()
     return noise.sign() * (magnitude - magnitude.clamp(min=LEAST_ERROR).pow(norm - 1) / beta).clamp(min=0)
 
 
 def _refitted(wanted_Ng: Tensor, codes_Ng: Tensor, scale_N: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale and integer zero point under which the codes stand for what is wanted, by least squares."""
+    """Scale and integer zero point that fit the codes to the wanted weights, by least squares."""
     low, high = rounding.code_range(bits)
     code_mean_N1, wanted_mean_N1 = codes_Ng.mean(-1, keepdim=True), wanted_Ng.mean(-1, keepdim=True)
     code_rest_Ng = codes_Ng - code_mean_N1
     spread_N = code_rest_Ng.square().sum(-1)
     slope_N = (code_rest_Ng * (wanted_Ng - wanted_mean_N1)).sum(-1) / spread_N.clamp(min=1e-6)
-    # A group with one code alone, or whose codes run against the weights, keeps its scale.
+    # A group with a single code, or whose codes run against the weights, keeps its scale.
     slope_N = torch.where(slope_N > 1e-3, slope_N, 1.0)
     zero_N = (code_mean_N1[:, 0] - wanted_mean_N1[:, 0] / slope_N).round().clamp(low, high)
     steps_Ng = codes_Ng - zero_N.unsqueeze(-1)
-    # With the zero point rounded, the best scale is another.
+    # Rounding the zero point changes the best scale.
     factor_N = (steps_Ng * wanted_Ng).sum(-1) / steps_Ng.square().sum(-1).clamp(min=1e-6)
     factor_N = torch.where(factor_N > 1e-3, factor_N, 1.0)
-    found_N = (scale_N.float() * factor_N).to(scale_N.dtype)
-    usable_N = found_N.isfinite() & (found_N > 0)
-    return torch.where(usable_N, found_N, scale_N), zero_N.to(torch.int8)
+    refitted_N = (scale_N.float() * factor_N).to(scale_N.dtype)
+    usable_N = refitted_N.isfinite() & (refitted_N > 0)
+    return torch.where(usable_N, refitted_N, scale_N), zero_N.to(torch.int8)
 
 
 def _error(w_Ng: Tensor, codes_Ng: Tensor, scale_N: Tensor, zero_N: Tensor, norm: float) -> Tensor:

@@ -1,8 +1,8 @@
-"""Codes into int32 words and back: one dense bit stream, least significant bit first, as both formats have it.
+"""Packs codes into int32 words and unpacks them: a dense bit stream, least significant bit first, as in both formats.
 
 compressed-tensors packs along the input features; gptq packs ``qweight`` along the inputs and ``qzeros`` along the
-outputs. For 2, 4 and 8 bits a word holds whole codes; other widths cross from one word into the next (gptq's layout of
-32 3-bit codes in 3 words is the same stream).
+outputs. With 2, 4 and 8 bits a word holds whole codes; other widths cross word boundaries (gptq's layout of 32 3-bit
+codes in 3 words is the same stream).
 
 O output features, I input features, W words.
 """
@@ -21,7 +21,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
     blocks = -(-count // WORD)
     pieces = torch.nn.functional.pad(values.to(torch.int32), (0, blocks * WORD - count))
     width = bits
-    # Neighbours joined while two fit a word: half the elements each time, instead of 32 strided passes.
+    # Join neighbours while two fit into a word: each step halves the elements, instead of 32 strided passes.
     while 2 * width <= WORD:
         pieces = pieces[..., 0::2] | (pieces[..., 1::2] << width)
         width *= 2
@@ -39,9 +39,9 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     """Inverse of ``pack``: int32 [..., W] to int32 codes [..., count] in [0, 2^bits - 1]."""
-    *rest, given = words.shape
+    *rest, available = words.shape
     blocks = -(-count // WORD)
-    padded = torch.nn.functional.pad(words, (0, blocks * bits - given)).to(torch.int64) & 0xFFFFFFFF
+    padded = torch.nn.functional.pad(words, (0, blocks * bits - available)).to(torch.int64) & 0xFFFFFFFF
     padded = padded.view(*rest, blocks, bits)
     joined = 1 << (WORD // bits).bit_length() - 1
     width = bits * joined
@@ -52,8 +52,8 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
         if offset + width > WORD:
             piece = piece | (padded[..., word + 1] << (WORD - offset))
         pieces.append(piece.to(torch.int32))
-    places = torch.arange(0, width, bits, dtype=torch.int32, device=words.device)
-    values = (torch.stack(pieces, -1).unsqueeze(-1) >> places).bitwise_and_((1 << bits) - 1)
+    shifts = torch.arange(0, width, bits, dtype=torch.int32, device=words.device)
+    values = (torch.stack(pieces, -1).unsqueeze(-1) >> shifts).bitwise_and_((1 << bits) - 1)
     return values.flatten(-3)[..., :count].contiguous()
 
 

@@ -1,9 +1,9 @@
-"""After GPTQ: scales and codes in turn, each the best for the other under the same Hessian.
+"""Refines GPTQ's result: alternately optimizes scales and codes under the same Hessian.
 
 B stacked problems, O output features, I input features, G groups, e = w - q, loss tr(E H E^T) with H damped as GPTQ's.
-Scales: with D_g what the codes of group g stand for in steps (zero elsewhere), q = sum_g s_g D_g, and the best scales
+Scales: with D_g the codes of group g minus their zero points (zero elsewhere), q = sum_g s_g D_g, and the best scales
 of a row solve its normal equations A s = b, A_gk = D_g H D_k^T, b_g = D_g H w^T.
-Codes: coordinate descent; the loss is least in column j at w_j + sum_{k != j} e_k H_kj / H_jj, rounded.
+Codes: coordinate descent; the loss is minimal in column j at w_j + sum_{k != j} e_k H_kj / H_jj, rounded.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from workers.numerics.gptq import damped, each_column, sweep_columns, transposed
 from workers.numerics.precision import add_product
 from workers.numerics.rounding import code_range
 
-# Elements of a piece of rows whose normal equations are set up together: bounds the temporaries.
+# Elements per piece of rows whose normal equations are built together: bounds the temporaries.
 PIECE_ELEMENTS = 1 << 22
-# Added to the diagonal of the normal equations, as a share of its mean: codes of two groups may stand for the same.
+# Added to the diagonal of the normal equations, as a share of its mean: two groups' codes may be linearly dependent.
 RIDGE = 1e-9
 
 
@@ -34,10 +34,10 @@ def refine(
     rounds: int,
     damping: float,
 ) -> tuple[Tensor, Tensor]:
-    """Codes (int8 [B, O, I]) and scales (of the dtype given) that lose no more than those given, row by row.
+    """Codes (int8 [B, O, I]) and scales (in the given dtype) with at most the given ones' loss, row by row.
 
-    ``h_BII`` float32: X^T X of the inputs, any positive multiple of it; ``damping`` is added to its diagonal, as a
-    share of its mean. Zero points stay. A row that nothing improves stays as it is.
+    ``h_BII`` float32: X^T X of the inputs, or any positive multiple; ``damping`` is added to its diagonal, as a share
+    of its mean. Zero points don't change. Rows without an improvement don't change.
     """
     damped_BII = damped(h_BII, damping)
     diagonal_BI = damped_BII.diagonal(dim1=1, dim2=2)
@@ -54,21 +54,21 @@ def refine(
 
 
 def _scales(h_BII: Tensor, hw_BIO: Tensor, codes_BIO: Tensor, scale_BOG: Tensor, zero_BOG: Tensor | None) -> Tensor:
-    """The best scales of each row for its codes; those given, where rounding to their dtype would lose more."""
+    """The best scales of each row for its codes; the given ones if rounding to their dtype would increase the loss."""
     batch, width, rows = codes_BIO.shape
     piece = max(PIECE_ELEMENTS // (batch * width), 1)
-    found = []
+    scales = []
     for start in range(0, rows, piece):
         part = slice(start, start + piece)
         zero = None if zero_BOG is None else zero_BOG[:, part]
         steps_BGgO = _steps(codes_BIO[:, :, part], scale_BOG.shape[2], zero)
         normal_BOGG, right_BOG = _normal_equations(h_BII, hw_BIO[:, :, part], steps_BGgO)
-        found.append(_solved(normal_BOGG.double(), right_BOG.double(), scale_BOG[:, part]))
-    return torch.cat(found, 1)
+        scales.append(_solved(normal_BOGG.double(), right_BOG.double(), scale_BOG[:, part]))
+    return torch.cat(scales, 1)
 
 
 def _steps(codes_BIO: Tensor, groups: int, zero_BOG: Tensor | None) -> Tensor:
-    """What the codes stand for, in steps: float32 [B, G, g, O]."""
+    """Codes minus zero points: float32 [B, G, g, O]."""
     steps_BGgO = torch.unflatten(codes_BIO, 1, (groups, -1)).float()
     return steps_BGgO if zero_BOG is None else steps_BGgO - zero_BOG.mT[:, :, None, :]
 
@@ -79,7 +79,7 @@ def _normal_equations(h_BII: Tensor, hw_BIO: Tensor, steps_BGgO: Tensor) -> tupl
     right_BOG = (steps_BGgO * torch.unflatten(hw_BIO, 1, (groups, size))).sum(2).mT
     normal_BGGO = steps_BGgO.new_empty(batch, groups, groups, rows)
     for group in range(groups):
-        # A is symmetric: the groups from this one on are enough.
+        # A is symmetric: compute only the groups from this one on.
         start = group * size
         product_BIO = steps_BGgO.new_zeros(batch, groups * size - start, rows)
         add_product(product_BIO, h_BII[:, start:, start : start + size], steps_BGgO[:, group])
@@ -90,10 +90,10 @@ def _normal_equations(h_BII: Tensor, hw_BIO: Tensor, steps_BGgO: Tensor) -> tupl
 
 
 def _solved(normal_BOGG: Tensor, right_BOG: Tensor, scale_BOG: Tensor) -> Tensor:
-    """The scales that solve the normal equations, float64, in the dtype of ``scale_BOG``."""
+    """The scales that solve the normal equations (in float64), in the dtype of ``scale_BOG``."""
     now_BOG = scale_BOG.double()
     diagonal_BOG = normal_BOGG.diagonal(dim1=2, dim2=3)
-    # A group that stands for zero in all its columns may have any scale: it keeps its own.
+    # A group that is zero in all its columns keeps its scale, which has no effect.
     empty_BOG = diagonal_BOG == 0
     ridged_BOGG = normal_BOGG.clone()
     ridged_BOGG.diagonal(dim1=2, dim2=3).add_(RIDGE * diagonal_BOG.mean(2, keepdim=True) + empty_BOG)
@@ -103,7 +103,7 @@ def _solved(normal_BOGG: Tensor, right_BOG: Tensor, scale_BOG: Tensor) -> Tensor
     usable_BOG = rounded_BOG.isfinite() & (rounded_BOG > 0) & ~empty_BOG & (info_BO == 0)[..., None]
     trial_BOG = torch.where(usable_BOG, rounded_BOG, scale_BOG)
     change_BOG = trial_BOG.double() - now_BOG
-    # The loss falls by 2 d (b - A s) - d A d.
+    # The loss decreases by 2 d (b - A s) - d A d.
     slope_BOG = 2 * right_BOG - (normal_BOGG @ (2 * now_BOG + change_BOG)[..., None])[..., 0]
     better_BO = (change_BOG * slope_BOG).sum(-1) > 0
     return torch.where(better_BO[..., None], trial_BOG, scale_BOG)

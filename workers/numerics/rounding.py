@@ -1,4 +1,4 @@
-"""Integer grids: scales, zero points, codes and back, in compressed-tensors' conventions.
+"""Integer grids in compressed-tensors' conventions: computes scales and zero points, quantizes and dequantizes.
 
 O output features, I input features, G groups, g group size (G * g = I). Leading batch dimensions are allowed.
 Codes are signed: [-2^(bits-1), 2^(bits-1) - 1]; weight = (code - zero) * scale, zero is None for a symmetric grid.
@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Shrinkages of the min-max range that the MSE search tries: a coarse grid, then, for groups whose best was its end,
-# ever smaller ones (2 or 3 bits for a long row with outliers: the best lies at 0.1 to 0.4), then halving steps around.
+# Factors on the min-max range tried by the MSE search: a coarse grid; then smaller ones for groups whose best was the
+# smallest (2 or 3 bits for a long row with outliers: the best is 0.1 to 0.4); then halving steps around the best.
 COARSE = (1.0, 0.9, 0.8, 0.7, 0.56)
 SMALLER = (0.46, 0.37, 0.3, 0.24, 0.19, 0.15, 0.12)
 FINE_STEPS = (0.05, 0.025)
@@ -44,9 +44,9 @@ def mse_params(
     scale_dtype: torch.dtype = torch.float32,
     importance_I: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """As ``minmax_params``, over the shrunken range that rounds each group with the least squared error.
+    """Like ``minmax_params``, for the shrunken range that minimizes each group's squared rounding error.
 
-    ``importance_I`` (float [..., I], nonnegative) weighs the columns' errors; None: all the same.
+    ``importance_I`` (float [..., I], nonnegative) weights the columns' errors; None: all equal.
     """
     *batch, rows, _ = w_OI.shape
     flat = w_OI.reshape(-1, w_OI.shape[-1])
@@ -80,13 +80,13 @@ def quantize_groups(groups: Tensor, scale: Tensor, zero: Tensor | None, bits: in
 
 
 def dequantize(codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor | None) -> Tensor:
-    """The weights that codes stand for, float32 [..., O, I]."""
+    """The decoded weights, float32 [..., O, I]."""
     groups = _grouped(codes_OI, codes_OI.shape[-1] // scale_OG.shape[-1])
     return dequantize_groups(groups, scale_OG, zero_OG).flatten(-2)
 
 
 def dequantize_groups(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-    """The weights that codes [..., g] of groups stand for, float32."""
+    """The decoded weights of groups of codes [..., g], float32."""
     steps = codes.float()
     if zero is not None:
         steps = steps - zero.unsqueeze(-1)
@@ -108,7 +108,7 @@ def range_params(
     low, high = low.clamp(max=0), high.clamp(min=0)
     span = 2 * torch.maximum(-low, high) if symmetric else high - low
     scale = (span / (code_high - code_low)).to(scale_dtype)
-    # What rounds to zero in the stored dtype, or is zero, would divide by zero.
+    # A scale that is zero, or rounds to zero in the stored dtype, would divide by zero.
     scale = torch.where(scale == 0, torch.finfo(scale_dtype).eps, scale).to(scale_dtype)
     if symmetric:
         return scale, None
@@ -134,7 +134,7 @@ def _search(
         falling = best == last
         if not bool(falling.any()):
             break
-        # The others stay, so that no group's scale depends on what else is in the piece.
+        # Other groups keep their factor, so that no group's scale depends on the other groups of its piece.
         trial = torch.where(falling, candidate, best)
         best, least = _keep_better(best, least, trial, error_of(trial))
     for step in FINE_STEPS:

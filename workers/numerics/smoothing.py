@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Beyond these a half-precision norm or weight that takes the scale would lose its digits.
+# Scales outside of this range would cost a half-precision norm or weight its digits.
 LEAST, MOST = 1e-5, 1e5
 
 
@@ -16,7 +16,7 @@ def scales(input_max_I: Tensor, weight_max_I: Tensor, strength: float) -> Tensor
     """s = max|X|^a / max|W|^(1 - a) for each input (equation 4): the input is divided by it, the weight multiplied.
 
     ``input_max_I`` and ``weight_max_I``: largest magnitudes, float [I], nonnegative and finite; ``strength`` is a, in
-    [0, 1]. Returns float32 [I] in [1e-5, 1e5]; 1 where either is zero, for such an input says nothing of its range.
+    [0, 1]. Returns float32 [I] in [1e-5, 1e5]; 1 where either magnitude is zero, since the range is then unknown.
     """
     x_I, w_I = input_max_I.double(), weight_max_I.double()
     raw_I = x_I.pow(strength) / w_I.pow(1 - strength)
@@ -25,7 +25,7 @@ def scales(input_max_I: Tensor, weight_max_I: Tensor, strength: float) -> Tensor
 
 
 def scaled(matrix_OI: Tensor, columns_I: Tensor | None, rows_O: Tensor | None) -> Tensor:
-    """``matrix_OI * columns_I / rows_O`` in float32; the matrix itself where there is neither."""
+    """``matrix_OI * columns_I / rows_O`` in float32; the matrix itself if both are None."""
     if columns_I is not None:
         matrix_OI = matrix_OI.float() * columns_I
     if rows_O is not None:

@@ -1,1 +1,1 @@
-"""The quantize stage: the pass over a model."""
+"""The quantize stage: one pass over a model."""

@@ -1,4 +1,4 @@
-"""How a pass gets through: smaller micro-batches, states that are kept, failures."""
+"""Runs a pass to its end: with smaller micro-batches after running out of memory, checkpoints, and failures."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from workers.model import batching
 from workers.quantize.resume import NotResumable, PassFolder, PassState
 from workers.spec.job import ArtifactMade, Failure, Order
 
-# A layer is kept once this much time would be lost with it, and keeping takes at most this share of the pass's time.
+# A pass is checkpointed when at least this many seconds of work would be lost, and checkpoints take at most this share.
 KEEPING_SECONDS, KEEPING_SHARE = 10.0, 0.1
 
 
 def failure_alone(order: Order, error: Exception) -> Failure:
-    """An artifact's error ends that artifact alone. Memory and disk are everybody's: those errors are raised on."""
+    """Describe an error that fails one artifact. Out of memory and disk errors concern all artifacts: raise those."""
     if isinstance(error, OSError | NotResumable | StageHung):
         raise error
     if batching.ran_out(error):
@@ -29,16 +29,16 @@ def failure_alone(order: Order, error: Exception) -> Failure:
     return describe(error)
 
 
-def not_made(order: Order, failure: Failure, seconds: float) -> ArtifactMade:
-    """The result of an order that failed."""
+def failed_artifact(order: Order, failure: Failure, seconds: float) -> ArtifactMade:
+    """The result of a failed order."""
     return ArtifactMade(recipe=order.recipe.name, path="", bytes=0, seconds=seconds, error=failure)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Tokens of a micro-batch: at first ``full``; where memory runs out, half as many, down to the ``longest`` text.
+    """Micro-batch sizes in tokens: ``full`` at first, halved when memory runs out, at least the ``longest`` sequence.
 
-    A ``lean`` pass begins with the least, for memory has run out before.
+    A ``lean`` pass starts with the smallest size, because memory ran out before.
     """
 
     full: int
@@ -53,7 +53,7 @@ class Sizes:
 def attempts(
     folder: PassFolder, sizes: Sizes, attempt: Callable[[PassState | None, int], None], start_over: Callable[[], None]
 ) -> None:
-    """Call ``attempt`` with the state that is kept and the tokens of a micro-batch until it gets through."""
+    """Call ``attempt(state, micro_batch_tokens)`` with the saved state until it succeeds."""
     state = folder.load()
     if state is not None and state.micro_batch_tokens > sizes.first:
         state = None
@@ -67,7 +67,7 @@ def attempts(
             smaller = batching.halved(size, sizes.longest)
             if not batching.ran_out(error) or smaller is None:
                 raise
-            # Hidden states are kept by micro-batch, so the pass begins anew with the smaller ones.
+            # Hidden states are saved per micro-batch, so another size starts the pass over.
             size, state = smaller, None
         start_over()
         if torch.cuda.is_available():
@@ -75,20 +75,20 @@ def attempts(
 
 
 def note_smaller(maker: Maker, size: int, full: int) -> None:
-    """Say in a calibrated artifact that memory for whole micro-batches was lacking."""
+    """Add a fallback to a calibrated artifact: memory didn't allow full micro-batches."""
     if maker.order.recipe.calibrated:
-        said = f"calibrated in micro-batches of {size} tokens, for there was no memory for {full}"
-        maker.fallbacks[said] = None
+        note = f"calibrated in micro-batches of {size} tokens, for there was no memory for {full}"
+        maker.fallbacks[note] = None
 
 
-class Keeping:
-    """Says when the state of a pass is worth keeping: enough was done since, and keeping it is cheap beside that."""
+class CheckpointTimer:
+    """Decides when to checkpoint a pass: after enough work, and only while saving takes a small share of the time."""
 
     def __init__(self) -> None:
         self._begun = self._last = time.monotonic()
         self._spent = 0.0
 
-    def worth_it(self) -> bool:
+    def due(self) -> bool:
         now = time.monotonic()
         return now - self._last >= KEEPING_SECONDS and self._spent <= KEEPING_SHARE * (now - self._begun)
 

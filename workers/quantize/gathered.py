@@ -1,8 +1,8 @@
-"""A layer's inputs on disk: what each part of a calibration has seen, and the statistics of all of it together.
+"""Logs a layer's inputs on disk, for each part of a calibration, and replays them to compute the statistics.
 
-Not the parts' sums are kept, but what is summed up: shown to an observer in the order of the text, it makes the very
-bytes that one pass makes. Sums of sums would differ in their last bits, and then AWQ's search takes now and then
-another exponent that is as good.
+The inputs are stored, not the parts' sums: replayed to an observer in the order of the text, they give the same bytes
+as a single pass. Sums of partial sums differ in their last bits, and AWQ's search then sometimes picks another, equally
+good exponent.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from workers.spec.base import Frozen
 
 
 class Event(Frozen):
-    """An input that came to a weight: a tensor of the file, by its number, or the one that came to ``leader``."""
+    """An input of a weight: a tensor of the file, by index, or the same input as ``leader``'s."""
 
     name: InputName
     tensor: int | None = None
@@ -30,7 +30,7 @@ class Event(Frozen):
 
 
 class FoldHeader(Frozen):
-    """A fold; its rows are a tensor of the file, by its number."""
+    """A fold; ``rows`` is the index of its rows' tensor in the file."""
 
     source: str
     kind: FoldKind
@@ -40,7 +40,7 @@ class FoldHeader(Frozen):
 
 
 class Log(Frozen):
-    """What a part has seen of a layer, in the order in which it came."""
+    """A part's inputs of one layer, in the order of arrival, and its folds."""
 
     tensors: tuple[Spooled, ...]
     events: tuple[Event, ...]
@@ -48,7 +48,7 @@ class Log(Frozen):
 
 
 class Recorder(InputWatcher):
-    """Writes what comes to a layer's weights."""
+    """Writes the inputs of a layer's weights to disk."""
 
     def __init__(self, writer: LayerWriter, *, all_tokens: bool) -> None:
         super().__init__(all_tokens=all_tokens)
@@ -57,7 +57,7 @@ class Recorder(InputWatcher):
         self._last: dict[str, tuple[Tensor, int]] = {}
 
     def take(self, name: InputName, inputs: Tensor) -> None:
-        """Keep an input; experts that all see the same tokens share a tensor."""
+        """Write an input; experts that see the same tokens share one tensor."""
         parameter, expert = name
         last = self._last.get(parameter)
         if last is None or expert is None or not _same(last[0], inputs):
@@ -65,11 +65,11 @@ class Recorder(InputWatcher):
         self._events.append(Event(name=name, tensor=last[1]))
 
     def share(self, name: InputName, leader: InputName) -> None:
-        """Keep that it came."""
+        """Record an input that ``leader`` has already taken."""
         self._events.append(Event(name=name, leader=leader))
 
     def log(self, folds: Iterable[Fold]) -> Log:
-        """All that came, and the folds that were found in the layer."""
+        """All recorded events, and the folds of the layer."""
         self._last.clear()
         headers = tuple(
             FoldHeader(
@@ -93,10 +93,10 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def replay(log: Log, tensors: Path, watcher: InputWatcher, device: str) -> list[Fold]:
-    """Show a watcher what a part has seen, and return the folds that it found.
+    """Replay a log to a watcher, and return the log's folds.
 
     Raises:
-        FileNotFoundError: ``tensors`` isn't there.
+        FileNotFoundError: the file ``tensors`` doesn't exist.
     """
     with tensors.open("rb") as stream:
         for event in log.events:
@@ -117,6 +117,6 @@ def replay(log: Log, tensors: Path, watcher: InputWatcher, device: str) -> list[
         ]
 
 
-def tensors_of(place: Path) -> Path:
-    """The file of the tensors that a log names, beside the log."""
-    return place.with_suffix(".tensors")
+def tensors_of(log: Path) -> Path:
+    """The tensor file of a log, beside it."""
+    return log.with_suffix(".tensors")

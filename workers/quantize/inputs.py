@@ -1,4 +1,4 @@
-"""What goes through the model in a pass: calibration tokens, the probe, held-out text."""
+"""Inputs of a pass: calibration tokens, the probe sequence, held-out tokens."""
 
 from __future__ import annotations
 
@@ -19,54 +19,56 @@ from workers.spec.job import ArtifactMade, Calibration, Job, Order
 from workers.spec.recipes import Recipe
 from workers.spec.workspace import artifact_folder, is_made, record_path
 
-# Tokens of the short sequence that layers are probed with for foldable pairs.
+# Length in tokens of the sequence that layers are probed with for folds.
 PROBE_TOKENS = 32
 CALIBRATION, REFERENCE, PROBE = "calibration", "reference", "probe"
 OWN = "own:"
 
 
-def made_before(job: Job) -> tuple[dict[str, ArtifactMade], list[Order]]:
-    """The artifacts of a job that are there, by recipe, and the orders of those that aren't."""
+def existing_artifacts(job: Job) -> tuple[dict[str, ArtifactMade], list[Order]]:
+    """Split a job's orders: existing artifacts by recipe name, and the orders still to do."""
     done, missing = dict[str, ArtifactMade](), list[Order]()
     for order in job.orders:
-        place = artifact_folder(job.workspace, order)
-        if is_made(place):
-            done[order.recipe.name] = ArtifactMade.model_validate_json(record_path(place).read_text())
+        folder = artifact_folder(job.workspace, order)
+        if is_made(folder):
+            done[order.recipe.name] = ArtifactMade.model_validate_json(record_path(folder).read_text())
         else:
             missing.append(order)
     return done, missing
 
 
-def observer_of(said: Calibration, *, magnitudes: bool) -> Observer:
-    """An observer for a calibration."""
-    return Observer(said.experts, said.minimum_expert_tokens, magnitudes=magnitudes)
+def observer_of(calibration: Calibration, *, magnitudes: bool) -> Observer:
+    """An observer with a calibration's settings."""
+    return Observer(calibration.experts, calibration.minimum_expert_tokens, magnitudes=magnitudes)
 
 
 def folds_of(streamed: StreamedModel, layer: LoadedLayer, probe: Lanes) -> list[Fold]:
-    """The folds of a layer that the lanes of the probe rest before."""
+    """The folds of a layer that the probe is paused before."""
     prefix = f"{streamed.layers_name}.{layer.index}"
     weights = [weight for weight in streamed.weights if weight.layer == layer.index]
     return find_folds(streamed.layers[layer.index], prefix, probe.float32_run(), weights)
 
 
-def own(recipe: Recipe) -> str:
-    """The name of the lanes of a recipe that calibrates on its own activations."""
+def own_stream(recipe: Recipe) -> str:
+    """Name of the group of lanes of a recipe that calibrates on its own quantized activations."""
     return f"{OWN}{recipe.name}"
 
 
 class Tokens:
-    """The tokens of a pass, where its reference lies, and its identity."""
+    """The tokens of a pass, its reference file, and its identity (``digest``)."""
 
     def __init__(self, job: Job, folder: Path, orders: list[Order], dtype: torch.dtype) -> None:
         tokenizer = load_tokenizer(folder, job.model)
         self.held_out = held_out_tokens(job.verification, tokenizer)
-        self.place = reference.reference_file(job.model, Path(job.workspace), self.held_out, dtype)
+        self.reference = reference.reference_file(job.model, Path(job.workspace), self.held_out, dtype)
         self.calibration: Tensor | None = None
         if any(order.recipe.calibrated for order in orders):
             assert job.calibration is not None
             self.calibration = calibration_tokens(job.calibration, tokenizer)
-        # A pass that another version began is not taken up.
-        digest = hashlib.sha256(f"{self.place.path.name} {self.place.exists} {sorted(versions().items())}".encode())
+        # The versions are part of the identity: a pass of other versions is not resumed.
+        digest = hashlib.sha256(
+            f"{self.reference.path.name} {self.reference.exists} {sorted(versions().items())}".encode()
+        )
         if self.calibration is not None and job.calibration is not None:
             digest.update(self.calibration.numpy().tobytes())
             digest.update(f"{job.calibration.experts} {job.calibration.minimum_expert_tokens}".encode())
@@ -74,6 +76,6 @@ class Tokens:
 
     @property
     def longest(self) -> int:
-        """The longest sequence: a micro-batch holds one at least."""
+        """Length in tokens of the longest sequence, the minimum size of a micro-batch."""
         lengths = [tokens.shape[1] for tokens in (self.held_out, self.calibration) if tokens is not None]
         return max(lengths)

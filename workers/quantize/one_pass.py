@@ -1,4 +1,4 @@
-"""The quantize stage: one pass over a model's weights makes its reference and all of its artifacts."""
+"""Runs the quantize stage: one pass over a model's weights computes its reference and all of its artifacts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from workers.model.forward import Lanes, LoadedLayer, Streaming
 from workers.model.statistics import Observer
 from workers.model.text import calibration_tokens, load_tokenizer
 from workers.numerics.precision import coarse_forwards
-from workers.quantize.attempts import Keeping, Sizes, attempts, failure_alone, not_made, note_smaller
+from workers.quantize.attempts import CheckpointTimer, Sizes, attempts, failed_artifact, failure_alone, note_smaller
 from workers.quantize.inputs import (
     CALIBRATION,
     OWN,
@@ -28,10 +28,10 @@ from workers.quantize.inputs import (
     PROBE_TOKENS,
     REFERENCE,
     Tokens,
+    existing_artifacts,
     folds_of,
-    made_before,
     observer_of,
-    own,
+    own_stream,
 )
 from workers.quantize.resume import NotResumable, PassFolder, PassState, group_state, locked_pass_folder
 from workers.spec.engines import ENGINES
@@ -40,14 +40,14 @@ from workers.spec.recipes import Recipe
 
 
 def quantize(job: Job, folder: Path) -> tuple[tuple[ArtifactMade, ...], int]:
-    """Make a job's artifacts that aren't there yet; return all of them, and the bytes of the source's weights.
+    """Make a job's missing artifacts; return all of them, and the size of the source's weights in bytes.
 
-    An artifact that fails is returned with its error; the others are made all the same.
+    A failed artifact is returned with its error and doesn't stop the others.
 
     Raises:
-        QuantmillError: what fails all of them: the model, the calibration text, the device.
+        QuantmillError: an error that concerns all artifacts: the model, the calibration text, the device.
     """
-    done, missing = made_before(job)
+    done, missing = existing_artifacts(job)
     in_the_pass = [order for order in missing if ENGINES[order.recipe.engine].script is None]
     with Source(folder, allow_pickle=job.model.allow_pickle) as source:
         if in_the_pass:
@@ -59,7 +59,7 @@ def quantize(job: Job, folder: Path) -> tuple[tuple[ArtifactMade, ...], int]:
 
 
 def _by_whole_engine(job: Job, order: Order, folder: Path) -> ArtifactMade:
-    """An artifact that an engine makes in a process of its own; one that fails ends alone."""
+    """Make an artifact by an engine in its own process; its failure doesn't stop the others."""
     begun, tokens = time.monotonic(), None
     try:
         if order.recipe.calibrated:
@@ -67,11 +67,11 @@ def _by_whole_engine(job: Job, order: Order, folder: Path) -> ArtifactMade:
             tokens = calibration_tokens(job.calibration, load_tokenizer(folder, job.model))
         return whole.make(ENGINES[order.recipe.engine], job, order, folder, tokens)
     except Exception as error:
-        return not_made(order, failure_alone(order, error), time.monotonic() - begun)
+        return failed_artifact(order, failure_alone(order, error), time.monotonic() - begun)
 
 
 class _Pass:
-    """One pass over one model; taken up where a killed attempt left it."""
+    """One pass over one model; resumes from a killed attempt's checkpoint."""
 
     def __init__(self, job: Job, folder: Path, source: Source, orders: list[Order]) -> None:
         self._job = job
@@ -83,7 +83,7 @@ class _Pass:
         self._results: dict[str, ArtifactMade] = {}
 
     def run(self) -> dict[str, ArtifactMade]:
-        """Make the artifacts of the orders; results by the recipe's name."""
+        """Make the artifacts of the orders; results by recipe name."""
         with locked_pass_folder(Path(self._job.workspace) / "passes" / self._tokens.digest) as folder:
             full = batching.micro_batch_tokens(self._streamed, self._tokens.longest)
             sizes = Sizes(full, self._tokens.longest, self._job.lean)
@@ -110,7 +110,7 @@ class _Pass:
                     self._results[maker.order.recipe.name] = maker.finish()
                     self._makers.remove(maker)
         except BaseException:
-            # What was written stays for the next attempt; only the files are let go.
+            # Files are closed but not deleted: the next attempt resumes from them.
             for maker in self._makers:
                 maker.release()
             raise
@@ -123,50 +123,50 @@ class _Pass:
                 continue
             if state is not None and print_ not in state.makers:
                 raise NotResumable(f"{name} is new")
-            made_so_far = state.makers[print_] if state else None
+            maker_state = state.makers[print_] if state else None
             with self._failing(order, None):
-                self._makers.append(self._maker(order, folder, made_so_far))
+                self._makers.append(self._maker(order, folder, maker_state))
 
     def _maker(self, order: Order, folder: PassFolder, state: MakerState | None) -> Maker:
-        place = folder.partial(order.fingerprint)
-        made = maker_class(order.recipe)(self._job, order, self._streamed, self._source, place)
+        partial_folder = folder.partial(order.fingerprint)
+        maker = maker_class(order.recipe)(self._job, order, self._streamed, self._source, partial_folder)
         try:
-            made.begin(state)
+            maker.begin(state)
         except FileNotFoundError as error:
             raise NotResumable(str(error)) from error
-        return made
+        return maker
 
     def _go_through_layers(self, folder: PassFolder, state: PassState | None, size: int) -> None:
         with Streaming(self._streamed) as streaming:
             groups = self._groups(streaming, size)
             if state is not None and groups:
                 folder.replay(state, groups)
-            keeping = Keeping()
+            timer = CheckpointTimer()
             for layer in streaming.layers(state.layers if state else 0):
                 self._visit(layer, groups)
-                if layer.index + 1 < len(self._streamed.layers) and keeping.worth_it():
-                    with keeping.timed():
-                        self._keep(folder, layer.index + 1, size, groups)
+                if layer.index + 1 < len(self._streamed.layers) and timer.due():
+                    with timer.timed():
+                        self._checkpoint(folder, layer.index + 1, size, groups)
             if REFERENCE in groups:
-                reference.store(self._tokens.place, groups[REFERENCE].outputs())
+                reference.store(self._tokens.reference, groups[REFERENCE].outputs())
 
     def _groups(self, streaming: Streaming, size: int) -> dict[str, Lanes]:
-        """The lanes that go through the model, by name."""
-        found: dict[str, Lanes] = {}
+        """The groups of lanes that run through the model, by name."""
+        groups: dict[str, Lanes] = {}
         tokens, recipes = self._tokens.calibration, [maker.order.recipe for maker in self._makers]
         if tokens is not None and any(recipe.calibrated for recipe in recipes):
-            found[CALIBRATION] = streaming.lanes(reference.micro_batches(tokens, size))
+            groups[CALIBRATION] = streaming.lanes(reference.micro_batches(tokens, size))
             if any(recipe.needs.folds for recipe in recipes):
-                found[PROBE] = streaming.lanes([tokens[:1, :PROBE_TOKENS]])
+                groups[PROBE] = streaming.lanes([tokens[:1, :PROBE_TOKENS]])
             for recipe in recipes:
                 if recipe.needs.own_stream:
-                    found[own(recipe)] = streaming.lanes(reference.micro_batches(tokens, size))
-        if not self._tokens.place.exists:
-            found[REFERENCE] = streaming.lanes(reference.micro_batches(self._tokens.held_out, size))
-        return found
+                    groups[own_stream(recipe)] = streaming.lanes(reference.micro_batches(tokens, size))
+        if not self._tokens.reference.exists:
+            groups[REFERENCE] = streaming.lanes(reference.micro_batches(self._tokens.held_out, size))
+        return groups
 
     def _visit(self, layer: LoadedLayer, groups: dict[str, Lanes]) -> None:
-        """Take one layer through everything: statistics, the reference, every maker."""
+        """Run one layer: statistics, the reference, every maker."""
         observer, folds = None, list[Fold]()
         if CALIBRATION in groups:
             if PROBE in groups:
@@ -180,14 +180,14 @@ class _Pass:
             groups[REFERENCE].advance()
         work = LayerWork(layer.index, layer.tensors, observer, folds)
         for maker in list(self._makers):
-            lanes = groups.get(own(maker.order.recipe))
+            lanes = groups.get(own_stream(maker.order.recipe))
             with self._failing(maker.order, maker), maker.timed():
                 if lanes is None:
                     maker.layer(work)
                 else:
                     self._in_its_own_stream(maker, layer, lanes)
         for name in [name for name in groups if name.startswith(OWN)]:
-            if name not in {own(maker.order.recipe) for maker in self._makers}:
+            if name not in {own_stream(maker.order.recipe) for maker in self._makers}:
                 del groups[name]  # its recipe has failed
 
     def _observer(self, recipes: Iterable[Recipe]) -> Observer:
@@ -195,7 +195,7 @@ class _Pass:
         return observer_of(self._job.calibration, magnitudes=any(recipe.needs.magnitudes for recipe in recipes))
 
     def _in_its_own_stream(self, maker: Maker, layer: LoadedLayer, lanes: Lanes) -> None:
-        """Statistics from what the recipe's own quantized layers gave, and on through this one, quantized too."""
+        """Take statistics on the recipe's own quantized activations, then run this layer quantized, too."""
         observer = self._observer([maker.order.recipe])
         with observer.watch(self._streamed, layer.index), coarse_forwards():
             lanes.run_without_advancing()
@@ -208,15 +208,15 @@ class _Pass:
         self._streamed.free_layer(layer.index)
         self._streamed.load_layer(layer.index, layer.tensors)
 
-    def _keep(self, folder: PassFolder, layers: int, size: int, groups: dict[str, Lanes]) -> None:
-        """Keep the state after a layer, if the model's layers allow it."""
+    def _checkpoint(self, folder: PassFolder, layers: int, size: int, groups: dict[str, Lanes]) -> None:
+        """Checkpoint the pass after a layer, if the layer returns only tensors."""
         prints = {order.recipe.name: order.fingerprint for order in self._orders}
         try:
             state = PassState(
                 layers=layers,
                 micro_batch_tokens=size,
                 makers={maker.order.fingerprint: maker.state() for maker in self._makers},
-                failed={prints[name]: made for name, made in self._results.items()},
+                failed={prints[name]: artifact for name, artifact in self._results.items()},
                 groups={name: group_state(lanes, lanes.last_outputs()) for name, lanes in groups.items()},
             )
         except NotResumable:
@@ -232,4 +232,4 @@ class _Pass:
             if maker is not None:
                 self._makers.remove(maker)
                 maker.discard()
-            self._results[order.recipe.name] = not_made(order, failure, maker.seconds if maker else 0.0)
+            self._results[order.recipe.name] = failed_artifact(order, failure, maker.seconds if maker else 0.0)

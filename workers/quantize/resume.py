@@ -1,8 +1,8 @@
-"""Going on after a kill: what a pass keeps on disk after each layer, and how the next attempt takes it up.
+"""Checkpoints a pass on disk after a layer, so that a later attempt resumes it after a kill.
 
-After a layer, what it returned for each micro-batch is kept, with what every maker has written. The next attempt runs
-the model's own forward again with the finished layers replaced: the last of them returns what was kept, the others
-NaN. If the next layer's arguments then aren't what they were (a model that looks further back), the pass begins anew.
+A checkpoint holds the last layer's output for each micro-batch, and every maker's state. The next attempt runs the
+model's own forward with the finished layers replaced: the last of them returns the stored output, the others NaN. If
+the next layer's arguments then differ (a model that uses earlier layers' outputs), the pass starts over.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ LOCK = ".lock"
 
 
 class NotResumable(Exception):
-    """What is on the disk can't be taken up; the pass begins anew."""
+    """The state on disk can't be resumed; the pass starts over."""
 
 
 class GroupState(Frozen):
-    """A group of lanes: how what a layer returns is built, and what the next layer was given (``door_digest``)."""
+    """A group of lanes: the structure of a layer's output, and a digest of the next layer's inputs (``door``)."""
 
     structure: str
     door: str
@@ -54,30 +54,30 @@ class PassState(Frozen):
 
 
 class PassFolder:
-    """Where a pass keeps its state and the artifacts in the making; held by one process at a time."""
+    """Folder of a pass's state and unfinished artifacts; locked by one process at a time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def partial(self, fingerprint: str) -> Path:
-        """The folder of an artifact in the making."""
+        """The folder of an unfinished artifact."""
         return self.path / fingerprint[:16]
 
     def load(self) -> PassState | None:
-        """The state that was saved last; None if there is none that can be read."""
+        """The last saved state; None if there is none or it can't be read."""
         try:
             return PassState.model_validate_json((self.path / STATE).read_text())
         except (OSError, ValueError):
             return None
 
     def save(self, state: PassState, groups: Mapping[str, Lanes]) -> None:
-        """Keep a state, and what the last layer returned; the one before stays until this one is whole.
+        """Save a state and the last layer's outputs; the previous state is kept until this one is complete.
 
         Raises:
-            NotResumable: a layer that returns something else than tensors.
+            NotResumable: a layer returns something other than tensors.
         """
-        kept = self._hidden(state.layers)
-        partial = kept.with_suffix(".partial")
+        hidden_file = self._hidden(state.layers)
+        partial = hidden_file.with_suffix(".partial")
         tensors = {
             f"{name}.{lane:06d}.{leaf:02d}": tensor.contiguous()
             for name, lanes in groups.items()
@@ -87,36 +87,36 @@ class PassFolder:
         save_file(tensors, partial)
         with partial.open("rb") as stream:
             os.fsync(stream.fileno())
-        partial.rename(kept)
+        partial.rename(hidden_file)
         write_text(self.path / STATE, state.model_dump_json())
         for old in self.path.glob("hidden-*"):
-            if old != kept:
+            if old != hidden_file:
                 old.unlink()
 
     def replay(self, state: PassState, groups: Mapping[str, Lanes]) -> None:
-        """Take all lanes to where they were when ``state`` was saved.
+        """Advance all lanes to the layer at which ``state`` was saved.
 
         Raises:
-            NotResumable: they don't get there.
+            NotResumable: the outputs can't be read, or the next layer's arguments differ.
         """
         try:
-            kept = load_file(self._hidden(state.layers))
+            stored = load_file(self._hidden(state.layers))
         except (OSError, SafetensorError) as error:
             raise NotResumable(str(error)) from error
         if set(state.groups) != set(groups):
             raise NotResumable(f"other groups of lanes: {sorted(state.groups)}, now {sorted(groups)}")
         for name, lanes in groups.items():
-            was = state.groups[name]
-            left = [_rebuilt(was.structure, tensors, lanes.device) for tensors in _by_lane(kept, name)]
+            saved = state.groups[name]
+            outputs = [_rebuilt(saved.structure, tensors, lanes.device) for tensors in _by_lane(stored, name)]
             try:
-                lanes.replay(state.layers, left)
+                lanes.replay(state.layers, outputs)
             except (ValueError, KeyError, IndexError, AttributeError, TypeError, RuntimeError) as error:
                 raise NotResumable(f"{type(error).__name__}: {error}") from error
-            if group_state(lanes, left) != was or _any_nan(lanes):
+            if group_state(lanes, outputs) != saved or _any_nan(lanes):
                 raise NotResumable(f"{name}: the next layer's arguments aren't what they were")
 
     def clear(self) -> None:
-        """Remove everything but the lock."""
+        """Remove everything except the lock."""
         for path in self.path.iterdir():
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -129,7 +129,7 @@ class PassFolder:
 
 @contextmanager
 def locked_pass_folder(path: Path) -> Iterator[PassFolder]:
-    """The pass's folder while the context lasts. Another process at the same pass gets one that nobody takes up."""
+    """Lock the pass's folder while the context lasts. If another process holds it, yield one that is never resumed."""
     path.mkdir(parents=True, exist_ok=True)
     with (path / LOCK).open("w") as lock:
         try:
@@ -141,13 +141,13 @@ def locked_pass_folder(path: Path) -> Iterator[PassFolder]:
         yield folder
 
 
-def group_state(lanes: Lanes, left: Sequence[Any]) -> GroupState:
-    """What has to be the same again when lanes are taken to where they are.
+def group_state(lanes: Lanes, outputs: Sequence[Any]) -> GroupState:
+    """The state that lanes must reproduce when they are replayed.
 
     Raises:
-        NotResumable: a layer that returns something else than tensors.
+        NotResumable: a layer returns something other than tensors.
     """
-    structures = {_structure(output) for output in left}
+    structures = {_structure(output) for output in outputs}
     if len(structures) != 1:
         raise NotResumable(f"a layer returns different things: {sorted(structures)}")
     digest = hashlib.sha256()
@@ -158,8 +158,8 @@ def group_state(lanes: Lanes, left: Sequence[Any]) -> GroupState:
 
 
 def _any_nan(lanes: Lanes) -> bool:
-    found = (tensor for inputs in lanes.next_inputs() for _, tensor in trees.leaves(inputs))
-    return any(bool(tensor.isnan().any()) for tensor in found if tensor.is_floating_point())
+    tensors = (tensor for inputs in lanes.next_inputs() for _, tensor in trees.leaves(inputs))
+    return any(bool(tensor.isnan().any()) for tensor in tensors if tensor.is_floating_point())
 
 
 def _structure(output: Any) -> str:
@@ -178,11 +178,11 @@ def _rebuilt(structure: str, tensors: Sequence[Tensor], device: str) -> Any:
     return tuple(next(moved) if kind == "T" else None for kind in structure[1:-1])
 
 
-def _by_lane(kept: Mapping[str, Tensor], group: str) -> list[list[Tensor]]:
-    """The tensors of a group's lanes, in their order; names are GROUP.LANE.LEAF."""
-    found: dict[str, list[Tensor]] = {}
-    for key in sorted(kept):
+def _by_lane(stored: Mapping[str, Tensor], group: str) -> list[list[Tensor]]:
+    """The tensors of a group's lanes, in lane order; keys are GROUP.LANE.LEAF."""
+    lanes: dict[str, list[Tensor]] = {}
+    for key in sorted(stored):
         name, lane, _ = key.rsplit(".", 2)
         if name == group:
-            found.setdefault(lane, []).append(kept[key])
-    return list(found.values())
+            lanes.setdefault(lane, []).append(stored[key])
+    return list(lanes.values())

@@ -1,4 +1,4 @@
-"""Layers of an artifact that were made by themselves, on disk: their tensors, and what there is to say of them."""
+"""Separately solved layers of an artifact on disk: their tensors, fallbacks and seconds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from workers.spec.job import Failure
 
 
 class SolvedLayer(Frozen):
-    """One layer of one artifact: where its tensors lie in its file, the fallbacks that it took, its seconds."""
+    """One solved layer of one artifact: its tensors' positions in the layer's file, its fallbacks, its seconds."""
 
     tensors: tuple[Spooled, ...]
     fallbacks: tuple[str, ...]
@@ -24,41 +24,41 @@ class SolvedLayer(Frozen):
 
 
 class SolvedFolder:
-    """The layers of one artifact that are there; each whole, or not at all."""
+    """Folder of one artifact's solved layers; a layer is complete or absent."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def has(self, layer: int) -> bool:
-        """Whether a layer was made, or failed."""
+        """Whether a layer is solved or has failed."""
         return self._record(layer).is_file() or self._failure(layer).is_file()
 
     def layer(self, layer: int) -> SolvedLayer | None:
-        """A layer that was made; None if it wasn't."""
+        """A solved layer; None if it isn't solved."""
         record = self._record(layer)
         if not record.is_file():
             return None
-        made = SolvedLayer.model_validate_json(record.read_text())
+        stored = SolvedLayer.model_validate_json(record.read_text())
         file = str(self._tensors(layer))
-        return made.model_copy(update={"tensors": tuple(t.model_copy(update={"file": file}) for t in made.tensors)})
+        return stored.model_copy(update={"tensors": tuple(t.model_copy(update={"file": file}) for t in stored.tensors)})
 
     def failure(self) -> Failure | None:
-        """Why the artifact can't be made, as the first layer that failed tells it; None if none did."""
+        """Failure of the first layer that failed; None if none did."""
         first = min(self._path.glob("*.failed"), default=None)
         return None if first is None else Failure.model_validate_json(first.read_text())
 
     def writer(self, layer: int) -> LayerWriter:
-        """A file for a layer's tensors."""
+        """Open a file for a layer's tensors."""
         self._path.mkdir(parents=True, exist_ok=True)
         return LayerWriter(self._tensors(layer))
 
     def note(self, layer: int, writer: LayerWriter, fallbacks: tuple[str, ...], seconds: float) -> None:
-        """The layer is made, and its writer is through."""
-        made = SolvedLayer(tensors=tuple(writer.tensors), fallbacks=fallbacks, seconds=seconds)
-        write_text(self._record(layer), made.model_dump_json())
+        """Record a layer as solved; its writer must be closed."""
+        record = SolvedLayer(tensors=tuple(writer.tensors), fallbacks=fallbacks, seconds=seconds)
+        write_text(self._record(layer), record.model_dump_json())
 
     def note_failure(self, layer: int, failure: Failure) -> None:
-        """The artifact can't be made because of this layer."""
+        """Record that this layer failed, and with it the artifact."""
         self._path.mkdir(parents=True, exist_ok=True)
         write_text(self._failure(layer), failure.model_dump_json())
 
@@ -73,7 +73,7 @@ class SolvedFolder:
 
 
 class LayerWriter:
-    """Writes tensors one after the other into a file, which is there once the context ends without an error."""
+    """Writes tensors into a partial file, which is renamed into place if the context ends without an error."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -98,7 +98,7 @@ class LayerWriter:
             self._partial.unlink()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, of any device."""
+        """Append one tensor, from any device."""
         entry = append(self._stream, self._end, name, tensor)
         self._end += entry.size
         self.tensors.append(entry)

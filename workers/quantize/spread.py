@@ -1,12 +1,12 @@
-"""The pass over one model spread over several workers that share a disk: gather, solve, join.
+"""Spreads the pass over one model across workers that share a disk, in three steps: gather, solve, join.
 
-*gather*: each part streams the model over its share of the calibration and of the held-out text, in the micro-batches
-of a single pass, and leaves what came to every layer on the disk. *solve*: each part takes some of the layers, makes
-their statistics of what all parts have seen, and makes these layers of all artifacts. *join*: one worker puts the
-artifacts together.
+*gather*: each part streams the model over its share of the calibration and held-out text, in the micro-batches of a
+single pass, and logs every layer's inputs on disk. *solve*: each part takes some of the layers, computes their
+statistics from all parts' logs, and quantizes these layers for all artifacts. *join*: one worker assembles the
+artifacts.
 
-The bytes are those of one pass. A step may be called again at any time: it goes on where it was, or finds that it's
-done. All parts of a step have to be through before the next begins.
+The result is byte-identical to a single pass's. Each step is idempotent: called again, it resumes, or returns if it has
+finished. All parts must finish a step before the next one starts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from workers.model.forward import Lanes, LoadedLayer, Streaming
 from workers.model.loading import StreamedModel
 from workers.model.statistics import Observer, inputs_of
 from workers.numerics.precision import coarse_forwards
-from workers.quantize.attempts import Keeping, Sizes, attempts, failure_alone, not_made, note_smaller
+from workers.quantize.attempts import CheckpointTimer, Sizes, attempts, failed_artifact, failure_alone, note_smaller
 from workers.quantize.gathered import Log, Recorder, replay, tensors_of
 from workers.quantize.inputs import (
     CALIBRATION,
@@ -45,8 +45,8 @@ from workers.quantize.inputs import (
     PROBE_TOKENS,
     REFERENCE,
     Tokens,
+    existing_artifacts,
     folds_of,
-    made_before,
     observer_of,
 )
 from workers.quantize.resume import NotResumable, PassFolder, PassState, group_state, locked_pass_folder
@@ -57,53 +57,53 @@ from workers.spec.split import layers_of, sequential, slice_of
 
 
 def gather(job: Job, folder: Path, part: int, parts: int) -> None:
-    """Leave what one part of the calibration shows of the layers, and its part of the reference, on the disk.
+    """Log one part's inputs of all layers on disk, and compute its part of the reference.
 
     Raises:
-        UnsupportedRecipe: a recipe that can't be spread.
-        QuantmillError: what fails all artifacts: the model, the text, the device.
+        UnsupportedRecipe: a recipe can't be spread.
+        QuantmillError: an error that concerns all artifacts: the model, the text, the device.
     """
-    home = SpreadFolder(job, parts)
-    if home.gathered(part) is not None or not made_before(job)[1]:
+    spread_folder = SpreadFolder(job, parts)
+    if spread_folder.gathered(part) is not None or not existing_artifacts(job)[1]:
         return
     with Source(folder, allow_pickle=job.model.allow_pickle) as source:
-        _Gathering(job, folder, source, home, part).run()
+        _Gathering(job, folder, source, spread_folder, part).run()
 
 
 def solve(job: Job, folder: Path, part: int, parts: int) -> None:
-    """Make one part of the layers of all artifacts, each by itself.
+    """Quantize one part of the layers for all artifacts, each layer separately.
 
     Raises:
-        UnsupportedRecipe: a recipe that can't be spread.
+        UnsupportedRecipe: a recipe can't be spread.
         TransientError: not all parts have gathered.
-        QuantmillError: what fails all artifacts: broken activations, the device.
+        QuantmillError: an error that concerns all artifacts: broken activations, the device.
     """
-    home = SpreadFolder(job, parts)
-    _, orders = made_before(job)
+    spread_folder = SpreadFolder(job, parts)
+    _, orders = existing_artifacts(job)
     if not orders:
         return
     if any(order.recipe.calibrated for order in orders):
-        home.require_gathered()
+        spread_folder.require_gathered()
     with Source(folder, allow_pickle=job.model.allow_pickle) as source:
-        _Solving(job, source, open_model(job, folder, source), home, orders).run(part)
+        _Solving(job, source, open_model(job, folder, source), spread_folder, orders).run(part)
 
 
 def join(job: Job, folder: Path, parts: int) -> tuple[tuple[ArtifactMade, ...], int]:
-    """Put the artifacts together, and the reference; results as of ``one_pass.quantize``.
+    """Assemble the artifacts and the reference; returns the same as ``one_pass.quantize``.
 
     Raises:
-        UnsupportedRecipe: a recipe that can't be spread.
-        TransientError: a layer that no part has made.
+        UnsupportedRecipe: a recipe can't be spread.
+        TransientError: a layer is missing.
     """
-    home = SpreadFolder(job, parts)
-    done, orders = made_before(job)
+    spread_folder = SpreadFolder(job, parts)
+    done, orders = existing_artifacts(job)
     with Source(folder, allow_pickle=job.model.allow_pickle) as source:
         if orders:
-            home.join_reference()
+            spread_folder.join_reference()
             streamed = open_model(job, folder, source)
             for order in orders:
-                done[order.recipe.name] = _joined(job, order, source, streamed, home)
-        home.clear()
+                done[order.recipe.name] = _joined(job, order, source, streamed, spread_folder)
+        spread_folder.clear()
         return tuple(done[order.recipe.name] for order in job.orders), source.bytes
 
 
@@ -111,29 +111,29 @@ def join(job: Job, folder: Path, parts: int) -> tuple[tuple[ArtifactMade, ...], 
 
 
 class Agreement(Frozen):
-    """What all parts have to split the texts by; the first to come decides."""
+    """Micro-batch size (tokens) and reference path that all parts use; the first part's proposal wins."""
 
     micro_batch_tokens: int
     reference: str
 
     def share(self, tokens_NT: Tensor, part: int, parts: int) -> list[Tensor]:
-        """A part's sequences, int64 [B, T] each: whole micro-batches of a single pass, which decide on last bits.
+        """A part's sequences, int64 [B, T] each: whole micro-batches of a single pass, which affect the last bits.
 
-        Where there are fewer than parts, some parts get none.
+        With fewer micro-batches than parts, some parts get none.
         """
         batches = reference.micro_batches(tokens_NT, self.micro_batch_tokens)
         return batches[slice_of(len(batches), part, parts)]
 
 
-class Gathered(Frozen):
-    """What a part that is through says: tokens of the micro-batches that it took, and of those that it was to take."""
+class GatherRecord(Frozen):
+    """Record of a part that has gathered: tokens per micro-batch used, and the full size before memory ran out."""
 
     micro_batch_tokens: int
     full: int
 
 
 class SpreadFolder:
-    """The folder of a pass that is spread; named by the job, the parts, and the versions that decide on the bytes.
+    """Folder of a spread pass; its name is a digest of the job, the parts, and the versions that affect the bytes.
 
     Raises:
         UnsupportedRecipe: the job can't be spread.
@@ -157,45 +157,45 @@ class SpreadFolder:
         self._path = Path(job.workspace) / "passes" / f"{digest[:32]}-spread"
 
     def agree(self, proposed: Agreement) -> Agreement:
-        """What all parts go by: the first proposal."""
-        place = self._path / "agreement.json"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        own = place.with_name(f".{place.name}.{os.getpid()}")
-        write_text(own, proposed.model_dump_json())
+        """The agreement of all parts: the first proposal, created atomically by a hard link."""
+        agreement_file = self._path / "agreement.json"
+        agreement_file.parent.mkdir(parents=True, exist_ok=True)
+        private_file = agreement_file.with_name(f".{agreement_file.name}.{os.getpid()}")
+        write_text(private_file, proposed.model_dump_json())
         try:
-            os.link(own, place)
+            os.link(private_file, agreement_file)
         except FileExistsError:
             pass
         finally:
-            own.unlink()
-        return Agreement.model_validate_json(place.read_text())
+            private_file.unlink()
+        return Agreement.model_validate_json(agreement_file.read_text())
 
     def gathering(self, part: int) -> Path:
-        """Where a part keeps its state, to go on after a kill."""
+        """Folder of a part's checkpoint, to resume after a kill."""
         return self._path / f"gathering-{part:05d}"
 
     def seen(self, layer: int, part: int) -> Path:
-        """Where the log of what a part has seen of a layer goes; its tensors beside it."""
+        """Log file of a part's inputs of a layer; its tensors are beside it."""
         return self._path / "seen" / f"{layer:05d}.{part:05d}.json"
 
     def reference(self, part: int) -> reference.ReferenceFile:
-        """Where a part's share of the reference goes."""
+        """File of a part's share of the reference."""
         return reference.ReferenceFile(self._path / "reference" / f"{part:05d}.safetensors")
 
-    def note_gathered(self, part: int, said: Gathered) -> None:
-        """A part is through."""
-        write_text(self._record(part), said.model_dump_json())
+    def note_gathered(self, part: int, record: GatherRecord) -> None:
+        """Record that a part has gathered."""
+        write_text(self._record(part), record.model_dump_json())
 
-    def gathered(self, part: int) -> Gathered | None:
-        """What a part said when it was through; None if it isn't."""
+    def gathered(self, part: int) -> GatherRecord | None:
+        """A part's record; None if it hasn't gathered."""
         record = self._record(part)
-        return Gathered.model_validate_json(record.read_text()) if record.is_file() else None
+        return GatherRecord.model_validate_json(record.read_text()) if record.is_file() else None
 
     def require_gathered(self) -> None:
-        """Refuse a calibration that lacks a part.
+        """Refuse a calibration with missing parts.
 
         Raises:
-            TransientError: naming the parts.
+            TransientError: names the missing parts.
         """
         lacking = [part for part in range(self.parts) if self.gathered(part) is None]
         if lacking:
@@ -204,32 +204,32 @@ class SpreadFolder:
             )
 
     def solved(self, order: Order) -> SolvedFolder:
-        """The layers of an artifact."""
+        """The folder of an artifact's solved layers."""
         return SolvedFolder(self._path / "solved" / order.fingerprint[:16])
 
     def making(self, order: Order) -> Path:
-        """Where an artifact is put together."""
+        """Folder in which an artifact is assembled."""
         return self._path / "making" / order.fingerprint[:16]
 
     def note_smaller(self, maker: Maker) -> None:
-        """Say in a calibrated artifact that some part had no memory for whole micro-batches."""
-        said = [found for part in range(self.parts) if (found := self.gathered(part)) is not None]
-        least = min(said, key=lambda found: found.micro_batch_tokens, default=None)
+        """Add a fallback to a calibrated artifact if some part had no memory for full micro-batches."""
+        records = [record for part in range(self.parts) if (record := self.gathered(part)) is not None]
+        least = min(records, key=lambda record: record.micro_batch_tokens, default=None)
         if least is not None and least.micro_batch_tokens < least.full:
             note_smaller(maker, least.micro_batch_tokens, least.full)
 
     def join_reference(self) -> None:
-        """Put the reference together, unless it's there, or no part has made any of it."""
+        """Assemble the reference, unless it exists or a share is missing."""
         agreement = self._path / "agreement.json"
         shares = [self.reference(part) for part in range(self.parts)]
         if not agreement.is_file() or not all(share.exists for share in shares):
             return
-        place = reference.ReferenceFile(Path(Agreement.model_validate_json(agreement.read_text()).reference))
-        if not place.exists:
-            reference.store(place, [batch for share in shares for batch in reference.load(share)])
+        file = reference.ReferenceFile(Path(Agreement.model_validate_json(agreement.read_text()).reference))
+        if not file.exists:
+            reference.store(file, [batch for share in shares for batch in reference.load(share)])
 
     def clear(self) -> None:
-        """Remove all of it."""
+        """Remove the folder."""
         shutil.rmtree(self._path, ignore_errors=True)
 
     def _record(self, part: int) -> Path:
@@ -240,21 +240,21 @@ class SpreadFolder:
 
 
 class _Gathering:
-    """One part of the texts on its way through the model."""
+    """Streams one part of the texts through the model."""
 
-    def __init__(self, job: Job, folder: Path, source: Source, home: SpreadFolder, part: int) -> None:
-        self._job, self._home, self._part = job, home, part
+    def __init__(self, job: Job, folder: Path, source: Source, spread_folder: SpreadFolder, part: int) -> None:
+        self._job, self._spread_folder, self._part = job, spread_folder, part
         self._recipes = [order.recipe for order in job.orders]
         self._streamed = open_model(job, folder, source)
         self._tokens = Tokens(job, folder, list(job.orders), self._streamed.dtype)
         self._full = batching.micro_batch_tokens(self._streamed, self._tokens.longest)
-        self._agreed = home.agree(
-            Agreement(micro_batch_tokens=self._full, reference=str(self._tokens.place.path.absolute()))
+        self._agreed = spread_folder.agree(
+            Agreement(micro_batch_tokens=self._full, reference=str(self._tokens.reference.path.absolute()))
         )
 
     def run(self) -> None:
-        """Take the part through all layers."""
-        with locked_pass_folder(self._home.gathering(self._part)) as folder:
+        """Run the part through all layers."""
+        with locked_pass_folder(self._spread_folder.gathering(self._part)) as folder:
             sizes = Sizes(self._full, self._tokens.longest, self._job.lean)
             attempts(folder, sizes, partial(self._attempt, folder), lambda: None)
             folder.clear()
@@ -266,35 +266,35 @@ class _Gathering:
             groups = self._groups(streaming, size)
             if state is not None and groups:
                 folder.replay(state, groups)
-            keeping = Keeping()
+            timer = CheckpointTimer()
             for layer in streaming.layers(state.layers if state else 0) if groups else ():
                 self._visit(layer, groups)
-                if layer.index + 1 < len(self._streamed.layers) and keeping.worth_it():
-                    with keeping.timed():
-                        _keep(folder, layer.index + 1, size, groups)
+                if layer.index + 1 < len(self._streamed.layers) and timer.due():
+                    with timer.timed():
+                        _checkpoint(folder, layer.index + 1, size, groups)
             if REFERENCE in groups:
-                reference.store(self._home.reference(self._part), groups[REFERENCE].outputs())
-        self._home.note_gathered(self._part, Gathered(micro_batch_tokens=size, full=self._full))
+                reference.store(self._spread_folder.reference(self._part), groups[REFERENCE].outputs())
+        self._spread_folder.note_gathered(self._part, GatherRecord(micro_batch_tokens=size, full=self._full))
 
     def _groups(self, streaming: Streaming, size: int) -> dict[str, Lanes]:
-        found: dict[str, Lanes] = {}
+        groups: dict[str, Lanes] = {}
         if self._tokens.calibration is not None:
-            found[CALIBRATION] = streaming.lanes(self._share(self._tokens.calibration, size))
+            groups[CALIBRATION] = streaming.lanes(self._share(self._tokens.calibration, size))
             if any(recipe.needs.folds for recipe in self._recipes):
-                found[PROBE] = streaming.lanes([self._tokens.calibration[:1, :PROBE_TOKENS]])
-        if not self._tokens.place.exists:
-            found[REFERENCE] = streaming.lanes(self._share(self._tokens.held_out, size))
-        return found
+                groups[PROBE] = streaming.lanes([self._tokens.calibration[:1, :PROBE_TOKENS]])
+        if not self._tokens.reference.exists:
+            groups[REFERENCE] = streaming.lanes(self._share(self._tokens.held_out, size))
+        return groups
 
     def _share(self, tokens_NT: Tensor, size: int) -> list[Tensor]:
-        whole = self._agreed.share(tokens_NT, self._part, self._home.parts)
+        whole = self._agreed.share(tokens_NT, self._part, self._spread_folder.parts)
         return [batch for tokens in whole for batch in reference.micro_batches(tokens, size)]
 
     def _visit(self, layer: LoadedLayer, groups: Mapping[str, Lanes]) -> None:
         folds: list[Fold] = []
         if PROBE in groups:
-            # All parts take the probe along; each looks at its own layers with it.
-            if layer.index % self._home.parts == self._part:
+            # All parts advance the probe; each part uses it on its own layers only.
+            if layer.index % self._spread_folder.parts == self._part:
                 folds = folds_of(self._streamed, layer, groups[PROBE])
             groups[PROBE].advance()
         if CALIBRATION in groups:
@@ -304,19 +304,19 @@ class _Gathering:
 
     def _record(self, layer: LoadedLayer, lanes: Lanes, folds: list[Fold]) -> None:
         assert self._job.calibration is not None
-        place = self._home.seen(layer.index, self._part)
-        place.parent.mkdir(parents=True, exist_ok=True)
+        log_file = self._spread_folder.seen(layer.index, self._part)
+        log_file.parent.mkdir(parents=True, exist_ok=True)
         inputs = inputs_of(self._streamed, layer.index)
-        with LayerWriter(tensors_of(place)) as writer:
+        with LayerWriter(tensors_of(log_file)) as writer:
             recorder = Recorder(writer, all_tokens=self._job.calibration.experts == "all")
             with recorder.watching(self._streamed, inputs), coarse_forwards():
                 lanes.advance()
             log = recorder.log(folds)
-        write_text(place, log.model_dump_json())
+        write_text(log_file, log.model_dump_json())
 
 
-def _keep(folder: PassFolder, layers: int, size: int, groups: Mapping[str, Lanes]) -> None:
-    """Keep the state after a layer, if the model's layers allow it."""
+def _checkpoint(folder: PassFolder, layers: int, size: int, groups: Mapping[str, Lanes]) -> None:
+    """Checkpoint the gathering after a layer, if the layer returns only tensors."""
     try:
         states = {name: group_state(lanes, lanes.last_outputs()) for name, lanes in groups.items()}
     except NotResumable:
@@ -328,28 +328,28 @@ def _keep(folder: PassFolder, layers: int, size: int, groups: Mapping[str, Lanes
 
 
 class _Solving:
-    """Makes layers, each by itself; what is there already is left."""
+    """Solves layers separately; skips layers that are solved already."""
 
     def __init__(
-        self, job: Job, source: Source, streamed: StreamedModel, home: SpreadFolder, orders: list[Order]
+        self, job: Job, source: Source, streamed: StreamedModel, spread_folder: SpreadFolder, orders: list[Order]
     ) -> None:
-        self._job, self._source, self._streamed, self._home = job, source, streamed, home
+        self._job, self._source, self._streamed, self._spread_folder = job, source, streamed, spread_folder
         self._makers: list[Maker] = []
         for order in orders:
-            if home.solved(order).failure() is None and (maker := self._maker(order)) is not None:
+            if spread_folder.solved(order).failure() is None and (maker := self._maker(order)) is not None:
                 self._makers.append(maker)
 
     def _maker(self, order: Order) -> Maker | None:
-        """The maker for an order; why there can be none is told where the artifacts are joined."""
+        """The maker for an order; None on an error, which ``join`` reports."""
         try:
-            return _maker(self._job, order, self._streamed, self._source, self._home)
+            return _maker(self._job, order, self._streamed, self._source, self._spread_folder)
         except Exception as error:
             failure_alone(order, error)
             return None
 
     def run(self, part: int) -> None:
-        """Make the layers of a part."""
-        mine = layers_of(self._work(), part, self._home.parts)
+        """Solve the layers of a part."""
+        mine = layers_of(self._work(), part, self._spread_folder.parts)
         todo = [layer for layer in mine if self._lacking(layer)]
         keys = [self._streamed.keys_of_layer(layer) for layer in todo]
         with torch.inference_mode(), ReadAhead(self._source, keys) as ahead:
@@ -357,7 +357,7 @@ class _Solving:
                 self._make(layer, ahead.take(position))
 
     def _work(self) -> list[int]:
-        """What each layer takes: by its bytes, or by the products with X^T X where there are any."""
+        """Cost of each layer: its number of elements, or the multiplications by X^T X if a recipe is calibrated."""
         work = [
             sum(math.prod(self._source.headers[key].shape) for key in self._streamed.keys_of_layer(layer))
             for layer in range(len(self._streamed.layers))
@@ -369,31 +369,31 @@ class _Solving:
         return work
 
     def _lacking(self, layer: int) -> list[Maker]:
-        return [maker for maker in self._makers if not self._home.solved(maker.order).has(layer)]
+        return [maker for maker in self._makers if not self._spread_folder.solved(maker.order).has(layer)]
 
     def _make(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
         makers = self._lacking(layer)
         work = LayerWork(layer, tensors)
         if any(maker.order.recipe.calibrated for maker in makers):
-            work = LayerWork(layer, tensors, *self._seen(layer, makers))
+            work = LayerWork(layer, tensors, *self._statistics(layer, makers))
         for maker in makers:
             self._make_for(maker, work)
 
-    def _seen(self, layer: int, makers: Sequence[Maker]) -> tuple[Observer, list[Fold]]:
-        """The statistics of a layer over all parts, in the order of the text, and its folds."""
+    def _statistics(self, layer: int, makers: Sequence[Maker]) -> tuple[Observer, list[Fold]]:
+        """A layer's statistics over all parts, in the order of the text, and its folds."""
         assert self._job.calibration is not None
         magnitudes = any(maker.order.recipe.needs.magnitudes for maker in makers)
         observer, folds = observer_of(self._job.calibration, magnitudes=magnitudes), list[Fold]()
         with observer.gathering(inputs_of(self._streamed, layer)), coarse_forwards():
-            for part in range(self._home.parts):
-                place = self._home.seen(layer, part)
-                log = Log.model_validate_json(place.read_text())
-                folds += replay(log, tensors_of(place), observer, self._streamed.device)
+            for part in range(self._spread_folder.parts):
+                log_file = self._spread_folder.seen(layer, part)
+                log = Log.model_validate_json(log_file.read_text())
+                folds += replay(log, tensors_of(log_file), observer, self._streamed.device)
         observer.check(layer)
         return observer, folds
 
     def _make_for(self, maker: Maker, work: LayerWork) -> None:
-        solved, before = self._home.solved(maker.order), maker.seconds
+        solved, before = self._spread_folder.solved(maker.order), maker.seconds
         try:
             with maker.timed(), solved.writer(work.index) as writer:
                 fallbacks = maker.layer_into(writer, work)
@@ -407,36 +407,38 @@ class _Solving:
 # --------------------------------------------------------------------------------------------- join
 
 
-def _joined(job: Job, order: Order, source: Source, streamed: StreamedModel, home: SpreadFolder) -> ArtifactMade:
-    """One artifact, put together from its layers."""
-    solved = home.solved(order)
+def _joined(
+    job: Job, order: Order, source: Source, streamed: StreamedModel, spread_folder: SpreadFolder
+) -> ArtifactMade:
+    """Assemble one artifact from its layers."""
+    solved = spread_folder.solved(order)
     if failure := solved.failure():
-        return not_made(order, failure, 0.0)
+        return failed_artifact(order, failure, 0.0)
     try:
-        maker = _maker(job, order, streamed, source, home)
+        maker = _maker(job, order, streamed, source, spread_folder)
     except Exception as error:
-        return not_made(order, failure_alone(order, error), 0.0)
-    found = [solved.layer(layer) for layer in range(len(streamed.layers))]
-    layers = [layer for layer in found if layer is not None]
-    if len(layers) < len(found):
-        lacking = [index for index, layer in enumerate(found) if layer is None]
+        return failed_artifact(order, failure_alone(order, error), 0.0)
+    by_index = [solved.layer(layer) for layer in range(len(streamed.layers))]
+    layers = [layer for layer in by_index if layer is not None]
+    if len(layers) < len(by_index):
+        lacking = [index for index, layer in enumerate(by_index) if layer is None]
         raise TransientError(f"recipe {order.recipe.name!r}: no part has made layers {lacking[:5]}; solve them")
     try:
         with maker.timed():
-            return _whole(maker, layers, home)
+            return _whole(maker, layers, spread_folder)
     except Exception as error:
-        return not_made(order, failure_alone(order, error), maker.seconds)
+        return failed_artifact(order, failure_alone(order, error), maker.seconds)
     finally:
         maker.release()
 
 
-def _whole(maker: Maker, layers: Sequence[SolvedLayer], home: SpreadFolder) -> ArtifactMade:
+def _whole(maker: Maker, layers: Sequence[SolvedLayer], spread_folder: SpreadFolder) -> ArtifactMade:
     maker.begin()
-    home.note_smaller(maker)
+    spread_folder.note_smaller(maker)
     for layer in layers:
         maker.adopt(layer.tensors, layer.fallbacks, layer.seconds)
     return maker.finish()
 
 
-def _maker(job: Job, order: Order, streamed: StreamedModel, source: Source, home: SpreadFolder) -> Maker:
-    return maker_class(order.recipe)(job, order, streamed, source, home.making(order))
+def _maker(job: Job, order: Order, streamed: StreamedModel, source: Source, spread_folder: SpreadFolder) -> Maker:
+    return maker_class(order.recipe)(job, order, streamed, source, spread_folder.making(order))

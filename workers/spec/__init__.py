@@ -1,1 +1,1 @@
-"""What is asked of a worker and what it answers: plain values and rows. No torch, no Ray, no I/O but reading."""
+"""A worker's requests and answers: plain values and tables. No torch, no Ray, no I/O except reading."""

@@ -1,4 +1,4 @@
-"""What all values of this room are made of."""
+"""The base class of all values in this package."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ SLUG = re.compile(r"^[a-z0-9][a-z0-9._-]*$")
 
 
 class Frozen(BaseModel):
-    """A value: immutable, and closed to unknown keys."""
+    """An immutable value that rejects unknown keys."""
 
-    # JSON has no numbers for what a broken model measures: they travel as "NaN" and "Infinity".
+    # JSON has no NaN or Infinity, which a broken model's metrics may be: they are serialized as strings.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 def canonical_json(value: object) -> str:
-    """The one JSON text of a value: sorted keys, no spaces, no NaN.
+    """The canonical JSON text of a value: sorted keys, no spaces, no NaN.
 
     Raises:
-        TypeError: for anything that isn't plain JSON; identity is never ``str()`` of an object.
+        TypeError: the value isn't plain JSON; identities never depend on an object's ``str()``.
     """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)

@@ -1,8 +1,8 @@
-"""The engines: one row each of what makes artifacts. Those that take part in the pass are in ``engines.table``.
+"""The table of engines, which make artifacts. Engines that take part in the pass are in ``engines.table``.
 
-An engine of the second kind makes a whole artifact in a process of its own (``engines.whole``): ``script`` is a module
-that reads a ``WholeRequest`` as JSON from its standard input and writes ``WholeProgress`` lines as JSON to its standard
-output, in the prebuilt ``environment``, if it has one.
+The other kind of engine makes a whole artifact in its own process (``engines.whole``): ``script`` is a module that
+reads a ``WholeRequest`` as JSON from standard input and writes ``WholeProgress`` lines as JSON to standard output, in
+the prebuilt ``environment``, if set.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from workers.spec.recipes import Recipe
 
 @dataclass(frozen=True)
 class Engine:
-    """What is known of one engine: the distributions that it takes, and the least compute capability of a card."""
+    """One engine: the distributions that it needs, and the minimum compute capability of a GPU."""
 
     name: str
     packages: tuple[str, ...] = ()
@@ -28,7 +28,7 @@ class Engine:
 
 
 class WholeRequest(Frozen):
-    """What a whole-artifact engine is told: make ``recipe`` of the checkpoint in ``source``, into the empty ``out``."""
+    """Request to a whole-artifact engine: make ``recipe`` of the checkpoint in ``source``, into the empty ``out``."""
 
     source: str
     out: str
@@ -38,7 +38,7 @@ class WholeRequest(Frozen):
 
 
 class WholeProgress(Frozen):
-    """One line of a whole-artifact engine's answer; the last one has ``layout``, or ``error``."""
+    """One line of a whole-artifact engine's answer; the last line has ``layout`` or ``error``."""
 
     share: float = Field(0.0, ge=0, le=1, description="How much of the work is done.")
     layout: Layout | None = None

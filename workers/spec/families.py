@@ -1,7 +1,7 @@
-"""The model families of which something has to be known, by the ``model_type`` of config.json; one row each.
+"""The table of model families with special handling, by the ``model_type`` of config.json.
 
-Those that are refused are causal LMs of transformers that the walk found wanting: tests/walk takes the smallest model
-of every family all the way, and fails if one of these got there after all.
+Refused families are causal LMs of transformers that failed the walk: tests/walk runs the smallest model of every family
+through all stages, and fails if a refused family passes.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ DEFAULT_LOADER = "AutoModelForCausalLM"
 
 @dataclass(frozen=True)
 class Family:
-    """What is known of a model family.
+    """One model family.
 
     ``refused`` is the reason why it can't be quantized. ``loader`` is the class of transformers that builds it, and
-    ``text_prefix`` the module in it that holds the text part, empty where that is the whole model. ``conv1d``: its
-    linear layers are Conv1D, stored (in, out).
+    ``text_prefix`` the module that holds its text part, empty if that is the whole model. ``conv1d``: its linear layers
+    are Conv1D, stored (in, out).
     """
 
     refused: str | None = None
@@ -67,6 +67,6 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(model_type: object) -> Family:
-    """The row of a family; one that has none is built by the default loader, with nothing known against it."""
+    """The row of a family; the default row for families without one."""
     known = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     return known or Family()

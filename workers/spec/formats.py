@@ -1,6 +1,7 @@
-"""The formats: one row each of how quantized weights are stored. What stores and reads the bytes is ``formats.table``.
+"""The table of formats, in which quantized weights are stored. ``formats.table`` has the codecs.
 
-A new format is a row here, a codec under the same name in ``workers/formats/table.py``, and the runtimes that read it.
+To add a format, add a row here, a codec under the same name in ``workers/formats/table.py``, and the runtimes that read
+it.
 """
 
 from __future__ import annotations
@@ -22,23 +23,22 @@ from workers.spec.schemes import (
 )
 from workers.spec.tensors import TensorHeader
 
-# How a runtime computes with a format's weights: in any dtype that is asked for; in the format's own, whatever is asked
-# for; or decoded to float32 while they are loaded, beside layers that stay in half precision.
+# A runtime's arithmetic with a format's weights: in any requested dtype; in the format's own dtype, whatever is
+# requested; or decoded to float32 on loading, next to layers that stay in half precision.
 Arithmetic = Literal["any", "own", "decoded"]
 
 
 @dataclass(frozen=True)
 class Format:
-    """What is known of one format.
+    """One format.
 
-    ``says`` ends an error message and stands in the README. ``stored`` names the tensors of one quantized module,
-    within the module, for a weight (O, I); shapes and dtypes decide on the size that is planned. ``multiple_OI`` is
-    what has to divide outputs and inputs; ``group_sizes`` are those that its readers have kernels for (None: any; a
-    scale for each output channel is None in it). ``experts`` says why a mixture's experts stay in half precision in
-    this format. ``without_weight`` says whether a module stored under a scheme lacks the plain ``weight`` that
-    transformers' initialization of some families reads. ``declares`` recognises a ``quantization_config`` of
-    config.json, and ``family`` says which family of gates such a config belongs to, the coarsest where it has
-    several.
+    ``says`` describes it in error messages and the README. ``stored`` lists the tensors of one quantized module, by
+    their names within the module, for a weight (O, I); the planned size is computed from them. ``multiple_OI`` must
+    divide outputs and inputs; ``group_sizes`` are those that its readers have kernels for (None: any; an element None
+    stands for one scale per output channel). ``experts`` is why a mixture's experts stay in half precision in this
+    format. ``without_weight``: whether a module stored under a scheme lacks the plain ``weight`` that transformers'
+    initialization of some families reads. ``declares`` recognises a ``quantization_config`` of config.json, and
+    ``family`` returns the family of gates of such a config, or several if it has mixed schemes.
     """
 
     name: str
@@ -132,7 +132,7 @@ COMPRESSED_TENSORS = Format(
     family=_ct_family,
     per_layer_schemes=True,
     without_weight=_ct_without_weight,
-    # The library decodes fp4 to bfloat16 while the model runs, whatever the model computes in.
+    # The library decodes fp4 to bfloat16 at run time, whatever dtype the model computes in.
     arithmetic=lambda config: "own" if "fp4" in str(config.get("format")) else "any",
     needs=("compressed-tensors",),
 )
@@ -142,7 +142,7 @@ COMPRESSED_TENSORS = Format(
 
 
 def _plain_int(scheme: Scheme) -> IntScheme | None:
-    """An integer scheme that leaves activations alone, or None."""
+    """The scheme, if it is an integer scheme without activation rounding; otherwise None."""
     return scheme if isinstance(scheme, IntScheme) and scheme.activations == "none" else None
 
 
@@ -177,7 +177,7 @@ def _gptq(name: str, declares: Callable[[Mapping[str, Any]], bool]) -> Format:
         family=lambda config: [f"w{config.get('bits', 4)}"],
         scale_dtype="float16",
         multiple_OI=(32, 32),
-        # What the kernels of gptqmodel 7.6 take; 16 fails in its 4-bit CPU kernel.
+        # Supported by the kernels of gptqmodel 7.6; 16 fails in its 4-bit CPU kernel.
         group_sizes=(32, 64, 128, 256, 512, 1024, None),
     )
 
@@ -211,7 +211,7 @@ AWQ = Format(
     family=lambda config: [f"w{config.get('bits', 4)}"],
     scale_dtype="float16",
     multiple_OI=(8, 1),
-    # What the kernels of gptqmodel 7.6 take.
+    # Supported by the kernels of gptqmodel 7.6.
     group_sizes=(16, 32, 64, 128),
 )
 
@@ -240,7 +240,7 @@ FP8 = Format(
 
 # ------------------------------------------------------------------------------------------ bitsandbytes
 
-# Elements of a block that share an absmax, and blocks whose absmax share one where they are quantized again.
+# Elements of a block that share an absmax, and blocks whose absmax values share one under double quantization.
 BNB_BLOCK, BNB_NESTED_BLOCK = 64, 256
 
 
@@ -288,7 +288,7 @@ BITSANDBYTES = Format(
 FORMATS: dict[str, Format] = {row.name: row for row in (COMPRESSED_TENSORS, GPTQ, GPTQ_V2, AWQ, FP8, BITSANDBYTES)}
 
 
-# --------------------------------------------------------------------------------------- asking the rows
+# --------------------------------------------------------------------------------------------- look-ups
 
 
 def _known(name: str) -> str:
@@ -303,23 +303,23 @@ FormatName = Annotated[
 
 
 def recognised(config: Mapping[str, Any]) -> Format | None:
-    """The format that a ``quantization_config`` declares; None if none of the rows does."""
+    """The format that a ``quantization_config`` declares; None if it is unknown."""
     return next((row for row in FORMATS.values() if row.declares(config)), None)
 
 
 def formats_that_hold(scheme: Scheme) -> list[str]:
-    """Names of the formats that hold a scheme, its group size included."""
+    """Names of the formats that support a scheme, its group size included."""
     return [row.name for row in FORMATS.values() if row.holds(scheme) and group_size_held(row, scheme)]
 
 
 def others_that_hold(fmt: str, scheme: Scheme) -> str:
-    """What to choose instead of a format for a scheme, to end an error message."""
+    """The remedy for a scheme that a format doesn't support, as the end of an error message."""
     names = [name for name in formats_that_hold(scheme) if name != fmt]
     return f"format: {' or '.join(names)}" if names else "another scheme"
 
 
 def formats_with_schemes_by_layer() -> str:
-    """The formats in which layers may have schemes of their own, to end an error message."""
+    """The formats that support a scheme per layer, as the end of an error message."""
     return f"format: {' or '.join(row.name for row in FORMATS.values() if row.per_layer_schemes)}"
 
 
@@ -329,10 +329,10 @@ def group_size_held(row: Format, scheme: Scheme) -> bool:
 
 
 def check_holds(name: str, fmt: str, scheme: Scheme) -> None:
-    """Refuse a scheme that the format can't hold; ``name`` is the recipe's.
+    """Refuse a scheme that the format doesn't support; ``name`` is the recipe's.
 
     Raises:
-        ValueError: naming both, and the formats that can.
+        ValueError: names both, and the formats that support it.
     """
     row = FORMATS[fmt]
     fits = formats_that_hold(scheme)

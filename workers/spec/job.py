@@ -1,6 +1,6 @@
-"""The data model of a job: what a worker is told, and what it leaves behind.
+"""The data model of a job: a worker's requests and results.
 
-Frozen, unknown keys refused, validated once at the edge (STYLE.md 1). No torch, no ray: the driver imports it.
+Frozen, unknown keys refused, validated once at the edge (docs/style.md 1). No torch, no ray: the driver imports it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Dataset(Frozen):
 
 
 class Calibration(Frozen):
-    """The text that calibrated recipes learn their statistics from."""
+    """The text and settings of calibration."""
 
     dataset: Dataset
     samples: int = Field(128, ge=1)
@@ -46,7 +46,7 @@ class Calibration(Frozen):
 
 
 class Thresholds(Frozen):
-    """What an artifact must reach; every bound is tested by its confidence bound, not by the point estimate."""
+    """An artifact's acceptance thresholds; each is tested against the metric's confidence bound, not its estimate."""
 
     kl_mean: float = Field(gt=0, description="At most, in nats for each token.")
     top1_agreement: float = Field(gt=0, le=1, description="At least (Wilson lower bound).")
@@ -66,7 +66,7 @@ class Thresholds(Frozen):
 
 
 class Verification(Frozen):
-    """The held-out text, how much of it, and the gates."""
+    """The held-out text, and the number of tokens to evaluate."""
 
     dataset: Dataset
     data: str = Field("", description="What stands for the text's content: sha256, set by the plan.")
@@ -74,13 +74,13 @@ class Verification(Frozen):
     sequence_length: int = Field(512, ge=8)
 
     def same_as(self, other: Verification) -> bool:
-        """Whether both compare on the same tokens."""
+        """Whether both evaluate the same tokens."""
         mine, theirs = ((v.data, v.tokens, v.sequence_length) for v in (self, other))
         return mine == theirs
 
 
 class HubLimits(Frozen):
-    """How much of a Hub one account may use; the defaults are what the public one was seen to allow."""
+    """One account's rate limits on a Hub; the defaults are those observed on the public Hub."""
 
     requests: int = Field(1000, ge=1, description="Of the API, in any request_seconds.")
     files: int = Field(5000, ge=1, description="Requests for files (/resolve/), in any request_seconds.")
@@ -91,7 +91,7 @@ class HubLimits(Frozen):
 
 
 class Destination(Frozen):
-    """Where accepted artifacts go: a Hub, or a folder of any file system; and on what terms."""
+    """Where accepted artifacts are published: a Hub, or a folder of any file system; with the settings."""
 
     endpoint: str
     private: bool = True
@@ -102,7 +102,7 @@ class Destination(Frozen):
 
 
 class ModelPin(Frozen):
-    """A model at one commit (a folder: the hash of its content)."""
+    """A model at one commit (for a folder: the hash of its content)."""
 
     id: str
     revision: str
@@ -113,7 +113,7 @@ class ModelPin(Frozen):
 
 
 class Order(Frozen):
-    """One artifact to make: a recipe, its identity, its gates, and where it goes."""
+    """One artifact to make: a recipe, its identity, its thresholds, and its destination."""
 
     recipe: Recipe
     fingerprint: str
@@ -122,7 +122,7 @@ class Order(Frozen):
 
 
 class Job(Frozen):
-    """One model with all of its recipes still to be made: the unit that the driver schedules."""
+    """One model with all recipes that still have to be made: the unit that the driver schedules."""
 
     model: ModelPin
     orders: tuple[Order, ...]
@@ -139,8 +139,8 @@ class Job(Frozen):
 
 
 class Part(Frozen):
-    """One part of a quantize stage that is spread over workers (``workers.quantize.spread``); ``join`` has one part
-    alone."""
+    """One part of a quantize stage that is spread over workers (``workers.quantize.spread``); ``join`` has only one
+    part."""
 
     step: Literal["gather", "solve", "join"]
     index: int = Field(0, ge=0)
@@ -164,9 +164,9 @@ class Stage(StrEnum):
 
 
 def stage_label(stage: Stage, part: Part | None, model: ModelPin, recipe: str | None) -> str:
-    """What people read of a stage: in Ray's dashboard, in an error."""
-    of = f"{part.step} {part.index + 1}/{part.of}" if part else None
-    return " ".join(filter(None, [stage.value, of, Path(model.id).name, recipe]))
+    """Label of a stage in Ray's dashboard and in errors."""
+    part_label = f"{part.step} {part.index + 1}/{part.of}" if part else None
+    return " ".join(filter(None, [stage.value, part_label, Path(model.id).name, recipe]))
 
 
 # ----------------------------------------------------------------------------------------- what comes back
@@ -190,7 +190,7 @@ class Metrics(Frozen):
 
 
 class Runtime(Frozen):
-    """How the library that users load the artifact with agreed with our own decoder."""
+    """Agreement between the users' library and our own decoder."""
 
     name: str
     version: str
@@ -201,8 +201,8 @@ class Runtime(Frozen):
 
 
 class Outcome(StrEnum):
-    """What the gates say: good; broken or worse than allowed; too good to be true, or less looked at than promised; or
-    not to be decided here (a runtime that isn't installed, a sample too small). Only what's accepted is published."""
+    """A verdict's outcome: accepted; broken or worse than allowed; implausibly good, or evaluated on too few tokens; or
+    undecidable here (a runtime isn't installed, or the sample is too small). Only accepted artifacts are published."""
 
     ACCEPT = "ACCEPT"
     REGRESSION = "REGRESSION"
@@ -211,7 +211,7 @@ class Outcome(StrEnum):
 
 
 class ReasonCode(StrEnum):
-    """What kind of reason speaks against an artifact."""
+    """The kind of a reason against an artifact."""
 
     INTEGRITY = "integrity"
     RUNTIME = "runtime"
@@ -225,7 +225,7 @@ class ReasonCode(StrEnum):
 
     @property
     def by_threshold(self) -> bool:
-        """Whether other thresholds could lift it: the files are whole, and a runtime loads them."""
+        """Whether other thresholds could lift it: the files are intact, and a runtime loads them."""
         return self in _BY_THRESHOLD
 
 
@@ -235,7 +235,7 @@ _BY_THRESHOLD = frozenset(
 
 
 class Generation(Frozen):
-    """What an artifact and its reference go on with, greedily, after the same tokens."""
+    """Greedy continuations of an artifact and its reference after the same tokens."""
 
     prompt: str
     artifact: str
@@ -245,7 +245,7 @@ class Generation(Frozen):
 
 
 class Verdict(Frozen):
-    """The metrics, and what the gates say of them."""
+    """The metrics, and the gates' judgement of them."""
 
     accepted: bool
     reasons: tuple[str, ...]
@@ -267,11 +267,11 @@ class Verdict(Frozen):
 
     @model_serializer(mode="wrap")
     def _without_empty_codes(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Accepted artifacts have no reasons, and their manifests the bytes that they had before there were codes."""
-        made: dict[str, Any] = serialize(self)
+        """Omit empty codes, so that accepted artifacts' manifests have the same bytes as before codes were added."""
+        content: dict[str, Any] = serialize(self)
         if not self.codes:
-            del made["codes"]
-        return made
+            del content["codes"]
+        return content
 
 
 class FileEntry(Frozen):
@@ -282,7 +282,7 @@ class FileEntry(Frozen):
 
 
 class Manifest(Frozen):
-    """``quantmill.json``: written last, so that an artifact with one is whole."""
+    """``quantmill.json``: written last, so that an artifact that has it is complete."""
 
     schema_version: Literal[1] = 1
     fingerprint: str
@@ -309,7 +309,7 @@ class PeakMemory(Frozen):
 
 
 class ArtifactMade(Frozen):
-    """One artifact as the quantize stage wrote it: solve and writing time are its own share."""
+    """One artifact made by the quantize stage; ``seconds`` are its own share of solving and writing."""
 
     recipe: str
     path: str
@@ -320,7 +320,7 @@ class ArtifactMade(Frozen):
 
 
 class Failure(Frozen):
-    """An error, as it travels from a worker to the driver: its class in ``workers.errors`` and its message."""
+    """An error sent from a worker to the driver: its class in ``workers.errors`` and its message."""
 
     kind: str
     message: str
@@ -329,7 +329,7 @@ class Failure(Frozen):
 
 
 class StageResult(Frozen):
-    """What one stage of a job returns to the driver."""
+    """The result of one stage of a job."""
 
     stage: Stage
     recipe: str | None = None
@@ -352,10 +352,10 @@ StageResult.model_rebuild()
 
 
 def fingerprint(model: ModelPin, recipe: Recipe, calibration: Calibration | None, data_sha256: str | None) -> str:
-    """Identity of an artifact: sha256 over all that determines its content.
+    """Identity of an artifact: sha256 of everything that determines its content.
 
-    ``data_sha256`` is the identity of the calibration data. Names and descriptions don't count: a recipe that
-    is renamed makes the same bytes.
+    ``data_sha256`` is the identity of the calibration data. Names and descriptions don't count: a renamed recipe makes
+    the same bytes.
     """
     content: dict[str, Any] = {
         "model": {"revision": model.revision, **({} if model.folder else {"id": model.id})},

@@ -1,4 +1,4 @@
-"""Which of a model's tensors a recipe quantizes, and to what, by names and shapes alone: for plan and worker."""
+"""Determines which tensors a recipe quantizes, and to which scheme, from names and shapes: for plan and worker."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from workers.spec.recipes import Recipe
 from workers.spec.schemes import FP8_BLOCK, AnyScheme, Float8Scheme, IntScheme, MicroscalingScheme, Scheme
 from workers.spec.tensors import TensorHeader
 
-# A weight of one expert; transformers fuses them into one tensor for each layer while it loads.
+# A weight of one expert; transformers fuses these into one tensor per layer on loading.
 EXPERT = re.compile(r"\.experts\.\d+\.")
 # The number of a decoder layer in a tensor's name.
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 class LayerKinds(NamedTuple):
-    """Kinds of layers, beside plain linear ones, that a recipe quantizes in a model; what a runtime reads depends on
-    them.
+    """Kinds of layers, besides plain linear ones, that a recipe quantizes; runtimes' support depends on them.
 
-    ``conv1d``: stored (in, out), as GPT-2's. ``mixed``: more than one scheme.
+    ``conv1d``: stored (in, out), as in GPT-2. ``mixed``: more than one scheme.
     """
 
     experts: bool = False
@@ -33,9 +32,9 @@ class LayerKinds(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerScheme:
-    """What one weight gets: ``scheme``, None for half precision.
+    """The scheme chosen for one weight: ``scheme``, None for half precision.
 
-    ``why`` says why that isn't what the recipe asks for; ``refused`` that the recipe wants no substitute for it.
+    ``why`` is the reason for a deviation from the recipe; ``refused``: the recipe accepts no substitute.
     """
 
     wanted: Scheme
@@ -45,9 +44,9 @@ class LayerScheme:
 
 
 class Layout(Frozen):
-    """What an engine decided: the scheme of every quantized module, by its name in the checkpoint.
+    """An engine's decisions: the scheme of every quantized module, by its name in the checkpoint.
 
-    ``modules`` has indices into ``schemes``, for a mixture has tens of thousands of modules and few schemes.
+    ``modules`` maps to indices into ``schemes``: a mixture of experts has tens of thousands of modules and few schemes.
     """
 
     schemes: tuple[AnyScheme, ...]
@@ -55,7 +54,7 @@ class Layout(Frozen):
 
     @classmethod
     def of(cls, schemes: Mapping[str, Scheme]) -> Self:
-        """That of modules with their schemes."""
+        """The layout of modules with their schemes."""
         distinct = list(dict.fromkeys(schemes.values()))
         return cls(schemes=tuple(distinct), modules={name: distinct.index(scheme) for name, scheme in schemes.items()})
 
@@ -66,7 +65,7 @@ def is_matrix_of_a_layer(tensor: TensorHeader) -> bool:
 
 
 def quantizable(tensor: TensorHeader, recipe: Recipe) -> bool:
-    """Whether the recipe turns this tensor into codes: a matrix inside a decoder layer that isn't ignored."""
+    """Whether the recipe quantizes this tensor: a matrix inside a decoder layer that isn't ignored."""
     if not is_matrix_of_a_layer(tensor):
         return False
     module = tensor.name.removesuffix(".weight")
@@ -79,12 +78,12 @@ def experts_left(recipe: Recipe) -> str | None:
 
 
 def scheme_for(recipe: Recipe, module: str, shape_OI: tuple[int, int]) -> LayerScheme:
-    """What a module that the recipe doesn't ignore gets; ``shape_OI`` has outputs first, also for Conv1D."""
+    """The scheme of a module that the recipe doesn't ignore; ``shape_OI`` is (outputs, inputs), also for Conv1D."""
     wanted = recipe.scheme_of(module)
     rows, columns = shape_OI
     if isinstance(wanted, Float8Scheme) and wanted.scales == "block":
         whole = rows % FP8_BLOCK == columns % FP8_BLOCK == 0
-        return _kept(wanted, f"{FP8_BLOCK} doesn't divide both of {rows} x {columns}", whole)
+        return _or_half_precision(wanted, f"{FP8_BLOCK} doesn't divide both of {rows} x {columns}", whole)
     multiple_O, multiple_I = FORMATS[recipe.format].multiple_OI
     if rows % multiple_O or columns % multiple_I:
         need = f"{multiple_O} must divide its outputs" + (f" and {multiple_I} its inputs" if multiple_I > 1 else "")
@@ -101,18 +100,18 @@ def scheme_for(recipe: Recipe, module: str, shape_OI: tuple[int, int]) -> LayerS
     return LayerScheme(wanted, None, why, refused=True)
 
 
-def _kept(wanted: Scheme, why: str, whole: bool) -> LayerScheme:
+def _or_half_precision(wanted: Scheme, why: str, whole: bool) -> LayerScheme:
     return LayerScheme(wanted, wanted) if whole else LayerScheme(wanted, None, why)
 
 
 def out_in_shape(tensor: TensorHeader, *, conv1d: bool) -> tuple[int, int]:
-    """Outputs and inputs of a weight matrix, which Conv1D stores the other way round."""
+    """Outputs and inputs of a weight matrix; Conv1D stores them in reverse order."""
     first, second = tensor.shape
     return (second, first) if conv1d else (first, second)
 
 
 def kinds_of(recipe: Recipe, tensors: Iterable[TensorHeader], *, conv1d: bool) -> LayerKinds:
-    """Which kinds of layers a recipe quantizes among a checkpoint's tensors; ``conv1d`` is the family's."""
+    """The kinds of layers that a recipe quantizes among a checkpoint's tensors; ``conv1d`` is the family's."""
     experts, schemes = False, set[Scheme]()
     for tensor in tensors:
         if quantizable(tensor, recipe):

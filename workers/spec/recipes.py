@@ -1,7 +1,7 @@
-"""What a recipe says: a method, a scheme and a format, and which of them go together.
+"""Recipes: a method, a scheme and a format each, and the valid combinations.
 
-Method (how the codes are chosen), scheme (what the codes are) and format (how they are stored) are three things; a
-recipe names one of each. Frozen, unknown keys refused. No torch: the driver imports it.
+The method chooses the codes, the scheme is the codes' grid, and the format is how they are stored. Frozen, unknown keys
+refused. No torch: the driver imports it.
 """
 
 from __future__ import annotations
@@ -91,11 +91,11 @@ IGNORED_BY_DEFAULT = (
 
 
 class PassNeeds(NamedTuple):
-    """What a recipe needs of a pass over the model; without any of it, the weights alone.
+    """A recipe's needs from a pass over the model; by default the weights alone.
 
-    ``statistics``: X^T X of the inputs of every layer, from the calibration text. ``magnitudes``: how large inputs are,
-    beside their products with one another. ``folds``: where scales of inputs can be moved into what comes before.
-    ``own_stream``: hidden states of its own, through the layers that it has quantized so far.
+    ``statistics``: X^T X of every layer's inputs, from the calibration text. ``magnitudes``: the inputs' mean and
+    maximum magnitudes as well. ``folds``: the layers' folds, which move scales of inputs into the preceding module.
+    ``own_stream``: hidden states from the recipe's own quantized layers.
     """
 
     statistics: bool = False
@@ -105,10 +105,10 @@ class PassNeeds(NamedTuple):
 
 
 class RecipeBase(Frozen):
-    """What every recipe has, whatever its method.
+    """The fields of every recipe, whatever its method.
 
-    ``numerics`` is raised by one whenever a change alters the bytes that the method writes: old artifacts are then made
-    again. ``engine`` names the row of ``spec.engines`` that makes the artifact.
+    ``numerics`` is incremented whenever a change alters the bytes that the method writes, so that old artifacts are
+    made again. ``engine`` names the row of ``spec.engines`` that makes the artifact.
     """
 
     numerics: ClassVar[int] = 1
@@ -140,7 +140,7 @@ class RecipeBase(Frozen):
 
     @property
     def needs(self) -> PassNeeds:
-        """What the recipe needs of a pass over the model."""
+        """The recipe's needs from a pass over the model."""
         return PassNeeds()
 
     @property
@@ -150,7 +150,7 @@ class RecipeBase(Frozen):
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """All patterns of module names that the recipe has."""
+        """All patterns of module names in the recipe."""
         return self.ignore
 
     def ignores(self, module: str) -> bool:
@@ -159,7 +159,7 @@ class RecipeBase(Frozen):
 
 
 class Override(Frozen):
-    """Another scheme for some of the modules."""
+    """Another scheme for some modules."""
 
     modules: tuple[str, ...] = Field(min_length=1, description="Names, shell patterns, or re:REGEX.")
     scheme: IntScheme
@@ -171,7 +171,7 @@ class Override(Frozen):
 
 
 class IntRecipe(RecipeBase):
-    """A recipe whose codes lie on an integer grid."""
+    """A recipe with codes on an integer grid."""
 
     scheme: IntScheme
     overrides: tuple[Override, ...] = Field((), description="Schemes of their own; the first whose pattern fits.")
@@ -191,11 +191,11 @@ class IntRecipe(RecipeBase):
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """All patterns of module names that the recipe has."""
+        """All patterns of module names in the recipe."""
         return (*self.ignore, *(pattern for override in self.overrides for pattern in override.modules))
 
     def scheme_of(self, module: str) -> IntScheme:
-        """The scheme that the recipe wants for a module."""
+        """The recipe's scheme for a module."""
         for override in self.overrides:
             if any(matches(pattern, module) for pattern in override.modules):
                 return override.scheme
@@ -212,12 +212,12 @@ class GptqRecipe(IntRecipe):
 
     @property
     def needs(self) -> PassNeeds:
-        """Statistics, from its own quantized layers if it propagates them."""
+        """Statistics, from its own quantized layers if ``propagate`` is ``quantized``."""
         return PassNeeds(statistics=True, own_stream=self.options.propagate == "quantized")
 
 
 class AwqRecipe(IntRecipe):
-    """AWQ: input channels scaled by their activations before rounding, the scales folded into what comes before."""
+    """AWQ: scales input channels by their activations before rounding; folds the scales into the preceding module."""
 
     method: Literal["awq"]
     options: AwqOptions = AwqOptions()
@@ -229,7 +229,7 @@ class AwqRecipe(IntRecipe):
 
 
 class SmoothQuantRecipe(IntRecipe):
-    """SmoothQuant: outliers of the activations moved into the weights, then both in int8."""
+    """SmoothQuant: moves outliers of the activations into the weights, then quantizes both to int8."""
 
     method: Literal["smoothquant"]
     options: SmoothQuantOptions = SmoothQuantOptions()
@@ -250,7 +250,7 @@ class SmoothQuantRecipe(IntRecipe):
 
 
 class HqqRecipe(IntRecipe):
-    """HQQ: zero points that make an l_p norm of the weights' error small; no calibration text."""
+    """HQQ: zero points that minimize an l_p norm of the weights' error; no calibration text."""
 
     method: Literal["hqq"]
     options: HqqOptions = HqqOptions()
@@ -277,17 +277,17 @@ class RtnRecipe(RecipeBase):
 
     @property
     def needs(self) -> PassNeeds:
-        """Static scales of activations need how large they are."""
+        """Statistics and magnitudes, if activations have static scales."""
         static = isinstance(self.scheme, Float8Scheme) and self.scheme.activations == "static"
         return PassNeeds(statistics=static, magnitudes=static)
 
     def scheme_of(self, module: str) -> LinearScheme:
-        """The scheme that the recipe wants for a module."""
+        """The recipe's scheme for a module."""
         return self.scheme
 
 
 class BitsAndBytesRecipe(RecipeBase):
-    """bitsandbytes: the library's own kernels, its own serialized form."""
+    """bitsandbytes: the library's own kernels and serialized form."""
 
     engine: ClassVar[str] = "bitsandbytes"
 
@@ -302,7 +302,7 @@ class BitsAndBytesRecipe(RecipeBase):
         return self
 
     def scheme_of(self, module: str) -> FourBitFloatScheme | LlmInt8Scheme:
-        """The scheme that the recipe wants for a module."""
+        """The recipe's scheme for a module."""
         return self.scheme
 
 
@@ -311,13 +311,13 @@ Recipe = Annotated[LinearRecipe | BitsAndBytesRecipe, Field(discriminator="metho
 
 
 def words(recipe: Recipe) -> str:
-    """The scheme of a recipe as a person says it, with the bit widths that deviate from it."""
+    """A recipe's scheme in words, with the bit widths of its overrides."""
     others = {override.scheme.bits for override in recipe.overrides} if isinstance(recipe, IntRecipe) else set()
     return recipe.scheme.words(others) if isinstance(recipe.scheme, IntScheme) else recipe.scheme.words()
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a module name fits a pattern of a recipe."""
+    """Whether a module name matches a pattern of a recipe."""
     if pattern.startswith("re:"):
         return re.match(pattern[3:], name) is not None
     return fnmatch.fnmatchcase(name, pattern)

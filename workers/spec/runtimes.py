@@ -1,7 +1,7 @@
-"""The runtimes: one row each of the libraries that users load checkpoints with.
+"""The table of runtimes, the libraries that users load checkpoints with.
 
-``module`` is run in a fresh process to check an artifact (``workers.verify.runtimes``); a runtime without one is
-known by what it was seen to read, and cards and tables say so. A new runtime is a row here, its module, and, where
+``entry`` is called in a fresh process to check an artifact (``workers.verify.runtimes``); the rules of a runtime
+without one come from observation, and cards and tables say so. To add a runtime, add a row here, its module, and, if
 its packages conflict with ours, an environment file in configs/environments.
 """
 
@@ -28,16 +28,17 @@ from workers.spec.formats import (
 from workers.spec.layers import LayerKinds
 from workers.spec.schemes import Float8Scheme, FourBitFloatScheme, IntScheme, MicroscalingScheme, Scheme
 
-# Why a runtime doesn't read layers of these kinds under a scheme, what to do included; None if it does. Goes on after
-# the layers' names: "are experts, which ...".
+# Returns why a runtime doesn't read layers of these kinds under a scheme, with the remedy; None if it does. The text
+# continues a sentence that starts with the layers' names: "are experts, which ...".
 Rule = Callable[[Scheme, LayerKinds], str | None]
 
 
 class RuntimeRequest(Frozen):
-    """What a runtime's module is asked, as JSON, in a process of its own.
+    """Request to a runtime's module, as JSON, in its own process.
 
-    In the folder ``scratch`` lies ``tokens.safetensors`` (``tokens`` int64 [N, T], ``prompts`` int64 [P, T]); the
-    logits go there as ``logits.safetensors`` (float32 [N, T, V]). ``loader`` is transformers' class for the family.
+    The folder ``scratch`` contains ``tokens.safetensors`` (``tokens`` int64 [N, T], ``prompts`` int64 [P, T]); the
+    logits are written there as ``logits.safetensors`` (float32 [N, T, V]). ``loader`` is transformers' class for the
+    family.
     """
 
     artifact: str
@@ -50,18 +51,18 @@ class RuntimeRequest(Frozen):
 
 @dataclass(frozen=True)
 class Runtime:
-    """What is known of one runtime.
+    """One runtime.
 
-    ``rules`` has the formats that it reads; ``packages`` what it needs installed for one, beside its own
-    distribution, and ``extras`` quantmill's extra that brings one of them. ``environment`` names the prebuilt
-    environment that its check runs in; None: the one that the artifact is verified in. ``snippet`` is the Python that
-    the card shows for a repository; ``tried`` says of a runtime without ``module`` what its rules were seen with.
+    ``rules`` are keyed by the formats that it reads; ``packages`` are those that a format needs besides its own
+    distribution, and ``extras`` quantmill's extra that installs one of them. ``environment`` names the prebuilt
+    environment that its check runs in; None: the one that the artifact is verified in. ``snippet`` is the Python code
+    in the card for a repository; ``tried`` is what the rules of a runtime without ``entry`` were observed with.
     """
 
     name: str
     distribution: str
     rules: Mapping[str, Rule]
-    snippet: Callable[[str], str]
+    snippet: Callable[[str, str], str]
     entry: str | None = None
     environment: str | None = None
     packages: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -76,11 +77,11 @@ class Runtime:
         return rule(scheme, kinds)
 
     def lacks(self, fmt: str, packages: Mapping[str, str]) -> list[str]:
-        """The distributions among ``packages`` (name -> version) that it lacks to read a format."""
+        """The distributions needed to read a format that are missing in ``packages`` (name -> version)."""
         return [name for name in (self.distribution, *self.packages.get(fmt, ())) if name not in packages]
 
     def install(self, fmt: str) -> str:
-        """The command that installs what reading a format takes."""
+        """The command that installs everything needed to read a format."""
         return " ".join(["pip install", self.distribution, *self.packages.get(fmt, ())])
 
 
@@ -108,7 +109,7 @@ def _dense_alone(scheme: Scheme, kinds: LayerKinds) -> str | None:
 
 
 def _formats_for_experts(scheme: Scheme) -> str:
-    """The formats that take experts under a scheme, or what else to change."""
+    """The formats that support experts under a scheme, or another remedy."""
     symmetric = scheme.model_copy(update={"symmetric": True}) if isinstance(scheme, IntScheme) else scheme
     change = "" if symmetric == scheme else " with symmetric: true"
     experts = LayerKinds(experts=True)
@@ -162,10 +163,10 @@ _TRANSFORMERS: dict[str, Rule] = {
 }
 
 
-def _with_transformers(repo: str) -> str:
+def _with_transformers(repo: str, loader: str) -> str:
     return (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{repo}")\n'
+        f"from transformers import {loader}, AutoTokenizer\n\n"
+        f'model = {loader}.from_pretrained("{repo}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n'
     )
 
@@ -176,7 +177,7 @@ TRANSFORMERS = Runtime(
     rules=_TRANSFORMERS,
     snippet=_with_transformers,
     entry="workers.verify.runtimes.transformers:answer",
-    # What its quantizers' validate_environment asks for (5.23).
+    # Required by validate_environment of its quantizers (5.23).
     packages={
         COMPRESSED_TENSORS.name: COMPRESSED_TENSORS.needs,
         GPTQ.name: ("optimum", "gptqmodel"),
@@ -233,7 +234,7 @@ def _not_conv1d(scheme: Scheme, kinds: LayerKinds) -> str | None:
     return "are Conv1D, which weren't tried" if kinds.conv1d else None
 
 
-def _with_vllm(repo: str) -> str:
+def _with_vllm(repo: str, loader: str) -> str:
     return f'from vllm import LLM\n\nllm = LLM("{repo}")\n'
 
 
@@ -256,13 +257,13 @@ VLLM = Runtime(
 RUNTIMES: dict[str, Runtime] = {row.name: row for row in (TRANSFORMERS, VLLM)}
 
 
-# --------------------------------------------------------------------------------------- asking the rows
+# --------------------------------------------------------------------------------------------- look-ups
 
 
 def checking(fmt: str | None) -> Runtime:
-    """The runtime that artifacts of a format are checked in: the first that can be asked and reads the format at all.
+    """The runtime that checks artifacts of a format: the first with an ``entry`` that reads the format.
 
-    Foreign checkpoints in a format without a row (None) are shown to the first of all.
+    Foreign checkpoints in an unknown format (None) are checked in the first runtime with an ``entry``.
     """
     able = [row for row in RUNTIMES.values() if row.entry]
     return next((row for row in able if fmt in row.rules), able[0])

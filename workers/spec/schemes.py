@@ -1,4 +1,4 @@
-"""What the codes of a quantized weight are: their grid, their scales, and what is done to activations."""
+"""The quantization schemes: the codes' grid, their scales, and the rounding of activations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from workers.spec.base import Frozen
 
-# Rows and columns of a block of weights that share an fp8 scale (DeepSeek-V3's).
+# Rows and columns of a block of weights that share an fp8 scale (as in DeepSeek-V3).
 FP8_BLOCK = 128
 
 
@@ -43,7 +43,7 @@ class IntScheme(Frozen):
         return "w8a8" if self.activations == "int8" else f"w{self.bits}"
 
     def words(self, others: Collection[int] = ()) -> str:
-        """The scheme as a person says it; ``others`` are bit widths of layers that deviate."""
+        """The scheme in words; ``others`` are the bit widths of layers that deviate."""
         groups = f"one scale for each {self.group_size} inputs" if self.group_size else "one scale for each output"
         symmetry = "symmetric" if self.symmetric else "asymmetric"
         deviating = sorted(set(others) - {self.bits})
@@ -74,7 +74,7 @@ class Float8Scheme(Frozen):
         return "fp8"
 
     def words(self) -> str:
-        """The scheme as a person says it."""
+        """The scheme in words."""
         each = {"tensor": "tensor", "channel": "output", "block": f"block of {FP8_BLOCK} x {FP8_BLOCK}"}[self.scales]
         also = {"none": "", "dynamic": ", activations too", "static": ", activations too, by fixed scales"}
         return f"FP8 (E4M3), one scale for each {each}{also[self.activations]}"
@@ -97,7 +97,7 @@ class MicroscalingScheme(Frozen):
         return self.type
 
     def words(self) -> str:
-        """The scheme as a person says it."""
+        """The scheme in words."""
         return f"{self.type.upper()}, one scale for each {self.group_size} inputs"
 
 
@@ -112,7 +112,7 @@ class FourBitFloatScheme(Frozen):
         return self.type
 
     def words(self) -> str:
-        """The scheme as a person says it."""
+        """The scheme in words."""
         return f"{self.type.upper()}{', double quantization' if self.double_quantization else ''}"
 
 
@@ -127,7 +127,7 @@ class LlmInt8Scheme(Frozen):
         return "llm-int8"
 
     def words(self) -> str:
-        """The scheme as a person says it."""
+        """The scheme in words."""
         return "LLM.int8(), rows of 8-bit integers"
 
 
@@ -135,9 +135,9 @@ LinearScheme = IntScheme | Float8Scheme | MicroscalingScheme
 
 
 def _kind(value: object) -> str:
-    """Which class of schemes a value is for; int unless it says otherwise."""
-    found = value.get("type", "int") if isinstance(value, dict) else getattr(value, "type", "int")
-    return {"fp8": "fp8", "mxfp4": "microscaling", "nvfp4": "microscaling"}.get(found, "int")
+    """The discriminator of a value's scheme class; int by default."""
+    type_name = value.get("type", "int") if isinstance(value, dict) else getattr(value, "type", "int")
+    return {"fp8": "fp8", "mxfp4": "microscaling", "nvfp4": "microscaling"}.get(type_name, "int")
 
 
 AnyLinearScheme = Annotated[

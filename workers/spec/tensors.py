@@ -1,4 +1,4 @@
-"""A tensor as a safetensors header tells of it."""
+"""A tensor's description, as in a safetensors header."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F8_E
 
 
 class TensorHeader(NamedTuple):
-    """A tensor as a safetensors header tells of it; ``dtype`` is the header's name of it (BF16, F8_E4M3, ...)."""
+    """A tensor's entry in a safetensors header; ``dtype`` is the header's name for it (BF16, F8_E4M3, ...)."""
 
     name: str
     shape: tuple[int, ...]
@@ -27,5 +27,5 @@ class TensorHeader(NamedTuple):
 
     @property
     def header_bytes(self) -> int:
-        """Bytes of its entry in a safetensors header, within a few digits of the offsets."""
+        """Size of its entry in a safetensors header, in bytes, up to a few digits of the offsets."""
         return len(f'"{self.name}":{{"dtype":"{self.dtype}","shape":[{",".join(map(str, self.shape))}],') + 37

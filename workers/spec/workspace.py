@@ -1,4 +1,4 @@
-"""What is said of one job on the disk: where its artifacts lie, and the sizes that plan and workers go by."""
+"""Paths of a job's artifacts on disk, and the sizes that both plan and workers use."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from pathlib import Path
 from workers.spec.job import Order
 
 MANIFEST = "quantmill.json"
-# Bytes of a weight file, at most.
+# Maximum size of a weight file in bytes.
 MAX_SHARD_BYTES = 2_000_000_000
-# Tokens that pass a layer at a time, at most: long enough for the matrix products, small enough for the logits.
+# Maximum tokens of a micro-batch: enough for efficient matrix products, few enough for the logits to fit in memory.
 MICRO_BATCH_TOKENS = 4096
 
 
 def artifact_folder(workspace: Path | str, order: Order) -> Path:
-    """Where an artifact lies once it is whole; its name tells people the recipe, and machines the identity."""
+    """Final path of an artifact; its name shows the recipe to people, and the identity to machines."""
     return Path(workspace) / "artifacts" / f"{order.recipe.name}-{order.fingerprint[:16]}"
 
 
-def record_path(place: Path) -> Path:
-    """Where the quantize stage notes what it made, beside the artifact: verify takes the fallbacks from there."""
-    return place.with_name(f"{place.name}.json")
+def record_path(folder: Path) -> Path:
+    """Path of the quantize stage's record beside an artifact, from which verify reads the fallbacks."""
+    return folder.with_name(f"{folder.name}.json")
 
 
-def is_made(place: Path) -> bool:
-    """Whether an artifact lies there whole, as the quantize stage has made it."""
-    return place.is_dir() and record_path(place).is_file()
+def is_made(folder: Path) -> bool:
+    """Whether the folder is a complete artifact with its record."""
+    return folder.is_dir() and record_path(folder).is_file()
 
 
-def folds_folder(place: Path) -> Path:
-    """Where the scales that were folded into an artifact's weights are kept, beside it: verify undoes them."""
-    return place.with_name(f"{place.name}.folds")
+def folds_folder(folder: Path) -> Path:
+    """Folder of the scales folded into an artifact's weights, beside it; verify uses them."""
+    return folder.with_name(f"{folder.name}.folds")
 
 
-def layout_path(place: Path) -> Path:
-    """Where the engine's decisions (module -> scheme) are kept beside an artifact: verify reads them."""
-    return place.with_name(f"{place.name}.layout.json")
+def layout_path(folder: Path) -> Path:
+    """Path of the engine's layout (module -> scheme) beside an artifact; verify reads it."""
+    return folder.with_name(f"{folder.name}.layout.json")

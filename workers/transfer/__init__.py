@@ -1,1 +1,1 @@
-"""Moving bytes: the Hub, folders, shared storage, and where artifacts go. No torch."""
+"""Transfers files: the Hub, folders, shared storage, and the destinations of artifacts. No torch."""

@@ -1,4 +1,4 @@
-"""A verified artifact on disk: its manifest, checked against the bytes, and what a destination would call them."""
+"""A verified artifact on disk: checks its manifest against the bytes, and computes its Hub identities."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from workers.machine.files import file_sha256
 from workers.spec.job import FileEntry, Manifest
 from workers.spec.workspace import MANIFEST
 
-# Above, a file is never kept in git itself, and so never called by its git identity.
+# Size in bytes above which a Hub never stores a file in git itself, so that no git identity is needed.
 LARGEST_IN_GIT = 64 << 20
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """An accepted artifact; ``sha256`` and ``blobs`` (git blob sha1) are by path, the manifest's own included."""
+    """An accepted artifact; ``sha256`` and ``blobs`` (git blob sha1) by path, including the manifest's own."""
 
     folder: Path
     manifest: Manifest
@@ -29,7 +29,7 @@ class Artifact:
     sizes: Mapping[str, int]
 
     def is_at(self, path: str, identity: str) -> bool:
-        """Whether a file is what a Hub shows by that sha256 (LFS) or git blob sha1."""
+        """Whether a file has the identity that a Hub reports: sha256 (LFS) or git blob sha1."""
         return identity in (self.sha256.get(path), self.blobs.get(path))
 
     @property
@@ -44,41 +44,41 @@ class Artifact:
         return f"{manifest.recipe.name} of {Path(manifest.model).name}@{manifest.revision[:12]}"
 
     def read(self, path: str) -> bytes:
-        """A small file's content, if it's still the verified one.
+        """A small file's content, after checking its sha256.
 
         Raises:
-            CheckpointError: it isn't.
+            CheckpointError: the file changed since it was verified.
         """
         data = (self.folder / path).read_bytes()
         self.check(path, hashlib.sha256(data).hexdigest())
         return data
 
     def check(self, path: str, sha256: str) -> None:
-        """Stop if a file isn't the verified one any more."""
+        """Raise CheckpointError if a file changed since it was verified."""
         if sha256 != self.sha256[path]:
             raise CheckpointError(f"artifact {self.folder}: {path} changed since it was verified; run its zoo again")
 
 
-class Recorded(BaseModel):
-    """What of a published manifest, also another version's, tells whether its files are still those."""
+class PublishedFiles(BaseModel):
+    """The part of a published manifest, of any version, that identifies its files."""
 
     fingerprint: str
     files: dict[str, FileEntry]
 
 
-def recorded(text: bytes) -> Recorded | None:
-    """That part of a manifest's text; None if it is none."""
+def published_files(text: bytes) -> PublishedFiles | None:
+    """Parse that part of a manifest's text; None if it is invalid."""
     try:
-        return Recorded.model_validate_json(text)
+        return PublishedFiles.model_validate_json(text)
     except ValidationError:
         return None
 
 
 def open_accepted(folder: Path) -> Artifact:
-    """The artifact in a folder, if its bytes are the verified ones and were accepted.
+    """Open the artifact in a folder, if its bytes are the verified ones and it was accepted.
 
     Raises:
-        CheckpointError: as ``check_bytes`` says.
+        CheckpointError: see ``check_bytes``.
         HubRefused: the artifact was rejected.
     """
     manifest = check_bytes(folder)
@@ -94,10 +94,10 @@ def open_accepted(folder: Path) -> Artifact:
 
 
 def check_bytes(folder: Path) -> Manifest:
-    """The artifact's manifest, after its sha256 of every file was compared with the bytes on disk.
+    """Check the sha256 of every file against the manifest, and return the manifest.
 
     Raises:
-        CheckpointError: no manifest, a file changed since it was verified, one too many or one missing.
+        CheckpointError: there is no manifest, or a file changed, is extra or is missing.
     """
     try:
         manifest = Manifest.model_validate_json((folder / MANIFEST).read_text())

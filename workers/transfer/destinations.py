@@ -1,4 +1,4 @@
-"""The destinations of artifacts, one row for each kind: what stands there, what would change, publishing itself."""
+"""The table of destination kinds: how each publishes, previews, and reports its current artifact."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Today = Callable[[], date]
 class DestinationRow:
     """One kind of destination.
 
-    ``takes`` recognises its endpoints. ``check`` says before anything is made whether this user may write there (to a
-    namespace). ``publish`` returns the commit, or revision, that then is current; ``preview`` what it would do, one
-    action a line; ``standing`` the manifest and commit of the artifact that stands, if it has a fingerprint and is
-    whole. ``settings`` are those of ``publish`` in a zoo that only some kinds have.
+    ``takes`` recognises its endpoints. ``check`` tells before any work whether this user may write there (to a
+    namespace). ``publish`` returns the new current commit or revision; ``preview`` its actions, one per line;
+    ``standing`` the manifest and commit of the current artifact, if it has the fingerprint and is complete.
+    ``settings`` are the keys of a zoo's ``publish`` that only some kinds support.
     """
 
     name: str
@@ -55,45 +55,45 @@ DESTINATIONS = (HUB, FOLDER)
 
 
 def destination_row(endpoint: str) -> DestinationRow:
-    """The kind of destination that an endpoint is."""
+    """The destination kind of an endpoint."""
     return next(kind for kind in DESTINATIONS if kind.takes(endpoint))
 
 
 def today_utc() -> date:
-    """The day that revisions are named for, the same all over the world."""
+    """The current day in UTC, which revisions are named by."""
     return datetime.now(UTC).date()
 
 
 def publish(to: Destination, repo_id: str, folder: Path, pace: Pace | None = None, today: Today = today_utc) -> str:
-    """Publish the accepted artifact in a folder; return the commit, or the revision's folder, that then is current.
+    """Publish the accepted artifact in a folder; return the new current commit or revision folder.
 
     Raises:
-        CheckpointError, HubRefused, HubUnavailable: as the destinations say.
+        CheckpointError, HubRefused, HubUnavailable: see the destinations.
     """
     return destination_row(to.endpoint).publish(to, repo_id, open_accepted(folder), pace, today)
 
 
 def preview(to: Destination, repo_id: str, folder: Path) -> list[str]:
-    """What ``publish`` would do now, in words, one action a line; writes nothing."""
+    """The actions that ``publish`` would take now, one per line; writes nothing."""
     return destination_row(to.endpoint).preview(to, repo_id, open_accepted(folder), today_utc())
 
 
 def standing(endpoint: str, repo_id: str, fingerprint: str) -> tuple[Manifest, str] | None:
-    """The artifact of that fingerprint as it stands, if it's whole: its manifest and commit (or folder)."""
+    """Manifest and commit (or folder) of the current artifact, if it has that fingerprint and is complete."""
     return destination_row(endpoint).standing(endpoint, repo_id, fingerprint)
 
 
 def check(endpoint: str, namespace: str | None = None) -> None:
-    """Whether artifacts may be written there, as far as it can be told before there are any.
+    """Check that this user may write to the destination, as far as possible before there is an artifact.
 
     Raises:
-        HubRefused: no token, or one that may not write to the namespace; a folder of somebody else's.
+        HubRefused: there is no token, it may not write to the namespace, or the folder isn't writable.
         HubUnavailable: no answer.
     """
     destination_row(endpoint).check(endpoint, namespace)
 
 
 def settings_lacking(endpoint: str, settings: dict[str, object]) -> list[str]:
-    """Which of these settings of a zoo's ``publish`` have a value that a destination of this kind has no use for."""
+    """Names of the ``publish`` settings that have a value but aren't supported by this kind of destination."""
     special = frozenset(name for kind in DESTINATIONS for name in kind.settings)
     return [name for name, value in settings.items() if value and name in special - destination_row(endpoint).settings]

@@ -1,4 +1,4 @@
-"""Folders of any file system that fsspec knows, in which a file is there whole, or not at all."""
+"""Folders of any fsspec file system, in which files are written atomically."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ CHUNK = 4 << 20
 
 
 class FileSystem:
-    """What lies below one root, a path of this machine or a URL; ``named`` is the key of the zoo that names it.
+    """Files below one root, a local path or a URL; ``named`` is the zoo key that sets it.
 
     Raises:
-        ZooError: no such file system, or its package isn't installed.
+        ZooError: the file system is unknown, or its package isn't installed.
     """
 
     def __init__(self, url: str, named: str) -> None:
@@ -35,10 +35,10 @@ class FileSystem:
         self._local = "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
 
     def check(self) -> None:
-        """Whether this user may write there, as far as it can be told without writing.
+        """Check that this user may write to the root, as far as possible without writing.
 
         Raises:
-            HubRefused: not.
+            HubRefused: the root isn't writable or can't be reached.
         """
         if self._local:
             nearest = next(path for path in (Path(self._root), *Path(self._root).parents) if path.exists())
@@ -51,62 +51,62 @@ class FileSystem:
                 raise HubRefused(f"{self._named}: {self._root!r} can't be reached ({error})") from error
 
     def shown(self, path: str) -> str:
-        """A path below the root as people know it."""
+        """The full path or URL of a path below the root."""
         return f"{self._root}/{path}"
 
     def read(self, path: str) -> bytes | None:
-        """A small file's content, None if there's no such file."""
+        """A small file's content; None if it doesn't exist."""
         try:
             return b"".join(self.chunks(path))
         except FileNotFoundError:
             return None
 
     def chunks(self, path: str) -> Iterator[bytes]:
-        """A file's content, piece by piece."""
+        """A file's content in chunks of ``CHUNK`` bytes."""
         with self._fs.open(self.shown(path), "rb") as stream:
             while chunk := stream.read(CHUNK):
                 yield chunk
 
     def sha256(self, path: str) -> str:
-        """The identity of a file's content, in hex."""
+        """The sha256 of a file's content, in hex."""
         digest = hashlib.sha256()
         for chunk in self.chunks(path):
             digest.update(chunk)
         return digest.hexdigest()
 
     def copy(self, source: Path, path: str, check: Callable[[str], None] = lambda sha256: None) -> str:
-        """Copy a local file there and return its sha256; what ``check`` raises at doesn't get its name.
+        """Copy a local file to ``path`` and return its sha256; if ``check`` raises, no file is left at ``path``.
 
-        An object store gives names at once: there, what didn't pass is removed again.
+        An object store publishes the name immediately: there, a file that fails the check is deleted.
         """
         target = self.shown(path)
         self._fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-        place = _aside(target) if self._local else target
+        written = _partial_name(target) if self._local else target
         digest = hashlib.sha256()
         try:
-            with source.open("rb") as content, self._fs.open(place, "wb") as sink:
+            with source.open("rb") as content, self._fs.open(written, "wb") as sink:
                 while chunk := content.read(CHUNK):
                     digest.update(chunk)
                     sink.write(chunk)
             check(digest.hexdigest())
         except CheckpointError:
-            self._fs.rm_file(place)
+            self._fs.rm_file(written)
             raise
         if self._local:
-            _settle(place, target)
+            _rename_durably(written, target)
         return digest.hexdigest()
 
     def replace(self, path: str, content: bytes) -> None:
-        """Atomically where the file system can: a rename on this machine, one PUT to an object store."""
+        """Replace a file atomically where the file system can: a local rename, or one PUT to an object store."""
         target = self.shown(path)
         self._fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-        place = _aside(target) if self._local else target
-        self._fs.pipe_file(place, content)
+        written = _partial_name(target) if self._local else target
+        self._fs.pipe_file(written, content)
         if self._local:
-            _settle(place, target)
+            _rename_durably(written, target)
 
     def clear(self, folder: str) -> None:
-        """Remove what a process that died left half-written in a folder."""
+        """Remove partial files that a dead process left in a folder."""
         for path in self._fs.find(self.shown(folder)):
             if path.endswith(".partial") and path.rsplit("/", 1)[1].startswith("."):
                 self._fs.rm_file(path)
@@ -116,35 +116,35 @@ class FileSystem:
         self._fs.rm_file(self.shown(path))
 
     def remove(self, folder: str, first: str) -> None:
-        """Remove a folder; ``first`` the file in it that says that it's whole."""
+        """Remove a folder; ``first`` is the file that marks it as complete."""
         self.remove_file(f"{folder}/{first}")
         self._fs.rm(self.shown(folder), recursive=True)
 
     def names(self, folder: str) -> list[str]:
-        """What a folder holds."""
+        """Names in a folder."""
         try:
             return sorted(str(path).rstrip("/").rsplit("/", 1)[1] for path in self._fs.ls(self.shown(folder), False))
         except FileNotFoundError:
             return []
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """All files below a folder with their sizes; without those that a dead process left half-written."""
-        place = self.shown(folder)
-        found: dict[str, dict[str, Any]] = self._fs.find(place, detail=True)
-        sizes = {path.split(f"{place}/", 1)[1]: int(info["size"]) for path, info in found.items()}
+        """Sizes in bytes of all files below a folder, except hidden and partial ones."""
+        root = self.shown(folder)
+        info_by_path: dict[str, dict[str, Any]] = self._fs.find(root, detail=True)
+        sizes = {path.split(f"{root}/", 1)[1]: int(info["size"]) for path, info in info_by_path.items()}
         return {path: size for path, size in sizes.items() if not path.rsplit("/", 1)[-1].startswith(".")}
 
 
-def _aside(path: str) -> str:
+def _partial_name(path: str) -> str:
     folder, name = path.rsplit("/", 1)
     return f"{folder}/.{name}.{secrets.token_hex(4)}.partial"
 
 
-def _settle(place: str, target: str) -> None:
-    """Give a local file its name once its bytes are on the disk."""
-    descriptor = os.open(place, os.O_RDONLY)
+def _rename_durably(partial: str, target: str) -> None:
+    """Rename a local file to its final name after fsync."""
+    descriptor = os.open(partial, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    Path(place).replace(target)
+    Path(partial).replace(target)

@@ -1,8 +1,8 @@
-"""The Hub: one client with deadlines and a pace, its errors as ours, models, manifests. No torch; the driver uses it.
+"""The Hub client: deadlines, rate limits, error translation, model downloads, manifests. No torch; the driver uses it.
 
-What has to be handled here is in huggingface_hub's own source: it retries uploads and listings, but raises on the first
-503 of create_repo, create_commit, create_tag and model_info; its default client waits for ever, and as long as a
-``Retry-After`` says.
+It compensates for huggingface_hub's own behaviour: it retries uploads and listings, but raises on the first 503 of
+create_repo, create_commit, create_tag and model_info; its default client has no timeout, and waits as long as a
+``Retry-After`` header says.
 """
 
 from __future__ import annotations
@@ -40,40 +40,40 @@ if TYPE_CHECKING:
 
 OFFICIAL = "https://huggingface.co"
 READ_SECONDS = 60.0
-# A permit that takes longer to get is not waited for inside a call: its caller knows how long it may wait.
+# Maximum wait in seconds for a permit inside a call; for longer waits the caller decides.
 SHORT_WAIT_SECONDS = 10.0
-# What a checkpoint in another framework or format would add to the download.
+# Files of other frameworks and formats, which aren't downloaded.
 PICKLES = ("*.bin", "*.pt", "*.pth")
 NOT_FETCHED = (*PICKLES, "*.gguf", "*.onnx", "*.msgpack", "*.h5", "*.ot", "*.tflite", "onnx/*")
-# Written by the Hub itself into every new repository.
+# Files that the Hub itself writes into every new repository.
 HUB_OWN_FILES = frozenset({".gitattributes"})
 
 
 def default_endpoint() -> str:
-    """``HF_ENDPOINT``, else the public Hub."""
+    """``HF_ENDPOINT``, or the public Hub."""
     return os.environ.get("HF_ENDPOINT", OFFICIAL).rstrip("/")
 
 
 def normalized(endpoint: str | None) -> str:
-    """A destination's address as it's compared and shown; left out: the Hub's."""
+    """A destination's normalized address, for comparing and display; the default endpoint if None."""
     if endpoint is None:
         return default_endpoint()
     return endpoint if endpoint.endswith("://") else endpoint.rstrip("/")
 
 
 def connect(endpoint: str | None = None, pace: Pace | None = None) -> HfApi:
-    """A client of that Hub on which no read waits for ever. The token is the environment's or the stored login's.
+    """A client of a Hub with a read timeout. The token is the environment's, or the stored login's.
 
-    Every request of this process asks ``pace`` for a permit; left out, it's the one set before, or the process's own.
+    Every request of this process asks ``pace`` for a permit; None keeps the pace set before, or the process's own.
     """
     endpoint = (endpoint or default_endpoint()).rstrip("/")
-    # huggingface_hub reads it when it is imported.
+    # Set before the import, at which huggingface_hub reads it.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import HfApi, constants
 
     if endpoint != OFFICIAL and "HF_HUB_DISABLE_XET" not in os.environ:
-        # A self-hosted Hub speaks LFS, and 2.x doesn't negotiate. This is looked at anew for each transfer, so that it
-        # also holds where the public Hub was asked first; the environment is for children.
+        # Self-hosted Hubs speak LFS, and huggingface_hub 2.x doesn't negotiate. The constant is read for each transfer,
+        # so it also applies if the public Hub was used first; the environment variable is for child processes.
         constants.HF_HUB_DISABLE_XET = True
         os.environ["HF_HUB_DISABLE_XET"] = "1"
     _meter().watch(endpoint, pace)
@@ -82,7 +82,7 @@ def connect(endpoint: str | None = None, pace: Pace | None = None) -> HfApi:
 
 @cache
 def _meter() -> _Meter:
-    """Once in a process: setting the factory closes the client under the requests of other threads."""
+    """Created once per process: setting the factory closes the client that other threads are using."""
     from huggingface_hub import set_client_factory
 
     meter = _Meter()
@@ -91,21 +91,21 @@ def _meter() -> _Meter:
 
 
 class _Meter:
-    """Stands before and behind every request that huggingface_hub's shared client sends to a Hub."""
+    """Hooks into every request and response of huggingface_hub's shared client."""
 
     def __init__(self) -> None:
         self._pace: Pace = LocalPace()
         self._hubs: dict[str, str] = {}
 
     def watch(self, endpoint: str, pace: Pace | None) -> None:
-        """Count the requests to a Hub; its storage, on other hosts, has limits of its own."""
+        """Count the requests to a Hub; its storage, on other hosts, has its own limits."""
         import httpx2
 
         self._hubs[httpx2.URL(endpoint).netloc.decode()] = endpoint
         self._pace = pace or self._pace
 
     def client(self) -> Any:
-        """What huggingface_hub makes its client with."""
+        """Client factory for huggingface_hub."""
         import httpx2
         from huggingface_hub.utils._http import default_client_factory
 
@@ -123,23 +123,23 @@ class _Meter:
         if hub is None:
             return
         path = request.url.path
-        while (wait := self._pace.ask(hub, _committed_to(request.method, path), file="/resolve/" in path)) > 0:
+        while (wait := self._pace.ask(hub, _committed_repository(request.method, path), file="/resolve/" in path)) > 0:
             if wait > SHORT_WAIT_SECONDS:
                 raise HubUnavailable(f"{hub}: its limit is used up, or it asked to wait; free in {wait:.0f} s", wait)
             time.sleep(wait)
 
     def _after(self, response: Any) -> None:
-        """A 429 pauses everybody; no ``Retry-After`` reaches the client, which would keep to any."""
-        asked = _retry_after(response)
+        """Pause all callers after a 429, and cap ``Retry-After``, which the client would follow without a limit."""
+        retry_after = _retry_after(response)
         hub = self._hubs.get(response.request.url.netloc.decode())
         if response.status_code == 429 and hub is not None:
-            self._pace.pause(hub, UNNAMED_PAUSE_SECONDS if asked is None else asked)
-        if asked is not None and asked > LONGEST_PAUSE_SECONDS:
+            self._pace.pause(hub, UNNAMED_PAUSE_SECONDS if retry_after is None else retry_after)
+        if retry_after is not None and retry_after > LONGEST_PAUSE_SECONDS:
             response.headers["Retry-After"] = f"{LONGEST_PAUSE_SECONDS:.0f}"
             response.headers.pop("ratelimit", None)
 
 
-def _committed_to(method: str, path: str) -> str | None:
+def _committed_repository(method: str, path: str) -> str | None:
     """The repository that a request commits to: POST /api/models/{namespace}/{name}/commit/{revision}."""
     parts = path.split("/")
     return "/".join(parts[3:5]) if method == "POST" and parts[1:2] == ["api"] and parts[5:6] == ["commit"] else None
@@ -147,7 +147,7 @@ def _committed_to(method: str, path: str) -> str | None:
 
 @contextmanager
 def hub_errors(thing: str) -> Iterator[None]:
-    """Turn whatever a Hub call raises into this package's tree; ``thing`` names what was being done to what."""
+    """Translate exceptions of a Hub call into this package's errors; ``thing`` names the action and its object."""
     import httpx2
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -182,7 +182,7 @@ def hub_errors(thing: str) -> Iterator[None]:
 
 
 def _from_runtime(error: RuntimeError, thing: str) -> Exception:
-    """What a plain RuntimeError means: hf_xet, a client that another thread closed, or an upload's own error inside."""
+    """Translate a plain RuntimeError: hf_xet's, a client closed by another thread, or an upload's wrapped error."""
     if type(error) is not RuntimeError:
         return error
     if isinstance(error.__cause__, Exception):
@@ -212,7 +212,7 @@ def _from_status(error: Any, thing: str) -> QuantmillError:
 
 
 def _retry_after(response: Any) -> float | None:
-    """Seconds that an answer asks to wait: as a number, as a date, or in the Hub's ``ratelimit`` header."""
+    """Requested wait in seconds: ``Retry-After`` as a number or date, or the Hub's ``ratelimit`` header."""
     from huggingface_hub.utils._http import parse_ratelimit_headers
 
     value = response.headers.get("Retry-After", "").strip()
@@ -234,12 +234,12 @@ def _brief(error: Exception) -> str:
 
 
 def fetch(api: HfApi, repo_id: str, revision: str, allow_pickle: bool, offline: bool = False) -> Path:
-    """A model's folder in the client's cache, downloaded at that commit; ``offline`` expects it to be there.
+    """Download a model at that commit into the client's cache; return its folder. ``offline`` only looks in the cache.
 
-    What was downloaded stays when a download breaks off: the next attempt goes on from there.
+    Partial downloads are kept, and the next attempt resumes them.
 
     Raises:
-        ModelNotFound, HubRefused, HubUnavailable, DiskFull: as ``hub_errors`` says.
+        ModelNotFound, HubRefused, HubUnavailable, DiskFull: see ``hub_errors``.
     """
     skip = [pattern for pattern in NOT_FETCHED if not (allow_pickle and pattern in PICKLES)]
     with hub_errors(f"fetch {repo_id}@{revision[:12]}"):
@@ -247,7 +247,7 @@ def fetch(api: HfApi, repo_id: str, revision: str, allow_pickle: bool, offline: 
 
 
 def read_file(api: HfApi, repo_id: str, path: str, revision: str = "main") -> tuple[bytes, str] | None:
-    """A small file's content now, never a cached copy, and the commit it's from; None if it isn't there."""
+    """A small file's current content, never from the cache, and its commit; None if it doesn't exist."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
     from huggingface_hub.utils._headers import build_hf_headers
@@ -264,11 +264,11 @@ def read_file(api: HfApi, repo_id: str, path: str, revision: str = "main") -> tu
 
 
 def read_manifest(api: HfApi, repo_id: str, revision: str = "main") -> tuple[Manifest, str] | None:
-    """The manifest at a revision and its commit; None if there is none, or one of another schema."""
-    found = read_file(api, repo_id, MANIFEST, revision)
-    if found is None:
+    """The manifest at a revision and its commit; None if there is none, or it has another schema."""
+    content = read_file(api, repo_id, MANIFEST, revision)
+    if content is None:
         return None
     try:
-        return Manifest.model_validate_json(found[0]), found[1]
+        return Manifest.model_validate_json(content[0]), content[1]
     except ValidationError:
         return None

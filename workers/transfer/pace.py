@@ -1,6 +1,6 @@
-"""How fast the Hub may be asked: requests and commits are counted in one place, and a 429 pauses everybody.
+"""Limits the rate of requests and commits to a Hub, counted in one place; a 429 pauses all callers.
 
-``Counters`` is pure: the clock is the caller's. Who asks over a process's border brings a ``Pace`` of its own.
+``Counters`` is pure: the caller passes the time. Other processes pass their own implementation of ``Pace``.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from typing import Protocol
 
 from workers.spec.job import HubLimits
 
-# A pause that a Hub asks for is never taken for longer: what comes then is another 429, not a lost night.
+# Maximum pause in seconds, whatever the Hub asks for: at worst another 429 follows.
 LONGEST_PAUSE_SECONDS = 300.0
-# What a 429 without Retry-After is worth.
+# Pause in seconds after a 429 without Retry-After.
 UNNAMED_PAUSE_SECONDS = 5.0
 
 
 class Pace(Protocol):
-    """Hands out permits for requests to a Hub."""
+    """Grants permits for requests to a Hub."""
 
     def ask(self, hub: str, commit_to: str | None, file: bool = False) -> float:
-        """0 for a permit, which is counted at once; else the seconds after which to ask again.
+        """0 for a permit, which is counted immediately; otherwise the seconds after which to ask again.
 
-        ``file``: the request is for a file's content, of which a Hub allows more than of those to its API.
+        ``file``: the request downloads a file's content, for which a Hub has a higher limit than for its API.
         """
 
     def pause(self, hub: str, seconds: float) -> None:
-        """Nobody gets a permit for that Hub for so long."""
+        """Grant no permits for that Hub for ``seconds``."""
 
 
 class Window:
@@ -41,18 +41,18 @@ class Window:
         self._events: deque[float] = deque()
 
     def wait(self, now: float) -> float:
-        """Seconds until there is room for one more; 0 if there is."""
+        """Seconds until one more event is allowed; 0 if it is now."""
         while self._events and self._events[0] <= now - self._seconds:
             self._events.popleft()
         return 0.0 if len(self._events) < self._limit else self._events[0] + self._seconds - now
 
     def take(self, now: float) -> None:
-        """Count one."""
+        """Count one event."""
         self._events.append(now)
 
 
 class Counters:
-    """The windows of every Hub that is asked, and its pause."""
+    """The windows and pauses of all Hubs."""
 
     def __init__(self, limits: HubLimits) -> None:
         self._limits = limits
@@ -60,7 +60,7 @@ class Counters:
         self._paused_until: dict[str, float] = {}
 
     def ask(self, hub: str, commit_to: str | None, now: float, file: bool = False) -> float:
-        """As ``Pace.ask`` says: all windows have room and count it, or none does."""
+        """See ``Pace.ask``; an event is counted in all windows, or in none."""
         windows = [self._window(key) for key in _keys(hub, commit_to, file)]
         wait = max(self._paused_until.get(hub, now) - now, *(window.wait(now) for window in windows))
         if wait <= 0:
@@ -69,7 +69,7 @@ class Counters:
         return max(wait, 0.0)
 
     def pause(self, hub: str, until: float) -> None:
-        """Until then nobody gets a permit; an earlier, longer pause stays."""
+        """Grant no permits until then; a longer pause stays in effect."""
         self._paused_until[hub] = max(until, self._paused_until.get(hub, until))
 
     def _window(self, key: tuple[str, ...]) -> Window:
@@ -77,14 +77,14 @@ class Counters:
         if key not in self._windows:
             match key:
                 case (_, "requests"):
-                    made = Window(limits.requests, limits.request_seconds)
+                    window = Window(limits.requests, limits.request_seconds)
                 case (_, "files"):
-                    made = Window(limits.files, limits.request_seconds)
+                    window = Window(limits.files, limits.request_seconds)
                 case (_, "commits"):
-                    made = Window(limits.commits, limits.commit_seconds)
+                    window = Window(limits.commits, limits.commit_seconds)
                 case _:
-                    made = Window(limits.commits_to_a_repository, limits.commit_seconds)
-            self._windows[key] = made
+                    window = Window(limits.commits_to_a_repository, limits.commit_seconds)
+            self._windows[key] = window
         return self._windows[key]
 
 
@@ -94,7 +94,7 @@ def _keys(hub: str, commit_to: str | None, file: bool) -> list[tuple[str, ...]]:
 
 
 class LocalPace:
-    """The pace of one process; behind an actor it is that of a whole run."""
+    """The pace of one process; served by an actor, that of a whole run."""
 
     def __init__(self, limits: HubLimits | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._counters = Counters(limits or HubLimits())
@@ -102,11 +102,11 @@ class LocalPace:
         self._lock = threading.Lock()
 
     def ask(self, hub: str, commit_to: str | None, file: bool = False) -> float:
-        """As ``Pace`` says."""
+        """See ``Pace``."""
         with self._lock:
             return self._counters.ask(hub, commit_to, self._clock(), file)
 
     def pause(self, hub: str, seconds: float) -> None:
-        """As ``Pace`` says."""
+        """See ``Pace``."""
         with self._lock:
             self._counters.pause(hub, self._clock() + min(seconds, LONGEST_PAUSE_SECONDS))

@@ -1,4 +1,4 @@
-"""Patience with a Hub: every call ends, is repeated while that may help, and all of them share one deadline."""
+"""Retries calls to a Hub: every call has a timeout, and all of them share one deadline."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ T = TypeVar("T")
 
 PUBLISH_SECONDS = 1800.0
 CALL_SECONDS = 300.0
-# What a line is trusted to carry; a slower one counts as stalled.
+# Minimum expected throughput in bytes per second; a slower transfer counts as stalled.
 BYTES_PER_SECOND = 256 * 1024
 LONGEST_BACKOFF_SECONDS = 30.0
 LONGEST_WAIT_SECONDS = 300.0
 
 
 def transfer_seconds(size: int) -> float:
-    """How long so many bytes may take."""
+    """Maximum duration in seconds of a transfer of ``size`` bytes."""
     return size / BYTES_PER_SECOND
 
 
 class Patience:
-    """Repeats calls that fail for want of an answer, for ``seconds`` in all."""
+    """Retries calls that get no answer, until a common deadline after ``seconds``."""
 
     def __init__(
         self,
@@ -46,10 +46,10 @@ class Patience:
         self._deadline = clock() + seconds
 
     def call(self, thing: str, action: Callable[[], T], extra_seconds: float = 0.0) -> T:
-        """The action's result, however often it takes.
+        """Run the action, with retries, and return its result.
 
         Raises:
-            HubUnavailable: the last failure, once the deadline is too near for another attempt.
+            HubUnavailable: the last failure, if the deadline leaves no time for another attempt.
         """
         failures = 0
         while True:
@@ -60,10 +60,10 @@ class Patience:
                 self.wait(error, failures)
 
     def once(self, thing: str, action: Callable[[], T], extra_seconds: float = 0.0) -> T:
-        """The action's result, or HubUnavailable if it doesn't end in time.
+        """Run the action once and return its result; HubUnavailable after the timeout.
 
-        The client's own deadline is for one read: an answer that trickles, and a wait of hours that the Hub asks the
-        client for, would go on beside it. An action that is given up on ends by itself, or with the process.
+        The client's own timeout covers a single read: it bounds neither a trickling answer, nor an hours-long wait that
+        the Hub requests. A timed-out action ends by itself, or with the process.
         """
         seconds = min(self._call_seconds + extra_seconds, max(self._deadline - self._clock(), 0.0))
         answers: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
@@ -84,25 +84,25 @@ class Patience:
         return result  # type: ignore[return-value]  # None only where T has it
 
     def wait(self, error: HubUnavailable, failures: int) -> None:
-        """Wait after so many failures: doubling, with jitter, and what the Hub asks for up to a bound.
+        """Sleep before the next attempt: exponential backoff with jitter, at least the Hub's requested wait (bounded).
 
         Raises:
-            HubUnavailable: that error, if there is no time left for another attempt.
+            HubUnavailable: the given error, if the deadline leaves no time for another attempt.
         """
         if isinstance(error.__cause__, HubUnavailable):
-            raise error  # given up on already
+            raise error  # already retried
         backoff = min(2.0 ** (failures - 1), LONGEST_BACKOFF_SECONDS) * (0.5 + 0.5 * self._jitter())
         wait = max(backoff, min(error.retry_after or 0.0, LONGEST_WAIT_SECONDS))
         if self._clock() + wait >= self._deadline:
-            given_up = f"{error}; given up after {failures} attempts, for {self._seconds:.0f} s in all are over"
-            raise HubUnavailable(given_up, error.retry_after) from error
+            message = f"{error}; given up after {failures} attempts, for {self._seconds:.0f} s in all are over"
+            raise HubUnavailable(message, error.retry_after) from error
         self._sleep(wait)
 
 
 def insist(action: Callable[[], T], attempts: int = 3, sleep: Callable[[float], None] = time.sleep) -> T:
-    """The result of a short request, which is repeated while a Hub doesn't answer or asks to wait.
+    """Run a short request, with retries while the Hub doesn't answer or asks to wait, and return its result.
 
-    Waits double from one second; what the Hub asks for counts, up to ``LONGEST_WAIT_SECONDS``.
+    Waits double from one second, or follow the Hub's request, up to ``LONGEST_WAIT_SECONDS``.
 
     Raises:
         HubUnavailable: the last failure.

@@ -1,9 +1,9 @@
-"""Shared storage: what lies between two stages, for the node that goes on when the one that made it is lost.
+"""Shared storage: keeps artifacts between two stages, so that another node can continue after the maker is lost.
 
-    ROOT/artifacts/<recipe>-<fingerprint>/...        as in the workspace, with what stands beside it there
+    ROOT/artifacts/<recipe>-<fingerprint>/...        as in the workspace, with the files beside it there
                   /.../quantmill-kept.json           all of its files with their sha256; written last
 
-A copy is taken back only if every byte is the one that was kept: what a dead worker left half-written counts as absent.
+A copy is restored only if every file's sha256 matches: partial copies of a dead worker count as absent.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from workers.spec.workspace import MANIFEST, folds_folder, layout_path, record_p
 from workers.transfer.filesystems import FileSystem
 
 KEPT = "quantmill-kept.json"
-# Of an artifact's copy: its own files, and what stands beside it in the workspace.
+# Subfolders of an artifact's copy: its own files, and the files beside it in the workspace.
 OWN, BESIDE = "artifact", "beside"
 
 
@@ -36,10 +36,10 @@ class StorageManifest(Frozen):
 
 
 class Storage:
-    """The root that ``storage`` of a zoo names.
+    """The root folder set by ``storage`` in a zoo.
 
     Raises:
-        ZooError: no such file system, or its package isn't installed.
+        ZooError: the file system is unknown, or its package isn't installed.
     """
 
     def __init__(self, url: str) -> None:
@@ -47,83 +47,83 @@ class Storage:
         self._files = FileSystem(url, "storage")
 
     def check(self) -> None:
-        """Whether this user may write there, as far as it can be told without writing.
+        """Check that this user may write to the root, as far as possible without writing.
 
         Raises:
-            HubRefused: not.
+            HubRefused: the root isn't writable.
         """
         self._files.check()
 
-    def keep(self, place: Path) -> None:
-        """Copy the artifact in a folder there; only what isn't there yet.
+    def keep(self, folder: Path) -> None:
+        """Copy the artifact in a folder to the storage; files already there are skipped.
 
         Raises:
             HubRefused: this user may not write there.
             HubUnavailable: the file system failed, or is full.
         """
-        with self._failing(place):
-            folder, before = _name(place), self._kept(place)
-            there = before.files if before else {}
+        with self._failing(folder):
+            copy_folder, before = _name(folder), self._stored_manifest(folder)
+            stored_files = before.files if before else {}
             files = {}
-            for path, source in _files(place):
+            for path, source in _files(folder):
                 entry = FileEntry(sha256=file_sha256(source), size=source.stat().st_size)
-                if there.get(path) != entry:
-                    copied = self._files.copy(source, f"{folder}/{path}")
+                if stored_files.get(path) != entry:
+                    copied = self._files.copy(source, f"{copy_folder}/{path}")
                     entry = entry.model_copy(update={"sha256": copied})
                 files[path] = entry
             self._files.replace(
-                f"{folder}/{KEPT}", StorageManifest(files=files).model_dump_json(indent=1).encode() + b"\n"
+                f"{copy_folder}/{KEPT}", StorageManifest(files=files).model_dump_json(indent=1).encode() + b"\n"
             )
 
-    def restore(self, place: Path) -> bool:
-        """Put the copy of an artifact into its folder, if there's a whole one; whether there was.
+    def restore(self, folder: Path) -> bool:
+        """Restore an artifact's complete copy into its folder; return whether there was one.
 
         Raises:
             HubRefused: this user may not read there.
             HubUnavailable: the file system failed.
         """
-        partial = place.with_name(f".{place.name}.partial")
+        partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            with self._failing(place):
-                kept = self._kept(place)
-                whole = kept is not None and all(
-                    self._take(f"{_name(place)}/{path}", partial / path, entry) for path, entry in kept.files.items()
+            with self._failing(folder):
+                stored = self._stored_manifest(folder)
+                whole = stored is not None and all(
+                    self._take(f"{_name(folder)}/{path}", partial / path, entry) for path, entry in stored.files.items()
                 )
             if not whole:
                 return False
             for path in (partial / BESIDE).glob("*"):
-                target = place.parent / path.name
+                target = folder.parent / path.name
                 shutil.rmtree(target, ignore_errors=True)
                 path.rename(target)
-            shutil.rmtree(place, ignore_errors=True)
-            (partial / OWN).rename(place)
+            shutil.rmtree(folder, ignore_errors=True)
+            (partial / OWN).rename(folder)
             return True
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def manifest(self, place: Path) -> bytes | None:
-        """The manifest of an artifact's copy, if it has been verified."""
-        with self._failing(place):
-            kept = self._kept(place)
-            return self._files.read(f"{_name(place)}/{OWN}/{MANIFEST}") if kept else None
+    def manifest(self, folder: Path) -> bytes | None:
+        """The manifest of an artifact's copy, if the artifact has been verified."""
+        with self._failing(folder):
+            stored = self._stored_manifest(folder)
+            return self._files.read(f"{_name(folder)}/{OWN}/{MANIFEST}") if stored else None
 
-    def remove(self, place: Path) -> None:
+    def remove(self, folder: Path) -> None:
         """Remove the copy of an artifact, if there is one."""
-        with self._failing(place):
-            if self._kept(place) is not None:
-                self._files.remove(_name(place), first=KEPT)
+        with self._failing(folder):
+            if self._stored_manifest(folder) is not None:
+                self._files.remove(_name(folder), first=KEPT)
 
-    def _kept(self, place: Path) -> StorageManifest | None:
-        text = self._files.read(f"{_name(place)}/{KEPT}")
+    def _stored_manifest(self, folder: Path) -> StorageManifest | None:
+        text = self._files.read(f"{_name(folder)}/{KEPT}")
         try:
-            kept = StorageManifest.model_validate_json(text) if text is not None else None
+            stored = StorageManifest.model_validate_json(text) if text is not None else None
         except ValidationError:
-            return None  # another version's
-        parts = [PurePosixPath(path).parts for path in kept.files] if kept else []
-        return kept if all(first in (OWN, BESIDE) and ".." not in rest for first, *rest in parts) else None
+            return None  # written by another version
+        parts = [PurePosixPath(path).parts for path in stored.files] if stored else []
+        return stored if all(first in (OWN, BESIDE) and ".." not in rest for first, *rest in parts) else None
 
-    def _take(self, path: str, target: Path, meant: FileEntry) -> bool:
+    def _take(self, path: str, target: Path, entry: FileEntry) -> bool:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with target.open("wb") as sink:
@@ -134,30 +134,30 @@ class Storage:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskFull(f"no space left for {target} ({error}); free some, or choose another --out") from error
             raise
-        return target.stat().st_size == meant.size and file_sha256(target) == meant.sha256
+        return target.stat().st_size == entry.size and file_sha256(target) == entry.sha256
 
     @contextmanager
-    def _failing(self, place: Path) -> Iterator[None]:
+    def _failing(self, folder: Path) -> Iterator[None]:
         try:
             yield
         except DiskFull:
-            raise  # this node's own
+            raise  # this node's disk, not the storage
         except PermissionError as error:
             raise HubRefused(f"storage {self._url!r}: {error}; let this user write there") from error
         except OSError as error:
-            raise HubUnavailable(f"storage {self._url!r}, {place.name}: {type(error).__name__}: {error}") from error
+            raise HubUnavailable(f"storage {self._url!r}, {folder.name}: {type(error).__name__}: {error}") from error
 
 
-def _name(place: Path) -> str:
-    return f"artifacts/{place.name}"
+def _name(folder: Path) -> str:
+    return f"artifacts/{folder.name}"
 
 
-def _files(place: Path) -> Iterator[tuple[str, Path]]:
-    """What is kept of an artifact, by its path in the copy."""
-    for root, name in ((place, OWN), (folds_folder(place), f"{BESIDE}/{folds_folder(place).name}")):
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Files of an artifact to copy, with their paths in the copy."""
+    for root, name in ((folder, OWN), (folds_folder(folder), f"{BESIDE}/{folds_folder(folder).name}")):
         for path in sorted(root.rglob("*")):
             if path.is_file() and not path.name.startswith("."):
                 yield f"{name}/{path.relative_to(root)}", path
-    for path in (layout_path(place), record_path(place)):
+    for path in (layout_path(folder), record_path(folder)):
         if path.is_file():
             yield f"{BESIDE}/{path.name}", path

@@ -1,9 +1,9 @@
-"""Publish into a folder of any file system that fsspec knows, so that a reader of ``main.json`` sees whole states only.
+"""Publishes into a folder of any fsspec file system; a reader of ``main.json`` sees only complete revisions.
 
     ROOT/<namespace>/<name>/quantmill-<fingerprint>/    a revision: all files, its manifest written last; never changed
-                           /main.json                   which revision is the current one, and those of each day
+                           /main.json                   the current revision, and those of each day
 
-A revision's folder that holds other bytes is left alone: the new one gets the next free name (.2, .3, ...).
+A revision folder with other bytes isn't touched: the new revision gets the next free name (.2, .3, ...).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from workers.errors import HubRefused, HubUnavailable, ZooError
 from workers.spec.base import Frozen
 from workers.spec.job import Destination, Manifest
 from workers.spec.workspace import MANIFEST
-from workers.transfer.artifact import Artifact, Recorded, recorded
+from workers.transfer.artifact import Artifact, PublishedFiles, published_files
 from workers.transfer.filesystems import FileSystem
 from workers.transfer.pace import Pace
 from workers.transfer.revisions import day_tag, newest, tag_name
@@ -30,7 +30,7 @@ REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 class Main(Frozen):
-    """``main.json``: replaced as a whole, and last of all."""
+    """``main.json``: replaced atomically, and last of all."""
 
     schema_version: int = 1
     revision: str
@@ -40,7 +40,7 @@ class Main(Frozen):
 
 
 class FolderChange(Frozen):
-    """What a publish has to do yet, in this order."""
+    """The remaining actions of a publish, in this order."""
 
     revision: str
     add: tuple[str, ...]
@@ -49,28 +49,28 @@ class FolderChange(Frozen):
 
 
 class FolderStore:
-    """The root that ``publish.endpoint`` names.
+    """The root folder set by ``publish.endpoint``.
 
     Raises:
-        ZooError: no such file system, or its package isn't installed.
+        ZooError: the file system is unknown, or its package isn't installed.
     """
 
     def __init__(self, url: str) -> None:
         self._files = FileSystem(url, "publish.endpoint")
 
     def check(self) -> None:
-        """Whether this user may write there, as far as it can be told without writing.
+        """Check that this user may write to the root, as far as possible without writing.
 
         Raises:
-            HubRefused: not.
+            HubRefused: the root isn't writable.
         """
         self._files.check()
 
     def current(self, repo_id: str) -> Main | None:
-        """What ``main.json`` says; None if nothing is published there.
+        """The content of ``main.json``; None if nothing is published there.
 
         Raises:
-            HubRefused: a file of that name that isn't quantmill's.
+            HubRefused: the file isn't quantmill's.
         """
         path = f"{repo_id}/{MAIN}"
         text = self._files.read(path)
@@ -85,46 +85,47 @@ class FolderStore:
             ) from error
 
     def manifest(self, repo_id: str, revision: str) -> bytes | None:
-        """The manifest of a revision, if the revision is whole."""
+        """The manifest of a revision, if the revision is complete."""
         text = self._files.read(f"{repo_id}/{revision}/{MANIFEST}")
-        meant = recorded(text) if text is not None else None
-        return text if meant is not None and not self._odd(repo_id, revision, meant) else None
+        contents = published_files(text) if text is not None else None
+        return text if contents is not None and not self._differing(repo_id, revision, contents) else None
 
     def decide(self, repo_id: str, artifact: Artifact, to: Destination, today: date) -> FolderChange:
-        """What there's to do.
+        """The remaining actions to publish an artifact.
 
         Raises:
-            HubRefused: somebody else changed what is there, and ``to`` doesn't force.
+            ZooError: ``repo_id`` isn't a valid folder name.
+            HubRefused: someone else changed the folder, and ``to`` doesn't force.
         """
         if not REPO_ID.fullmatch(repo_id) or ".." in repo_id:
             raise ZooError(f"publish: {repo_id!r} is no name of a folder there; expected namespace/name")
         main = self._checked(repo_id, to.force)
-        revision, add = self._place(repo_id, artifact)
+        revision, add = self._revision_folder(repo_id, artifact)
         days = dict(main.days) if main else {}
         if revision not in days.values():
             days[day_tag(days, today)] = revision
-        kept = newest(days, revision)[: to.keep]
+        retained = newest(days, revision)[: to.keep]
         wanted = Main(
             revision=revision,
             fingerprint=artifact.manifest.fingerprint,
             manifest_sha256=artifact.sha256[MANIFEST],
-            days={name: at for name, at in days.items() if at in kept},
+            days={name: at for name, at in days.items() if at in retained},
         )
         revisions = (name for name in self._files.names(repo_id) if name.startswith("quantmill-"))
-        gone = [name for name in revisions if name not in kept and self.manifest(repo_id, name) is not None]
+        stale = [name for name in revisions if name not in retained and self.manifest(repo_id, name) is not None]
         return FolderChange(
             revision=revision,
             add=tuple(add),
             main=wanted if wanted != main else None,
-            stale=tuple(gone) if to.keep else (),
+            stale=tuple(stale) if to.keep else (),
         )
 
     def publish(self, repo_id: str, artifact: Artifact, to: Destination, today: date) -> str:
-        """Make ``main.json`` name a revision that is the artifact; return its name.
+        """Make the artifact the current revision in ``main.json``; return the revision's name.
 
         Raises:
-            CheckpointError: a file isn't what was verified.
-            HubRefused: as ``decide`` says.
+            CheckpointError: a file changed since it was verified.
+            HubRefused: see ``decide``.
             HubUnavailable: the file system failed.
         """
         try:
@@ -145,7 +146,7 @@ class FolderStore:
         return change.revision
 
     def _checked(self, repo_id: str, force: bool) -> Main | None:
-        """The current state, after a look at whether it's still quantmill's."""
+        """The current state, after checking that only quantmill changed it."""
         try:
             main = self.current(repo_id)
         except HubRefused:
@@ -164,19 +165,19 @@ class FolderStore:
             return None
         text = self._files.read(f"{repo_id}/{main.revision}/{MANIFEST}")
         if text is None or hashlib.sha256(text).hexdigest() != main.manifest_sha256:
-            odd = [MANIFEST]
+            differing = [MANIFEST]
         else:
-            meant = recorded(text)
-            odd = self._odd(repo_id, main.revision, meant) if meant else [MANIFEST]
-        if odd:
+            contents = published_files(text)
+            differing = self._differing(repo_id, main.revision, contents) if contents else [MANIFEST]
+        if differing:
             raise HubRefused(
-                f"publish {repo_id}: somebody else changed {odd[:5]} in {main.revision} since quantmill published it; "
-                "keep the changes elsewhere and undo them, or use --force (publish.force)"
+                f"publish {repo_id}: somebody else changed {differing[:5]} in {main.revision} since quantmill "
+                "published it; keep the changes elsewhere and undo them, or use --force (publish.force)"
             )
         return main
 
-    def _place(self, repo_id: str, artifact: Artifact) -> tuple[str, list[str]]:
-        """The revision's folder, and which files it lacks: the manifest is the last of them."""
+    def _revision_folder(self, repo_id: str, artifact: Artifact) -> tuple[str, list[str]]:
+        """The revision's folder, and the files that it lacks, the manifest last."""
         name, number = tag_name(artifact.manifest.fingerprint), 1
         revision = name
         while (missing := self._missing(repo_id, revision, artifact)) is None:
@@ -186,29 +187,29 @@ class FolderStore:
 
     def _missing(self, repo_id: str, revision: str, artifact: Artifact) -> list[str] | None:
         """The artifact's files that a folder lacks; None if it holds anything else."""
-        there = self._files.sizes(f"{repo_id}/{revision}")
-        if not set(there) <= set(artifact.sizes) or any(size != artifact.sizes[path] for path, size in there.items()):
+        sizes = self._files.sizes(f"{repo_id}/{revision}")
+        if not set(sizes) <= set(artifact.sizes) or any(size != artifact.sizes[path] for path, size in sizes.items()):
             return None
-        if MANIFEST in there:  # written last: then sizes and the manifest's bytes tell
-            whole = len(there) == len(artifact.sizes)
+        if MANIFEST in sizes:  # written last: comparing sizes and the manifest's bytes is enough
+            whole = len(sizes) == len(artifact.sizes)
             return (
                 []
                 if whole and self._files.sha256(f"{repo_id}/{revision}/{MANIFEST}") == artifact.sha256[MANIFEST]
                 else None
             )
-        if any(self._files.sha256(f"{repo_id}/{revision}/{path}") != artifact.sha256[path] for path in there):
+        if any(self._files.sha256(f"{repo_id}/{revision}/{path}") != artifact.sha256[path] for path in sizes):
             return None
-        return [*sorted(set(artifact.sizes) - set(there) - {MANIFEST}), MANIFEST]
+        return [*sorted(set(artifact.sizes) - set(sizes) - {MANIFEST}), MANIFEST]
 
-    def _odd(self, repo_id: str, revision: str, meant: Recorded) -> list[str]:
-        """Files whose presence or size isn't what the manifest says."""
-        there = self._files.sizes(f"{repo_id}/{revision}")
-        there.pop(MANIFEST, None)
-        wanted = {path: entry.size for path, entry in meant.files.items()}
-        return sorted(path for path in {*there, *wanted} if there.get(path) != wanted.get(path))
+    def _differing(self, repo_id: str, revision: str, contents: PublishedFiles) -> list[str]:
+        """Files whose presence or size differs from the manifest."""
+        sizes = self._files.sizes(f"{repo_id}/{revision}")
+        sizes.pop(MANIFEST, None)
+        wanted = {path: entry.size for path, entry in contents.files.items()}
+        return sorted(path for path in {*sizes, *wanted} if sizes.get(path) != wanted.get(path))
 
     def _remove(self, repo_id: str, revision: str) -> None:
-        """Delete a revision that is quantmill's alone; one in which somebody put or changed something stays."""
+        """Delete a revision, unless someone else added or changed files in it."""
         if self.manifest(repo_id, revision) is not None:
             self._files.remove(f"{repo_id}/{revision}", first=MANIFEST)
 
@@ -222,21 +223,21 @@ def takes(endpoint: str) -> bool:
 
 
 def check(endpoint: str, namespace: str | None) -> None:
-    """Whether this user may write there.
+    """Check that this user may write to the folder.
 
     Raises:
-        HubRefused: not.
+        HubRefused: the folder isn't writable.
     """
     FolderStore(endpoint).check()
 
 
 def publish(to: Destination, repo_id: str, artifact: Artifact, pace: Pace | None, today: Callable[[], date]) -> str:
-    """Make ``main.json`` name the artifact; return its revision. Errors as of ``FolderStore.publish``."""
+    """Make the artifact current in ``main.json``; return its revision. Raises as ``FolderStore.publish``."""
     return FolderStore(to.endpoint).publish(repo_id, artifact, to, today())
 
 
 def preview(to: Destination, repo_id: str, artifact: Artifact, today: date) -> list[str]:
-    """What ``publish`` would do now, one action a line."""
+    """The actions that ``publish`` would take now, one per line."""
     change = FolderStore(to.endpoint).decide(repo_id, artifact, to, today)
     new_days = change.main.days if change.main else {}
     return [
@@ -248,11 +249,11 @@ def preview(to: Destination, repo_id: str, artifact: Artifact, today: date) -> l
 
 
 def standing(endpoint: str, repo_id: str, fingerprint: str) -> tuple[Manifest, str] | None:
-    """The manifest and the revision of the current artifact, if it has that fingerprint and is whole."""
+    """Manifest and revision of the current artifact, if it has that fingerprint and is complete."""
     store = FolderStore(endpoint)
     try:
         main = store.current(repo_id)
         text = store.manifest(repo_id, main.revision) if main and main.fingerprint == fingerprint else None
         return (Manifest.model_validate_json(text), main.revision) if main and text is not None else None
     except (HubRefused, ValidationError):
-        return None  # somebody else's, or another version's: the publish itself says so
+        return None  # someone else's, or another version's: ``publish`` reports the error

@@ -1,6 +1,6 @@
-"""Publish an artifact to a Hub: look, decide, act, until nothing is left to do. One commit, then its tags.
+"""Publishes an artifact to a Hub: look, decide, act, until nothing is left to do. One commit, then its tags.
 
-``decide`` is pure. A publish that died anywhere, or whose answers were lost, is taken up by looking again.
+``decide`` is pure. A publish that was interrupted at any point, or whose answers were lost, resumes by looking again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from workers.errors import HubRefused, HubUnavailable, ModelNotFound
 from workers.spec.job import Destination, Manifest
 from workers.spec.workspace import MANIFEST
 from workers.transfer import hub
-from workers.transfer.artifact import Artifact, Recorded, recorded
+from workers.transfer.artifact import Artifact, PublishedFiles, published_files
 from workers.transfer.hub import hub_errors, read_file
 from workers.transfer.pace import Pace
 from workers.transfer.patience import PUBLISH_SECONDS, Patience, transfer_seconds
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Written by the Hub itself into every new repository.
+# Files that the Hub itself writes into every new repository.
 HUB_OWN_FILES = frozenset({".gitattributes"})
 CARD = "README.md"
-# Sent as the bytes that were checked; what is larger is LFS everywhere, and the Hub checks it by its sha256.
+# Size in bytes up to which a file is sent as the bytes that were checked; larger ones are LFS, checked by sha256.
 SENT_FROM_MEMORY = 10 << 20
 NEW = "the new commit"
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository as it stands: path -> sha256 (LFS) or git blob sha1 at its head, tag -> commit."""
+    """State of a repository: path -> sha256 (LFS) or git blob sha1 at its head, tag -> commit."""
 
     exists: bool
     head: str = ""
@@ -49,7 +49,7 @@ class Repository:
 
 @dataclass(frozen=True)
 class HubChange:
-    """What a publish has to do yet, in this order."""
+    """The remaining actions of a publish, in this order."""
 
     create: bool = False
     gate: bool = False
@@ -61,15 +61,15 @@ class HubChange:
 
     @property
     def commits(self) -> bool:
-        """Whether there is something to commit."""
+        """Whether there is anything to commit."""
         return bool(self.add or self.delete)
 
 
 def decide(repo_id: str, repo: Repository, artifact: Artifact, to: Destination, today: date) -> HubChange:
-    """What makes the repository show the artifact, and keep the revisions that it should.
+    """The actions that make the repository show the artifact, and retain the revisions that it should.
 
     Raises:
-        HubRefused: somebody else changed it, and ``to`` doesn't force.
+        HubRefused: someone else changed the repository, and ``to`` doesn't force.
     """
     if repo.changed and not to.force:
         raise HubRefused(_changed_by_others(repo_id, repo))
@@ -78,13 +78,13 @@ def decide(repo_id: str, repo: Repository, artifact: Artifact, to: Destination, 
     delete = tuple(sorted(set(tree) - set(artifact.sha256) - HUB_OWN_FILES))
     target = NEW if add or delete else repo.head
     identity = tag_name(artifact.manifest.fingerprint)
-    # Before the commit: a tag of identity that isn't at the head then always means that somebody else committed.
+    # Deleted before the commit, so that an identity tag off the head always means that someone else committed.
     moved = (identity,) if tags.get(identity, target) != target else ()
     wanted = []
     if not any(OF_A_DAY.fullmatch(name) and at == target for name, at in tags.items()):
         wanted.append(day_tag(tags, today))
     if tags.get(identity) != target:
-        wanted.append(identity)  # last: with it, the artifact counts as published
+        wanted.append(identity)  # last: with this tag, the artifact counts as published
     after = {**tags, **dict.fromkeys(wanted, target)}
     return HubChange(
         create=not repo.exists,
@@ -122,24 +122,24 @@ def publish(
 ) -> str:
     """Make ``main`` show the artifact by one commit and its tags; return that commit.
 
-    Idempotent: the same artifact makes no second commit, also when an answer was lost or a publisher died.
+    Idempotent: the same artifact makes no second commit, even if an answer was lost or a publisher died.
 
     Raises:
-        CheckpointError: a file isn't what was verified.
-        HubRefused: a repository that somebody else changed, a card that the Hub refuses, a token that may not write.
-        HubUnavailable: worth trying again.
+        CheckpointError: a file changed since it was verified.
+        HubRefused: someone else changed the repository, the Hub refuses the card, or the token may not write.
+        HubUnavailable: try again later.
     """
     patience = patience or Patience(PUBLISH_SECONDS + transfer_seconds(artifact.size))
     return _Publisher(api, repo_id, artifact, to, patience).run(today)
 
 
 def preview(api: HfApi, repo_id: str, artifact: Artifact, to: Destination, today: date) -> HubChange:
-    """What ``publish`` would do now; writes nothing."""
+    """The actions that ``publish`` would take now; writes nothing."""
     return decide(repo_id, _Publisher(api, repo_id, artifact, to, Patience(300.0)).look(), artifact, to, today)
 
 
 class _Publisher:
-    """One publish: the calls, each with patience, and what is known of commits that can't change any more."""
+    """One publish: its calls with retries, and a cache of the trees of commits, which can't change."""
 
     def __init__(self, api: HfApi, repo_id: str, artifact: Artifact, to: Destination, patience: Patience) -> None:
         self._api = api
@@ -151,14 +151,14 @@ class _Publisher:
         self._committed: str | None = None
 
     def run(self, today: Callable[[], date]) -> str:
-        """Look and act until nothing is left; a failure in between is waited for and looked at anew."""
+        """Look and act until nothing is left; after a failure, wait and look again."""
         done, failures = 0, 0
         while True:
             repo = self.look()
             change = decide(self._repo_id, repo, self._artifact, self._to, today())
             if change == HubChange():
                 return repo.head
-            if done > 1:  # made, and filled: now only a Hub whose answers lag behind shows something to do
+            if done > 1:  # created and filled: a remaining change means that the Hub's answers lag behind
                 failures += 1
                 unseen = HubUnavailable(f"publish {self._repo_id}: the Hub doesn't show yet what was done")
                 self._patience.wait(unseen, failures)
@@ -178,7 +178,7 @@ class _Publisher:
                 self._patience.wait(error, failures)
 
     def look(self) -> Repository:
-        """The repository as it stands."""
+        """The current state of the repository."""
         try:
             refs = self._call("list the revisions of", lambda: self._api.list_repo_refs(self._repo_id))
         except ModelNotFound:
@@ -193,36 +193,40 @@ class _Publisher:
             )
         tags = {str(ref.name): str(ref.target_commit) for ref in refs.tags}
         tree = self._tree(head)
-        changed = () if self._holds(tree) else self._changed(head, tree, tags)
+        changed = () if self._is_published(tree) else self._changed(head, tree, tags)
         return Repository(exists=True, head=head, tree=tree, tags=tags, gated=gated, changed=changed)
 
-    def _holds(self, tree: Mapping[str, str]) -> bool:
+    def _is_published(self, tree: Mapping[str, str]) -> bool:
         files = {path: identity for path, identity in tree.items() if path not in HUB_OWN_FILES}
         return set(files) == set(self._artifact.sha256) and all(self._artifact.is_at(*file) for file in files.items())
 
     def _changed(self, head: str, tree: Mapping[str, str], tags: Mapping[str, str]) -> tuple[str, ...]:
-        """Files on ``main`` that aren't what quantmill published there last."""
+        """Files on ``main`` that differ from quantmill's last publish there."""
         files = {path: identity for path, identity in tree.items() if path not in HUB_OWN_FILES}
         if MANIFEST not in files:
             return tuple(sorted(files))
-        there = self._read(MANIFEST, head)
-        meant = recorded(there) if there is not None else None
-        if meant is None:
+        manifest_text = self._read(MANIFEST, head)
+        contents = published_files(manifest_text) if manifest_text is not None else None
+        if contents is None:
             return (MANIFEST,)
-        published = tags.get(tag_name(meant.fingerprint))
+        published = tags.get(tag_name(contents.fingerprint))
         if published == head:
             return ()
-        if published is None:  # a publish that died between commit and tag
+        if published is None:  # a publish that was interrupted between commit and tag
             return tuple(
-                sorted(path for path in {*files, *meant.files} - {MANIFEST} if self._differs(path, head, files, meant))
+                sorted(
+                    path
+                    for path in {*files, *contents.files} - {MANIFEST}
+                    if self._differs(path, head, files, contents)
+                )
             )
         before = self._tree(published)
         return tuple(sorted(p for p in {*files, *before} - HUB_OWN_FILES if files.get(p) != before.get(p)))
 
-    def _differs(self, path: str, head: str, files: Mapping[str, str], meant: Recorded) -> bool:
-        if path not in files or path not in meant.files:
+    def _differs(self, path: str, head: str, files: Mapping[str, str], contents: PublishedFiles) -> bool:
+        if path not in files or path not in contents.files:
             return True
-        sha256 = meant.files[path].sha256
+        sha256 = contents.files[path].sha256
         if len(files[path]) == len(sha256):
             return files[path] != sha256
         content = self._read(path, head)
@@ -232,7 +236,7 @@ class _Publisher:
         self._call("create", lambda: self._api.create_repo(self._repo_id, private=self._to.private, exist_ok=True))
 
     def _act(self, change: HubChange, head: str) -> None:
-        """Do it; raises HubUnavailable where only another look tells how far it went."""
+        """Apply the change; raises HubUnavailable if only another look can tell how far it got."""
         api, repo_id = self._api, self._repo_id
         if change.gate:
             gated = self._to.gated
@@ -246,7 +250,7 @@ class _Publisher:
             self._delete_tag(tag)
 
     def _commit(self, change: HubChange, head: str) -> str:
-        """One commit on top of ``head``, and of nothing else."""
+        """Make one commit with ``head`` as its parent, or fail."""
         from huggingface_hub import CommitOperationDelete
 
         if CARD in change.add:
@@ -261,12 +265,12 @@ class _Publisher:
                 info = self._api.create_commit(self._repo_id, operations, commit_message=title, parent_commit=head)
                 return str(info.oid)
 
-        # Once: a lost answer and a head that moved are told apart by looking, not by sending it again.
+        # No retry: looking again tells a lost answer from a moved head.
         self._committed = self._patience.once(f"commit to {self._repo_id}", commit)
         return self._committed
 
     def _upload(self, change: HubChange) -> list[CommitOperationAdd]:
-        """Upload what goes to LFS; the operations are new each time, for they remember what the Hub said before."""
+        """Upload the LFS files; the operations are created for each attempt, since they cache the Hub's answers."""
         from huggingface_hub import CommitOperationAdd
 
         additions = []
@@ -279,9 +283,9 @@ class _Publisher:
         return additions
 
     def _check_card(self) -> None:
-        """Let the Hub check the card's metadata before anything is uploaded; one without that service is not asked.
+        """Let the Hub check the card's metadata before the upload; a Hub without that service is skipped.
 
-        ``ModelCard.validate`` would ask the Hub of HF_ENDPOINT, whatever the destination is.
+        ``ModelCard.validate`` isn't used: it asks the Hub of HF_ENDPOINT, whatever the destination.
         """
         from huggingface_hub.utils._http import get_session
 
@@ -305,7 +309,7 @@ class _Publisher:
         try:
             self._call(f"delete tag {tag} of", lambda: self._api.delete_tag(self._repo_id, tag=tag))
         except ModelNotFound:
-            return  # gone: by the call whose answer was lost
+            return  # already deleted, by a call whose answer was lost
 
     def _tree(self, commit: str) -> dict[str, str]:
         from huggingface_hub.hf_api import RepoFile
@@ -320,17 +324,17 @@ class _Publisher:
         return self._trees[commit]
 
     def _read(self, path: str, commit: str) -> bytes | None:
-        found = self._call(f"read {path} of", lambda: read_file(self._api, self._repo_id, path, commit))
-        return found[0] if found else None
+        content = self._call(f"read {path} of", lambda: read_file(self._api, self._repo_id, path, commit))
+        return content[0] if content else None
 
     def _call(self, what: str, action: Callable[[], T], extra_seconds: float = 0.0) -> T:
         thing = f"{what} {self._repo_id}"
 
-        def told() -> T:
+        def translated() -> T:
             with hub_errors(thing):
                 return action()
 
-        return self._patience.call(thing, told, extra_seconds)
+        return self._patience.call(thing, translated, extra_seconds)
 
 
 # ----------------------------------------------------------------------------------- as a destination
@@ -342,12 +346,12 @@ def takes(endpoint: str) -> bool:
 
 
 def publish_to(to: Destination, repo_id: str, artifact: Artifact, pace: Pace | None, today: Callable[[], date]) -> str:
-    """Make ``main`` show the artifact; return its commit. Errors as of ``publish``."""
+    """Make ``main`` show the artifact; return its commit. Raises as ``publish``."""
     return publish(hub.connect(to.endpoint, pace), repo_id, artifact, to, today=today)
 
 
 def preview_of(to: Destination, repo_id: str, artifact: Artifact, today: date) -> list[str]:
-    """What ``publish_to`` would do now, one action a line."""
+    """The actions that ``publish_to`` would take now, one per line."""
     todo = preview(hub.connect(to.endpoint), repo_id, artifact, to, today)
     return [
         *([f"create {repo_id} ({'private' if to.private else 'public'})"] if todo.create else []),
@@ -361,13 +365,13 @@ def preview_of(to: Destination, repo_id: str, artifact: Artifact, today: date) -
 
 
 def standing(endpoint: str, repo_id: str, fingerprint: str) -> tuple[Manifest, str] | None:
-    """The manifest and the commit of the artifact that stands, if it has that fingerprint and is whole.
+    """Manifest and commit of the current artifact, if it has that fingerprint and is complete.
 
-    It's whole with the tag that comes after the commit; what somebody changed on ``main`` later isn't in it.
+    It is complete once it has the tag that is set after the commit; later changes on ``main`` don't count.
     """
     api = hub.connect(endpoint)
-    there = hub.read_manifest(api, repo_id)
-    if there is None or there[0].fingerprint != fingerprint:
+    current = hub.read_manifest(api, repo_id)
+    if current is None or current[0].fingerprint != fingerprint:
         return None
     tagged = hub.read_manifest(api, repo_id, tag_name(fingerprint))
     return tagged if tagged and tagged[0].fingerprint == fingerprint else None

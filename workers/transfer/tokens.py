@@ -1,4 +1,4 @@
-"""Whether a token may publish to a namespace: facts from the Hub in, findings out."""
+"""Checks whether a token may publish to a namespace."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from workers.transfer import hub
 
 
 def check_token(endpoint: str, namespace: str | None) -> None:
-    """Whether there is a token, where the Hub wants one, and whether it may write to the namespace.
+    """Check that there is a token, if the Hub needs one, and that it may write to the namespace.
 
     Raises:
-        HubRefused: no token, one that the Hub doesn't know, or one that may not write there.
+        HubRefused: there is no token, the Hub doesn't know it, or it may not write to the namespace.
         HubUnavailable: no answer.
     """
     api = hub.connect(endpoint)
@@ -38,7 +38,7 @@ def check_token(endpoint: str, namespace: str | None) -> None:
 
 
 def token_problem(who: Mapping[str, Any], namespace: str | None, *, members_only: bool) -> str | None:
-    """Why the token that ``whoami`` describes may not write to the namespace; None if nothing says so.
+    """Why the token described by ``whoami`` may not write to the namespace; None if nothing forbids it.
 
     ``members_only``: only the account itself and its organisations can be written to, as on the public Hub.
     """
@@ -54,20 +54,20 @@ def token_problem(who: Mapping[str, Any], namespace: str | None, *, members_only
             "the repositories of that namespace in its settings, or set HF_TOKEN to another"
         )
     organisations = {str(org.get("name")).lower(): org for org in who.get("orgs") or []}
-    found = organisations.get(namespace.lower())
-    if found is not None and found.get("roleInOrg") == "read":
+    organisation = organisations.get(namespace.lower())
+    if organisation is not None and organisation.get("roleInOrg") == "read":
         return (
             f"publish: {name!r} may only read in the organisation {namespace!r}; ask its admins for the role "
             "contributor or write, or change publish.namespace"
         )
-    if members_only and found is None and namespace.lower() != str(name).lower():
+    if members_only and organisation is None and namespace.lower() != str(name).lower():
         known = ", ".join(sorted([str(name), *organisations]))
         return f"publish.namespace: got {namespace!r}, but the token can write to {known} at most; name one of them"
     return None
 
 
 def _may_write(grants: Mapping[str, Any], namespace: str) -> bool:
-    """Grants name the whole namespace or single repositories of it; which of these exist yet isn't known here."""
+    """Whether grants for the whole namespace or any of its repositories include repo.write."""
     if "repo.write" in (grants.get("global") or []):
         return True
     return any(

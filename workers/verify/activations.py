@@ -1,4 +1,4 @@
-"""Inputs of quantized layers rounded as the runtime rounds them, while our own decoder computes."""
+"""Rounds the inputs of quantized layers as the runtime does, while our own decoder computes."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from workers.checkpoint.source import Source
 from workers.formats.decoded import Decoded
 from workers.model.loading import StreamedModel
 
-# Share of a layer's inputs that a static scale may clip: outliers that the calibration didn't see.
+# Maximum share of a layer's inputs that a static scale may clip: outliers that calibration didn't see.
 MOST_CLIPPED = 0.01
 
 
 @dataclass
-class Rounded:
-    """How many inputs of each module were rounded, and how many of them clipped."""
+class RoundingCounts:
+    """Number of rounded inputs per module, and how many of them were clipped."""
 
     values: dict[str, int] = field(default_factory=dict)
     clipped: dict[str, int] = field(default_factory=dict)
 
     @property
     def problems(self) -> list[str]:
-        """Modules whose inputs don't fit their scale."""
+        """Messages for modules whose static scale clips too many inputs."""
         shares = {module: self.clipped[module] / count for module, count in self.values.items()}
         return [
             f"integrity: {module}: its static scale clips {share:.1%} of inputs, expected at most {MOST_CLIPPED:.0%}"
@@ -37,19 +37,19 @@ class Rounded:
         ]
 
     def note(self, module: str, given: Tensor, rounded: Tensor) -> None:
-        """Count the values that came out smaller by more than any rounding makes them."""
+        """Count rounded values, and those that lost more magnitude than rounding can explain as clipped."""
         clipped = (given.abs() > 0.5 * rounded.abs().amax()) & (rounded.abs() < 0.9 * given.abs())
         self.values[module] = self.values.get(module, 0) + given.numel()
         self.clipped[module] = self.clipped.get(module, 0) + int(torch.count_nonzero(clipped))
 
 
 @contextmanager
-def rounded_inputs(streamed: StreamedModel, artifact: Source | Decoded) -> Iterator[Rounded]:
-    """Round the inputs of ``streamed``'s linear modules as ``artifact`` declares it, while the context lasts.
+def rounded_inputs(streamed: StreamedModel, artifact: Source | Decoded) -> Iterator[RoundingCounts]:
+    """Round the inputs of ``streamed``'s linear modules as ``artifact`` declares, while the context lasts.
 
-    Experts that transformers fuses get their inputs as they are.
+    Inputs of experts that transformers fuses aren't rounded.
     """
-    seen = Rounded()
+    counts = RoundingCounts()
     with ExitStack() as stack:
         if isinstance(artifact, Decoded):
             kind = streamed.device.partition(":")[0]
@@ -59,9 +59,9 @@ def rounded_inputs(streamed: StreamedModel, artifact: Source | Decoded) -> Itera
                 rounding = artifact.input_rounding(weight.module, kind)
                 if rounding is not None:
                     module = streamed.model.get_submodule(weight.input.parameter.rpartition(".")[0])
-                    note = partial(seen.note, weight.module)
+                    note = partial(counts.note, weight.module)
                     stack.callback(module.register_forward_pre_hook(_before(rounding, note)).remove)
-        yield seen
+        yield counts
 
 
 def _before(

@@ -1,4 +1,4 @@
-"""The model card of an artifact: what was done, what was measured, how to load it."""
+"""Renders an artifact's model card: what was done, what was measured, how to load it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from workers.spec.families import DEFAULT_LOADER
 from workers.spec.job import Dataset, Job, Order, Verdict
 from workers.spec.layers import LayerKinds
 from workers.spec.recipes import Recipe, words
@@ -26,30 +27,32 @@ def render_card(
     environment: Mapping[str, str],
     fallbacks: tuple[str, ...],
     kinds: LayerKinds,
+    loader: str = DEFAULT_LOADER,
 ) -> str:
-    """``README.md`` of an artifact; metadata that the card in the ``source`` folder has is inherited.
+    """Render ``README.md`` of an artifact; metadata of the card in the ``source`` folder is inherited.
 
-    ``kinds`` are those of the layers that were quantized: what other runtimes read depends on them.
+    ``kinds`` are the kinds of the quantized layers: other runtimes' support depends on them. ``loader`` is
+    transformers' class for the family.
     """
     metadata = card_metadata(job, order, read_metadata(source / "README.md"), verdict)
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
-    return f"---\n{front}---\n\n{_body(job, order, verdict, environment, fallbacks, kinds)}"
+    return f"---\n{front}---\n\n{_body(job, order, verdict, environment, fallbacks, kinds, loader)}"
 
 
 def read_metadata(card: Path) -> dict[str, Any]:
-    """The YAML block at the head of a card; empty if there is none."""
+    """The YAML block at the top of a card; empty if there is none."""
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     if not text.startswith("---\n") or "\n---" not in text[3:]:
         return {}
     try:
         loaded = yaml.safe_load(text[4 : text.index("\n---", 3)])
     except yaml.YAMLError:
-        return {}  # the source's card is its author's affair
+        return {}  # an invalid card of the source is no error of ours
     return loaded if isinstance(loaded, dict) else {}
 
 
 def card_metadata(job: Job, order: Order, source: Mapping[str, Any], verdict: Verdict) -> dict[str, Any]:
-    """The card's YAML metadata, in the Hub's names."""
+    """The card's YAML metadata, under the Hub's names."""
     inherited = {key: source[key] for key in INHERITED if key in source}
     theirs = inherited.pop("tags", None)
     tags = [*(theirs if isinstance(theirs, list) else []), "quantmill", order.recipe.format, order.recipe.method]
@@ -67,7 +70,7 @@ def card_metadata(job: Job, order: Order, source: Mapping[str, Any], verdict: Ve
 
 
 def _model_index(job: Job, order: Order, verdict: Verdict) -> dict[str, Any]:
-    """The evaluation results, as huggingface_hub's ``eval_results_to_model_index`` writes them."""
+    """The evaluation results, in the form of huggingface_hub's ``eval_results_to_model_index``."""
     metrics, text = verdict.metrics, job.verification.dataset
     assert metrics is not None
     values = (
@@ -86,7 +89,7 @@ def _model_index(job: Job, order: Order, verdict: Verdict) -> dict[str, Any]:
                     "type": text.path if text.revision else "text",
                     **{key: value for key, value in on_the_hub.items() if value is not None},
                 },
-                # What can't be said as a number says nothing here: the verdict has its reasons.
+                # Skip NaN/Inf: not valid in model-index; the verdict has the reasons.
                 "metrics": [
                     {"type": kind, "value": round(value, 6), "name": name}
                     for kind, name, value in values
@@ -104,6 +107,7 @@ def _body(
     environment: Mapping[str, str],
     fallbacks: tuple[str, ...],
     kinds: LayerKinds,
+    loader: str = DEFAULT_LOADER,
 ) -> str:
     name = Path(job.model.id).name
     recipe = order.recipe
@@ -115,8 +119,8 @@ def _body(
         "## Measured\n",
         _measured(verdict),
         "## Load it\n",
-        _loading(recipe, repo),
-        *_other_runtimes(recipe, repo, kinds),
+        _loading(recipe, repo, loader),
+        *_other_runtimes(recipe, repo, kinds, loader),
     ]
     if fallbacks:
         parts += ["## Deviations from the recipe\n", "".join(f"- {line}\n" for line in fallbacks)]
@@ -129,14 +133,14 @@ def _body(
     return "\n".join(parts)
 
 
-def _loading(recipe: Recipe, repo: str) -> str:
+def _loading(recipe: Recipe, repo: str, loader: str) -> str:
     """How to load it in the runtime that it was checked in."""
     runtime = checking(recipe.format)
-    return f"```\n{runtime.install(recipe.format)}\n```\n\n```python\n{runtime.snippet(repo)}```\n"
+    return f"```\n{runtime.install(recipe.format)}\n```\n\n```python\n{runtime.snippet(repo, loader)}```\n"
 
 
-def _other_runtimes(recipe: Recipe, repo: str, kinds: LayerKinds) -> Iterator[str]:
-    """What is known of the runtimes that it wasn't checked in."""
+def _other_runtimes(recipe: Recipe, repo: str, kinds: LayerKinds, loader: str) -> Iterator[str]:
+    """What is known about the runtimes that it wasn't checked in."""
     for runtime in RUNTIMES.values():
         if runtime is checking(recipe.format) or recipe.format not in runtime.rules:
             continue
@@ -146,12 +150,12 @@ def _other_runtimes(recipe: Recipe, repo: str, kinds: LayerKinds) -> Iterator[st
         else:
             yield (
                 f"Not checked in {runtime.name}; files of this scheme and format were read by {runtime.tried}:\n\n"
-                f"```\n{runtime.install(recipe.format)}\n```\n\n```python\n{runtime.snippet(repo)}```\n"
+                f"```\n{runtime.install(recipe.format)}\n```\n\n```python\n{runtime.snippet(repo, loader)}```\n"
             )
 
 
 def _made_with(job: Job, order: Order, environment: Mapping[str, str]) -> str:
-    """A zoo file that makes the same artifact, and the commands."""
+    """A zoo file that makes the same artifact, and the commands to run it."""
     zoo = yaml.safe_dump(zoo_of(job, order), sort_keys=False, allow_unicode=True)
     version = f"=={environment['quantmill']}" if "quantmill" in environment else ""
     local = "" if job.model.folder is None else " The model was a folder of that name, pinned by its content."
@@ -163,13 +167,13 @@ def _made_with(job: Job, order: Order, environment: Mapping[str, str]) -> str:
 
 
 def zoo_of(job: Job, order: Order) -> dict[str, Any]:
-    """A zoo file of this one artifact, without the paths of the machine that made it."""
+    """A zoo file of this one artifact, without the paths of this machine."""
     model = (
         {"id": Path(job.model.id).name} if job.model.folder else {"id": job.model.id, "revision": job.model.revision}
     )
     flags = {name: True for name in ("trust_remote_code", "allow_pickle") if getattr(job.model, name)}
     verify = {**_plain(job.verification), "dataset": _text(job.verification.dataset)}
-    verify.pop("data")  # what stands for the text's content: the plan's to say
+    verify.pop("data")  # digest of the text's content, computed by the plan
     zoo: dict[str, Any] = {
         "name": "again",
         "models": [{**model, **flags}],
@@ -211,15 +215,15 @@ def _measured(verdict: Verdict) -> str:
 
 
 def _continued(verdict: Verdict) -> list[str]:
-    """Greedy continuations beside the original's, which part where a token differs."""
+    """Greedy continuations next to the original's, up to the first differing token."""
     if not verdict.generations:
         return []
     lines = ["\nGreedy continuations, the original's up to the first token that differs:\n", "```"]
-    for made in verdict.generations:
-        same = f"{made.same_tokens} of {made.tokens} tokens alike"
+    for generation in verdict.generations:
+        same = f"{generation.same_tokens} of {generation.tokens} tokens alike"
         lines += [
-            f"after     {made.prompt[-80:]!r}",
-            f"this      {made.artifact!r}",
-            f"original  {made.reference!r} ({same})",
+            f"after     {generation.prompt[-80:]!r}",
+            f"this      {generation.artifact!r}",
+            f"original  {generation.reference!r} ({same})",
         ]
     return [*lines, "```"]

@@ -1,4 +1,4 @@
-"""A checkpoint beside its reference: what both predict, how the runtime sees it, what both go on with."""
+"""Compares a checkpoint with its reference: predictions, runtime logits, and greedy continuations."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from workers.verify.integrity import Findings
 from workers.verify.runtimes.ask import RuntimeAnswer, ask
 
 RUNTIME_SEQUENCES, RUNTIME_TOKENS = 2, 128
-# Held-out sequences to generate from, and tokens of each that make the prompt.
+# Number of held-out prompts to generate from, and tokens per prompt.
 PROMPTS, PROMPT_TOKENS = 4, 32
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A source model, and the text on which checkpoints of it are compared with it."""
+    """A source model, and the text on which its checkpoints are compared with it."""
 
     model: ModelPin
     source: Source
@@ -45,60 +45,60 @@ class Comparison:
 
     @classmethod
     def of_job(cls, job: Job, source: Source) -> Self:
-        """That of a job's artifacts."""
+        """The comparison of a job's artifacts."""
         return cls(job.model, source, job.verification, Path(job.workspace))
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The source's."""
+        """The source's tokenizer."""
         return load_tokenizer(self.source.folder, self.model)
 
     @cached_property
     def tokens(self) -> Tensor:
-        """The held-out text, int64 [N, T]."""
+        """The held-out tokens, int64 [N, T]."""
         return held_out_tokens(self.verification, self.tokenizer)
 
     @cached_property
     def reference(self) -> StreamedModel:
-        """The source, streamed."""
+        """The source model, streamed."""
         return self._streamed(self.source.folder, self.source)
 
     def load(self) -> None:
-        """Read the source and the text now: what is wrong with them isn't the artifact's fault.
+        """Load the source and the text first, so that their errors aren't attributed to the artifact.
 
         Raises:
-            QuantmillError: what is wrong with them.
+            QuantmillError: the source or the text can't be loaded.
         """
         _ = self.tokens, self.reference
 
     @property
     def transposed(self) -> frozenset[str]:
-        """Keys of the source's weights that are stored with their inputs first."""
+        """Keys of the source's weights that are stored as (in, out)."""
         return frozenset(weight.key for weight in self.reference.weights if weight.transposed)
 
-    def measure(self, place: Path, artifact: Source | Decoded, found: Findings) -> gates.Evidence:
-        """Fidelity, runtime and continuations of an artifact; ``found`` is what its files have told."""
-        ours = self._streamed(place, artifact)
+    def measure(self, folder: Path, artifact: Source | Decoded, findings: Findings) -> gates.Evidence:
+        """Measure an artifact's fidelity, runtime and continuations; ``findings`` are those of its files."""
+        ours = self._streamed(folder, artifact)
         with rounded_inputs(ours, artifact) as rounded:
             hidden = stream(ours, reference.micro_batches(self.tokens))
         head = LogitsHead(ours)
         metrics = self._metrics(head, hidden)
-        answer = self._ask(place)
+        answer = self._ask(folder)
         agreement, problems = self._agreement(answer, head, hidden)
         return gates.Evidence(
-            integrity=[*found.problems, *rounded.problems],
+            integrity=[*findings.problems, *rounded.problems],
             runtime_problems=problems,
             infeasible=answer.infeasible,
             metrics=metrics,
             runtime=agreement,
-            worst_layers=found.worst,
+            worst_layers=findings.worst,
             generations=self._generations(answer),
             promised_tokens=self.verification.tokens,
         )
 
-    def only_runtime(self, place: Path, integrity: list[str], infeasible: list[str]) -> gates.Evidence:
-        """What the runtime alone says of files that we can't decode."""
-        answer = self._ask(place)
+    def only_runtime(self, folder: Path, integrity: list[str], infeasible: list[str]) -> gates.Evidence:
+        """Evidence from the runtime alone, for files that we can't decode."""
+        answer = self._ask(folder)
         return gates.Evidence(
             integrity=integrity,
             runtime_problems=answer.problems,
@@ -117,23 +117,23 @@ class Comparison:
         return fidelity.compare(pairs(), self.tokens)
 
     def _reference_hidden(self) -> list[Tensor]:
-        place = reference.reference_file(self.model, self.workspace, self.tokens, self.reference.dtype)
-        if not place.exists:
-            reference.store(place, stream(self.reference, reference.micro_batches(self.tokens)))
-        return reference.load(place)
+        file = reference.reference_file(self.model, self.workspace, self.tokens, self.reference.dtype)
+        if not file.exists:
+            reference.store(file, stream(self.reference, reference.micro_batches(self.tokens)))
+        return reference.load(file)
 
-    def _ask(self, place: Path) -> RuntimeAnswer:
-        """What the library that users have makes of the artifact, in a process of its own."""
+    def _ask(self, folder: Path) -> RuntimeAnswer:
+        """Load the artifact in the users' library, in its own process."""
         tokens = self.tokens[:RUNTIME_SEQUENCES, :RUNTIME_TOKENS].contiguous()
         prompts = self.tokens[:PROMPTS, :PROMPT_TOKENS].contiguous()
         scratch_root = self.workspace / "scratch"
         scratch_root.mkdir(parents=True, exist_ok=True)
-        config = json.loads((place / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text())
         declared = config.get("quantization_config") or {}
         row = recognised(declared)
         with tempfile.TemporaryDirectory(dir=scratch_root) as scratch:
             request = RuntimeRequest(
-                artifact=str(place),
+                artifact=str(folder),
                 scratch=scratch,
                 trust_remote_code=self.model.trust_remote_code,
                 arithmetic=row.arithmetic(declared) if row else "any",
@@ -144,42 +144,42 @@ class Comparison:
     def _agreement(
         self, answer: RuntimeAnswer, head: LogitsHead, hidden: list[Tensor]
     ) -> tuple[Runtime | None, tuple[str, ...]]:
-        """How far the runtime's logits are from ours, and what else is wrong with its answer."""
+        """Difference between the runtime's logits and ours, and other problems of its answer."""
         if answer.logits is None:
             return None, answer.problems
         if not bool(torch.isfinite(answer.logits).all()):
             return None, (*answer.problems, f"runtime {answer.name}: NaN or Inf in its logits")
         ours = head.logits(torch.cat(hidden)[:RUNTIME_SEQUENCES, :RUNTIME_TOKENS]).float().cpu()
         difference = answer.logits - ours
-        found = Runtime(
+        agreement = Runtime(
             name=answer.name,
             version=answer.version,
             max_abs_logit_difference=difference.abs().max().item(),
-            # Not the largest: half-precision noise sends a token to another expert now and then.
+            # Root mean square, not the maximum: half-precision noise occasionally routes a token to another expert.
             relative_logit_difference=difference.square().mean().sqrt().item() / max(ours.std().item(), 1e-9),
             generated=self.tokenizer.decode(answer.generated[0]) if answer.generated else "",
             host_bytes=answer.host_bytes,
         )
-        return found, answer.problems
+        return agreement, answer.problems
 
     def _generations(self, answer: RuntimeAnswer) -> tuple[Generation, ...]:
-        """The artifact's continuations beside its reference's, which one pass over them all tells.
+        """The artifact's continuations next to its reference's, from one forward pass over all of them.
 
-        What the reference says after the first token that differs would take a pass for each further token.
+        The reference's text after the first differing token is omitted: it would take one pass per token.
         """
-        made = [row for row in answer.generated if row]
-        if not made or len(made) != len(answer.generated):
+        generated = [row for row in answer.generated if row]
+        if not generated or len(generated) != len(answer.generated):
             return ()
-        prompts = self.tokens[: len(made), :PROMPT_TOKENS]
-        longest = max(map(len, made))
-        padded = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in made])
+        prompts = self.tokens[: len(generated), :PROMPT_TOKENS]
+        longest = max(map(len, generated))
+        padded = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in generated])
         tokens = torch.cat([prompts, padded], dim=1)
         head = LogitsHead(self.reference)
         (hidden,) = stream(self.reference, [tokens])
         chosen = head.logits(hidden).argmax(-1)[:, prompts.shape[1] - 1 : -1].cpu().tolist()
         return tuple(
             self._generation(prompt.tolist(), list(row), theirs[: len(row)])
-            for prompt, row, theirs in zip(prompts, made, chosen, strict=True)
+            for prompt, row, theirs in zip(prompts, generated, chosen, strict=True)
         )
 
     def _generation(self, prompt: list[int], ours: list[int], theirs: list[int]) -> Generation:

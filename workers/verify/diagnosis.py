@@ -1,10 +1,10 @@
-"""Why a quantized weight is far from its source: what single fault would explain it, if it were undone.
+"""Diagnoses why a quantized weight is far from its source: finds the single fault whose correction explains it.
 
-Faults that real tools have made, each tried on some rows: codes in another order, scales or zero points that aren't
-those of the codes, a transposed weight, another layer's. Rounding leaves none of them: a weight that one of them brings
-much nearer to its source wasn't rounded badly, but stored wrongly.
+The candidates are faults of real tools, each tried on some rows: codes in another order, scales or zero points that
+don't belong to the codes, a transposed weight, another layer's weight. Correct rounding shows none of them: a weight
+that a correction brings much closer to its source was stored wrongly, not rounded badly.
 
-O outputs, I inputs, R rows looked at, G groups of K inputs.
+O outputs, I inputs, R sampled rows, G groups of K inputs.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor
 from workers.numerics.divergence import sqnr_db
 
 ROWS = 256
-# dB that undoing a fault must gain: half or a quarter of the noise. Rounding gains at most 1 to 2 by fitting anew.
+# Minimum gain in dB by correcting a fault: half or a quarter of the noise. Refitting alone gains at most 1 to 2.
 GAIN, LARGE_GAIN = 3.0, 6.0
-# What a fault's undoing must come to, to be believed.
-MENDED = 6.0
-# Inputs that share a fitted scale: no more than any format's.
+# Minimum SQNR in dB after correcting a fault for the fault to be reported.
+MIN_CORRECTED_SQNR = 6.0
+# Number of inputs that share a fitted scale: at most the group size of any format.
 GROUP = 16
-# Below, the noise is stronger than the signal.
+# SQNR in dB below which the noise is stronger than the signal.
 LOST = 0.0
-# Orders of eight codes: neighbours, pairs or halves exchanged (halves of bytes, also AWQ's), a word reversed, AWQ's own
+# Orders of eight codes: neighbours, pairs or halves swapped (halves of bytes, also AWQ's), a word reversed, AWQ's own
 # order and its inverse.
 ORDERS = {
     "swapped one by one": (1, 0, 3, 2, 5, 4, 7, 6),
@@ -39,71 +39,71 @@ ORDERS = {
 
 
 @dataclass(frozen=True)
-class Found:
-    """How far a weight is from its source, in dB, and what is wrong with it; empty: nothing."""
+class Diagnosis:
+    """A weight's SQNR to its source in dB, and its fault; empty if there is none."""
 
     sqnr: float
     fault: str = ""
 
 
-def diagnose(want_OI: Tensor, got_OI: Tensor, others: Callable[[], Iterable[tuple[str, Tensor]]]) -> Found:
-    """Compare a decoded weight with its source's; ``others`` are weights of the source that it may have been taken for.
+def diagnose(want_OI: Tensor, got_OI: Tensor, others: Callable[[], Iterable[tuple[str, Tensor]]]) -> Diagnosis:
+    """Compare a decoded weight with its source; ``others`` yields source weights that it may have been confused with.
 
-    They are only asked for if the weight isn't its own source's at all.
+    ``others`` is only called if the weight doesn't resemble its source at all.
     """
     sqnr = sqnr_db(want_OI, got_OI)
     best, gain = "", 0.0
     rows_R = _rows(len(want_OI))
     want_RI, got_RI = want_OI[rows_R].float(), got_OI[rows_R].float()
-    here = sqnr_db(want_RI, got_RI)
-    for fault, least, undone_RI in _undone(want_OI, got_OI, rows_R, want_RI, got_RI):
-        gained = sqnr_db(want_RI, undone_RI) - here
-        if gained > max(least, gain) and here + gained > MENDED:
-            best, gain = fault, gained
+    sqnr_of_rows = sqnr_db(want_RI, got_RI)
+    for fault, least, undone_RI in _corrections(want_OI, got_OI, rows_R, want_RI, got_RI):
+        improvement = sqnr_db(want_RI, undone_RI) - sqnr_of_rows
+        if improvement > max(least, gain) and sqnr_of_rows + improvement > MIN_CORRECTED_SQNR:
+            best, gain = fault, improvement
     if not best and sqnr < LOST + LARGE_GAIN:
-        best, gain = _other(got_RI, rows_R, here, others)
+        best, gain = _other(got_RI, rows_R, sqnr_of_rows, others)
     if best:
-        return Found(sqnr, f"{best} ({sqnr:.1f} dB from its source; mended, {here + gain:.1f})")
+        return Diagnosis(sqnr, f"{best} ({sqnr:.1f} dB from its source; mended, {sqnr_of_rows + gain:.1f})")
     if sqnr < LOST:
-        return Found(sqnr, f"is {sqnr:.1f} dB from its source, noise stronger than signal")
-    return Found(sqnr)
+        return Diagnosis(sqnr, f"is {sqnr:.1f} dB from its source, noise stronger than signal")
+    return Diagnosis(sqnr)
 
 
 def _rows(count: int) -> Tensor:
-    """At most ``ROWS`` row numbers over the whole weight, in blocks of eight: formats pack rows, too."""
+    """At most ``ROWS`` row indices across the weight, in blocks of eight, since formats pack rows, too."""
     if count <= ROWS or count % 8:
         return torch.arange(count)[:: max(1, count // ROWS)]
     blocks = torch.linspace(0, count // 8 - 1, ROWS // 8).long()
     return (blocks[:, None] * 8 + torch.arange(8)).flatten()
 
 
-def _undone(
+def _corrections(
     want_OI: Tensor, got_OI: Tensor, rows_R: Tensor, want_RI: Tensor, got_RI: Tensor
 ) -> Iterator[tuple[str, float, Tensor]]:
-    """Each fault, the dB that it has to gain, and the rows as they would be without it."""
+    """Yield each fault, the minimum gain in dB to report it, and the rows with the fault corrected."""
     scaled_RI, moved_RI = _fitted(want_RI, got_RI)
     yield "its scales aren't those of its codes", GAIN, scaled_RI
     if sqnr_db(want_RI, moved_RI) - sqnr_db(want_RI, scaled_RI) > GAIN:
         yield "its zero points aren't those of its codes", GAIN, moved_RI
     yield "its sign is turned", LARGE_GAIN, -got_RI
     for name, order in ORDERS.items():
-        places = torch.tensor(order)
+        order_8 = torch.tensor(order)
         if got_RI.shape[1] % 8 == 0:
-            yield f"its inputs are in another order ({name})", LARGE_GAIN, _ordered(got_RI, places)
+            yield f"its inputs are in another order ({name})", LARGE_GAIN, _ordered(got_RI, order_8)
         if len(got_RI) % 8 == 0:
-            # Scales and zero points that stayed where they were are other outputs' then.
-            moved_RI = _fitted(want_RI, _ordered(got_RI.T, places).T)[1]
+            # Scales and zero points that weren't reordered then belong to other outputs: refit them.
+            moved_RI = _fitted(want_RI, _ordered(got_RI.T, order_8).T)[1]
             yield f"its outputs are in another order ({name})", LARGE_GAIN, moved_RI
     if want_OI.shape[0] == want_OI.shape[1]:
         yield "it is transposed", LARGE_GAIN, got_OI.T[rows_R].float()
 
 
-def _ordered(matrix: Tensor, places: Tensor) -> Tensor:
-    return matrix.reshape(*matrix.shape[:-1], -1, 8)[..., places].flatten(-2)
+def _ordered(matrix: Tensor, order_8: Tensor) -> Tensor:
+    return matrix.reshape(*matrix.shape[:-1], -1, 8)[..., order_8].flatten(-2)
 
 
 def _fitted(want_RI: Tensor, got_RI: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows under the scales that fit best for each group, and under the best scales and offsets."""
+    """The rows under the best-fitting scales per group, and under the best-fitting scales and offsets."""
     size = GROUP if want_RI.shape[1] % GROUP == 0 else want_RI.shape[1]
     want_RGK, got_RGK = (rows.reshape(len(rows), -1, size).double() for rows in (want_RI, got_RI))
     scaled = got_RGK * _ratio(want_RGK, got_RGK)
@@ -118,10 +118,10 @@ def _ratio(want_RGK: Tensor, got_RGK: Tensor) -> Tensor:
 
 
 def _other(
-    got_RI: Tensor, rows_R: Tensor, here: float, others: Callable[[], Iterable[tuple[str, Tensor]]]
+    got_RI: Tensor, rows_R: Tensor, sqnr_of_rows: float, others: Callable[[], Iterable[tuple[str, Tensor]]]
 ) -> tuple[str, float]:
     for name, other_OI in others():
-        gained = sqnr_db(other_OI[rows_R].float(), got_RI) - here
-        if gained > LARGE_GAIN:
-            return f"it holds {name}", gained
+        improvement = sqnr_db(other_OI[rows_R].float(), got_RI) - sqnr_of_rows
+        if improvement > LARGE_GAIN:
+            return f"it holds {name}", improvement
     return "", 0.0

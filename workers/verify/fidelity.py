@@ -1,4 +1,4 @@
-"""Fidelity: what the artifact predicts against what its reference predicts, on text that wasn't calibrated on."""
+"""Measures fidelity: an artifact's predictions against its reference's, on text that wasn't used for calibration."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from workers.spec.job import Metrics
 
 
 def compare(pairs: Iterable[tuple[Tensor, Tensor]], tokens_NT: Tensor) -> Metrics:
-    """Metrics over sequences: for each its (reference, artifact) logits [T, V], and its tokens.
+    """Compute metrics over sequences: for each its (reference, artifact) logits [T, V], and its tokens.
 
-    Tokens of one sequence aren't independent, so the bounds take the sequences as the samples.
+    Tokens of one sequence aren't independent, so the confidence bounds use sequences as samples.
     """
     kl, agree, log_ratio, reference_nll = [], [], [], []
     for (reference_TV, ours_TV), tokens_T in zip(pairs, tokens_NT, strict=True):
@@ -46,16 +46,16 @@ def compare(pairs: Iterable[tuple[Tensor, Tensor]], tokens_NT: Tensor) -> Metric
 
 
 def _exp(value: float) -> float:
-    """As far as a float goes; infinite for NaN, which keeps no bound."""
+    """Exponential, clamped at e**700; infinite for NaN, so that NaN fails every bound."""
     return math.exp(min(value, 700.0)) if not math.isnan(value) else math.inf
 
 
 def _bound(value: float) -> float:
-    """The ratio for its logarithm; infinite where a small sample bounds nothing."""
+    """The ratio of a log ratio; infinite if the sample is too small for a bound."""
     return math.exp(value) if value < 700 else math.inf
 
 
 def rows(batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The sequences of batches, one by one."""
+    """Yield the sequences of batches one by one."""
     for batch in batches:
         yield from batch

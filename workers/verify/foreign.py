@@ -1,7 +1,7 @@
-"""Verify a checkpoint that quantmill needn't have made: ``answer`` is asked in a fresh process.
+"""Verifies a checkpoint that other tools may have made; ``answer`` is called in a fresh process.
 
-A process of its own, for the command line never loads torch. Other tools write their companions anew and fold scales
-into norms without saying which, so files count by what they mean, and weights by what the model then predicts.
+A separate process, because the command line never loads torch. Other tools rewrite companion files and fold scales into
+norms without recording it, so files are compared by meaning, and weights by the model's predictions.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from workers.verify import gates
 from workers.verify.comparison import Comparison
 from workers.verify.integrity import QUANTIZERS_OWN, Findings, compare, differing_settings, listed
 
-# What a tool that saves a checkpoint anew may write otherwise, without changing the model.
+# Settings that a tool may change on saving a checkpoint without changing the model.
 UNSAID = QUANTIZERS_OWN | {"_name_or_path", "use_cache", "_attn_implementation_autoset"}
 SAMPLE_TOKENS = 2048
 
 
 class CheckRequest(Frozen):
-    """A checkpoint, its reference (folders, fetched), the text, and what has to be kept."""
+    """A checkpoint and its reference (downloaded folders), the text, and the thresholds."""
 
     checkpoint: str
     reference: ModelPin = Field(description="With its folder.")
@@ -40,7 +40,7 @@ class CheckRequest(Frozen):
 
 
 class CheckReport(Frozen):
-    """What came out."""
+    """Result of a check."""
 
     verdict: Verdict | None = None
     notes: tuple[str, ...] = ()
@@ -55,43 +55,43 @@ def check(request: CheckRequest) -> CheckReport:
     """Verify a checkpoint.
 
     Raises:
-        QuantmillError: what isn't the checkpoint's fault: the reference, the text, the device.
+        QuantmillError: an error that isn't the checkpoint's: the reference, the text, the device.
     """
     folder = Path(request.checkpoint)
     reference = Path(request.reference.folder or "")
     with Source(reference, allow_pickle=request.reference.allow_pickle) as source:
         comparison = Comparison(request.reference, source, request.verification, Path(request.workspace))
         comparison.load()
-        found = Findings([*_sealed(folder), *_companions(comparison, folder)])
-        found.notes += _generation(source.folder, folder, found.problems)
-        facts, report = _facts(comparison, folder, found)
+        findings = Findings([*_sealed(folder), *_companions(comparison, folder)])
+        findings.notes += _generation(source.folder, folder, findings.problems)
+        facts, report = _facts(comparison, folder, findings)
         verdict = gates.judge(facts, request.thresholds)
         return report.model_copy(
-            update={"verdict": verdict, "notes": tuple(found.notes), "reference_bytes": source.bytes}
+            update={"verdict": verdict, "notes": tuple(findings.notes), "reference_bytes": source.bytes}
         )
 
 
-def _facts(comparison: Comparison, folder: Path, found: Findings) -> tuple[gates.Evidence, CheckReport]:
+def _facts(comparison: Comparison, folder: Path, findings: Findings) -> tuple[gates.Evidence, CheckReport]:
     report = CheckReport(linear=len(comparison.reference.weights))
     try:
         with open_decoded(folder, trust_remote_code=comparison.model.trust_remote_code) as opened:
             report = report.model_copy(update={"bytes": opened.bytes})
             quantized = opened.quantized if isinstance(opened, Decoded) else frozenset[str]()
-            kept = [w.module for w in comparison.reference.weights if w.module not in quantized]
-            report = report.model_copy(update={"quantized": report.linear - len(kept)})
-            if quantized and kept:
-                found.notes += listed("linear layers in half precision", kept)
-            compare(comparison.source, opened, quantized, found, ours=False)
-            return comparison.measure(folder, opened, found), report
+            unquantized = [w.module for w in comparison.reference.weights if w.module not in quantized]
+            report = report.model_copy(update={"quantized": report.linear - len(unquantized)})
+            if quantized and unquantized:
+                findings.notes += listed("linear layers in half precision", unquantized)
+            compare(comparison.source, opened, quantized, findings, ours=False)
+            return comparison.measure(folder, opened, findings), report
     except UnsupportedRecipe as error:
-        # Not the checkpoint's fault; but what the runtime makes of it may be.
-        return comparison.only_runtime(folder, found.problems, [f"fidelity: {error}"]), report
+        # Our decoder's limitation, not the checkpoint's fault; the runtime can still be checked.
+        return comparison.only_runtime(folder, findings.problems, [f"fidelity: {error}"]), report
     except (UserError, NumericalError) as error:
-        return gates.Evidence(integrity=[*found.problems, f"integrity: {error}"]), report
+        return gates.Evidence(integrity=[*findings.problems, f"integrity: {error}"]), report
 
 
 def _sealed(folder: Path) -> list[str]:
-    """If the checkpoint has a manifest of ours, its bytes are the manifest's."""
+    """Check the bytes of a checkpoint that has our manifest against it."""
     if not (folder / MANIFEST).is_file():
         return []
     try:
@@ -102,12 +102,12 @@ def _sealed(folder: Path) -> list[str]:
 
 
 def _companions(comparison: Comparison, folder: Path) -> Iterator[str]:
-    """Config and tokenizer mean what the source's mean."""
+    """Yield differences in meaning between the config and tokenizer and the source's."""
     from transformers import AutoConfig, AutoTokenizer
 
     source, trust = comparison.source.folder, comparison.model.trust_remote_code
     try:
-        want, got = (AutoConfig.from_pretrained(place, trust_remote_code=trust).to_dict() for place in (source, folder))
+        want, got = (AutoConfig.from_pretrained(path, trust_remote_code=trust).to_dict() for path in (source, folder))
     except (OSError, ValueError, KeyError) as error:
         yield f"integrity: config.json can't be read ({_first_line(error)})"
     else:
@@ -121,7 +121,7 @@ def _companions(comparison: Comparison, folder: Path) -> Iterator[str]:
 
 
 def _generation(source: Path, folder: Path, problems: list[str]) -> list[str]:
-    """Other settings of sampling are worth knowing (gptqmodel turns it on); another end of the text breaks a model."""
+    """Compare generation configs: sampling settings give notes (gptqmodel changes them), token ids give problems."""
     from transformers import GenerationConfig
 
     name = "generation_config.json"
@@ -130,7 +130,7 @@ def _generation(source: Path, folder: Path, problems: list[str]) -> list[str]:
     if not (folder / name).is_file():
         problems += listed("files of the source missing", [name])
         return []
-    want, got = (GenerationConfig.from_pretrained(place).to_diff_dict() for place in (source, folder))
+    want, got = (GenerationConfig.from_pretrained(path).to_diff_dict() for path in (source, folder))
     tokens = frozenset(key for key in (*want, *got) if key.endswith("_token_id"))
     others = (frozenset(want) | frozenset(got)) - tokens
     problems += differing_settings(name, want, got, UNSAID | others)
@@ -138,15 +138,15 @@ def _generation(source: Path, folder: Path, problems: list[str]) -> list[str]:
 
 
 def _tokenizer(comparison: Comparison, theirs: Any) -> Iterator[str]:
-    own = comparison.tokenizer
-    text = own.decode(comparison.tokens.flatten()[:SAMPLE_TOKENS])
-    said = {
-        "vocabulary": (own.get_vocab(), theirs.get_vocab()),
-        "special tokens": (own.special_tokens_map, theirs.special_tokens_map),
-        "tokens of the held-out text": (own(text)["input_ids"], theirs(text)["input_ids"]),
-        "chat template": (own.chat_template, theirs.chat_template),
+    ours = comparison.tokenizer
+    text = ours.decode(comparison.tokens.flatten()[:SAMPLE_TOKENS])
+    compared = {
+        "vocabulary": (ours.get_vocab(), theirs.get_vocab()),
+        "special tokens": (ours.special_tokens_map, theirs.special_tokens_map),
+        "tokens of the held-out text": (ours(text)["input_ids"], theirs(text)["input_ids"]),
+        "chat template": (ours.chat_template, theirs.chat_template),
     }
-    yield from listed("the tokenizer differs from the source's", [what for what, (a, b) in said.items() if a != b])
+    yield from listed("the tokenizer differs from the source's", [what for what, (a, b) in compared.items() if a != b])
 
 
 def _first_line(error: Exception) -> str:
@@ -155,9 +155,9 @@ def _first_line(error: Exception) -> str:
 
 def answer(request: str) -> str:
     """A ``CheckReport`` for a ``CheckRequest``, both as JSON."""
-    asked = CheckRequest.model_validate_json(request)
+    parsed = CheckRequest.model_validate_json(request)
     try:
-        report = check(asked)
+        report = check(parsed)
     except Exception as error:
         report = CheckReport(failure=describe(error))
     return report.model_dump_json()

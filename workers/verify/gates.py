@@ -1,4 +1,4 @@
-"""What the gates say of an artifact's metrics. Pure: facts and thresholds in, an outcome and its reasons out."""
+"""Judges an artifact's metrics by thresholds. Pure: evidence and thresholds in, a verdict with reasons out."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 from workers.spec.job import Generation, Metrics, Outcome, ReasonCode, Runtime, Thresholds, Verdict
 
-# The first of them that was found is the verdict's.
+# Outcomes by severity: the verdict takes the first one present.
 WEIGHT = (Outcome.REGRESSION, Outcome.ANOMALOUS, Outcome.INFEASIBLE)
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was found out of an artifact: what is wrong with its files, in its runtime, and what was measured."""
+    """Evidence about an artifact: problems of its files and of its runtime, and measurements."""
 
     integrity: Sequence[str] = ()
     runtime_problems: Sequence[str] = ()
@@ -27,7 +27,7 @@ class Evidence:
 
 
 class Reason(NamedTuple):
-    """One reason against an artifact: what it makes of the verdict, what kind it is, and the sentence."""
+    """One reason against an artifact: its outcome, its code, and a sentence."""
 
     outcome: Outcome
     code: ReasonCode
@@ -35,7 +35,7 @@ class Reason(NamedTuple):
 
 
 def judge(facts: Evidence, thresholds: Thresholds) -> Verdict:
-    """The verdict: accepted if nothing speaks against it; every reason names the value and the bound."""
+    """Judge an artifact: accepted if there is no reason against it; every reason names the value and the bound."""
     reasons = [Reason(Outcome.REGRESSION, ReasonCode.INTEGRITY, text) for text in facts.integrity]
     reasons += [Reason(Outcome.REGRESSION, ReasonCode.RUNTIME, text) for text in facts.runtime_problems]
     reasons += [Reason(Outcome.INFEASIBLE, ReasonCode.INFEASIBLE, text) for text in facts.infeasible]
@@ -58,11 +58,11 @@ def judge(facts: Evidence, thresholds: Thresholds) -> Verdict:
 
 
 def _fidelity(metrics: Metrics, thresholds: Thresholds) -> Iterator[Reason]:
-    """The bounds of fidelity that are not kept, each by its confidence bound.
+    """Yield the fidelity thresholds that are missed, each judged by its confidence bound.
 
-    A value beyond its bound is a regression; one within, whose confidence bound isn't, comes of too small a sample.
+    A value beyond its threshold is a regression; if only the confidence bound is beyond, the sample is too small.
     """
-    # `not (a <= b)` and not `a > b`: NaN keeps no bound.
+    # `not (a <= b)` instead of `a > b`, so that NaN misses every threshold.
     if not metrics.kl_mean_upper <= thresholds.kl_mean:
         yield _missed(
             ReasonCode.KL,
@@ -98,7 +98,7 @@ def _missed(code: ReasonCode, within: bool, text: str, metrics: Metrics) -> Reas
 
 
 def _anomalies(metrics: Metrics, thresholds: Thresholds, promised: int) -> Iterator[Reason]:
-    """Too good to be true, or looked at less than promised."""
+    """Yield reasons for implausibly good values, and for fewer evaluated tokens than promised."""
     if metrics.kl_mean < thresholds.kl_least:
         yield Reason(
             Outcome.ANOMALOUS,
@@ -120,7 +120,7 @@ def _anomalies(metrics: Metrics, thresholds: Thresholds, promised: int) -> Itera
 
 
 def _runtime(runtime: Runtime, thresholds: Thresholds) -> Iterator[Reason]:
-    """Whether the library that loads the artifact sees the model that was measured."""
+    """Yield a reason if the runtime's logits differ too much from our decoder's."""
     if runtime.relative_logit_difference <= thresholds.runtime_logit_difference:
         return
     text = (

@@ -1,6 +1,6 @@
-"""Tasks of lm-eval on a checkpoint and on its reference: ``answer`` is asked in a fresh process.
+"""Runs tasks of lm-eval on a checkpoint and on its reference; ``answer`` is called in a fresh process.
 
-It runs with the library that users evaluate with (extra ``eval``); both models are loaded whole.
+It needs the library that users evaluate with (extra ``eval``); both models are loaded in full.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from workers.spec.base import Frozen
 
 
 class HarnessRequest(Frozen):
-    """Models by their folders, tasks by lm-eval's names, and where else tasks are defined."""
+    """Model folders, lm-eval task names, and a folder of further task definitions."""
 
     models: tuple[str, ...]
     tasks: tuple[str, ...]
@@ -25,7 +25,7 @@ class HarnessRequest(Frozen):
 
 
 class Score(Frozen):
-    """A metric of a task for each of the models, with its standard error where lm-eval has one."""
+    """One metric of a task for each model, with its standard error if lm-eval computes one."""
 
     task: str
     metric: str
@@ -38,7 +38,7 @@ def evaluate(request: HarnessRequest) -> list[Score]:
 
     Raises:
         PreflightError: lm-eval isn't installed.
-        ZooError: a task that it doesn't know.
+        ZooError: lm-eval doesn't know a task.
     """
     try:
         from lm_eval import simple_evaluate
@@ -69,7 +69,7 @@ def evaluate(request: HarnessRequest) -> list[Score]:
 
 
 def _scores(results: list[dict[str, dict[str, Any]]]) -> list[Score]:
-    found = []
+    scores = []
     for task, metrics in results[0].items():
         for key, value in metrics.items():
             name, _, which = key.partition(",")
@@ -77,7 +77,7 @@ def _scores(results: list[dict[str, dict[str, Any]]]) -> list[Score]:
                 continue
             stderr = f"{name}_stderr,{which}"
             errors = [result[task].get(stderr) for result in results]
-            found.append(
+            scores.append(
                 Score(
                     task=task,
                     metric=name if which in ("", "none") else f"{name} ({which})",
@@ -85,17 +85,17 @@ def _scores(results: list[dict[str, dict[str, Any]]]) -> list[Score]:
                     errors=tuple(error if isinstance(error, float) else None for error in errors),
                 )
             )
-    return found
+    return scores
 
 
 def answer(request: str) -> str:
-    """Scores for a ``HarnessRequest``, or the failure; JSON."""
+    """Scores of a ``HarnessRequest``, or the failure, as JSON."""
     from workers.machine.failures import describe
 
-    found: dict[str, Any] = {"scores": [], "failure": None}
+    reply: dict[str, Any] = {"scores": [], "failure": None}
     try:
-        asked = HarnessRequest.model_validate_json(request)
-        found["scores"] = [score.model_dump() for score in evaluate(asked)]
+        parsed = HarnessRequest.model_validate_json(request)
+        reply["scores"] = [score.model_dump() for score in evaluate(parsed)]
     except Exception as error:
-        found["failure"] = describe(error).model_dump()
-    return json.dumps(found)
+        reply["failure"] = describe(error).model_dump()
+    return json.dumps(reply)

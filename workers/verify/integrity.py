@@ -1,4 +1,4 @@
-"""Integrity: the artifact's files against the source's, tensor by tensor."""
+"""Checks integrity: compares the artifact's files with the source's, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from workers.formats.folded import Folded
 from workers.machine.files import file_sha256
 from workers.verify.diagnosis import diagnose
 
-NAMED = 3  # of many, in a message
-# What a quantizer writes into config.json itself.
+NAMED = 3  # names listed in a message
+# Settings that a quantizer writes into config.json.
 QUANTIZERS_OWN = frozenset(
     {"quantization_config", "compression_config", "dtype", "torch_dtype", "transformers_version"}
 )
-# Weights of the source that a broken one is compared with, at most.
+# Maximum number of source weights that a broken weight is compared with.
 CANDIDATES = 256
 
 
 @dataclass
 class Findings:
-    """What is wrong, what is worth knowing, and how far each quantized weight is from its source, by key, in dB."""
+    """Problems, notes, and each quantized weight's SQNR to its source in dB, by key."""
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -38,17 +38,17 @@ class Findings:
 
     @property
     def worst(self) -> tuple[tuple[str, float], ...]:
-        """The three weights with the least signal to noise."""
+        """The three weights with the lowest SQNR, in dB."""
         return tuple(sorted(self.sqnr.items(), key=lambda item: item[1])[:3])
 
 
 def inspect(source: Folded, artifact: Source | Decoded, folder: Path, intended: frozenset[str]) -> Findings:
-    """Compare an artifact of ours with its source, under the scales that were folded into it.
+    """Compare one of our artifacts with its source, under the scales folded into it.
 
-    ``intended`` names the modules that are to be quantized. Every tensor of both is read once.
+    ``intended`` names the modules that should be quantized. Every tensor of both is read once.
     """
     quantized = artifact.quantized if isinstance(artifact, Decoded) else frozenset[str]()
-    found = Findings(
+    findings = Findings(
         [
             *listed("not quantized though the recipe says so", intended - quantized),
             *listed("quantized though the recipe doesn't say so", quantized - intended),
@@ -56,27 +56,27 @@ def inspect(source: Folded, artifact: Source | Decoded, folder: Path, intended: 
             *_companions(source.folder, folder),
         ]
     )
-    compare(source, artifact, quantized, found)
-    return found
+    compare(source, artifact, quantized, findings)
+    return findings
 
 
 def compare(
     source: Folded | Source,
     artifact: Source | Decoded,
     quantized: frozenset[str],
-    found: Findings,
+    findings: Findings,
     *,
     ours: bool = True,
 ) -> None:
     """Compare all tensors.
 
-    Of a checkpoint that quantmill didn't make (``ours`` false), tensors that aren't quantized may differ: other tools
-    fold scales into norms without saying which. How far its weights are from their source then says nothing.
+    In a checkpoint of another tool (``ours`` false), tensors that aren't quantized may differ: other tools fold scales
+    into norms without recording it. The weights' SQNR is then meaningless.
     """
-    found.problems += listed("tensors missing", set(source.headers) - set(artifact.headers))
-    found.problems += listed("tensors that the source doesn't have", set(artifact.headers) - set(source.headers))
+    findings.problems += listed("tensors missing", set(source.headers) - set(artifact.headers))
+    findings.problems += listed("tensors that the source doesn't have", set(artifact.headers) - set(source.headers))
     if artifact.bytes >= source.bytes and quantized:
-        found.problems.append(
+        findings.problems.append(
             f"integrity: {artifact.bytes} bytes of weights, not smaller than the source's {source.bytes}"
         )
     changed: list[str] = []
@@ -87,14 +87,14 @@ def compare(
         module, _, leaf = key.rpartition(".")
         if leaf == "weight" and module in quantized:
             weights.append(key)
-        elif _differs(source, artifact, key, found.problems):
+        elif _differs(source, artifact, key, findings.problems):
             changed.append(key)
     if ours:
-        found.problems += [f"integrity: {key} isn't quantized, but differs from the source's" for key in changed]
+        findings.problems += [f"integrity: {key} isn't quantized, but differs from the source's" for key in changed]
     elif changed:
-        found.notes += listed("not quantized, but other than the source's (folded scales?)", changed)
+        findings.notes += listed("not quantized, but other than the source's (folded scales?)", changed)
     for key in weights:
-        _weigh(source, artifact, key, found, comparable=ours or not changed)
+        _check_weight(source, artifact, key, findings, comparable=ours or not changed)
 
 
 def _differs(source: Folded | Source, artifact: Source | Decoded, key: str, problems: list[str]) -> bool:
@@ -105,17 +105,19 @@ def _differs(source: Folded | Source, artifact: Source | Decoded, key: str, prob
     return ours.dtype != theirs.dtype or not torch.equal(ours, theirs)
 
 
-def _weigh(source: Folded | Source, artifact: Source | Decoded, key: str, found: Findings, *, comparable: bool) -> None:
-    """The noise in a quantized weight, and what is wrong with it."""
-    if not _same_shape(source, artifact, key, found.problems):
+def _check_weight(
+    source: Folded | Source, artifact: Source | Decoded, key: str, findings: Findings, *, comparable: bool
+) -> None:
+    """Measure a quantized weight's SQNR, and diagnose its fault."""
+    if not _same_shape(source, artifact, key, findings.problems):
         return
     ours = artifact.read(key)
-    if not _finite(key, ours, found.problems) or not comparable:
+    if not _finite(key, ours, findings.problems) or not comparable:
         return
     verdict = diagnose(source.read(key), ours, partial(_siblings, source, key))
-    found.sqnr[key] = verdict.sqnr
+    findings.sqnr[key] = verdict.sqnr
     if verdict.fault:
-        found.problems.append(f"integrity: {key}: {verdict.fault}")
+        findings.problems.append(f"integrity: {key}: {verdict.fault}")
 
 
 def _same_shape(source: Folded | Source, artifact: Source | Decoded, key: str, problems: list[str]) -> bool:
@@ -133,7 +135,7 @@ def _finite(key: str, tensor: Tensor, problems: list[str]) -> bool:
 
 
 def _siblings(source: Folded | Source, key: str) -> Iterator[tuple[str, Tensor]]:
-    """The same weight of the other layers and experts; then the other weights of its shape in its own layer."""
+    """Yield the same weight of other layers and experts, then weights of the same shape, its own layer's first."""
     shape, kind = source.headers[key].shape, _kind(key)
     layer = re.split(r"(?<=\.\d)\.", key)[0]
     alike = [name for name, header in source.headers.items() if header.shape == shape and name != key]
@@ -147,16 +149,16 @@ def _kind(key: str) -> str:
 
 
 def listed(what: str, names: Iterable[str]) -> list[str]:
-    """A finding about some names, or none."""
-    found = sorted(names)
-    if not found:
+    """A problem that lists the names; empty if there are none."""
+    sorted_names = sorted(names)
+    if not sorted_names:
         return []
-    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
-    return [f"integrity: {what}: {', '.join(found[:NAMED])}{more}"]
+    more = f" and {len(sorted_names) - NAMED} more" if len(sorted_names) > NAMED else ""
+    return [f"integrity: {what}: {', '.join(sorted_names[:NAMED])}{more}"]
 
 
 def _config(source: Path, artifact: Path) -> list[str]:
-    """config.json says of the model what the source's says."""
+    """Compare config.json with the source's, except what quantizers write."""
     try:
         want, got = (json.loads((folder / "config.json").read_text()) for folder in (source, artifact))
     except (OSError, ValueError) as error:
@@ -171,16 +173,16 @@ def differing_settings(
     ignored: frozenset[str] = frozenset(),
     same: Callable[[Any, Any], bool] = lambda a, b: a == b,
 ) -> list[str]:
-    """A problem that names the settings of two mappings that differ."""
-    nothing = object()
+    """A problem that names the differing settings of two mappings."""
+    missing = object()
     keys = sorted((set(want) | set(got)) - ignored)
-    odd = [key for key in keys if not same(want.get(key, nothing), got.get(key, nothing))]
-    said = [f"{key} ({got.get(key, 'missing')!r}, expected {want.get(key, 'nothing')!r})" for key in odd]
-    return listed(f"{where} differs from the source's", said)
+    differing = [key for key in keys if not same(want.get(key, missing), got.get(key, missing))]
+    differences = [f"{key} ({got.get(key, 'missing')!r}, expected {want.get(key, 'nothing')!r})" for key in differing]
+    return listed(f"{where} differs from the source's", differences)
 
 
 def _companions(source: Path, artifact: Path) -> list[str]:
-    """Tokenizer, templates, generation config, licence: there, equal by bytes, and nothing else beside the weights."""
+    """Check tokenizer, templates, generation config and licence: present, byte-identical, and no further files."""
     missing, changed = [], []
     expected = set(companion_files(source))
     for path in sorted(expected):
@@ -196,7 +198,7 @@ def _companions(source: Path, artifact: Path) -> list[str]:
 
 
 def _strangers(artifact: Path, expected: set[Path]) -> Iterator[str]:
-    """Files that a loader may pick up: neither the source's, nor the safetensors that were read."""
+    """Files that a loader may read: neither the source's, nor the checked safetensors."""
     for path in sorted(artifact.rglob("*")):
         relative = path.relative_to(artifact)
         weights = path.suffix == ".safetensors" or path.name == INDEX

@@ -1,4 +1,4 @@
-"""The verify stage: integrity, fidelity, runtime; then the card, and last of all the manifest."""
+"""The verify stage: checks integrity, fidelity and runtime, then writes the card and, last, the manifest."""
 
 from __future__ import annotations
 
@@ -36,31 +36,31 @@ from workers.verify.comparison import Comparison
 
 
 def verify(job: Job, order: Order, source_folder: Path) -> Manifest:
-    """Verify one artifact of a job and write its card and manifest; one that was verified before is judged again.
+    """Verify one artifact of a job and write its card and manifest; if already verified, only judge it again.
 
     Raises:
-        QuantmillError: what isn't the artifact's fault: the source, the text, the device.
+        QuantmillError: an error that isn't the artifact's: the source, the text, the device.
     """
-    place = artifact_folder(job.workspace, order)
-    made = ArtifactMade.model_validate_json(record_path(place).read_text())
-    standing = _verified_before(place, job.verification)
-    if standing is not None:
-        verdict = _judged_again(standing.verdict, order)
-        if verdict == standing.verdict and order.thresholds == standing.thresholds:
-            return standing
+    folder = artifact_folder(job.workspace, order)
+    record = ArtifactMade.model_validate_json(record_path(folder).read_text())
+    previous = _verified_before(folder, job.verification)
+    if previous is not None:
+        verdict = _judged_again(previous.verdict, order)
+        if verdict == previous.verdict and order.thresholds == previous.thresholds:
+            return previous
     else:
         with Source(source_folder, allow_pickle=job.model.allow_pickle) as source:
-            verdict = _verdict(job, order, source, place)
+            verdict = _verdict(job, order, source, folder)
     if ReasonCode.INTEGRITY in verdict.codes:
-        # Kept to be looked at, but what isn't whole is made anew by the next run.
-        record_path(place).unlink()
-    return _seal(job, order, place, source_folder, made, verdict)
+        # The files are kept for inspection; without its record, the next run makes the artifact again.
+        record_path(folder).unlink()
+    return _seal(job, order, folder, source_folder, record, verdict)
 
 
-def _verified_before(place: Path, verification: Verification) -> Manifest | None:
-    """The manifest of exactly these bytes, measured on the same text, on which only the gates have to decide."""
+def _verified_before(folder: Path, verification: Verification) -> Manifest | None:
+    """The manifest of exactly these bytes and this text, if only thresholds decided it; otherwise remove it."""
     try:
-        manifest = hub.check_bytes(place)
+        manifest = hub.check_bytes(folder)
     except CheckpointError:
         manifest = None
     if (
@@ -69,12 +69,12 @@ def _verified_before(place: Path, verification: Verification) -> Manifest | None
         and all(code.by_threshold for code in manifest.verdict.codes)
     ):
         return manifest
-    (place / MANIFEST).unlink(missing_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
     return None
 
 
 def _judged_again(verdict: Verdict, order: Order) -> Verdict:
-    """The same facts by the gates of now: a zoo may have changed them."""
+    """Judge the same evidence by the order's current thresholds, which a zoo may have changed."""
     facts = gates.Evidence(
         metrics=verdict.metrics,
         runtime=verdict.runtime,
@@ -84,51 +84,54 @@ def _judged_again(verdict: Verdict, order: Order) -> Verdict:
     return gates.judge(facts, order.thresholds)
 
 
-def _verdict(job: Job, order: Order, source: Source, place: Path) -> Verdict:
-    """All facts about one artifact, and what the gates say of them."""
+def _verdict(job: Job, order: Order, source: Source, folder: Path) -> Verdict:
+    """Gather the evidence about one artifact, and judge it."""
     comparison = Comparison.of_job(job, source)
     comparison.load()
     try:
-        with open_decoded(place, trust_remote_code=job.model.trust_remote_code) as artifact:
-            return gates.judge(_facts(order, comparison, place, artifact), order.thresholds)
+        with open_decoded(folder, trust_remote_code=job.model.trust_remote_code) as artifact:
+            return gates.judge(_facts(order, comparison, folder, artifact), order.thresholds)
     except (UserError, NumericalError) as error:
-        # The source was read before: what can't be read now is the artifact.
+        # The source is already loaded, so the unreadable file is the artifact's.
         return gates.judge(gates.Evidence(integrity=[f"integrity: {error}"]), order.thresholds)
 
 
-def _facts(order: Order, comparison: Comparison, place: Path, artifact: Source | Decoded) -> gates.Evidence:
-    """What isn't whole is not measured: it's made anew, and its numbers would say nothing."""
-    intended = frozenset(layout_of(place, order.recipe, comparison.reference).modules)
-    meant = Folded(comparison.source, folds_folder(place), comparison.transposed)
-    found = integrity.inspect(meant, artifact, place, intended)
-    if found.problems:
-        return gates.Evidence(integrity=found.problems, worst_layers=found.worst)
-    return comparison.measure(place, artifact, found)
+def _facts(order: Order, comparison: Comparison, folder: Path, artifact: Source | Decoded) -> gates.Evidence:
+    """Inspect the files, and measure only if they are intact: a broken artifact is made again."""
+    intended = frozenset(layout_of(folder, order.recipe, comparison.reference).modules)
+    expected = Folded(comparison.source, folds_folder(folder), comparison.transposed)
+    findings = integrity.inspect(expected, artifact, folder, intended)
+    if findings.problems:
+        return gates.Evidence(integrity=findings.problems, worst_layers=findings.worst)
+    return comparison.measure(folder, artifact, findings)
 
 
 Described = TypeVar("Described", Calibration, Verification)
 
 
 def _public(described: Described) -> Described:
-    """The same without the paths of this machine: data files by their names."""
+    """The same settings without this machine's paths: data files by name."""
     dataset = described.dataset
     names = tuple(Path(name).name for name in dataset.data_files)
     path = Path(dataset.path).name if Path(dataset.path).is_absolute() else dataset.path
     return described.model_copy(update={"dataset": dataset.model_copy(update={"data_files": names, "path": path})})
 
 
-def _seal(job: Job, order: Order, place: Path, source_folder: Path, made: ArtifactMade, verdict: Verdict) -> Manifest:
-    """Write the card, then the manifest over all files: from here on the artifact is these very bytes."""
-    (place / MANIFEST).unlink(missing_ok=True)
+def _seal(
+    job: Job, order: Order, folder: Path, source_folder: Path, record: ArtifactMade, verdict: Verdict
+) -> Manifest:
+    """Write the card, then the manifest of all files, which fixes the artifact's bytes."""
+    (folder / MANIFEST).unlink(missing_ok=True)
     environment = versions()
     with Source(source_folder, allow_pickle=job.model.allow_pickle) as source:
         reference_bytes = source.bytes
-        kinds = kinds_of(order.recipe, _headers(source), conv1d=_family(source_folder).conv1d)
-    card = render_card(job, order, source_folder, verdict, environment, made.fallbacks, kinds)
-    write_text(place / "README.md", card)
+        family = _family(source_folder)
+        kinds = kinds_of(order.recipe, _headers(source), conv1d=family.conv1d)
+    card = render_card(job, order, source_folder, verdict, environment, record.fallbacks, kinds, family.loader)
+    write_text(folder / "README.md", card)
     files = {
-        str(path.relative_to(place)): FileEntry(sha256=file_sha256(path), size=path.stat().st_size)
-        for path in sorted(place.rglob("*"))
+        str(path.relative_to(folder)): FileEntry(sha256=file_sha256(path), size=path.stat().st_size)
+        for path in sorted(folder.rglob("*"))
         if path.is_file() and not path.name.startswith(".")
     }
     manifest = Manifest(
@@ -142,12 +145,12 @@ def _seal(job: Job, order: Order, place: Path, source_folder: Path, made: Artifa
         files=files,
         verdict=verdict,
         environment=environment,
-        fallbacks=made.fallbacks,
-        bytes=made.bytes,
+        fallbacks=record.fallbacks,
+        bytes=record.bytes,
         reference_bytes=reference_bytes,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    write_text(place / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+    write_text(folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
     return manifest
 
 

@@ -15,7 +15,7 @@ from tests.limits import GONE_SECONDS, RUN_SECONDS
 from tests.pipeline.runs import MARK, MODELS, by_key, command, marked_processes, wait_for, write_zoo
 from tests.workers.jobs import job
 from workers.errors import PreflightError
-from workers.run import Told
+from workers.run import StageRequest
 from workers.spec.job import Stage, StageResult
 
 START = """
@@ -62,8 +62,8 @@ def test_jobs_go_to_the_nodes_of_a_cluster(tmp_path: Path) -> None:
 
 
 def test_a_stage_without_a_parent_runs_from_nothing_and_says_so(tmp_path: Path) -> None:
-    of = job(MODELS / "llama-tiny", tmp_path, "bnb-nf4")
-    told = Told(job=of, stage=Stage.FETCH, seconds=RUN_SECONDS).model_dump_json()
+    stage_job = job(MODELS / "llama-tiny", tmp_path, "bnb-nf4")
+    told = StageRequest(job=stage_job, stage=Stage.FETCH, seconds=RUN_SECONDS).model_dump_json()
     for warm, note in (
         ((None, "not started warm: because"), "not started warm: because"),
         ((str(tmp_path / "socket"), None), f"not started warm: no parent at {tmp_path / 'socket'}"),

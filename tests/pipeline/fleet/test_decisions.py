@@ -165,7 +165,9 @@ def test_only_what_can_pass_is_tried_again(name: str) -> None:
     transient = issubclass(getattr(errors, name), errors.TransientError)
     waits: list[float] = []
     failure = Failure(kind=name, message="")
-    while (again := retry.decide(failure, [(name, RetryMode.SAME)] * (len(waits) + 1))) and again.how is RetryMode.SAME:
+    while (
+        again := retry.decide(failure, [(name, RetryMode.SAME)] * (len(waits) + 1))
+    ) and again.mode is RetryMode.SAME:
         waits.append(again.seconds)
         assert len(waits) < 100
     assert bool(waits) == (transient and name != "TransientError")

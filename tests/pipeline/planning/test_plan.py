@@ -133,6 +133,37 @@ def test_text_that_is_not_there_and_all_other_findings_come_at_once(tmp_path: Pa
     assert "scheme.group_size: 256" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("definition", "said"),
+    [
+        (
+            "{name: odd, method: rtn, scheme: {bits: 4, group_size: 96}, format: compressed-tensors}",
+            ["group size 96 doesn't divide", "set scheme.group_size: 256"],
+        ),
+        (
+            "{name: odd, method: gptq, scheme: {bits: 4}, format: compressed-tensors,"
+            " overrides: [{modules: ['*.v_proj'], scheme: {bits: 8, group_size: 96}}]}",
+            ["group size 96 doesn't divide", "got [256] (of [256])", "set overrides.0.scheme.group_size: 128"],
+        ),
+        (
+            "{name: odd, method: gptq, scheme: {bits: 4, group_size: null}, format: gptq, ignore: ['*.mlp.*']}",
+            [],
+        ),
+    ],
+)
+def test_what_a_worker_would_refuse_by_shape_is_refused_by_the_plan(
+    tmp_path: Path, definition: str, said: list[str]
+) -> None:
+    made = write(tmp_path, definition)
+    if not said:
+        assert len(make(tmp_path, made).artifacts) == 1
+        return
+    with pytest.raises(UserError) as caught:
+        make(tmp_path, made)
+    for words in said:
+        assert words in str(caught.value)
+
+
 def test_the_calibration_text_under_another_name_is_still_the_calibration_text(tmp_path: Path) -> None:
     made = write(tmp_path)
     shutil.copy(TEXT / "calibration.txt", tmp_path / "other.txt")

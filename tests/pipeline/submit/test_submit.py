@@ -423,7 +423,7 @@ publish: {namespace: acme, endpoint: "file:///mnt/hub"}
         names = set(archive.namelist())
     there = tmp_path / "there" / "zoo" / "some zoo.yaml"
     code = (
-        "from pathlib import Path\nfrom pipeline import shipped, zoo\nprint(shipped.configs())\n"
+        "from pathlib import Path\nfrom pipeline.zoo import shipped, zoo\nprint(shipped.configs())\n"
         f"print(zoo.load(Path({str(there)!r})).model_dump_json())"
     )
     where, read = subprocess.run(

@@ -80,6 +80,24 @@ def test_a_mistake_is_named_with_its_value(tmp_path: Path, change: tuple[str, st
         assert words in message
 
 
+@pytest.mark.parametrize(
+    ("definition", "path"),
+    [
+        ("{method: awq, scheme: {bits: 4}, format: compressed-tensors, options: {gird: 20}}", "recipes.0.options.gird"),
+        ("{method: rtn, scheme: {type: mxfp4, scale: 3}, format: compressed-tensors}", "recipes.0.scheme.scale"),
+        ("{method: rtn, scheme: {type: fp8, scales: row}, format: compressed-tensors}", "recipes.0.scheme.scales"),
+        ("{method: gptq, scheme: {bits: 9}, format: gptq}", "recipes.0.scheme.bits"),
+        ("{method: gptq, format: gptq}", "recipes.0.scheme"),
+        ("{method: bitsandbytes, scheme: {type: nf4, double: true}}", "recipes.0.scheme.double"),
+        ("{method: gptq, scheme: {bits: 4, group_size: 48}, format: gptq}", "recipes.0"),
+        ("{method: gptq, scheme: {bits: 4}, format: gtpq}", "recipes.0.format"),
+    ],
+)
+def test_a_path_is_one_of_the_file(tmp_path: Path, definition: str, path: str) -> None:
+    message = refusal(tmp_path, GOOD.replace("[gptq-w4-g128, bnb-nf4]", f"[{{name: mine, {definition[1:]}]"))
+    assert [line.split(":")[0].strip() for line in message.splitlines()[1:]] == [path], message
+
+
 def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
     text = GOOD.replace("org/name}", "org/name, revsion: x}").replace("[a.txt]}}", "[a.txt]}, samples: 0}")
     assert "2 problems" in refusal(tmp_path, text)

@@ -129,11 +129,11 @@ def test_ignored_modules_are_named_in_the_config(sources: dict[str, Path], tmp_p
 def test_what_the_library_leaves_is_told(sources: dict[str, Path]) -> None:
     from workers.engines import bitsandbytes as method
 
-    assert method.plan(meta_model(sources["llama"]), recipe_of(NF4)).kept == ()
+    assert method.plan(meta_model(sources["llama"]), recipe_of(NF4)).unquantized == ()
     moe = method.plan(meta_model(sources["qwen3_moe"]), recipe_of(NF4))
     kept = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"]
-    assert sorted(moe.kept) == sorted(f"model.layers.{i}.{name}" for i in range(2) for name in kept)
-    assert method.plan(meta_model(sources["qwen3_moe"]), recipe_of(NF4, "*.mlp.*")).kept == ()
+    assert sorted(moe.unquantized) == sorted(f"model.layers.{i}.{name}" for i in range(2) for name in kept)
+    assert method.plan(meta_model(sources["qwen3_moe"]), recipe_of(NF4, "*.mlp.*")).unquantized == ()
 
 
 def test_a_head_that_is_not_ignored_stays_and_is_told(sources: dict[str, Path]) -> None:
@@ -141,7 +141,7 @@ def test_a_head_that_is_not_ignored_stays_and_is_told(sources: dict[str, Path]) 
 
     recipe = recipe_of(NF4).model_copy(update={"ignore": ()})
     plan = method.plan(meta_model(sources["llama"]), recipe)
-    assert plan.kept == ("lm_head.weight",)
+    assert plan.unquantized == ("lm_head.weight",)
     assert "lm_head" not in plan.converted
 
 

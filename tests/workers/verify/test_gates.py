@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from workers.spec.job import Metrics, Outcome, Runtime, Thresholds, Verdict
+from workers.spec.job import Metrics, Outcome, ReasonCode, Runtime, Thresholds, Verdict
 from workers.verify.gates import Evidence, judge
 
 THRESHOLDS = Thresholds(
@@ -77,3 +77,27 @@ def test_a_verdict_survives_its_manifest() -> None:
     assert Verdict.model_validate_json(found.model_dump_json()) == found
     # One of a manifest from before there were outcomes.
     assert Verdict.model_validate({"accepted": False, "reasons": ("x",)}).outcome is Outcome.REGRESSION
+
+
+def test_reasons_have_codes_and_nothing_reads_their_words() -> None:
+    rejected = verdict(
+        {"kl_mean_upper": 0.3, "top1_agreement_lower": 0.1, "eval_tokens": 10},
+        integrity=["integrity: broken"],
+        runtime_problems=["runtime transformers: missing keys"],
+        infeasible=["runtime transformers: can't be tried here"],
+    )
+    assert rejected.codes == (
+        ReasonCode.INTEGRITY, ReasonCode.RUNTIME, ReasonCode.INFEASIBLE, ReasonCode.KL, ReasonCode.TOP1,
+        ReasonCode.EVAL_TOKENS,
+    )  # fmt: skip
+    assert len(rejected.codes) == len(rejected.reasons)
+    assert [code.by_threshold for code in rejected.codes] == [False, False, False, True, True, True]
+    # One of a manifest from before there were codes isn't judged again by its words.
+    older = Verdict.model_validate({"accepted": False, "reasons": ("KL divergence 1",), "outcome": "REGRESSION"})
+    assert older.codes == (ReasonCode.UNSAID,)
+    assert not older.codes[0].by_threshold
+
+
+def test_the_manifest_of_what_is_accepted_has_no_codes() -> None:
+    assert "codes" not in verdict().model_dump()
+    assert '"codes"' not in verdict().model_dump_json()

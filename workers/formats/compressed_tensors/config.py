@@ -1,6 +1,7 @@
-"""compressed-tensors' part of config.json: the group of each module, written and read.
+"""Writes and reads compressed-tensors' part of config.json: the config group of each module.
 
-Specification: ``compressed_tensors.quantization`` (0.20). What is refused is what transformers 5.23 loads wrongly.
+Specification: ``compressed_tensors.quantization`` (0.20). Configurations that transformers 5.23 loads wrongly are
+refused.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ MXFP4, NVFP4 = "mxfp4-pack-quantized", "nvfp4-pack-quantized"
 Activations = Literal["none", "int8", "dynamic", "static"]
 
 _BYTE = {"symmetric": (True,), "strategy": ("tensor", "channel", "group")}
-# What is known of each stored form: the values that its config may have.
+# Config values that can be read, for each stored form.
 _READABLE: dict[str, dict[str, Any]] = {
     PACKED: {"type": ("int",), "num_bits": range(2, 9), "symmetric": (True,), "strategy": ("channel", "group")},
     INT: {"type": ("int",), "num_bits": range(2, 9), **_BYTE},
@@ -39,7 +40,7 @@ _READABLE: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Declared:
-    """What config.json says of one module: ``kind`` is int or float, ``activations`` what its input is rounded to."""
+    """A module's settings in config.json: ``kind`` is int or float, ``activations`` the rounding of its input."""
 
     form: str
     kind: str
@@ -49,7 +50,7 @@ class Declared:
 
 
 def form_of(scheme: LinearScheme) -> str:
-    """How the library stores weights of a scheme."""
+    """The library's stored form for weights of a scheme."""
     match scheme:
         case IntScheme():
             return INT if scheme.activations == "int8" else PACKED
@@ -60,38 +61,38 @@ def form_of(scheme: LinearScheme) -> str:
 
 
 def quantization_config(
-    schemes: Mapping[str, LinearScheme], kept: Iterable[str], conv1d: Iterable[str] = ()
+    schemes: Mapping[str, LinearScheme], unquantized: Iterable[str], conv1d: Iterable[str] = ()
 ) -> dict[str, Any]:
     """Return the ``quantization_config`` of config.json.
 
-    ``schemes`` is what each quantized module got, fallbacks included; ``kept`` are the Linear modules left as they are
+    ``schemes`` is each quantized module's scheme, fallbacks included; ``unquantized`` are the other Linear modules
     (where a module and its checkpoint key differ in name, both names); ``conv1d`` are those of ``schemes`` that are
     transformers' Conv1D.
 
     Raises:
-        UnsupportedRecipe: Conv1D modules; experts that transformers loads wrongly.
+        UnsupportedRecipe: there are Conv1D modules, or experts that transformers loads wrongly.
     """
-    kept = sorted(set(kept))
+    unquantized = sorted(set(unquantized))
     conv1d = list(conv1d)
     alike = {scheme: _stored_alike(scheme) for scheme in set(schemes.values())}
     schemes = {name: alike[scheme] for name, scheme in schemes.items()}
     experts = [name for name in schemes if EXPERT.search(name)]
-    # transformers 5.23 takes the first group for experts, and with dequantize=True for every other module too.
+    # transformers 5.23 uses the first group for experts, and with dequantize=True for every other module too.
     base = Counter(schemes[name] for name in experts or schemes).most_common(1)[0][0]
     _refuse_unreadable(conv1d, base, LayerKinds(conv1d=True))
     _refuse_unreadable(experts, base, LayerKinds(experts=True))
-    _refuse_uneven_experts([name for name in experts if schemes[name] != base], experts, kept, base)
+    _refuse_uneven_experts([name for name in experts if schemes[name] != base], experts, unquantized, base)
     groups = [{"targets": ["Linear"], **_contents(base)}]
     for scheme in dict.fromkeys(schemes.values()):
         if scheme != base:
-            names = sorted(name for name, own in schemes.items() if own == scheme)
+            names = sorted(name for name, other in schemes.items() if other == scheme)
             groups.append({"targets": names, **_contents(scheme)})
     forms = {group["format"] for group in groups}
     return {
         "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
         "format": forms.pop() if len(forms) == 1 else MIXED,
         "global_compression_ratio": None,
-        "ignore": kept,
+        "ignore": unquantized,
         "kv_cache_scheme": None,
         "quant_method": NAME,
         "quantization_status": "compressed",
@@ -100,7 +101,7 @@ def quantization_config(
 
 
 class Declarations:
-    """What config.json's ``quantization_config`` says, by module."""
+    """The declarations of config.json's ``quantization_config``, by module."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         groups = [{"format": config.get("format"), **_without_none(g)} for g in config["config_groups"].values()]
@@ -109,10 +110,10 @@ class Declarations:
         self._patterns = [(re.compile(target[3:]), group) for target, group in targets if target.startswith("re:")]
 
     def of(self, module: str) -> Declared:
-        """What is said of one module: by its name, else by a pattern, else by its class, as the library looks for it.
+        """One module's declaration: looked up by name, then by pattern, then by class, as the library does.
 
         Raises:
-            UnsupportedRecipe: no group targets it, or the group is of a kind that can't be decoded.
+            UnsupportedRecipe: no group targets it, or the group can't be decoded.
         """
         matched = (group for pattern, group in self._patterns if pattern.match(module))
         group = self._exact.get(module) or next(matched, None) or self._exact.get("Linear")
@@ -132,7 +133,7 @@ class Declarations:
 
 
 def _without_none(group: Any) -> dict[str, Any]:
-    """A group's settings; of one that is only a list of targets under a preset's name there are none."""
+    """A group's settings that aren't None; empty for a preset's plain list of targets."""
     return {name: value for name, value in group.items() if value is not None} if isinstance(group, Mapping) else {}
 
 
@@ -154,7 +155,7 @@ def _activations(module: str, group: Mapping[str, Any]) -> Activations:
 
 
 def _stored_alike(scheme: LinearScheme) -> LinearScheme:
-    """One of all schemes that are stored in the same way."""
+    """A representative of all schemes that are stored in the same way."""
     return scheme.model_copy(update={"indivisible": "refuse"}) if isinstance(scheme, IntScheme) else scheme
 
 
@@ -202,17 +203,17 @@ def _inputs(scheme: LinearScheme) -> dict[str, Any] | None:
 
 
 def _refuse_unreadable(modules: list[str], scheme: LinearScheme, kinds: LayerKinds) -> None:
-    """What the runtime that checks the format can't load for these modules, though it does for others."""
+    """Refuse modules of these kinds if the runtime that checks the format can't load them."""
     why = misfit(NAME, scheme, kinds) if modules else None
     if why:
         raise UnsupportedRecipe(f"{NAME}: {some(modules)} {why}")
 
 
-def _refuse_uneven_experts(uneven: list[str], experts: list[str], kept: list[str], base: LinearScheme) -> None:
-    # transformers 5.23 decodes all experts by one group while it fuses them. Those that aren't quantized it drops,
-    # unless that group is fp8, which looks for a scale before it decodes.
+def _refuse_uneven_experts(uneven: list[str], experts: list[str], unquantized: list[str], base: LinearScheme) -> None:
+    # transformers 5.23 decodes all experts by one group while it fuses them. It drops experts that aren't quantized,
+    # unless that group is fp8, for which it looks for a scale before decoding.
     if experts or not isinstance(base, Float8Scheme):
-        uneven = uneven + [name for name in kept if EXPERT.search(name)]
+        uneven = uneven + [name for name in unquantized if EXPERT.search(name)]
     if uneven:
         raise UnsupportedRecipe(
             f"{NAME}: the experts {some(uneven)} deviate (another scheme than other experts, or left as "
@@ -223,5 +224,5 @@ def _refuse_uneven_experts(uneven: list[str], experts: list[str], kept: list[str
 
 
 def some(names: list[str]) -> str:
-    """Name the first few of many modules."""
+    """List the first three of many names."""
     return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"

@@ -18,7 +18,7 @@ from workers.numerics.codes import Float4Weight
 
 NAMES = ("weight_packed", "weight_scale")
 GLOBAL = "weight_global_scale"
-# The library decodes to bfloat16 alone, whatever the model computes in.
+# The library decodes only to bfloat16, whatever dtype the model computes in.
 DTYPE = torch.bfloat16
 
 
@@ -33,7 +33,7 @@ def encode(weight: Float4Weight) -> dict[str, Tensor]:
 
 
 def header(stored: Mapping[str, Header]) -> Header:
-    """Return shape and dtype of what :func:`decode` gives."""
+    """Return shape and dtype of :func:`decode`'s result."""
     rows, pairs = stored["weight_packed"].shape
     return Header((rows, 2 * pairs), DTYPE)
 
@@ -42,7 +42,7 @@ def decode(stored: Mapping[str, Tensor], group_size: int) -> Tensor:
     """Decode the tensors of one module to its weight (O, I), in bfloat16, as the library does.
 
     Raises:
-        CheckpointError: more or fewer scales than ``group_size`` asks for, or of another type.
+        CheckpointError: the scales' number or dtype doesn't match ``group_size``.
     """
     codes_OI, scale_OG = fp4.unpack(stored["weight_packed"]), stored["weight_scale"]
     nvfp4 = group_size == fp4.NVFP4_GROUP

@@ -1,6 +1,6 @@
-"""The compressed-tensors format, as llm-compressor and vLLM use it: the stored form of each module, written and read.
+"""The compressed-tensors format, as llm-compressor and vLLM use it: writes and reads the stored form of each module.
 
-The forms are in ``ct_packed``, ``ct_plain`` and ``ct_float4``, config.json is in ``ct_config``. Specification:
+The forms are in ``packed``, ``plain`` and ``float4``, config.json is in ``config``. Specification:
 ``compressed_tensors`` 0.20.
 """
 
@@ -34,7 +34,7 @@ NAMES = {PACKED: ct_packed.NAMES, MXFP4: ct_float4.NAMES, NVFP4: (*ct_float4.NAM
 
 
 def encode(weight: CodedWeight, scheme: LinearScheme) -> dict[str, Tensor]:
-    """Return the stored tensors by their names within the module, as the form of ``scheme`` has them."""
+    """Return the stored tensors by their names within the module, in the form of ``scheme``."""
     if isinstance(weight, Float4Weight):
         return ct_float4.encode(weight)
     if isinstance(weight, IntWeight) and form_of(scheme) == PACKED:
@@ -43,48 +43,48 @@ def encode(weight: CodedWeight, scheme: LinearScheme) -> dict[str, Tensor]:
 
 
 def is_packed(scheme: LinearScheme) -> bool:
-    """Whether a module stored so has no ``weight``, but ``weight_packed``."""
+    """Whether a module of this scheme is stored as ``weight_packed``, without a ``weight``."""
     return form_of(scheme) in NAMES
 
 
-def header(stored: Mapping[str, Header], read: Callable[[str], Tensor], said: Declared) -> Header:
-    """Return shape and dtype of what :func:`decode` gives; ``read`` reads a stored tensor by its name.
+def header(stored: Mapping[str, Header], read: Callable[[str], Tensor], declared: Declared) -> Header:
+    """Return shape and dtype of :func:`decode`'s result; ``read`` reads a stored tensor by its name.
 
     Raises:
-        CheckpointError: tensors that the declared form has aren't there.
+        CheckpointError: tensors of the declared form are missing.
     """
-    static = ("input_scale",) if said.activations == "static" else ()
-    missing = [name for name in (*NAMES.get(said.form, ct_plain.NAMES), *static) if name not in stored]
+    static = ("input_scale",) if declared.activations == "static" else ()
+    missing = [name for name in (*NAMES.get(declared.form, ct_plain.NAMES), *static) if name not in stored]
     if missing:
         raise CheckpointError(
-            f"quantized, but its {', '.join(missing)} isn't there, as {said.form!r} has it; fetch it again"
+            f"quantized, but its {', '.join(missing)} isn't there, as {declared.form!r} has it; fetch it again"
         )
-    if said.form == PACKED:
+    if declared.form == PACKED:
         return ct_packed.header(stored, read)
-    return ct_float4.header(stored) if said.form in GROUP_SIZES else ct_plain.header(stored)
+    return ct_float4.header(stored) if declared.form in GROUP_SIZES else ct_plain.header(stored)
 
 
-def decode(stored: Mapping[str, Tensor], said: Declared) -> Tensor:
+def decode(stored: Mapping[str, Tensor], declared: Declared) -> Tensor:
     """Decode the tensors of one module to its weight (O, I), in the dtype that the library decodes it to.
 
     Raises:
-        CheckpointError: what is stored isn't what is declared.
+        CheckpointError: the stored tensors don't match the declaration.
     """
-    if said.form == PACKED:
-        return ct_packed.decode(stored, said.bits, said.group_size)
-    if said.form in GROUP_SIZES:
-        return ct_float4.decode(stored, GROUP_SIZES[said.form])
-    return ct_plain.decode(stored, said.kind)
+    if declared.form == PACKED:
+        return ct_packed.decode(stored, declared.bits, declared.group_size)
+    if declared.form in GROUP_SIZES:
+        return ct_float4.decode(stored, GROUP_SIZES[declared.form])
+    return ct_plain.decode(stored, declared.kind)
 
 
-def input_rounding(module: str, said: Declared, stored: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor] | None:
-    """What transformers 5.23 does to the input of a module before it multiplies, on a CPU as on a GPU; None: nothing.
+def input_rounding(module: str, declared: Declared, stored: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor] | None:
+    """The rounding that transformers 5.23 applies to a module's input, on a CPU as on a GPU; None if none.
 
-    ``stored`` has the module's ``input_scale``, if there is one. Experts are fused, and get their input as it is.
+    ``stored`` has the module's ``input_scale``, if there is one. Experts are fused, and their input isn't rounded.
     """
     if EXPERT.search(module):
         return None
-    match said.activations:
+    match declared.activations:
         case "int8":
             return activations.round_int8_token
         case "dynamic":
@@ -97,13 +97,13 @@ def input_rounding(module: str, said: Declared, stored: Mapping[str, Tensor]) ->
 
 
 def open_(config: Mapping[str, Any], source: Source, trust_remote_code: bool) -> Decoder:
-    """What decodes a checkpoint with this ``quantization_config``."""
-    said = Declarations(config).of
+    """The decoder of a checkpoint with this ``quantization_config``."""
+    declared_of = Declarations(config).of
     return Decoder(
         anchors=ANCHORS,
         suffixes=SUFFIXES,
         required=(),  # it depends on the module's group
-        header=lambda module, headers, read: header(headers, read, said(module)),
-        decode=lambda module, stored: decode(stored, said(module)),
-        rounding=lambda module, stored, _: input_rounding(module, said(module), stored),
+        header=lambda module, headers, read: header(headers, read, declared_of(module)),
+        decode=lambda module, stored: decode(stored, declared_of(module)),
+        rounding=lambda module, stored, _: input_rounding(module, declared_of(module), stored),
     )

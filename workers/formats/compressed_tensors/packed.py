@@ -1,4 +1,4 @@
-"""compressed-tensors' ``pack-quantized``: symmetric integers of 2 to 8 bits in one stream, activations as they are.
+"""compressed-tensors' ``pack-quantized``: symmetric integers of 2 to 8 bits in one bit stream, activations unchanged.
 
 Shapes: O output features, I input features, G groups of input columns (1 for a scale per output channel).
 Specification: ``compressed_tensors.compressors.pack_quantized`` (0.20).
@@ -22,7 +22,7 @@ NAMES = ("weight_packed", "weight_scale", "weight_shape")
 def encode(weight: IntWeight) -> dict[str, Tensor]:
     """Return the stored tensors by their names within the module.
 
-    ``weight_packed`` int32 (O, ceil(I * bits / 32)); ``weight_scale`` (O, G) in the dtype it has; ``weight_shape``
+    ``weight_packed`` int32 (O, ceil(I * bits / 32)); ``weight_scale`` (O, G) in its given dtype; ``weight_shape``
     int64 (2,).
     """
     assert weight.zero_OG is None, "recipes.format_holds refuses asymmetric schemes for this format"
@@ -34,7 +34,7 @@ def encode(weight: IntWeight) -> dict[str, Tensor]:
 
 
 def header(stored: Mapping[str, Header], read: Callable[[str], Tensor]) -> Header:
-    """Return shape and dtype of what :func:`decode` gives; ``read`` reads a stored tensor by its name."""
+    """Return shape and dtype of :func:`decode`'s result; ``read`` reads a stored tensor by its name."""
     rows, columns = read("weight_shape").tolist()
     return Header((rows, columns), stored["weight_scale"].dtype)
 
@@ -43,7 +43,7 @@ def decode(stored: Mapping[str, Tensor], bits: int, group_size: int | None) -> T
     """Decode the tensors of one module to its weight (O, I), in the dtype of the scales, as the library does.
 
     Raises:
-        CheckpointError: more or fewer words than ``bits`` asks for, or scales than ``group_size``.
+        CheckpointError: the number of words doesn't match ``bits``, or the scales don't match ``group_size``.
     """
     scale_OG = stored["weight_scale"]
     rows, columns = (int(size) for size in stored["weight_shape"])
@@ -59,10 +59,10 @@ def decode(stored: Mapping[str, Tensor], bits: int, group_size: int | None) -> T
 
 
 def check_words(words: int, codes: int, bits: int) -> None:
-    """Refuse a width that doesn't fit what is stored.
+    """Check the number of stored words against the bit width.
 
     Raises:
-        CheckpointError: naming both.
+        CheckpointError: names both.
     """
     expected = -(-codes * bits // 32)
     if words != expected:

@@ -1,8 +1,8 @@
-"""compressed-tensors' ``int-quantized``, ``float-quantized`` and ``naive-quantized``: a byte for each weight.
+"""compressed-tensors' ``int-quantized``, ``float-quantized`` and ``naive-quantized``: one byte per weight.
 
 Shapes: O output features, I input features, G groups of input columns (1 for a scale per output channel).
 Specification: ``compressed_tensors.compressors.naive_quantized`` (0.20). int-quantized is W8A8, float-quantized is FP8
-with rounded activations, naive-quantized what has none of them.
+with rounded activations, naive-quantized has neither.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ DTYPES = {"int": torch.int8, "float": torch.float8_e4m3fn}
 def encode(weight: IntWeight | Float8Weight) -> dict[str, Tensor]:
     """Return the stored tensors by their names within the module.
 
-    ``weight`` int8 or float8_e4m3fn (O, I); ``weight_scale`` (O, 1), or (1,) for the tensor, in the dtype it has: it
-    has to be the model's, or a reader rounds it; ``input_scale`` (1,) in the same dtype, for static activations.
+    ``weight`` int8 or float8_e4m3fn (O, I); ``weight_scale`` (O, 1), or (1,) for the whole tensor, in its given dtype,
+    which must be the model's, or readers round it; ``input_scale`` (1,) in the same dtype, for static activations.
     """
     if isinstance(weight, IntWeight):
         assert weight.zero_OG is None, "recipes.format_holds refuses asymmetric schemes for this format"
@@ -37,7 +37,7 @@ def encode(weight: IntWeight | Float8Weight) -> dict[str, Tensor]:
 
 
 def header(stored: Mapping[str, Header]) -> Header:
-    """Return shape and dtype of what :func:`decode` gives."""
+    """Return shape and dtype of :func:`decode`'s result."""
     return Header(stored["weight"].shape, stored["weight_scale"].dtype)
 
 
@@ -45,7 +45,7 @@ def decode(stored: Mapping[str, Tensor], kind: str) -> Tensor:
     """Decode the tensors of one module to its weight (O, I), in the dtype of the scales, as the library does.
 
     Raises:
-        CheckpointError: values of another type than ``kind`` (int or float), or scales that don't fit them.
+        CheckpointError: the values' type isn't ``kind`` (int or float), or the scales don't fit them.
     """
     values_OI, scale = stored["weight"], stored["weight_scale"]
     rows, columns = values_OI.shape

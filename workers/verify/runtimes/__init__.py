@@ -1,1 +1,1 @@
-"""The runtimes that users load checkpoints with, each asked in a process of its own."""
+"""The runtimes that users load checkpoints with; each runs in its own process."""

@@ -1,4 +1,4 @@
-"""Ask a runtime: load an artifact as its users will, in a fresh process, and say what came out."""
+"""Loads an artifact in a runtime as its users will, in a fresh process, and reports the result."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ DEADLINE_SECONDS = 1800.0
 
 @dataclass(frozen=True)
 class RuntimeAnswer:
-    """What the library made of the artifact; ``logits`` is None if it couldn't load it.
+    """A runtime's result; ``logits`` is None if it couldn't load the artifact.
 
-    ``generated`` are the tokens after each prompt; ``infeasible`` says why it couldn't be tried on this machine.
+    ``generated`` are the tokens after each prompt; ``infeasible`` are reasons why this machine can't run the check.
     """
 
     name: str
@@ -34,13 +34,13 @@ class RuntimeAnswer:
 
 
 def ask(row: Runtime, request: RuntimeRequest, tokens_NT: Tensor, prompts_PT: Tensor) -> RuntimeAnswer:
-    """Load an artifact in a fresh process of a runtime and run tokens (int64) through it; logits are float32 [N, T, V].
+    """Load an artifact in a runtime's fresh process and run tokens (int64) through it; logits are float32 [N, T, V].
 
-    It goes on greedily after each of the prompts. A crash of the library is a problem of the artifact,
-    not an exception.
+    The runtime also generates greedily from each prompt. A crash of the library is a problem of the artifact, not an
+    exception.
 
     Raises:
-        OutOfMemory: the process was killed, or says so: the machine's fault, not the artifact's.
+        OutOfMemory: the process was killed or ran out of memory: the machine's fault, not the artifact's.
         WorkerDied: no answer within the deadline.
     """
     from safetensors.torch import load_file, save_file
@@ -57,16 +57,18 @@ def ask(row: Runtime, request: RuntimeRequest, tokens_NT: Tensor, prompts_PT: Te
         if done.out_of_memory:
             raise OutOfMemory(f"runtime check of {artifact}: out of memory ({done.said}); use a larger machine")
         return _failed(row, f"the process ended with {done.code}: {done.said}")
-    said = json.loads(done.answer)
-    if "error" in said:
-        if said["not_here"]:
+    answer = json.loads(done.answer)
+    if "error" in answer:
+        if answer["not_here"]:
             return RuntimeAnswer(
-                row.name, "", infeasible=(f"runtime {row.name}: can't be tried here, {said['error']}",)
+                row.name, "", infeasible=(f"runtime {row.name}: can't be tried here, {answer['error']}",)
             )
-        return _failed(row, said["error"])
+        return _failed(row, answer["error"])
     logits = load_file(scratch / "logits.safetensors")["logits"]
-    generated = tuple(tuple(row) for row in said["generated"])
-    return RuntimeAnswer(row.name, said["version"], tuple(said["problems"]), (), generated, logits, said["host_bytes"])
+    generated = tuple(tuple(row) for row in answer["generated"])
+    return RuntimeAnswer(
+        row.name, answer["version"], tuple(answer["problems"]), (), generated, logits, answer["host_bytes"]
+    )
 
 
 def _failed(row: Runtime, what: str) -> RuntimeAnswer:

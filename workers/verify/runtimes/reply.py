@@ -1,4 +1,4 @@
-"""How a runtime's process replies: what it found, or what its library raised. Standard library only."""
+"""Builds the reply of a runtime's process: its result, or its library's exception. Standard library only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-# How a library says that it isn't the artifact's fault.
+# Messages of libraries that need hardware which this machine lacks.
 NOT_HERE = re.compile(r"(?i)no gpu|(requires?|needs?) (a |an )?(\w+ )?(gpu|cuda|accelerator|xpu)|cuda is not available")
 
 
@@ -15,8 +15,8 @@ def reply(request: str, look: Callable[[dict[str, Any]], dict[str, Any]]) -> str
     """The JSON answer to a ``RuntimeRequest``.
 
     ``look`` loads the artifact, writes the logits, and returns ``version``, ``problems`` (sentences), ``generated``
-    (token ids after each prompt) and ``host_bytes`` (peak of this process). What it raises becomes ``error``, with
-    ``not_here`` for what this machine lacks; running out of memory is raised on, for it is no fault of the artifact.
+    (token ids after each prompt) and ``host_bytes`` (peak of this process). Its exception becomes ``error``, with
+    ``not_here`` set if this machine lacks hardware or a package; out of memory, not the artifact's fault, is re-raised.
     """
     try:
         return json.dumps(look(json.loads(request)))

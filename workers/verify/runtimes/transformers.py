@@ -1,7 +1,6 @@
-"""transformers: load an artifact as its users will, and say what came out.
+"""Loads an artifact in transformers as its users will, and reports the result.
 
-``answer`` is asked in a fresh process. Nothing of quantmill's engine takes part: what is tested is the library that
-users have.
+``answer`` is called in a fresh process. It uses none of quantmill's engine: the library that users have is tested.
 """
 
 from __future__ import annotations
@@ -14,19 +13,19 @@ from typing import Any
 from workers.machine.memory import peak_host_bytes
 from workers.verify.runtimes.reply import reply
 
-# Nothing is fetched; and gptqmodel's kernels compile for longer than the check takes.
+# Disables downloads, and torch.compile, which takes longer for gptqmodel's kernels than the whole check.
 QUIET = {"HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"}
 KEY_LISTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
 def answer(request: str) -> str:
-    """What transformers makes of the artifact that a ``RuntimeRequest`` names, as JSON."""
+    """The result of loading a ``RuntimeRequest``'s artifact in transformers, as JSON."""
     _be_quiet()
-    return reply(request, _answer)
+    return reply(request, _load_and_run)
 
 
 def _be_quiet() -> None:
-    """For what is imported from here on, and for what a warm parent has imported before."""
+    """Apply ``QUIET`` to later imports, and to modules that a warm parent has already imported."""
     os.environ.update(QUIET)
     if constants := sys.modules.get("huggingface_hub.constants"):
         vars(constants)["HF_HUB_OFFLINE"] = True
@@ -34,7 +33,7 @@ def _be_quiet() -> None:
         torch.compiler.set_stance("force_eager")
 
 
-def _answer(request: dict[str, Any]) -> dict[str, Any]:
+def _load_and_run(request: dict[str, Any]) -> dict[str, Any]:
     import torch
     import transformers
     from safetensors.torch import load_file, save_file
@@ -49,10 +48,10 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     )
     if device == "cpu" and request["arithmetic"] == "decoded":
         _widen(model)
-    given = {name: tensor.to(device) for name, tensor in load_file(scratch / "tokens.safetensors").items()}
+    inputs = {name: tensor.to(device) for name, tensor in load_file(scratch / "tokens.safetensors").items()}
     with torch.inference_mode():
-        logits = torch.cat([model(row[None], use_cache=False).logits.float().cpu() for row in given["tokens"]])
-        generated = [_continued(model, prompt[None], request["new_tokens"]) for prompt in given["prompts"]]
+        logits = torch.cat([model(row[None], use_cache=False).logits.float().cpu() for row in inputs["tokens"]])
+        generated = [_continued(model, prompt[None], request["new_tokens"]) for prompt in inputs["prompts"]]
     save_file({"logits": logits.contiguous()}, scratch / "logits.safetensors")
     return {
         "version": transformers.__version__,
@@ -63,17 +62,17 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _continued(model: Any, prompt: Any, new_tokens: int) -> list[int]:
-    """The tokens that a user would get, one after the other the most likely."""
+    """Greedy continuation, the tokens that a user would get."""
     import torch
 
     mask = torch.ones_like(prompt)
-    made = model.generate(prompt, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, num_beams=1)
-    tokens: list[int] = made[0, prompt.shape[1] :].tolist()
+    output = model.generate(prompt, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, num_beams=1)
+    tokens: list[int] = output[0, prompt.shape[1] :].tolist()
     return tokens
 
 
 def _widen(model: Any) -> None:
-    """Half precision to float32: what the library decodes from fp8 stays so, whatever dtype is asked for."""
+    """Convert half precision to float32: tensors that the library decodes from fp8 ignore the requested dtype."""
     import torch
 
     for tensor in (*model.parameters(), *model.buffers()):
@@ -82,14 +81,14 @@ def _widen(model: Any) -> None:
 
 
 def _dtype(arithmetic: str, device: str) -> Any:
-    """The checkpoint's own; float32 on a CPU for exactness, but not for a format that computes in its own dtype."""
+    """The dtype to load in: float32 on a CPU for exactness, except for formats that compute in their own dtype."""
     import torch
 
     return "auto" if device == "cuda" or arithmetic == "own" else torch.float32
 
 
 def _loading_problems(loading: dict[str, Any]) -> list[str]:
-    """Any key that was missing, unexpected or mismatched: such checkpoints load silently wrong."""
+    """Missing, unexpected or mismatched keys: such checkpoints load without an error, but wrongly."""
     return [
         f"runtime transformers: {kind.replace('_', ' ')} on loading, got {sorted(map(str, loading[kind]))[:5]}"
         for kind in KEY_LISTS
