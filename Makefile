@@ -4,17 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.quantmill-setup
 OUT ?= runs
-# Tests of one file stay together, for they share what was made for them.
+# Tests of one file stay together, for they share what was made for them; the longest files come first (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup quickstart test test-gpu test-slow walk night check lint types contracts tables bench constraints clean
 
 help:
 	@echo "make quickstart   two small models x three recipes: quantized, verified, published to a loopback Hub"
-	@echo "make test         the tests"
+	@echo "make test         the tests: at most 6 minutes on two idle cores, longer on busy ones, and no failure there"
+	@echo "make test-slow    the tests that take long: real heads, killed drivers, hosts that lose their network"
 	@echo "make walk         every causal language model that transformers knows: streamed, quantized, loaded (nightly)"
 	@echo "make night        long runs, one of them with processes killed at random, beside a quiet one"
-	@echo "make check        lint, types, import contracts, tests (what CI runs)"
+	@echo "make check        lint, types, import contracts, tests and slow tests (what CI runs)"
 	@echo "make setup        the environment alone (the others make it if it's missing)"
 	@echo "make tables       print the README's tables of recipes and formats from the rows"
 	@echo "make bench        measure; results go into tests/bench/RESULTS.md by hand"

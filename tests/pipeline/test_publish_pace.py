@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.loopback import LoopbackHub
 from pipeline.loopback.faults import Fault, FaultRequest
-from tests.limits import RUN_SECONDS
+from tests.limits import LONG_TEST_SECONDS, RUN_SECONDS
 from tests.pipeline.runs import MODELS, by_key, command, write_zoo
 
 
@@ -19,6 +19,7 @@ def most_in(times: list[float], seconds: float) -> int:
 
 
 @pytest.mark.night
+@pytest.mark.timeout(LONG_TEST_SECONDS)
 def test_the_publishers_of_a_run_share_its_limits(tmp_path: Path) -> None:
     seen: list[tuple[float, str]] = []
 

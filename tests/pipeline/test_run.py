@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.loopback import LoopbackHub
 from pipeline.report.results import Results
-from tests.limits import AGENTS_SECONDS, GONE_SECONDS, SOON_SECONDS
+from tests.limits import AGENTS_SECONDS, GONE_SECONDS, LONG_TEST_SECONDS, SOON_SECONDS
 from tests.pipeline.runs import MODELS, by_key, marked_processes, run, stop_when, wait_for, write_zoo
 
 RECIPES = "bnb-nf4, gptq-w4-g128"
@@ -171,6 +171,7 @@ def connect_card(endpoint: str, artifact: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(LONG_TEST_SECONDS)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
 def test_a_stopped_run_leaves_no_process_and_is_finished_by_the_next(tmp_path: Path, number: signal.Signals) -> None:
     zoo = write_zoo(tmp_path, [str(MODELS / "llama-tiny")], "bnb-fp4, rtn-w4-g128")

@@ -13,11 +13,12 @@ import pytest
 
 from pipeline.fleet.cluster import SLOW_START
 from pipeline.loopback import LoopbackHub
-from tests.limits import RAY_SECONDS, RUN_SECONDS
+from tests.limits import LONG_TEST_SECONDS, RAY_SECONDS, RUN_SECONDS
 from tests.pipeline.runs import MODELS, by_key, command, write_zoo
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(LONG_TEST_SECONDS)
 def test_two_drivers_at_the_same_zoo_make_every_artifact_once(tmp_path: Path) -> None:
     zoo = write_zoo(tmp_path, [str(MODELS / "llama-tiny")], "bnb-fp4, rtn-w4-g128")
     with LoopbackHub(tmp_path / "hub") as hub:
@@ -65,6 +66,7 @@ for run in driver.jobs:
 
 
 @pytest.mark.night
+@pytest.mark.timeout(LONG_TEST_SECONDS)
 def test_the_last_model_spread_over_processes_has_the_bytes_of_one_pass(tmp_path: Path) -> None:
     zoo = write_zoo(tmp_path, [str(MODELS / "llama-tiny")], "gptq-w4-g128, bnb-nf4")
     zoo.write_text("\n".join(line for line in zoo.read_text().splitlines() if not line.startswith("publish")))
