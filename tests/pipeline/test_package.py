@@ -1,6 +1,7 @@
 """The package as users get it: quick help, a driver without torch, a wheel that carries what the command needs."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -61,9 +62,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_plans_a_zoo_from_another_folder(installed: Path, tmp_path: Path) -> None:
     zoo = write_zoo(tmp_path, [str(MODELS / "llama-tiny")], "bnb-nf4, rtn-w4-g128")
     (tmp_path / "elsewhere").mkdir()
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [installed, "plan", str(zoo)], cwd=tmp_path / "elsewhere", capture_output=True, text=True, check=False
-    )
+        [installed, "plan", str(zoo)],
+        cwd=tmp_path / "elsewhere", env=clean, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "2 artifacts, 2 to make" in done.stdout
     python = installed.with_name("python")
@@ -72,7 +75,8 @@ def test_the_wheel_plans_a_zoo_from_another_folder(installed: Path, tmp_path: Pa
         "print(pathlib.Path(pipeline.__file__).parent, len(shipped.recipe_names()), len(shipped.gates()))\n"
         "print((pathlib.Path(report.__file__).parent / 'report.html.j2').is_file())"
     )
-    where = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    there = subprocess.run([python, "-c", code], cwd=tmp_path, env=clean, capture_output=True, text=True, check=True)
+    where = there.stdout
     assert str(installed.parents[1]) in where, "the wheel's own files are used, not the checkout's"
     assert where.splitlines()[-1] == "True"
 
