@@ -91,14 +91,14 @@ METRICS = """
 import sys, time, urllib.request
 import ray
 from ray.cluster_utils import Cluster as Nodes
-from pipeline.report.metrics import Metrics
+from pipeline.report.metrics import PrometheusMetrics
 from pipeline.fleet.scheduler import Pulse
 from pipeline.fleet.steps import Step
 from workers.spec.job import Failure, Stage, StageResult
 
 nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 ray.init(nodes.address, log_to_driver=False, logging_level="ERROR")
-metrics = Metrics("night", lambda: Pulse(queued=7, running={Stage.FETCH: 1}, gpus=4, busy_gpus=3.0))
+metrics = PrometheusMetrics("night", lambda: Pulse(queued=7, running={Stage.FETCH: 1}, gpus=4, busy_gpus=3.0))
 step = Step(0, Stage.FETCH)
 metrics.started(None, step, 1)
 metrics.ended(None, step, 1, StageResult(stage=Stage.FETCH, seconds=3.0), None)

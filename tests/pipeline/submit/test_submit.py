@@ -81,11 +81,14 @@ def head() -> Iterator[RealHead]:
         site = next((folder / "env" / "lib").glob("python*/site-packages"))
         (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
         python = str(folder / "env" / "bin" / "python")
-        there = subprocess.run([python, "-c", "import ray, pipeline.cli"], cwd=folder, capture_output=True, check=False)
+        clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        there = subprocess.run(
+            [python, "-c", "import ray, pipeline.cli"], cwd=folder, env=clean, capture_output=True, check=False
+        )
         assert b"No module named 'pipeline.cli'" in there.stderr
         port, dashboard, agent, client = free_ports(4)
         environment = {
-            **os.environ, "PATH": f"{folder}/env/bin:{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled",
+            **clean, "PATH": f"{folder}/env/bin:{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0", **SLOW_START, "HF_TOKEN": THEIRS, MARK: folder.name,
         }  # fmt: skip
         log = (folder / "head.log").open("w")
