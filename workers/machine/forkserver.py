@@ -1,9 +1,9 @@
 """A warm parent: a process that has imported what stages need, and forks one child for each request.
 
 ``python -m workers.machine.forkserver FOLDER OWNER FD MODULE...`` listens on the socket FD, which lies in FOLDER.
-It has one thread, no CUDA context and no model, so a fork of it is as fresh as a process that imported the same; one
-that finds itself otherwise says so and ends. It ends with its owner, and every child with it; a child also ends when
-the connection that asked for it closes.
+The process has one thread, no CUDA context and no model, so that a fork is in the state of a new process that has
+imported the same modules. It checks this after its imports, and exits with a message otherwise. It ends with its owner,
+and all children with it; a child also ends when the connection that requested it closes.
 
 Messages are JSON, one a line: ``{entry, folder, environment, cwd, nice}`` comes in, ``{"pid"}`` and ``{"status"}`` go
 out, or ``{"refused"}``.
@@ -34,14 +34,14 @@ from typing import Any
 
 from workers.machine import child
 
-# The socket's name; and what is written once the modules are there: bytes of the process.
+# Files in FOLDER: the socket, and the one written after the imports, which holds the process's size in bytes.
 SOCKET, READY = "socket", "ready.json"
 STATUS, MAPS, TASKS = Path("/proc/self/status"), Path("/proc/self/maps"), Path("/proc/self/task")
-# The driver's library is loaded by the first call into CUDA, after which no fork of the process can use a card.
+# Library that the first CUDA call loads; a process that has called CUDA can't fork children that use the GPU.
 CUDA = "libcuda.so"
-# What libraries read when they're imported: a child that wants another value has to import anew.
+# Variables that libraries read at import: a request with other values is refused, and starts without a parent.
 READ_AT_IMPORT = re.compile(r"(HF|HUGGINGFACE|TRANSFORMERS|TORCH|PYTORCH|PYTHON|BNB|LD|XDG_CACHE)_|HOME$|PYTHONPATH$")
-# Read at each call, or told to the modules by whoever changes them.
+# Exceptions: variables that are read at each call, or that the child passes on to the modules.
 READ_LATER = re.compile(
     r"(\w*_)?TOKEN$|HF_HUB_OFFLINE$|TORCHDYNAMO_DISABLE$|PYTORCH_NVML_BASED_CUDA_CHECK$|PYTHONPATH$|PYTHONUNBUFFERED$"
 )
@@ -49,7 +49,7 @@ READ_LATER = re.compile(
 
 @dataclass(eq=False)
 class ForkRequest:
-    """A request: the connection it came by (None: closed), what was read of it, its child and the file of its end."""
+    """A request: its connection (None: closed), the bytes read so far, its child's process ID and pidfd."""
 
     line: socket.socket | None
     said: bytearray = field(default_factory=bytearray)
@@ -58,7 +58,7 @@ class ForkRequest:
 
 
 class Server:
-    """Forks a child for each request on the socket, until it's told to retire and the last child has ended."""
+    """Forks a child for each request on the socket, until it is retired and the last child has ended."""
 
     def __init__(self, listener: socket.socket, address: str, environment: Mapping[str, str]) -> None:
         self._listener: socket.socket | None = listener
@@ -71,7 +71,7 @@ class Server:
             self._selector.register(each, selectors.EVENT_READ, None)
 
     def serve(self) -> None:
-        """Serve; returns when retired, in the parent and never in a child."""
+        """Serve requests; returns in the parent alone, once retired."""
         while self._listener is not None or self._open:
             for key, _ in self._selector.select():
                 asked: ForkRequest | None = key.data
@@ -83,7 +83,7 @@ class Server:
                     self._hear(asked, asked.line)
 
     def retire(self) -> None:
-        """Take no more requests; safe in a signal's handler."""
+        """Accept no more requests; may be called in a signal handler."""
         self._wake.send(b"\0")
 
     def end(self) -> None:
@@ -107,7 +107,7 @@ class Server:
         self._selector.register(line, selectors.EVENT_READ, asked)
 
     def _hear(self, asked: ForkRequest, line: socket.socket) -> None:
-        """More of a request, or the end of whoever asked, which is the child's."""
+        """Read more of a request; if the client has closed the connection, kill its child."""
         try:
             more = line.recv(1 << 16)
         except ConnectionError:

@@ -1,6 +1,6 @@
-"""The warm parents of this machine, one for each interpreter; they end with the process that owns them.
+"""The warm parents of this machine: one process per interpreter that has imported what stages need.
 
-Linux only: elsewhere there are none, and every process starts from nothing.
+Parents end with the process that owns them. Linux only; on other systems every process starts without one.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ from typing import Self
 from workers.machine import child
 from workers.machine.forkserver import READY, SOCKET, resident_bytes
 
-# A parent has grown that has so many times, and so many bytes more, than after its imports: libraries that leak.
+# A parent is replaced once its memory exceeds GROWTH times its size after the imports by GROWTH_BYTES: a library leaks.
 GROWTH, GROWTH_BYTES = 1.25, 64 * 1024**2
-# How often a parent that never got ready is tried; how long it may take to end.
+# Attempts to start a parent that never becomes ready; seconds that it may take to end.
 TRIES, END_SECONDS = 2, 10.0
-# A path of a socket holds no more than 107 bytes.
+# Unix socket paths are limited to 107 bytes, so the folder is directly under /tmp.
 FOLDER, PREFIX = Path("/tmp"), "quantmill-parent-"
-# While it imports, neither a thread (of numpy's BLAS, of pyarrow's allocator) nor a call into CUDA.
+# Variables that keep the imports from starting threads (numpy's BLAS, pyarrow's allocator) and from calling CUDA.
 PARENTS_OWN = {
     "OPENBLAS_NUM_THREADS": "1",
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
-# Cards, by the files that their drivers make.
+# Device files of the NVIDIA and AMD drivers: a GPU is present if one exists.
 CARDS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 
-# What stages, the check of a runtime and `quantmill verify` import, also late: what sys.modules had more after each.
+# Modules that stages, runtime checks and `quantmill verify` import, lazily imported ones included (found by comparing
+# sys.modules before and after each of them).
 MODULES = (
     "torch",
     "transformers.generation.utils",
@@ -51,15 +52,15 @@ MODULES = (
     "workers.verify.foreign",
     "workers.verify.stage",
 )
-# It asks a card for its capability as soon as it's imported, which starts CUDA.
+# Not preloaded where a GPU is present: importing it queries the GPU's capability, which initializes CUDA.
 MODULES_WITHOUT_CARD = ("bitsandbytes",)
 
 
 class Parent:
-    """One warm parent: a process that listens at ``address`` from the start, and answers once it has imported.
+    """One warm parent process. It listens at ``address`` from the start, and answers once its imports are done.
 
     Raises:
-        OSError: ``python`` doesn't start, or there's no room for its socket.
+        OSError: ``python`` doesn't start, or its socket can't be created.
     """
 
     def __init__(self, python: str | None = None, modules: Sequence[str] | None = None) -> None:
@@ -86,15 +87,15 @@ class Parent:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(f"{self.address}.new")
             listener.listen(128)
-            # Whoever sees it under its name is answered.
+            # Renamed once it listens: a client that sees the path gets an answer.
             Path(f"{self.address}.new").rename(self.address)
             return self._start(listener.fileno(), own)
 
     def _start(self, listener: int, own: bool) -> subprocess.Popen[bytes]:
         given = {**os.environ, **PARENTS_OWN}
-        # Threads that wait for one another in a loop take three times as long where others want the cores, too.
+        # OpenMP threads that spin while they wait are three times as slow on cores that other processes use, too.
         given.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        # It sees all cards, each of its children those that are its own.
+        # The parent sees all GPUs; each child gets the CUDA_VISIBLE_DEVICES of its request.
         given.pop("CUDA_VISIBLE_DEVICES", None)
         given.pop(child.WARM, None)
         if own:
@@ -114,17 +115,17 @@ class Parent:
 
     @property
     def pid(self) -> int:
-        """The parent's process."""
+        """The process ID."""
         return self._process.pid
 
     @property
     def alive(self) -> bool:
-        """Whether it can be asked."""
+        """Whether the process is running."""
         return self._process.poll() is None
 
     @property
     def ready(self) -> bool:
-        """Whether it has imported, be it alive or not."""
+        """Whether its imports were completed, also if it has ended since."""
         return self._bytes is not None
 
     @property
@@ -135,7 +136,7 @@ class Parent:
 
     @property
     def stale(self) -> str | None:
-        """Why another one should take its place, if so."""
+        """Why it should be replaced; None if it needn't be."""
         if identity(self._python) != self._identity:
             return "its environment changed"
         first, now = self._bytes, resident_bytes(Path(f"/proc/{self.pid}/status"))
@@ -145,29 +146,29 @@ class Parent:
 
     @property
     def said(self) -> str:
-        """The last line that it printed."""
+        """The last line of its stderr."""
         return (child.tail(self._folder / child.STDERR).strip().splitlines() or ["it said nothing"])[-1]
 
     def retire(self) -> None:
-        """Let it end once its children have."""
+        """Accept no more requests; the process ends after its last child."""
         Path(self.address).unlink(missing_ok=True)
         with suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGHUP if self.ready else signal.SIGTERM)
 
     def close(self) -> None:
-        """End it, and its children."""
+        """End the process and its children."""
         self._process.terminate()
         try:
             self._process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
-            # It waits for a child that can't end yet.
+            # A child is in an uninterruptible call.
             self._process.kill()
             self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class Parents:
-    """The parents that a run has on one machine, started when they're first asked for."""
+    """The warm parents of a run on one machine, each started at its first use."""
 
     def __init__(self, modules: Sequence[str] | None = None) -> None:
         self._modules = modules
@@ -176,9 +177,9 @@ class Parents:
         self._tries: dict[str | None, int] = {}
 
     def address(self, python: str | None = None) -> tuple[str | None, str | None]:
-        """The socket of the parent of an interpreter (None: this one's own), or why there's none.
+        """The socket of an interpreter's parent (None: of this process's interpreter), or the reason for having none.
 
-        One that died, grew, or whose environment changed is replaced; one that dies before it's ready, once.
+        A parent that died, grew, or whose environment changed is replaced; one that dies before it's ready, only once.
         """
         if sys.platform != "linux":
             return None, None
@@ -196,7 +197,7 @@ class Parents:
         return started.address, None
 
     def _let_go(self, python: str | None, parent: Parent) -> str | None:
-        """Make room for another in its place; or why there should be none."""
+        """Remove a parent that is to be replaced; returns the reason if no other is to be started."""
         if not parent.alive and not parent.ready and self._tries[python] >= TRIES:
             return f"not started warm: the parent doesn't start ({parent.said})"
         if parent.ready:
@@ -210,7 +211,7 @@ class Parents:
         return None
 
     def alive(self) -> bool:
-        """Whether any of those in use can be asked."""
+        """Whether any parent in use is running."""
         return any(parent.alive for parent in self._parents.values())
 
     def close(self) -> None:
