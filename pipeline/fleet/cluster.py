@@ -32,8 +32,8 @@ STAGES_OF_A_PROCESS, TRANSFERS_OF_A_PROCESS = 1000, 32
 LOOK_SECONDS = 5.0
 # Timeouts of calls to actors, of probing a node (an environment's first start takes a while), and of closing parents.
 ACTOR_SECONDS, PROBE_SECONDS, CLOSE_SECONDS = 60.0, 300.0, 5.0
-# The embedded Ray shares its cores with what else the machine does: it's given ten times what it gives itself, for its
-# own limits are an idle machine's. Where an operator set one, that holds.
+# Timeouts of the embedded Ray, about ten times Ray's defaults, which fit an idle machine: it shares its cores with other
+# programs. A value that the operator has set in the environment takes precedence.
 SLOW_START = {
     "RAY_raylet_start_wait_time_s": "300",  # else ray.init gives up after a fixed 30 s
     "RAY_gcs_server_port_wait_time_s": "300",
@@ -43,7 +43,7 @@ SLOW_START = {
     "RAY_worker_register_timeout_seconds": "600",  # a worker that imports for longer is killed, and started again
     "RAY_health_check_timeout_ms": "60000",
 }
-# A start that gave up all the same is tried again, unless it took as long as this.
+# Attempts to start the embedded Ray; no further attempt after one that took STARTING_SECONDS.
 STARTS, STARTING_SECONDS = 2, 250.0
 
 
@@ -117,27 +117,27 @@ class Cluster:
         if self._warm_first:
             for node in nodes:
                 self._warm(node, None)
-        found: dict[str, dict[str | None, MachineFacts | str]] = {}
+        facts_by_node: dict[str, dict[str | None, MachineFacts | str]] = {}
         calls: dict[tuple[str, str | None], Any] = {(node.id, None): self._look(node, None) for node in nodes}
         if named:
             # Check that each Python exists first: Ray retries one that doesn't start for minutes.
             task = self._ray.remote(max_calls=1, max_retries=0)(_interpreters)
-            asked = [(node, task.options(num_cpus=0, **_pinned(node.id)).remote(named)) for node in nodes]
-            for node, call in asked:
+            interpreter_calls = [(node, task.options(num_cpus=0, **_pinned(node.id)).remote(named)) for node in nodes]
+            for node, call in interpreter_calls:
                 with suppress(self._ray.exceptions.RayError):
                     paths, problems = self._ray.get(call, timeout=PROBE_SECONDS)
-                    found[node.id] = dict(problems)
+                    facts_by_node[node.id] = dict(problems)
                     self._interpreters |= {(node.id, name): path for name, path in paths.items()}
                     calls |= {(node.id, name): self._look(node, name) for name in paths}
         for (node_id, environment), call in calls.items():
             try:
-                found.setdefault(node_id, {})[environment] = MachineFacts.model_validate_json(
+                facts_by_node.setdefault(node_id, {})[environment] = MachineFacts.model_validate_json(
                     self._ray.get(call, timeout=PROBE_SECONDS)
                 )
             except self._ray.exceptions.RayError as error:
                 if environment is not None:
-                    found[node_id][environment] = _does_not_start(environment, error)
-        return found
+                    facts_by_node[node_id][environment] = _does_not_start(environment, error)
+        return facts_by_node
 
     def _look(self, node: Node, environment: str | None) -> Any:
         task = self._ray.remote(max_calls=1, max_retries=0)(_probe)
@@ -171,9 +171,9 @@ class Cluster:
             **_pinned(node.id),
         )
         sent = job.model_copy(update={"lean": True}) if claim.alone else job
-        told = StageRequest(job=sent, stage=step.stage, recipe=step.recipe, part=step.part, seconds=seconds)
+        request = StageRequest(job=sent, stage=step.stage, recipe=step.recipe, part=step.part, seconds=seconds)
         where = Where(self._pace, python, node.cpus_per_stage if computing else 1)
-        self._flying[call.remote(told.model_dump_json(), where, warm, *more)] = step, node.id
+        self._flying[call.remote(request.model_dump_json(), where, warm, *more)] = step, node.id
 
     def stage(self, step: Step) -> tuple[Callable[..., str], tuple[Any, ...]]:
         """The function that runs a step on its node, and its additional arguments."""
@@ -280,7 +280,7 @@ def _init(address: str, **more: Any) -> None:
 
 
 def _end_half_started(error: BaseException) -> None:
-    """End what a failed start left running: Ray forgets its node then, which only the error's own frames still know."""
+    """End the processes that a failed start left running; only the frames of its traceback still refer to Ray's node."""
     import ray
     from ray._private.node import Node as RayNode
 
@@ -384,23 +384,27 @@ class Where:
 
 def transfer(request: str, where: Where, warm: tuple[str | None, str | None]) -> str:
     """Run a stage that transfers files, in this Ray process, which can reach the run's pace."""
-    told = StageRequest.model_validate_json(request)
+    stage_request = StageRequest.model_validate_json(request)
     pace = _SharedPace(where.pace)
-    return run_stage(told.job, told.stage, told.recipe, pace, seconds=told.seconds).model_dump_json()
+    return run_stage(
+        stage_request.job, stage_request.stage, stage_request.recipe, pace, seconds=stage_request.seconds
+    ).model_dump_json()
 
 
 def compute(request: str, where: Where, warm: tuple[str | None, str | None]) -> str:
     """Run a stage that computes, in a fresh process, whose end frees host and GPU memory."""
-    told = StageRequest.model_validate_json(request)
+    stage_request = StageRequest.model_validate_json(request)
     try:
         ended = where.ask("workers.run:answer", request, warm)
     except (FileNotFoundError, PermissionError) as error:
-        raise PreflightError(f"{told.stage}: {where.python} doesn't start any more ({error}); build it anew") from error
+        raise PreflightError(
+            f"{stage_request.stage}: {where.python} doesn't start any more ({error}); build it anew"
+        ) from error
     print(ended.stderr, end="", file=sys.stderr)
     if ended.answer is not None:
         result = StageResult.model_validate_json(ended.answer)
     else:
-        message = f"{told.stage}: the worker died (exit code {ended.code}: {ended.said})"
+        message = f"{stage_request.stage}: the worker died (exit code {ended.code}: {ended.said})"
         failure = Failure(kind=WorkerDied.__name__, message=message, traceback=ended.stderr[-8000:])
-        result = StageResult(stage=told.stage, recipe=told.recipe, failure=failure)
+        result = StageResult(stage=stage_request.stage, recipe=stage_request.recipe, failure=failure)
     return result.model_copy(update={"notes": (ended.note,) if ended.note else ()}).model_dump_json()

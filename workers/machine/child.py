@@ -1,4 +1,4 @@
-"""Ask a fresh process something: an entry function of a module, a JSON text, a JSON text back.
+"""Run an entry function of a module in a fresh process: a JSON text goes in, a JSON text comes back.
 
 The process is a fork of a warm parent (``workers.machine.forkserver``) where there is one, else it starts from nothing,
 from another interpreter if one is named: ``python -m workers.machine.child ENTRY FOLDER PARENT``. FOLDER holds what
@@ -28,10 +28,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 REQUEST, ANSWER, STDOUT, STDERR = "request.json", "answer.json", "stdout", "stderr"
-# Where a process finds the warm parent that it may ask for children: the parent's socket.
+# Environment variable with the socket of the warm parent that a process may ask for children.
 WARM = "QUANTMILL_WARM"
 PR_SET_PDEATHSIG = 1
-# What is read of the end of stderr, in bytes.
+# Bytes that are read from the end of stderr.
 TAIL_BYTES = 65536
 
 
@@ -55,12 +55,12 @@ class Ended:
 
     @property
     def out_of_memory(self) -> bool:
-        """Killed, as the kernel does when memory runs out, or its last words say so."""
+        """Whether it was killed by SIGKILL, as the kernel does when memory runs out, or its last line of stderr says so."""
         return self.code == -signal.SIGKILL or "OutOfMemory" in self.said or "MemoryError" in self.said
 
 
 class NoParent(Exception):
-    """The warm parent can't make this child; a process that starts from nothing can."""
+    """The warm parent can't start this child; a process without a parent can."""
 
 
 def run(
@@ -110,7 +110,7 @@ def _ended(folder: Path, code: int) -> Ended:
 
 
 def tail(path: Path) -> str:
-    """The end of a text file; nothing of one that isn't there."""
+    """The end of a text file; empty if the file doesn't exist."""
     if not path.is_file():
         return ""
     with path.open("rb") as file:
@@ -122,14 +122,14 @@ def tail(path: Path) -> str:
 
 
 def import_path() -> str:
-    """PYTHONPATH with this package's place first: a checkout is imported as itself, also from another folder."""
+    """PYTHONPATH with this package's folder first, so that a checkout imports itself also from another folder."""
     return os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]))
 
 
 def _start(
     entry: str, folder: Path, python: str | Path | None, given: dict[str, str], cwd: Path | None, seconds: float | None
 ) -> int:
-    """Exit code of a process that starts from nothing; another interpreter imports the quantmill that it has."""
+    """Exit code of a process without a parent; another interpreter imports the quantmill installed in it."""
     given = given if python else {**given, "PYTHONPATH": import_path()}
     command = [str(python or sys.executable), "-P", "-m", __name__, entry, str(folder), str(os.getpid())]
     with (folder / STDOUT).open("wb") as out, (folder / STDERR).open("wb") as err:
@@ -184,7 +184,7 @@ def _fork(address: str, told: Mapping[str, object], seconds: float | None) -> in
             ended = _line(line, until)
         except ConnectionError:
             ended = None
-    # A parent that died took its children along.
+    # Children of a parent that died were killed with it.
     return -int(signal.SIGKILL) if ended is None else os.waitstatus_to_exitcode(int(ended["status"]))
 
 
@@ -209,7 +209,7 @@ def _last_words(address: str) -> str:
 
 
 def die_with(parent: int, number: int = signal.SIGKILL) -> None:
-    """Let this process get a signal when the thread that started it ends (Linux); at once if ``parent`` is gone."""
+    """Have the kernel signal this process when the thread that started it ends (Linux); exit if ``parent`` is gone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
