@@ -32,8 +32,8 @@ STAGES_OF_A_PROCESS, TRANSFERS_OF_A_PROCESS = 1000, 32
 LOOK_SECONDS = 5.0
 # Timeouts of calls to actors, of probing a node (an environment's first start takes a while), and of closing parents.
 ACTOR_SECONDS, PROBE_SECONDS, CLOSE_SECONDS = 60.0, 300.0, 5.0
-# Timeouts of the embedded Ray, about ten times Ray's defaults, which fit an idle machine: it shares its cores with other
-# programs. A value that the operator has set in the environment takes precedence.
+# Timeouts of the embedded Ray, about ten times Ray's defaults, which fit an idle machine: it shares its cores with
+# other programs. A value that the operator has set in the environment takes precedence.
 SLOW_START = {
     "RAY_raylet_start_wait_time_s": "300",  # else ray.init gives up after a fixed 30 s
     "RAY_gcs_server_port_wait_time_s": "300",
@@ -280,7 +280,7 @@ def _init(address: str, **more: Any) -> None:
 
 
 def _end_half_started(error: BaseException) -> None:
-    """End the processes that a failed start left running; only the frames of its traceback still refer to Ray's node."""
+    """End the processes that a failed start left running; only its traceback's frames still refer to Ray's node."""
     import ray
     from ray._private.node import Node as RayNode
 

@@ -55,7 +55,7 @@ class Ended:
 
     @property
     def out_of_memory(self) -> bool:
-        """Whether it was killed by SIGKILL, as the kernel does when memory runs out, or its last line of stderr says so."""
+        """Whether it was killed by SIGKILL, as by the kernel without memory, or its last line of stderr says so."""
         return self.code == -signal.SIGKILL or "OutOfMemory" in self.said or "MemoryError" in self.said
 
 
