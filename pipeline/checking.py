@@ -20,8 +20,8 @@ from pipeline.zoo.zoo import ModelEntry
 from workers import errors
 from workers.errors import CheckpointError, ModelNotFound, QuantmillError, WorkerDied, ZooError
 from workers.machine import child
-from workers.machine.warm import Parents
-from workers.spec.formats import recognised
+from workers.machine.warm import VERIFY_MODULES, Parents
+from workers.spec.formats import BITSANDBYTES, recognised
 from workers.spec.job import Dataset, Failure, ModelPin, ReasonCode, Thresholds, Verification
 from workers.transfer import hub
 
@@ -54,10 +54,18 @@ def check(request: VerifyRequest, out: Path) -> tuple[dict[str, Any], Thresholds
     Raises:
         QuantmillError: verification couldn't run, for a reason other than a bad checkpoint.
     """
-    with closing(Parents()) as parents:
+    with closing(Parents(_modules(request.checkpoint))) as parents:
         # The warm parent imports while models and text are fetched.
         warm, _ = parents.address()
         return _check(request, out, warm)
+
+
+def _modules(checkpoint: str) -> tuple[str, ...] | None:
+    """Modules to preload: without those of bitsandbytes (a second of imports) for a folder in another format."""
+    config = Path(checkpoint, "config.json")
+    if not config.is_file() or recognised(_quantization(config.parent)) is BITSANDBYTES:
+        return None
+    return VERIFY_MODULES
 
 
 def _check(request: VerifyRequest, out: Path, warm: str | None) -> tuple[dict[str, Any], Thresholds, str]:

@@ -39,21 +39,19 @@ CARDS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 
 # Modules that stages, runtime checks and `quantmill verify` import, lazily imported ones included (found by comparing
 # sys.modules before and after each of them).
-MODULES = (
+VERIFY_MODULES = (
     "torch",
     "transformers.generation.utils",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "transformers.processing_utils",
     "datasets",
-    "workers.engines.linear",
-    "workers.engines.bitsandbytes",
-    "workers.quantize.one_pass",
     "workers.verify.foreign",
     "workers.verify.stage",
 )
+MODULES = (*VERIFY_MODULES, "workers.engines.linear", "workers.quantize.one_pass")
 # Not preloaded where a GPU is present: importing it queries the GPU's capability, which initializes CUDA.
-MODULES_WITHOUT_CARD = ("bitsandbytes",)
+MODULES_WITHOUT_CARD = ("workers.engines.bitsandbytes",)
 
 
 class Parent:

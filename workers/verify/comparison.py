@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, Self
 
 import torch
@@ -78,12 +80,14 @@ class Comparison:
 
     def measure(self, folder: Path, artifact: Source | Decoded, findings: Findings) -> gates.Evidence:
         """Measure an artifact's fidelity, runtime and continuations; ``findings`` are those of its files."""
+        # The runtime's process runs beside this one, which computes what its answer is compared with.
+        runtime = _Asking(lambda: self._ask(folder))
         ours = self._streamed(folder, artifact)
         with rounded_inputs(ours, artifact) as rounded:
             hidden = stream(ours, reference.micro_batches(self.tokens))
         head = LogitsHead(ours)
         metrics = self._metrics(head, hidden)
-        answer = self._ask(folder)
+        answer = runtime.answer()
         agreement, problems = self._agreement(answer, head, hidden)
         return gates.Evidence(
             integrity=[*findings.problems, *rounded.problems],
@@ -202,3 +206,28 @@ class Comparison:
             device=device,
             trust_remote_code=self.model.trust_remote_code,
         )
+
+
+class _Asking:
+    """A runtime that is asked in a thread, which doesn't keep this process from ending."""
+
+    def __init__(self, ask: Callable[[], RuntimeAnswer]) -> None:
+        self._ended: SimpleQueue[RuntimeAnswer | BaseException] = SimpleQueue()
+        Thread(target=self._run, args=(ask,), name="runtime check", daemon=True).start()
+
+    def _run(self, ask: Callable[[], RuntimeAnswer]) -> None:
+        try:
+            self._ended.put(ask())
+        except BaseException as error:
+            self._ended.put(error)
+
+    def answer(self) -> RuntimeAnswer:
+        """The runtime's answer, once it has one.
+
+        Raises:
+            OutOfMemory, WorkerDied: as ``ask`` says.
+        """
+        ended = self._ended.get()
+        if isinstance(ended, BaseException):
+            raise ended
+        return ended
