@@ -54,7 +54,7 @@ class Lent:
 @pytest.fixture
 def verify(parents: Parents, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
     """The command in this process, with parents that have imported already; the rest runs in forks of theirs."""
-    monkeypatch.setattr(checking, "Parents", lambda: Lent(parents))
+    monkeypatch.setattr(checking, "Parents", lambda modules=None: Lent(parents))
 
     def call(*asked: Any) -> tuple[int, str]:
         done = CliRunner(env={"COLUMNS": "200"}).invoke(main, words(*asked))
