@@ -92,6 +92,7 @@ def test_an_unknown_name_lists_the_known(tmp_path: Path) -> None:
         env_builder.create("mine", write(tmp_path, "tiny", extra='python: "<3.0"'))
 
 
+@pytest.mark.slow
 def test_an_environment_from_its_definition_to_its_end(tmp_path: Path, root: Path) -> None:
     wheel(tmp_path / "wheels", "millstone", "1.0")
     wheel(tmp_path / "wheels", "shellingham", "99.0")  # which runs here too, in another version

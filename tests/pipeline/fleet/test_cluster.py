@@ -115,7 +115,12 @@ except QuantmillError as error:
     ("how", "said", "told"),
     [
         ("once", "1 2 servers:\n1", "Ray didn't start (The current node timed out during startup.); trying again\n"),
-        ("never", "QuantmillError Ray doesn't start on this machine (The current node timed out during startup.)", ""),
+        pytest.param(
+            "never",
+            "QuantmillError Ray doesn't start on this machine (The current node timed out during startup.)",
+            "",
+            marks=pytest.mark.slow,
+        ),
         pytest.param("slowly", "1 0 servers:\n1", "", marks=pytest.mark.slow),
     ],
 )
