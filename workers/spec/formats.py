@@ -340,10 +340,11 @@ def check_holds(name: str, fmt: str, scheme: Scheme) -> None:
         ValueError: names both, and the formats that support it.
     """
     row = FORMATS[fmt]
-    fits = formats_that_hold(scheme)
-    if fmt in fits:
+    held = row.holds(scheme)
+    if held and group_size_held(row, scheme):
         return
-    if row.holds(scheme):
+    fits = formats_that_hold(scheme)
+    if held:
         assert row.group_sizes is not None
         sizes = ", ".join(map(_null_or, row.group_sizes))
         raise ValueError(
