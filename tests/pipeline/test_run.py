@@ -95,7 +95,8 @@ def test_estimates_were_near_the_truth(finished: tuple[Path, int, str, dict[str,
         entry = by_key(results)[cell.source.name, cell.order.recipe.name]
         if entry["status"] == "published":
             assert cell.estimate.artifact_bytes == pytest.approx(entry["bytes"], rel=0.1)
-            assert 1.0 <= cell.estimate.host_bytes / entry["peak_memory_bytes"]["host"] <= 1.5
+            # The measured peak of one artifact varied from 909 to 965 MB between runs of one commit: 1.51 to 1.42.
+            assert 1.0 <= cell.estimate.host_bytes / entry["peak_memory_bytes"]["host"] <= 1.6
 
 
 def test_the_second_run_makes_only_what_is_missing(finished: tuple[Path, int, str, dict[str, Any]]) -> None:
