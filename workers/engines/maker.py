@@ -17,6 +17,7 @@ from workers.checkpoint.shards import WRITERS, Journal, ShardWriter, Spooled
 from workers.checkpoint.source import Source, copy_companions
 from workers.machine.files import write_text
 from workers.methods.layer import LayerWork
+from workers.methods.scaling import some
 from workers.model.loading import StreamedModel
 from workers.spec.base import Frozen
 from workers.spec.formats import FORMATS
@@ -110,8 +111,14 @@ class Maker(ABC):
 
     def finish(self) -> ArtifactMade:
         """Write the tensors outside of the layers, and move the artifact to its final path."""
+        unused = frozenset(self._streamed.unused)
         for key in self._streamed.outside_keys:
-            self.copy({key: self._source.read(key)})
+            if key not in unused:
+                self.copy({key: self._source.read(key)})
+        if unused:
+            name = type(self._streamed.model).__name__
+            note = f"left out, for {name} has no place for them: {len(unused)} of the source's tensors"
+            self.fallbacks[f"{note} ({some(self._streamed.unused)})"] = None
         self._open_shards.close()
         folder = self._source.folder
         config = json.loads((folder / "config.json").read_text())

@@ -78,6 +78,11 @@ class Comparison:
         """Keys of the source's weights that are stored as (in, out)."""
         return frozenset(weight.key for weight in self.reference.weights if weight.transposed)
 
+    @property
+    def unused(self) -> frozenset[str]:
+        """Keys of the source's tensors that have no place in the model."""
+        return frozenset(self.reference.unused)
+
     def measure(self, folder: Path, artifact: Source | Decoded, findings: Findings) -> gates.Evidence:
         """Measure an artifact's fidelity, runtime and continuations; ``findings`` are those of its files."""
         # The runtime's process runs beside this one, which computes what its answer is compared with.
@@ -142,6 +147,7 @@ class Comparison:
                 trust_remote_code=self.model.trust_remote_code,
                 arithmetic=row.arithmetic(declared) if row else "any",
                 loader=family_of(config.get("model_type")).loader,
+                unused=self.reference.unused,
             )
             return ask(checking(row.name if row else None), request, tokens, prompts)
 

@@ -81,7 +81,7 @@ def _facts(comparison: Comparison, folder: Path, findings: Findings) -> tuple[ga
             report = report.model_copy(update={"quantized": report.linear - len(unquantized)})
             if quantized and unquantized:
                 findings.notes += listed("linear layers in half precision", unquantized)
-            compare(comparison.source, opened, quantized, findings, ours=False)
+            compare(comparison.source, opened, quantized, findings, comparison.unused, ours=False)
             return comparison.measure(folder, opened, findings), report
     except UnsupportedRecipe as error:
         # Our decoder's limitation, not the checkpoint's fault; the runtime can still be checked.

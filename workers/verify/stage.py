@@ -100,7 +100,7 @@ def _facts(order: Order, comparison: Comparison, folder: Path, artifact: Source 
     """Inspect the files, and measure only if they are intact: a broken artifact is made again."""
     intended = frozenset(layout_of(folder, order.recipe, comparison.reference).modules)
     expected = Folded(comparison.source, folds_folder(folder), comparison.transposed)
-    findings = integrity.inspect(expected, artifact, folder, intended)
+    findings = integrity.inspect(expected, artifact, folder, intended, comparison.unused)
     if findings.problems:
         return gates.Evidence(integrity=findings.problems, worst_layers=findings.worst)
     return comparison.measure(folder, artifact, findings)
