@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from workers.checkpoint.source import Header, TensorSource
 from workers.errors import CheckpointError, UnsupportedModel
 from workers.model.buffers import make_buffers
+from workers.model.cut import first_layers
 from workers.spec.families import family_of
 
 
@@ -68,7 +69,8 @@ class StreamedModel:
 
     All weights are on the meta device until ``load_outside`` and ``load_layer`` read them from ``source``.
     ``unexpected`` are the checkpoint's keys that the model doesn't use; ``unused`` are those of them that its class
-    doesn't declare to ignore either (a value head of training, the layers of another model).
+    doesn't declare to ignore either (a value head of training, the layers of another model). ``layers`` cuts the model
+    to its first ones.
     Raises:
         UnsupportedModel: a class that transformers doesn't know as a causal LM, or without a list of layers.
         CheckpointError: the checkpoint lacks a tensor that the model needs.
@@ -82,11 +84,12 @@ class StreamedModel:
         dtype: torch.dtype,
         device: str = "cpu",
         trust_remote_code: bool = False,
+        layers: int | None = None,
     ) -> None:
         self.source = source
         self.dtype = dtype
         self.device = device
-        self.model = build_on_meta(folder, dtype, trust_remote_code)
+        self.model = build_on_meta(folder, dtype, trust_remote_code, layers)
         self.layers_name, self.layers = find_layers(self.model)
         targets = targets_of_keys(self.model, source.headers)
         self.owners = {key: target.owner for key, target in targets.items()}
@@ -197,8 +200,8 @@ class StreamedModel:
             self._check(_absent_experts(self.model, position, targets))
 
 
-def build_on_meta(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
-    """Build the model of a checkpoint's config on the meta device, in ``eval`` mode.
+def build_on_meta(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False, layers: int | None = None) -> Any:
+    """Build the model of a checkpoint's config, or its first ``layers``, on the meta device, in ``eval`` mode.
 
     Raises:
         UnsupportedModel: transformers has no causal LM for the config.
@@ -207,6 +210,8 @@ def build_on_meta(folder: Path, dtype: torch.dtype, trust_remote_code: bool = Fa
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if layers is not None:
+            config = first_layers(config, layers)
         config.use_cache = False
         # A quantized checkpoint is decoded before its tensors get here.
         if hasattr(config, "quantization_config"):

@@ -207,6 +207,16 @@ class RuntimeAgreement(Frozen):
     host_bytes: int = Field(0, description="Peak of the process that loaded it; 0 in older manifests.")
 
 
+class SourceCheck(Frozen):
+    """Agreement between the source as transformers itself loads it, in a process of its own, and our reference."""
+
+    version: str = Field(description="Of transformers.")
+    relative_logit_difference: float = Field(description="Root mean square, in standard deviations of the logits.")
+    tokens: int
+    layers: int = Field(description="Layers of the compared model: its first ones, where all don't fit in memory.")
+    all_layers: int
+
+
 class Outcome(StrEnum):
     """A verdict's outcome: accepted; broken or worse than allowed; implausibly good, or evaluated on too few tokens; or
     undecidable here (a runtime isn't installed, or the sample is too small). Only accepted artifacts are published."""
@@ -304,6 +314,7 @@ class Manifest(Frozen):
     bytes: int
     reference_bytes: int
     created_at: str
+    source_check: SourceCheck | None = Field(None, description="None in older manifests.")
 
 
 class PeakMemory(Frozen):

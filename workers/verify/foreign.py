@@ -62,6 +62,7 @@ def check(request: CheckRequest) -> CheckReport:
     with Source(reference, allow_pickle=request.reference.allow_pickle) as source:
         comparison = Comparison(request.reference, source, request.verification, Path(request.workspace))
         comparison.load()
+        comparison.check_source()
         findings = Findings([*_sealed(folder), *_companions(comparison, folder)])
         findings.notes += _generation(source.folder, folder, findings.problems)
         facts, report = _facts(comparison, folder, findings)

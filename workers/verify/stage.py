@@ -23,6 +23,7 @@ from workers.spec.job import (
     Manifest,
     Order,
     ReasonCode,
+    SourceCheck,
     Verdict,
     Verification,
 )
@@ -45,26 +46,28 @@ def verify(job: Job, order: Order, source_folder: Path) -> Manifest:
     record = ArtifactMade.model_validate_json(record_path(folder).read_text())
     previous = _verified_before(folder, job.verification)
     if previous is not None:
-        verdict = _judged_again(previous.verdict, order)
+        verdict, checked = _judged_again(previous.verdict, order), previous.source_check
         if verdict == previous.verdict and order.thresholds == previous.thresholds:
             return previous
     else:
         with Source(source_folder, allow_pickle=job.model.allow_pickle) as source:
-            verdict = _verdict(job, order, source, folder)
+            verdict, checked = _verdict(job, order, source, folder)
     if ReasonCode.INTEGRITY in verdict.codes:
         # The files are kept for inspection; without its record, the next run makes the artifact again.
         record_path(folder).unlink()
-    return _seal(job, order, folder, source_folder, record, verdict)
+    return _seal(job, order, folder, source_folder, record, verdict, checked)
 
 
 def _verified_before(folder: Path, verification: Verification) -> Manifest | None:
-    """The manifest of exactly these bytes and this text, if only thresholds decided it; otherwise remove it."""
+    """The manifest of exactly these bytes and this text, if only thresholds decided it, and the source was checked;
+    otherwise remove it."""
     try:
         manifest = hub.check_bytes(folder)
     except CheckpointError:
         manifest = None
     if (
         manifest
+        and manifest.source_check is not None
         and manifest.verification.same_as(verification)
         and all(code.by_threshold for code in manifest.verdict.codes)
     ):
@@ -84,16 +87,18 @@ def _judged_again(verdict: Verdict, order: Order) -> Verdict:
     return gates.judge(facts, order.thresholds)
 
 
-def _verdict(job: Job, order: Order, source: Source, folder: Path) -> Verdict:
-    """Gather the evidence about one artifact, and judge it."""
+def _verdict(job: Job, order: Order, source: Source, folder: Path) -> tuple[Verdict, SourceCheck]:
+    """Check the source, gather the evidence about one artifact, and judge it."""
     comparison = Comparison.of_job(job, source)
     comparison.load()
+    checked = comparison.check_source()
     try:
         with open_decoded(folder, trust_remote_code=job.model.trust_remote_code) as artifact:
-            return gates.judge(_facts(order, comparison, folder, artifact), order.thresholds)
+            facts = _facts(order, comparison, folder, artifact)
     except (UserError, NumericalError) as error:
         # The source is already loaded, so the unreadable file is the artifact's.
-        return gates.judge(gates.Evidence(integrity=[f"integrity: {error}"]), order.thresholds)
+        facts = gates.Evidence(integrity=[f"integrity: {error}"])
+    return gates.judge(facts, order.thresholds), checked
 
 
 def _facts(order: Order, comparison: Comparison, folder: Path, artifact: Source | Decoded) -> gates.Evidence:
@@ -115,7 +120,13 @@ def _public(described: Described) -> Described:
 
 
 def _seal(
-    job: Job, order: Order, folder: Path, source_folder: Path, record: ArtifactMade, verdict: Verdict
+    job: Job,
+    order: Order,
+    folder: Path,
+    source_folder: Path,
+    record: ArtifactMade,
+    verdict: Verdict,
+    checked: SourceCheck | None,
 ) -> Manifest:
     """Write the card, then the manifest of all files, which fixes the artifact's bytes."""
     (folder / MANIFEST).unlink(missing_ok=True)
@@ -124,7 +135,7 @@ def _seal(
         reference_bytes = source.bytes
         family = _family(source_folder)
         kinds = kinds_of(order.recipe, _headers(source), conv1d=family.conv1d)
-    card = render_card(job, order, source_folder, verdict, environment, record.fallbacks, kinds, family.loader)
+    card = render_card(job, order, source_folder, verdict, environment, record.fallbacks, kinds, family.loader, checked)
     write_text(folder / "README.md", card)
     files = {
         str(path.relative_to(folder)): FileEntry(sha256=file_sha256(path), size=path.stat().st_size)
@@ -146,6 +157,7 @@ def _seal(
         bytes=record.bytes,
         reference_bytes=reference_bytes,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        source_check=checked,
     )
     write_text(folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
     return manifest
