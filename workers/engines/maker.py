@@ -18,6 +18,7 @@ from workers.checkpoint.source import Source, copy_companions
 from workers.machine.files import write_text
 from workers.methods.layer import LayerWork
 from workers.methods.scaling import some
+from workers.model.generation import GENERATION_CONFIG, unreadable
 from workers.model.loading import StreamedModel
 from workers.spec.base import Frozen
 from workers.spec.formats import FORMATS
@@ -124,7 +125,7 @@ class Maker(ABC):
         config = json.loads((folder / "config.json").read_text())
         config["quantization_config"] = self.quantization_config()
         write_text(self._partial / "config.json", json.dumps(config, indent=2) + "\n")
-        copy_companions(folder, self._partial)
+        self.fallbacks.update(dict.fromkeys(copy_beside(folder, self._partial)))
         artifact = ArtifactMade(
             recipe=self.order.recipe.name,
             path=str(self.target),
@@ -167,6 +168,16 @@ class Maker(ABC):
     def _write(self, key: str, tensor: Tensor) -> None:
         assert self._writer is not None, "begin comes first"
         self._writer.add(key, tensor)
+
+
+def copy_beside(source: Path, partial: Path) -> list[str]:
+    """Copy the companion files, and return what was left out: settings with which no artifact could be loaded."""
+    copy_companions(source, partial)
+    reason = unreadable(partial)
+    if reason is None:
+        return []
+    (partial / GENERATION_CONFIG).unlink()
+    return [f"{GENERATION_CONFIG} left out, for transformers loads no model beside it ({reason})"]
 
 
 def put_in_place(partial: Path, target: Path, artifact: ArtifactMade, layout: Layout) -> None:

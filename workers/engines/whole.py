@@ -20,8 +20,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from workers.checkpoint.source import copy_companions
-from workers.engines.maker import put_in_place
+from workers.engines.maker import copy_beside, put_in_place
 from workers.errors import OutOfMemory, UnsupportedRecipe, WorkerDied
 from workers.machine import child
 from workers.machine.environments import interpreter
@@ -122,9 +121,9 @@ def _publish(
         raise UnsupportedRecipe(
             f"recipe {order.recipe.name!r}: engine {engine.name!r} left no {WEIGHTS} or no config.json in its folder"
         )
-    copy_companions(source, partial)
+    fallbacks = (*answer.fallbacks, *copy_beside(source, partial))
     artifact = ArtifactMade(
-        recipe=order.recipe.name, path=str(target), bytes=size, seconds=seconds, fallbacks=answer.fallbacks
+        recipe=order.recipe.name, path=str(target), bytes=size, seconds=seconds, fallbacks=fallbacks
     )
     assert answer.layout is not None, "an answer without a layout was refused"
     put_in_place(partial, target, artifact, answer.layout)

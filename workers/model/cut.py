@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import suppress
 from typing import Any
 
-LAYERS = "num_hidden_layers"
+# Settings that are the number of the text model's layers, beside those that a config class maps to the first.
+LAYERS = ("num_hidden_layers", "decoder_layers")
 
 
 def first_layers(config: Any, count: int) -> Any:
@@ -12,19 +15,19 @@ def first_layers(config: Any, count: int) -> Any:
 
     Settings with a value for each layer (``layer_types``, a pattern of letters) are cut with it.
     """
-    content = config.to_dict()
-    text = config.get_text_config(decoder=True)
-    part = content if text is config else _part(content, config, text)
-    names = {LAYERS, getattr(text, "attribute_map", {}).get(LAYERS, LAYERS)}
-    number = getattr(text, LAYERS)
+    cut = copy.deepcopy(config)
+    text = cut.get_text_config(decoder=True)
+    number = getattr(text, LAYERS[0])
     if count >= number:
-        return config
-    for name, value in part.items():
-        if name in names:
-            part[name] = count
-        elif _for_each_layer(name, value) and len(value) == number:
-            part[name] = value[:count]
-    return type(config).from_dict(content)
+        return cut
+    for name, value in list(vars(text).items()):
+        if _for_each_layer(name, value) and len(value) == number:
+            setattr(text, name, value[:count])
+    for name in LAYERS:
+        if hasattr(text, name):
+            with suppress(AttributeError):  # counted from a list of layers, which is cut already
+                setattr(text, name, count)
+    return cut
 
 
 def _for_each_layer(name: str, value: object) -> bool:
@@ -32,10 +35,3 @@ def _for_each_layer(name: str, value: object) -> bool:
     if isinstance(value, str):
         return name.endswith("pattern")
     return isinstance(value, list | tuple) and not name.endswith("_token_id")
-
-
-def _part(content: dict[str, Any], config: Any, text: Any) -> dict[str, Any]:
-    """The nested settings of ``text``, within those of ``config``."""
-    name = next(name for name in content if getattr(config, name, None) is text)
-    part: dict[str, Any] = content[name]
-    return part

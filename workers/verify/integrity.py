@@ -17,6 +17,7 @@ from workers.checkpoint.source import INDEX, REPLACED, Source, companion_files
 from workers.formats.decoded import Decoded
 from workers.formats.folded import Folded
 from workers.machine.files import file_sha256
+from workers.model.generation import GENERATION_CONFIG, unreadable
 from workers.verify.diagnosis import diagnose
 
 NAMED = 3  # names listed in a message
@@ -193,6 +194,8 @@ def _companions(source: Path, artifact: Path) -> list[str]:
     """Check tokenizer, templates, generation config and licence: present, byte-identical, and no further files."""
     missing, changed = [], []
     expected = set(companion_files(source))
+    if unreadable(source):
+        expected.discard(Path(GENERATION_CONFIG))
     for path in sorted(expected):
         if not (artifact / path).is_file():
             missing.append(str(path))

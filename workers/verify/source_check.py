@@ -36,10 +36,11 @@ SEQUENCES, POSITIONS = 2, 128
 FIRST_LAYERS = 4
 # Bytes of the process that loads it, without weights.
 PROCESS_BYTES = 680_000_000
-# Largest root mean square of the difference, in standard deviations of the logits. Measured on 26 families and models
-# of the tests: 4e-7 in float32, 0.016 in half precision (experts that are multiplied in another order).
+# Largest root mean square of the difference, in standard deviations of the logits. Measured on the smallest models of
+# 171 families, and the trained ones of the tests: at most 6e-7 in float32, and 0.05 in bfloat16, where experts that are
+# multiplied in another order send single tokens to other experts.
 MOST_DIFFERENT = {torch.float32: 1e-3}
-MOST_DIFFERENT_IN_HALF = 0.1
+MOST_DIFFERENT_IN_HALF = 0.2
 
 
 @dataclass(frozen=True)
