@@ -210,11 +210,12 @@ class RuntimeAgreement(Frozen):
 class SourceCheck(Frozen):
     """Agreement between the source as transformers itself loads it, in a process of its own, and our reference."""
 
-    version: str = Field(description="Of transformers.")
-    relative_logit_difference: float = Field(description="Root mean square, in standard deviations of the logits.")
-    tokens: int
-    layers: int = Field(description="Layers of the compared model: its first ones, where all don't fit in memory.")
+    version: str = Field("", description="Of transformers.")
+    relative_logit_difference: float = Field(0.0, description="Root mean square, in standard deviations of the logits.")
+    tokens: int = 0
+    layers: int = Field(0, description="Layers of the compared model: its first ones, where all don't fit in memory.")
     all_layers: int
+    unchecked: str = Field("", description="Why nothing was compared; empty if it was.")
 
 
 class Outcome(StrEnum):

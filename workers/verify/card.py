@@ -216,14 +216,13 @@ def _measured(verdict: Verdict) -> str:
 
 
 def _source_checked(checked: SourceCheck | None) -> list[str]:
-    if checked is None:
+    """How the original was compared with what transformers loads; nothing if it wasn't."""
+    if checked is None or checked.unchecked:
         return []
-    some = (
-        "" if checked.layers == checked.all_layers else f" (its first {checked.layers} of {checked.all_layers} layers)"
-    )
+    cut = f", of its first {checked.layers} of {checked.all_layers} layers" * (checked.layers < checked.all_layers)
     return [
-        f"The original that it is compared with{some} was checked against transformers {checked.version}: logits of "
-        f"{checked.tokens} tokens within {checked.relative_logit_difference:.1g} standard deviations.\n"
+        f"The original's reading was checked against transformers {checked.version}{cut}: logits of {checked.tokens} "
+        f"tokens within {checked.relative_logit_difference:.1g} standard deviations.\n"
     ]
 
 

@@ -7,17 +7,18 @@ artifacts would agree with their reference, and be of another model than the use
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from workers.errors import CheckpointError, OutOfMemory, UnsupportedModel
+from workers.errors import CheckpointError, OutOfMemory, TransientError, UnsupportedModel
 from workers.machine.files import write_text
 from workers.machine.preflight import available_host_bytes
 from workers.methods.scaling import some
@@ -69,32 +70,41 @@ def check(of: Checked, tokens_NT: Tensor, hidden: Callable[[], list[Tensor]]) ->
     if known is not None:
         return known
     tokens = tokens_NT[:SEQUENCES]
-    found = _whole(of, tokens, hidden) or _compared(of, tokens, None)
-    write_text(of.file.source_check, found.model_dump_json() + "\n")
+    found = _whole(of, tokens, torch.cat(hidden())[:SEQUENCES]) or _first_layers(of, tokens)
+    if not found.unchecked:
+        write_text(of.file.source_check, found.model_dump_json() + "\n")
     return found
 
 
-def _whole(of: Checked, tokens_NT: Tensor, hidden: Callable[[], list[Tensor]]) -> SourceCheck | None:
+def _whole(of: Checked, tokens_NT: Tensor, outputs_NTH: Tensor) -> SourceCheck | None:
     """The check of all layers; None if they don't fit in memory."""
-    outputs = torch.cat(hidden())[:SEQUENCES]
-    if not _fits(of.streamed):
-        return None
-    with suppress(OutOfMemory):
-        return _compared(of, tokens_NT, outputs)
+    if _fits(of.streamed):
+        with suppress(OutOfMemory):
+            return _compared(of, of.streamed, outputs_NTH, *_by_transformers(of, tokens_NT, None))
     return None
 
 
-def _compared(of: Checked, tokens_NT: Tensor, outputs_NTH: Tensor | None) -> SourceCheck:
-    """Compare the reference's outputs with transformers, or, without them, both models cut to their first layers."""
-    streamed, layers = of.streamed, None
-    if outputs_NTH is None:
-        layers = min(FIRST_LAYERS, len(streamed.layers))
-        streamed = of.cut(layers)
-        (outputs_NTH,) = stream(streamed, [tokens_NT])
-    with tempfile.TemporaryDirectory(dir=_scratch(of.workspace)) as scratch:
-        version, theirs = _by_transformers(of, tokens_NT, Path(scratch), layers)
+def _first_layers(of: Checked, tokens_NT: Tensor) -> SourceCheck:
+    """The check of a model's first layers, which both sides cut by its config; or why that can't be done."""
+    layers = min(FIRST_LAYERS, len(of.streamed.layers))
+    try:
+        cut = of.cut(layers)
+        (outputs_NTH,) = stream(cut, [tokens_NT])
+        version, theirs = _by_transformers(of, tokens_NT, layers)
+    except (OutOfMemory, TransientError):
+        raise
+    except Exception as error:  # whatever a class does with a config that it was never given
+        why = f"the whole model doesn't fit in memory, and its first {layers} layers are no model ({error})"
+        return SourceCheck(all_layers=len(of.streamed.layers), unchecked=why)
+    return _compared(of, cut, outputs_NTH, version, theirs)
+
+
+def _compared(
+    of: Checked, streamed: StreamedModel, outputs_NTH: Tensor, version: str, theirs_NTV: Tensor
+) -> SourceCheck:
+    """Compare a streamed model's outputs with transformers' logits."""
     ours = LogitsHead(streamed).logits(outputs_NTH[:, -POSITIONS:]).float().cpu()
-    difference = (theirs - ours).square().mean().sqrt().item() / max(ours.std().item(), 1e-9)
+    difference = (theirs_NTV - ours).square().mean().sqrt().item() / max(ours.std().item(), 1e-9)
     limit = MOST_DIFFERENT.get(streamed.dtype, MOST_DIFFERENT_IN_HALF)
     if not difference <= limit:
         # A reference that was computed wrongly isn't taken again.
@@ -107,37 +117,45 @@ def _compared(of: Checked, tokens_NT: Tensor, outputs_NTH: Tensor | None) -> Sou
     return SourceCheck(
         version=version,
         relative_logit_difference=difference,
-        tokens=theirs.shape[0] * theirs.shape[1],
+        tokens=ours.shape[0] * ours.shape[1],
         layers=len(streamed.layers),
         all_layers=len(of.streamed.layers),
     )
 
 
-def _by_transformers(of: Checked, tokens_NT: Tensor, scratch: Path, layers: int | None) -> tuple[str, Tensor]:
+def _by_transformers(of: Checked, tokens_NT: Tensor, layers: int | None) -> tuple[str, Tensor]:
     """Version and logits, float32 [N, POSITIONS, V], of transformers in a process of its own."""
-    save_file({"tokens": tokens_NT.contiguous()}, scratch / "tokens.safetensors")
-    request = SourceRequest(
-        source=str(of.folder),
-        scratch=str(scratch),
-        dtype=str(of.streamed.dtype).removeprefix("torch."),
-        positions=POSITIONS,
-        layers=layers,
-        loader=family_of(of.streamed.model.config.model_type).loader,
-        trust_remote_code=of.model.trust_remote_code,
-    )
-    answer = in_a_process(ENTRY, request, scratch, f"source check of {of.model.id}")
+    parent = of.workspace / "scratch"
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent) as scratch:
+        save_file({"tokens": tokens_NT.contiguous()}, Path(scratch) / "tokens.safetensors")
+        request = SourceRequest(
+            source=str(of.folder),
+            scratch=scratch,
+            dtype=str(of.streamed.dtype).removeprefix("torch."),
+            positions=POSITIONS,
+            layers=layers,
+            loader=family_of(of.streamed.model.config.model_type).loader,
+            trust_remote_code=of.model.trust_remote_code,
+        )
+        answer = in_a_process(ENTRY, request, Path(scratch), f"source check of {of.model.id}")
+        _require_whole(of.model, answer)
+        return answer["version"], load_file(Path(scratch) / "logits.safetensors")["logits"]
+
+
+def _require_whole(model: ModelPin, answer: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless transformers loaded every parameter from the source."""
     if "error" in answer:
         raise CheckpointError(
-            f"model {of.model.id!r}: transformers itself can't run its source ({answer['error']}); no artifact of it "
-            "can be right: mend the source, or leave it out of the zoo"
+            f"model {model.id!r}: transformers itself can't run its source ({answer['error']}); no artifact of it can "
+            "be right: mend the source, or leave it out of the zoo"
         )
     for kind, keys in (("lacks", answer["missing"]), ("has other shapes of", answer["mismatched"])):
         if keys:
             raise CheckpointError(
-                f"model {of.model.id!r}: the source {kind} {some(keys)}, which transformers then draws at random; "
-                "name a checkpoint that fits its config.json"
+                f"model {model.id!r}: the source {kind} {some(keys)}, which transformers then draws at random; name a "
+                "checkpoint that fits its config.json"
             )
-    return answer["version"], load_file(scratch / "logits.safetensors")["logits"]
 
 
 def _fits(streamed: StreamedModel) -> bool:
@@ -154,9 +172,3 @@ def _kept(file: ReferenceFile) -> SourceCheck | None:
         return SourceCheck.model_validate_json(file.source_check.read_text())
     except (OSError, ValidationError, UnicodeDecodeError):
         return None
-
-
-def _scratch(workspace: Path) -> Path:
-    folder = workspace / "scratch"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

@@ -135,7 +135,10 @@ def _seal(
         reference_bytes = source.bytes
         family = _family(source_folder)
         kinds = kinds_of(order.recipe, _headers(source), conv1d=family.conv1d)
-    card = render_card(job, order, source_folder, verdict, environment, record.fallbacks, kinds, family.loader, checked)
+    fallbacks = record.fallbacks
+    if checked is not None and checked.unchecked:
+        fallbacks += (f"the source's reading wasn't checked against transformers: {checked.unchecked}",)
+    card = render_card(job, order, source_folder, verdict, environment, fallbacks, kinds, family.loader, checked)
     write_text(folder / "README.md", card)
     files = {
         str(path.relative_to(folder)): FileEntry(sha256=file_sha256(path), size=path.stat().st_size)
@@ -153,7 +156,7 @@ def _seal(
         files=files,
         verdict=verdict,
         environment=environment,
-        fallbacks=record.fallbacks,
+        fallbacks=fallbacks,
         bytes=record.bytes,
         reference_bytes=reference_bytes,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
