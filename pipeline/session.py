@@ -127,7 +127,7 @@ def run(plan: Plan, out: Path, address: str | None, watchers: Sequence[RunWatche
                     driver.run()
             except KeyboardInterrupt:
                 interrupted = True
-        results = contract.build(run_id, plan.zoo, started_at, now(), plan.artifacts, jobs)
+        results = contract.build(run_id, plan.zoo, started_at, now(), plan.artifacts, jobs, plan.refused)
         ledger.finish(run_id, results.finished_at, "interrupted" if interrupted else results.status)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / RESULTS, results.model_dump_json(indent=1) + "\n")
@@ -209,6 +209,6 @@ def find_run(out: Path, run_id: str | None) -> Path:
     return runs[-1]
 
 
-def make_plan(zoo: Zoo, zoo_path: Path, out: Path, endpoint: str | None) -> Plan:
+def make_plan(zoo: Zoo, zoo_path: Path, out: Path, endpoint: str | None, *, strict: bool = False) -> Plan:
     """Plan a zoo read from ``zoo_path``, with absolute paths."""
-    return planning.make_plan(zoo, zoo_path.resolve().parent, out.resolve(), endpoint)
+    return planning.make_plan(zoo, zoo_path.resolve().parent, out.resolve(), endpoint, strict=strict)

@@ -83,12 +83,13 @@ class TransientError(QuantmillError):
 class HubUnavailable(TransientError):
     """The Hub did not answer, or asked to wait.
 
-    ``retry_after`` is the requested wait in seconds, if any.
+    ``retry_after`` is the requested wait in seconds, if any; ``reached`` is False if nothing answered at its address.
     """
 
-    def __init__(self, message: str, retry_after: float | None = None) -> None:
+    def __init__(self, message: str, retry_after: float | None = None, *, reached: bool = True) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.reached = reached
 
 
 class StageHung(TransientError):

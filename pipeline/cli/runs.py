@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli.options import FAILED, INTERRUPTED, OUT, ZOO, print_rows
+from pipeline.cli.options import FAILED, INTERRUPTED, OUT, STRICT, ZOO, print_rows
 from pipeline.cli.submitted import print_submitted
 
 if TYPE_CHECKING:
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 @OUT
 @click.option("--address", help="A running Ray cluster; left out: one on this machine, for this run.")
 @click.option("--dry-run", is_flag=True, help="Stop after the plan.")
+@STRICT
 @click.option("--webhook", envvar="QUANTMILL_WEBHOOK", help="URL that is told, as JSON, how the run ended.")
-def run(zoo: Path, out: Path, address: str | None, dry_run: bool, webhook: str | None) -> None:
+def run(zoo: Path, out: Path, address: str | None, dry_run: bool, strict: bool, webhook: str | None) -> None:
     """Make, verify and publish what the zoo file ZOO asks for and doesn't stand there yet."""
     from pipeline import session
     from pipeline.report import notify
@@ -32,10 +33,10 @@ def run(zoo: Path, out: Path, address: str | None, dry_run: bool, webhook: str |
 
     loaded = zoos.load(zoo)
     with session.destination(loaded, out, address) as endpoint:
-        plan = session.make_plan(loaded, zoo, out, endpoint)
+        plan = session.make_plan(loaded, zoo, out, endpoint, strict=strict)
         _print_plan(plan, loaded, endpoint)
         if dry_run:
-            return
+            sys.exit(FAILED if plan.refused else 0)
         finished = _run(plan, out, address)
     _print_results(finished)
     if webhook and (problem := notify.post(webhook, notify.message(finished.results, finished.results_path))):
@@ -49,7 +50,8 @@ def run(zoo: Path, out: Path, address: str | None, dry_run: bool, webhook: str |
 @ZOO
 @OUT
 @click.option("--address", help="A running Ray cluster to judge by; left out: this machine.")
-def plan(zoo: Path, out: Path, address: str | None) -> None:
+@STRICT
+def plan(zoo: Path, out: Path, address: str | None, strict: bool) -> None:
     """Show what would be made, what is skipped and why, with sizes and memory, and what fits on no node."""
     from pipeline import session
     from pipeline.fleet import feasibility
@@ -57,12 +59,12 @@ def plan(zoo: Path, out: Path, address: str | None) -> None:
 
     loaded = zoos.load(zoo)
     with session.destination(loaded, out) as endpoint:
-        planned = session.make_plan(loaded, zoo, out, endpoint)
+        planned = session.make_plan(loaded, zoo, out, endpoint, strict=strict)
         _print_plan(planned, loaded, endpoint)
         lines = feasibility.infeasible(planned, out, address)
     for line in lines:
         click.echo(line)
-    if lines:
+    if lines or planned.refused:
         sys.exit(FAILED)
 
 
@@ -133,7 +135,13 @@ def _run(plan: Plan, out: Path, address: str | None) -> Finished:
 def _print_plan(plan: Plan, zoo: Zoo, endpoint: str | None) -> None:
     to_make = sum(len(job.orders) for job in plan.jobs)
     where = f"published at {endpoint}" if endpoint else "not published: the zoo has no 'publish'"
-    click.echo(f"zoo {zoo.name}: {len(plan.artifacts)} artifacts, {to_make} to make; {where}")
+    fail = f", {len(plan.refused)} that can't be made" if plan.refused else ""
+    artifacts = len(plan.artifacts) + len(plan.refused)
+    click.echo(f"zoo {zoo.name}: {artifacts} artifacts, {to_make} to make{fail}; {where}")
+    for message, cells in _by_message(plan).items():
+        click.echo(f"can't be made: {cells}: {message}")
+    for note in plan.notes:
+        click.echo(f"note: {note}")
     rows = [
         {
             "model": cell.source.name,
@@ -148,7 +156,19 @@ def _print_plan(plan: Plan, zoo: Zoo, endpoint: str | None) -> None:
         }
         for cell in plan.artifacts
     ]
-    print_rows(rows, tuple(rows[0]))
+    if rows:
+        print_rows(rows, tuple(rows[0]))
+
+
+def _by_message(plan: Plan) -> dict[str, str]:
+    """The refused cells by their reason: a model's recipes together."""
+    cells: dict[str, list[str]] = {}
+    for refused in plan.refused:
+        cells.setdefault(refused.failure.message, []).append(f"{refused.name} {refused.recipe}")
+    return {
+        message: ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        for message, names in cells.items()
+    }
 
 
 def _print_results(finished: Finished) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from pipeline.fleet.steps import ArtifactRun, JobRun
+from pipeline.planning.cells import RefusedArtifact
 from pipeline.planning.plan import PlannedArtifact
 from workers.spec.base import Frozen
 from workers.spec.job import Generation, Manifest, Outcome, PeakMemory, Stage
@@ -100,11 +101,20 @@ class Results(Frozen):
 
 
 def build(
-    run_id: str, zoo: str, started_at: str, finished_at: str, planned: Iterable[PlannedArtifact], jobs: list[JobRun]
+    run_id: str,
+    zoo: str,
+    started_at: str,
+    finished_at: str,
+    planned: Iterable[PlannedArtifact],
+    jobs: list[JobRun],
+    refused: Iterable[RefusedArtifact] = (),
 ) -> Results:
-    """Build the results of a run; every planned artifact has an entry, even if skipped or never started."""
+    """Build the results of a run; every cell of the zoo has an entry, even if refused, skipped or never started."""
     runs = {(job.job.model.id, name): (job, artifact) for job in jobs for name, artifact in job.artifacts.items()}
-    entries = tuple(_artifact(cell, *runs.get(_key(cell), (None, None))) for cell in planned)
+    entries = (
+        *(_refused(cell) for cell in refused),
+        *(_artifact(cell, *runs.get(_key(cell), (None, None))) for cell in planned),
+    )
     failed = any(entry.status in ("failed", "rejected") for entry in entries)
     return Results(
         run_id=run_id,
@@ -119,6 +129,29 @@ def build(
 
 def _key(cell: PlannedArtifact) -> tuple[str, str]:
     return cell.source.pin.id, cell.order.recipe.name
+
+
+def _refused(cell: RefusedArtifact) -> ArtifactEntry:
+    return ArtifactEntry(
+        model=cell.model,
+        revision=cell.revision,
+        recipe=cell.recipe,
+        fingerprint="",
+        status="failed",
+        reason=" ".join(cell.failure.message.split()),
+        path=None,
+        repo_id=cell.repo_id,
+        commit=None,
+        metrics=None,
+        runtime=None,
+        bytes=0,
+        reference_bytes=0,
+        seconds=Seconds(),
+        peak_memory_bytes=PeakMemory(),
+        fallbacks=(),
+        attempts=0,
+        error=ErrorEntry(kind=cell.failure.kind, message=cell.failure.message),
+    )
 
 
 def _job(job: JobRun) -> JobEntry:

@@ -28,6 +28,16 @@ class ModelEntry(Frozen):
     revision: str = Field("main", description="Branch, tag or commit; a folder is pinned by its content.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
     allow_pickle: bool = Field(False, description="Read pickle weights, with weights_only=True, for want of others.")
+    variant: str | None = Field(
+        None, pattern=r"^[\w-]+$", max_length=64, description="Variant of the weights: fp16 for model.fp16.safetensors."
+    )
+    as_name: str | None = Field(
+        None,
+        alias="as",
+        pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$",
+        max_length=96,
+        description="The model's name in tables and repositories; left out: the last part of its id.",
+    )
     recipes: tuple[str, ...] = Field((), description="Those of the zoo's recipes that this model gets; left out: all.")
     gates: Gates = Field({}, description="What differs for this model, by family of recipes or by recipe.")
 

@@ -115,9 +115,10 @@ class Maker(ABC):
         self._open_shards.close()
         folder = self._source.folder
         config = json.loads((folder / "config.json").read_text())
+        config.pop("transformers_weights", None)  # the artifact's weights have the usual names
         config["quantization_config"] = self.quantization_config()
         write_text(self._partial / "config.json", json.dumps(config, indent=2) + "\n")
-        copy_companions(folder, self._partial)
+        copy_companions(self._source.files, folder, self._partial)
         artifact = ArtifactMade(
             recipe=self.order.recipe.name,
             path=str(self.target),

@@ -25,6 +25,7 @@ from workers.engines.maker import put_in_place
 from workers.errors import OutOfMemory, UnsupportedRecipe, WorkerDied
 from workers.machine import child
 from workers.machine.environments import interpreter
+from workers.machine.files import open_checkpoint
 from workers.spec.engines import Engine, WholeAnswer, WholeRequest
 from workers.spec.job import ArtifactMade, Job, Order
 from workers.spec.workspace import artifact_folder
@@ -59,9 +60,14 @@ def make(
                 recipe=order.recipe,
                 calibration=_stored(calibration_NT, Path(scratch)),
                 trust_remote_code=job.model.trust_remote_code,
+                variant=job.model.variant,
             )
             answer = _ask(engine, request)
-        return _publish(engine, order, source, partial, target, answer, time.monotonic() - begun)
+        companions = open_checkpoint(
+            source, f"checkpoint {source}", variant=job.model.variant, allow_pickle=job.model.allow_pickle
+        )
+        copy_companions(companions, source, partial)
+        return _publish(engine, order, partial, target, answer, time.monotonic() - begun)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -115,14 +121,13 @@ def _answer(process: subprocess.Popen[str], request: WholeRequest) -> WholeAnswe
 
 
 def _publish(
-    engine: Engine, order: Order, source: Path, partial: Path, target: Path, answer: WholeAnswer, seconds: float
+    engine: Engine, order: Order, partial: Path, target: Path, answer: WholeAnswer, seconds: float
 ) -> ArtifactMade:
     size = sum(path.stat().st_size for path in partial.glob(WEIGHTS))
     if not size or not (partial / "config.json").is_file():
         raise UnsupportedRecipe(
             f"recipe {order.recipe.name!r}: engine {engine.name!r} left no {WEIGHTS} or no config.json in its folder"
         )
-    copy_companions(source, partial)
     artifact = ArtifactMade(
         recipe=order.recipe.name, path=str(target), bytes=size, seconds=seconds, fallbacks=answer.fallbacks
     )

@@ -49,7 +49,7 @@ def quantize(job: Job, folder: Path) -> tuple[tuple[ArtifactMade, ...], int]:
     """
     done, missing = existing_artifacts(job)
     in_the_pass = [order for order in missing if ENGINES[order.recipe.engine].script is None]
-    with Source(folder, allow_pickle=job.model.allow_pickle) as source:
+    with Source(folder, allow_pickle=job.model.allow_pickle, variant=job.model.variant) as source:
         if in_the_pass:
             done |= _Pass(job, folder, source, in_the_pass).run()
         for order in missing:

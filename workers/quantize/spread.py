@@ -66,7 +66,7 @@ def gather(job: Job, folder: Path, part: int, parts: int) -> None:
     spread_folder = SpreadFolder(job, parts)
     if spread_folder.gathered(part) is not None or not existing_artifacts(job)[1]:
         return
-    with Source(folder, allow_pickle=job.model.allow_pickle) as source:
+    with Source(folder, allow_pickle=job.model.allow_pickle, variant=job.model.variant) as source:
         _Gathering(job, folder, source, spread_folder, part).run()
 
 
@@ -84,7 +84,7 @@ def solve(job: Job, folder: Path, part: int, parts: int) -> None:
         return
     if any(order.recipe.calibrated for order in orders):
         spread_folder.require_gathered()
-    with Source(folder, allow_pickle=job.model.allow_pickle) as source:
+    with Source(folder, allow_pickle=job.model.allow_pickle, variant=job.model.variant) as source:
         _Solving(job, source, open_model(job, folder, source), spread_folder, orders).run(part)
 
 
@@ -97,7 +97,7 @@ def join(job: Job, folder: Path, parts: int) -> tuple[tuple[ArtifactMade, ...], 
     """
     spread_folder = SpreadFolder(job, parts)
     done, orders = existing_artifacts(job)
-    with Source(folder, allow_pickle=job.model.allow_pickle) as source:
+    with Source(folder, allow_pickle=job.model.allow_pickle, variant=job.model.variant) as source:
         if orders:
             spread_folder.join_reference()
             streamed = open_model(job, folder, source)

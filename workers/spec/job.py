@@ -117,6 +117,7 @@ class ModelPin(Frozen):
     endpoint: str | None = Field(None, description="The Hub it comes from, for one that is not.")
     trust_remote_code: bool = False
     allow_pickle: bool = False
+    variant: str | None = Field(None, description="Of the weight files' names: model.VARIANT.safetensors.")
 
 
 class Order(Frozen):
@@ -363,7 +364,11 @@ def fingerprint(model: ModelPin, recipe: Recipe, calibration: Calibration | None
     the same bytes.
     """
     content: dict[str, Any] = {
-        "model": {"revision": model.revision, **({} if model.folder else {"id": model.id})},
+        "model": {
+            "revision": model.revision,
+            **({} if model.folder else {"id": model.id}),
+            **({"variant": model.variant} if model.variant else {}),
+        },
         "recipe": recipe.model_dump(mode="json", exclude={"name", "description", "environment", "labels"}),
         "numerics": recipe.numerics,
     }

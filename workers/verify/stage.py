@@ -49,7 +49,7 @@ def verify(job: Job, order: Order, source_folder: Path) -> Manifest:
         if verdict == previous.verdict and order.thresholds == previous.thresholds:
             return previous
     else:
-        with Source(source_folder, allow_pickle=job.model.allow_pickle) as source:
+        with Source(source_folder, allow_pickle=job.model.allow_pickle, variant=job.model.variant) as source:
             verdict = _verdict(job, order, source, folder)
     if ReasonCode.INTEGRITY in verdict.codes:
         # The files are kept for inspection; without its record, the next run makes the artifact again.
@@ -120,7 +120,7 @@ def _seal(
     """Write the card, then the manifest of all files, which fixes the artifact's bytes."""
     (folder / MANIFEST).unlink(missing_ok=True)
     environment = versions()
-    with Source(source_folder, allow_pickle=job.model.allow_pickle) as source:
+    with Source(source_folder, allow_pickle=job.model.allow_pickle, variant=job.model.variant) as source:
         reference_bytes = source.bytes
         family = _family(source_folder)
         kinds = kinds_of(order.recipe, _headers(source), conv1d=family.conv1d)
