@@ -60,7 +60,8 @@ class Cells:
 
         def pin(entry: ModelEntry) -> PinnedModel | Exception:
             try:
-                return sources.resolve(entry, self._folder, workspace, silence)
+                calibrated = any(recipe.calibrated for recipe in self._zoo.recipes_of(entry))
+                return sources.resolve(entry, self._folder, workspace, silence, calibrated=calibrated)
             except Exception as error:  # whatever a folder or a Hub answers, the other models go on
                 return error
 

@@ -11,7 +11,7 @@ from pipeline.planning import sizing, sources
 from pipeline.planning.cells import Cells, RefusedArtifact, at_once, invalid_name
 from pipeline.zoo.zoo import Publish, Zoo
 from workers.errors import HubUnavailable, UserError, ZooError
-from workers.spec.job import Calibration, Destination, Job, Manifest, Order, Verification
+from workers.spec.job import Calibration, Dataset, Destination, Job, Manifest, Order, Verification
 from workers.spec.workspace import MANIFEST, artifact_folder
 from workers.transfer import destinations
 from workers.transfer.patience import Silence, insist
@@ -122,14 +122,15 @@ def _pin_data(
     problems: list[str] = []
     calibration, data_sha256 = zoo.calibration, None
     if calibration is not None:
-        text = calibration.dataset
+        text = _with_special_tokens(zoo, calibration.dataset)
         pinned = _try(lambda: sources.pin_dataset(text, zoo_folder, "calibration.dataset", silence))
         if isinstance(pinned, UserError):
             problems.append(str(pinned))
         else:
             calibration, data_sha256 = calibration.model_copy(update={"dataset": pinned[0]}), pinned[1]
     verification = zoo.verify.verification
-    held_out = _try(lambda: sources.pin_dataset(verification.dataset, zoo_folder, "verify.dataset", silence))
+    held_out_text = _with_special_tokens(zoo, verification.dataset)
+    held_out = _try(lambda: sources.pin_dataset(held_out_text, zoo_folder, "verify.dataset", silence))
     if isinstance(held_out, UserError):
         problems.append(str(held_out))
     else:
@@ -137,6 +138,10 @@ def _pin_data(
         if held_out[1] == data_sha256 and data_sha256 is not None:
             problems.append("verify.dataset: holds the very text that was calibrated on; name held-out text")
     return calibration, data_sha256, verification, problems
+
+
+def _with_special_tokens(zoo: Zoo, dataset: Dataset) -> Dataset:
+    return dataset.model_copy(update={"special_tokens": dataset.special_tokens or zoo.special_tokens})
 
 
 def _try(action: Callable[[], U]) -> U | UserError:

@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.planning.configs import check_loadable, parse_config
+from pipeline.planning.tokenizers import adds_special_tokens
 from pipeline.zoo.zoo import ModelEntry
 from workers.errors import CalibrationError, CheckpointError, ModelNotFound
-from workers.machine.files import checkpoint_sha256, file_sha256, folder_sha256, open_checkpoint, read_bounded
+from workers.machine.files import (
+    checkpoint_sha256,
+    file_sha256,
+    folder_sha256,
+    open_checkpoint,
+    read_bounded,
+    read_head,
+)
 from workers.spec.base import canonical_json
 from workers.spec.bounds import CONFIG_BYTES, HEADER_BYTES
 from workers.spec.checkpoint_files import CONFIG, CheckpointFiles, checkpoint_files, folder_left_out, summary
@@ -47,23 +55,30 @@ class PinnedModel:
 
 
 def resolve(
-    entry: ModelEntry, zoo_folder: Path, workspace: Path | None = None, silence: Silence | None = None
+    entry: ModelEntry,
+    zoo_folder: Path,
+    workspace: Path | None = None,
+    silence: Silence | None = None,
+    *,
+    calibrated: bool = False,
 ) -> PinnedModel:
     """Pin one model: a folder by its content, a repository by its commit. ``workspace`` may not lie in the folder.
+
+    ``calibrated``: a recipe sees its tokens, so that its tokenizer's files are looked at, too.
 
     Raises:
         ModelNotFound, CheckpointError, UnsupportedModel, HubRefused, HubUnavailable
     """
     folder = local_folder(entry, zoo_folder)
     if folder.is_dir():
-        source = _resolve_folder(entry, folder, workspace)
+        source = _resolve_folder(entry, folder, workspace, calibrated)
     elif looks_like_path(entry):
         raise ModelNotFound(
             f"models: no such folder, got {entry.id!r} (looked at {folder}); "
             "give a folder relative to the zoo file, or a Hub repository as org/name"
         )
     else:
-        source = _resolve_repository(entry, hub.connect(), silence)
+        source = _resolve_repository(entry, hub.connect(), silence, calibrated)
     check_loadable(source.config, source.tensors, f"models: {entry.id!r}", entry.trust_remote_code)
     return source
 
@@ -107,7 +122,7 @@ def _pinned(
 # ------------------------------------------------------------------------------------------------- folders
 
 
-def _resolve_folder(entry: ModelEntry, folder: Path, workspace: Path | None) -> PinnedModel:
+def _resolve_folder(entry: ModelEntry, folder: Path, workspace: Path | None, calibrated: bool) -> PinnedModel:
     what = f"models: {entry.id!r}"
     if not (folder / CONFIG).is_file() and not (folder / "adapter_config.json").is_file():
         raise CheckpointError(f"{what} has no config.json; name a transformers checkpoint")
@@ -120,7 +135,16 @@ def _resolve_folder(entry: ModelEntry, folder: Path, workspace: Path | None) -> 
     last = Path(entry.id).name
     # Some names mean a folder without naming it: "." and "..".
     id_ = entry.id if last not in ("", "..") else folder.name
-    pin = {"id": id_, "revision": checkpoint_sha256(folder, files), "folder": str(folder)}
+
+    def head(name: str, count: int) -> bytes | None:
+        return read_head(folder / name, count) if name in files.companions else None
+
+    pin = {
+        "id": id_,
+        "revision": checkpoint_sha256(folder, files),
+        "folder": str(folder),
+        "adds_special_tokens": calibrated and adds_special_tokens(head),
+    }
     return _pinned(entry, pin, config, tensors, entry.as_name or Path(id_).name, files)
 
 
@@ -158,7 +182,7 @@ def read_header(path: Path) -> list[TensorHeader]:
 # -------------------------------------------------------------------------------------------- repositories
 
 
-def _resolve_repository(entry: ModelEntry, api: HfApi, silence: Silence | None) -> PinnedModel:
+def _resolve_repository(entry: ModelEntry, api: HfApi, silence: Silence | None, calibrated: bool) -> PinnedModel:
     what = f"models: {entry.id!r}"
     listed = insist(what, lambda: hub.list_files(api, entry.id, entry.revision), silence)
     if CONFIG not in listed.sizes and "adapter_config.json" not in listed.sizes:
@@ -172,7 +196,18 @@ def _resolve_repository(entry: ModelEntry, api: HfApi, silence: Silence | None) 
     config = parse_config(read(CONFIG), what)
     names = () if files.pickled else files.weights
     tensors = hub.read_headers(api, entry.id, names, listed.commit, lambda action: insist(what, action, silence))
-    pin = {"id": entry.id, "revision": listed.commit, "endpoint": api.endpoint}
+
+    def head(name: str, count: int) -> bytes | None:
+        if name not in files.companions:
+            return None
+        return insist(what, lambda: hub.read_range(api, entry.id, name, listed.commit, count)[0], silence)
+
+    pin = {
+        "id": entry.id,
+        "revision": listed.commit,
+        "endpoint": api.endpoint,
+        "adds_special_tokens": calibrated and adds_special_tokens(head),
+    }
     return _pinned(entry, pin, config, tensors, entry.as_name or Path(entry.id).name, files)
 
 

@@ -170,6 +170,11 @@ class Zoo(Frozen):
     calibration: Calibration | None = None
     verify: Verify
     publish: Publish | None = None
+    special_tokens: Literal["auto", "none"] = Field(
+        "auto",
+        description="Sequences for calibration and verification begin as the model's tokenizer begins a text (auto: "
+        "with BOS where it adds one), or without special tokens (none).",
+    )
     storage: str | None = Field(
         None, description="A folder or URL that all nodes see: what is made is kept there until it's published."
     )
@@ -295,9 +300,7 @@ def _check_depth(text: str, path: Path) -> None:
     for event in yaml.parse(text, _Loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEPTH:
-            raise ZooError(
-                f"{path}: line {event.start_mark.line + 1}: nested deeper than {DEPTH} levels; a zoo has a few"
-            )
+            raise ZooError(f"{path}: nested deeper than {DEPTH} levels; a zoo has a few")
 
 
 def _check_aliases(root: yaml.Node | None, path: Path) -> None:

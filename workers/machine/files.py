@@ -54,6 +54,12 @@ def read_bounded(path: Path, limit: int, what: str) -> bytes:
     return content
 
 
+def read_head(path: Path, count: int) -> bytes:
+    """The first bytes of a file, at most ``count``."""
+    with path.open("rb") as stream:
+        return stream.read(count)
+
+
 # ------------------------------------------------------------------------------------- a checkpoint's folder
 
 

@@ -109,6 +109,12 @@ class StreamedModel:
         module: nn.Module = getattr(self.model, self.base_name)
         return module
 
+    @property
+    def embedding_rows(self) -> int:
+        """Number of token ids that the embedding has a row for."""
+        rows: int = self.model.get_input_embeddings().weight.shape[0]
+        return rows
+
     def keys_of_layer(self, index: int) -> list[str]:
         """The checkpoint keys of one layer, in checkpoint order."""
         return self._keys_of_layer[index]

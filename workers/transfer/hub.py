@@ -390,17 +390,17 @@ def read_headers(
 
 def _read_header(api: HfApi, repo_id: str, name: str, commit: str) -> list[TensorHeader]:
     what = f"models: {repo_id!r}: {name}"
-    head, size = _range(api, repo_id, name, commit, HEAD_BYTES)
+    head, size = read_range(api, repo_id, name, commit, HEAD_BYTES)
     length = int.from_bytes(head[:8], "little")
     if len(head) < 8 or length > HEADER_BYTES or 8 + length > size:
         raise CheckpointError(f"{what}: truncated or no safetensors file, got {size} bytes; upload it again")
     if len(head) < 8 + length:
-        head, _ = _range(api, repo_id, name, commit, 8 + length)
+        head, _ = read_range(api, repo_id, name, commit, 8 + length)
     return parse_header(head[8 : 8 + length], size - 8 - length, what)
 
 
-def _range(api: HfApi, repo_id: str, name: str, commit: str, count: int) -> tuple[bytes, int]:
-    """The first bytes of a file, and its size."""
+def read_range(api: HfApi, repo_id: str, name: str, commit: str, count: int) -> tuple[bytes, int]:
+    """The first bytes of a file, at most ``count``, and its size."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils._http import hf_raise_for_status
 
