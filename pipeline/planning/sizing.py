@@ -255,14 +255,16 @@ def _quantizing(
 
 def _verifying(source: PinnedModel, shape: Shape, verification: Verification) -> Need:
     """Need of verifying: both models streamed side by side, and a process that loads the whole artifact as users do
-    (most runtimes decode it to float32 on a CPU)."""
+    (most runtimes decode it to float32 on a CPU), or, before it, the whole source as it's streamed: float32, too, on a
+    CPU, on a GPU its own dtype."""
     outside = sum(tensor.numel for tensor in shape.outside)
     layer = max((sum(tensor.numel for tensor in layer) for layer, _ in shape.layers), default=0)
     logits = _size(source, "vocab_size") * verification.sequence_length
     working = _activations(source, shape, verification.sequence_length, verification.tokens) + LOGITS_BYTES * logits
     hidden = _size(source, "hidden_size", "n_embd") * verification.tokens
     host = PROCESS_BYTES + 8 * outside + LAYER_BYTES * layer + 8 * hidden + working + LOADER_BYTES + 4 * shape.weights
-    device = 2 * DEVICE_BYTES + 4 * outside + (LAYER_BYTES // 2) * layer + working + 2 * shape.weights
+    device = 2 * DEVICE_BYTES + 4 * outside + (LAYER_BYTES // 2) * layer + working
+    device += max(2 * shape.weights, shape.bytes)
     return Need(host, device)
 
 

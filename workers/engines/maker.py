@@ -17,8 +17,11 @@ from workers.checkpoint.shards import WRITERS, Journal, ShardWriter, Spooled
 from workers.checkpoint.source import Source, copy_companions
 from workers.machine.files import write_text
 from workers.methods.layer import LayerWork
+from workers.methods.scaling import some
+from workers.model.generation import GENERATION_CONFIG, unreadable
 from workers.model.loading import StreamedModel
 from workers.spec.base import Frozen
+from workers.spec.checkpoint_files import CheckpointFiles
 from workers.spec.formats import FORMATS
 from workers.spec.job import ArtifactMade, Job, Order
 from workers.spec.layers import Layout
@@ -110,15 +113,21 @@ class Maker(ABC):
 
     def finish(self) -> ArtifactMade:
         """Write the tensors outside of the layers, and move the artifact to its final path."""
+        unused = frozenset(self._streamed.unused)
         for key in self._streamed.outside_keys:
-            self.copy({key: self._source.read(key)})
+            if key not in unused:
+                self.copy({key: self._source.read(key)})
+        if unused:
+            name = type(self._streamed.model).__name__
+            note = f"left out, for {name} has no place for them: {len(unused)} of the source's tensors"
+            self.fallbacks[f"{note} ({some(self._streamed.unused)})"] = None
         self._open_shards.close()
         folder = self._source.folder
         config = json.loads((folder / "config.json").read_text())
         config.pop("transformers_weights", None)  # the artifact's weights have the usual names
         config["quantization_config"] = self.quantization_config()
         write_text(self._partial / "config.json", json.dumps(config, indent=2) + "\n")
-        copy_companions(self._source.files, folder, self._partial)
+        self.fallbacks.update(dict.fromkeys(copy_beside(self._source.files, folder, self._partial)))
         artifact = ArtifactMade(
             recipe=self.order.recipe.name,
             path=str(self.target),
@@ -161,6 +170,16 @@ class Maker(ABC):
     def _write(self, key: str, tensor: Tensor) -> None:
         assert self._writer is not None, "begin comes first"
         self._writer.add(key, tensor)
+
+
+def copy_beside(files: CheckpointFiles, source: Path, partial: Path) -> list[str]:
+    """Copy the companion files, and return what was left out: settings with which no artifact could be loaded."""
+    copy_companions(files, source, partial)
+    reason = unreadable(partial)
+    if reason is None:
+        return []
+    (partial / GENERATION_CONFIG).unlink()
+    return [f"{GENERATION_CONFIG} left out, for transformers loads no model beside it ({reason})"]
 
 
 def put_in_place(partial: Path, target: Path, artifact: ArtifactMade, layout: Layout) -> None:

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,8 +21,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from workers.checkpoint.source import copy_companions
-from workers.engines.maker import put_in_place
+from workers.engines.maker import copy_beside, put_in_place
 from workers.errors import OutOfMemory, UnsupportedRecipe, WorkerDied
 from workers.machine import child
 from workers.machine.environments import interpreter
@@ -63,11 +63,10 @@ def make(
                 variant=job.model.variant,
             )
             answer = _ask(engine, request)
-        companions = open_checkpoint(
-            source, f"checkpoint {source}", variant=job.model.variant, allow_pickle=job.model.allow_pickle
-        )
-        copy_companions(companions, source, partial)
-        return _publish(engine, order, partial, target, answer, time.monotonic() - begun)
+        pin = job.model
+        files = open_checkpoint(source, f"checkpoint {source}", variant=pin.variant, allow_pickle=pin.allow_pickle)
+        left_out = copy_beside(files, source, partial)
+        return _publish(engine, order, partial, target, answer, left_out, time.monotonic() - begun)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -121,15 +120,22 @@ def _answer(process: subprocess.Popen[str], request: WholeRequest) -> WholeAnswe
 
 
 def _publish(
-    engine: Engine, order: Order, partial: Path, target: Path, answer: WholeAnswer, seconds: float
+    engine: Engine,
+    order: Order,
+    partial: Path,
+    target: Path,
+    answer: WholeAnswer,
+    left_out: Sequence[str],
+    seconds: float,
 ) -> ArtifactMade:
     size = sum(path.stat().st_size for path in partial.glob(WEIGHTS))
     if not size or not (partial / "config.json").is_file():
         raise UnsupportedRecipe(
             f"recipe {order.recipe.name!r}: engine {engine.name!r} left no {WEIGHTS} or no config.json in its folder"
         )
+    fallbacks = (*answer.fallbacks, *left_out)
     artifact = ArtifactMade(
-        recipe=order.recipe.name, path=str(target), bytes=size, seconds=seconds, fallbacks=answer.fallbacks
+        recipe=order.recipe.name, path=str(target), bytes=size, seconds=seconds, fallbacks=fallbacks
     )
     assert answer.layout is not None, "an answer without a layout was refused"
     put_in_place(partial, target, artifact, answer.layout)

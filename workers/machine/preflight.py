@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 from pathlib import Path
 
@@ -117,6 +118,13 @@ def host_memory() -> int:
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else "max"
     return total if text == "max" else min(total, int(text))
+
+
+def available_host_bytes() -> int:
+    """Bytes that new processes can take: what the kernel estimates to be free, within ``host_memory``."""
+    info = Path("/proc/meminfo")
+    match = re.search(r"MemAvailable:\s*(\d+) kB", info.read_text()) if info.is_file() else None
+    return min(host_memory(), 1024 * int(match.group(1))) if match else host_memory()
 
 
 def _existing(folder: Path) -> Path:

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from workers.checkpoint.source import Header, TensorSource
 from workers.errors import CheckpointError, UnsupportedModel
+from workers.model.buffers import make_buffers
+from workers.model.cut import first_layers
 from workers.spec.families import family_of
 
 
@@ -66,7 +68,9 @@ class StreamedModel:
     """A causal language model with the weights of one decoder layer at a time in memory.
 
     All weights are on the meta device until ``load_outside`` and ``load_layer`` read them from ``source``.
-    ``unexpected`` are the checkpoint's keys that the model doesn't use.
+    ``unexpected`` are the checkpoint's keys that the model doesn't use; ``unused`` are those of them that its class
+    doesn't declare to ignore either (a value head of training, the layers of another model). ``layers`` cuts the model
+    to its first ones.
     Raises:
         UnsupportedModel: a class that transformers doesn't know as a causal LM, or without a list of layers.
         CheckpointError: the checkpoint lacks a tensor that the model needs.
@@ -80,11 +84,12 @@ class StreamedModel:
         dtype: torch.dtype,
         device: str = "cpu",
         trust_remote_code: bool = False,
+        layers: int | None = None,
     ) -> None:
         self.source = source
         self.dtype = dtype
         self.device = device
-        self.model = build_on_meta(folder, dtype, trust_remote_code)
+        self.model = build_on_meta(folder, dtype, trust_remote_code, layers)
         self.layers_name, self.layers = find_layers(self.model)
         targets = targets_of_keys(self.model, source.headers)
         self.owners = {key: target.owner for key, target in targets.items()}
@@ -92,6 +97,7 @@ class StreamedModel:
         inside = {key for keys in self._keys_of_layer.values() for key in keys}
         self._outside = [key for key in source.headers if key not in inside]
         self.unexpected = tuple(key for key in self._outside if key not in targets)
+        self.unused = _undeclared(self.model, self.unexpected)
         self.weights = list(self._quantizable(targets))
         self.outside_loaded = False
         # Set by ``unpackable_modules``.
@@ -129,9 +135,12 @@ class StreamedModel:
         # Unexpected keys are skipped: they may be as large as a layer (the prediction heads of DeepSeek-V3).
         unexpected = set(self.unexpected)
         self._fill(key for key in self._outside if key not in unexpected)
+        # As in from_pretrained: which of two tied tensors is taken, and whether they are tied at all, depends on those
+        # that the checkpoint lacks.
+        missing = set(self.model.state_dict()) - set(self.owners.values())
         with _without_bias_adjustment(self.model):
-            self.model.tie_weights()
-        _make_buffers(self.model, self.device)
+            self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        make_buffers(self.model, self.device)
         inside = tuple(f"{self.layers_name}.{index}." for index in range(len(self.layers)))
         self._check(name for name in _on_meta(self.model) if not name.startswith(inside))
         self.outside_loaded = True
@@ -197,8 +206,8 @@ class StreamedModel:
             self._check(_absent_experts(self.model, position, targets))
 
 
-def build_on_meta(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
-    """Build the model of a checkpoint's config on the meta device, in ``eval`` mode.
+def build_on_meta(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False, layers: int | None = None) -> Any:
+    """Build the model of a checkpoint's config, or its first ``layers``, on the meta device, in ``eval`` mode.
 
     Raises:
         UnsupportedModel: transformers has no causal LM for the config.
@@ -207,6 +216,8 @@ def build_on_meta(folder: Path, dtype: torch.dtype, trust_remote_code: bool = Fa
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if layers is not None:
+            config = first_layers(config, layers)
         config.use_cache = False
         # A quantized checkpoint is decoded before its tensors get here.
         if hasattr(config, "quantization_config"):
@@ -280,6 +291,22 @@ def targets_of_keys(model: Any, headers: Mapping[str, Header]) -> dict[str, KeyT
         if name in state:
             targets[key] = KeyTarget(name, series)
     return targets
+
+
+def _undeclared(model: Any, unexpected: Sequence[str]) -> tuple[str, ...]:
+    """The unexpected keys that transformers warns about on loading: the class doesn't declare to ignore them."""
+    from transformers.utils.loading_report import LoadStateDictInfo
+
+    info = LoadStateDictInfo(
+        missing_keys=set(),
+        unexpected_keys=set(unexpected),
+        mismatched_keys=set(),
+        error_msgs=[],
+        conversion_errors={},
+        skipped_pp_keys=set(),
+    )
+    model._adjust_missing_and_unexpected_keys(info)
+    return tuple(key for key in unexpected if key in info.unexpected_keys)
 
 
 def _positions_in_series(keys: Iterable[str], targets: Mapping[str, KeyTarget]) -> dict[str, int]:
@@ -365,56 +392,6 @@ def _without_bias_adjustment(model: Any) -> Iterator[None]:
         yield
     finally:
         model._adjust_bias = original
-
-
-def _make_buffers(model: Any, device: str) -> None:
-    """Initialize the non-persistent buffers (rotary frequencies, masks) by the model's own ``_init_weights``.
-
-    Raises:
-        UnsupportedModel: ``_init_weights`` leaves a buffer unset.
-    """
-    from transformers import PreTrainedModel
-
-    stored, owner = set(model.state_dict()), dict[str, Any]()
-    buffers: dict[str, tuple[Any, nn.Module, str]] = {}
-    for prefix, module in model.named_modules():
-        # As in transformers, the innermost model around a module initializes it.
-        owner[prefix] = module if isinstance(module, PreTrainedModel) else owner[prefix.rpartition(".")[0]]
-        for leaf, buffer in module.named_buffers(recurse=False):
-            name = f"{prefix}.{leaf}" if prefix else leaf
-            if buffer.is_meta and name not in stored:
-                module._buffers[leaf] = torch.full_like(buffer, _unset(buffer.dtype), device=device)
-                buffers[name] = (owner[prefix], module, leaf)
-    for initializer, module in {
-        id(module): (initializer, module) for initializer, module, _ in buffers.values()
-    }.values():
-        initializer._init_weights(module)
-    # Some buffers are set for all layers at once, when the model itself is initialized.
-    for initializer in {
-        id(initializer): initializer
-        for initializer, module, leaf in buffers.values()
-        if _is_unset(module.get_buffer(leaf))
-    }.values():
-        initializer._init_weights(initializer)
-    unset = [name for name, (_, module, leaf) in buffers.items() if _is_unset(module.get_buffer(leaf))]
-    if unset:
-        raise UnsupportedModel(
-            f"model {type(model).__name__}: its own initialization doesn't make {unset[:3]}, which no checkpoint "
-            "holds; leave it out of the zoo"
-        )
-
-
-def _unset(dtype: torch.dtype) -> float | int | bool:
-    """Marker value of an uninitialized buffer; no initialized buffer holds it throughout."""
-    if dtype.is_floating_point or dtype.is_complex:
-        return float("nan")
-    return False if dtype == torch.bool else int(torch.iinfo(dtype).min)
-
-
-def _is_unset(buffer: Tensor) -> bool:
-    if buffer.is_floating_point() or buffer.is_complex():
-        return bool(buffer.isnan().any())
-    return buffer.dtype != torch.bool and buffer.numel() > 0 and bool((buffer == _unset(buffer.dtype)).all())
 
 
 def _on_meta(module: nn.Module) -> list[str]:

@@ -20,6 +20,9 @@ from torch import Tensor
 from workers.spec.job import ModelPin
 from workers.spec.workspace import MICRO_BATCH_TOKENS
 
+# Changes when sources are read otherwise: references of older versions aren't taken.
+READING = 2
+
 
 @dataclass(frozen=True)
 class ReferenceFile:
@@ -32,10 +35,16 @@ class ReferenceFile:
         """Whether the reference is stored already."""
         return self.path.is_file()
 
+    @property
+    def source_check(self) -> Path:
+        """File of the comparison of this reference with the source as transformers loads it."""
+        return self.path.with_suffix(".source.json")
+
 
 def reference_file(model: ModelPin, workspace: Path, tokens_NT: Tensor, dtype: torch.dtype) -> ReferenceFile:
     """Reference file identified by the model's commit, the tokens, and the dtype of the computation."""
-    digest = hashlib.sha256(f"{model.id if model.endpoint else ''}@{model.revision} {dtype}".encode())
+    source = f"{model.id if model.endpoint else ''}@{model.revision} {model.variant}"
+    digest = hashlib.sha256(f"{READING} {source} {dtype}".encode())
     digest.update(tokens_NT.numpy().tobytes())
     return ReferenceFile(workspace / "references" / f"{digest.hexdigest()[:32]}.safetensors")
 

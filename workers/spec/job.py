@@ -221,6 +221,17 @@ class RuntimeAgreement(Frozen):
     host_bytes: int = Field(0, description="Peak of the process that loaded it; 0 in older manifests.")
 
 
+class SourceCheck(Frozen):
+    """Agreement between the source as transformers itself loads it, in a process of its own, and our reference."""
+
+    version: str = Field("", description="Of transformers.")
+    relative_logit_difference: float = Field(0.0, description="Root mean square, in standard deviations of the logits.")
+    tokens: int = 0
+    layers: int = Field(0, description="Layers of the compared model: its first ones, where all don't fit in memory.")
+    all_layers: int
+    unchecked: str = Field("", description="Why nothing was compared; empty if it was.")
+
+
 class Outcome(StrEnum):
     """A verdict's outcome: accepted; broken or worse than allowed; implausibly good, or evaluated on too few tokens; or
     undecidable here (a runtime isn't installed, or the sample is too small). Only accepted artifacts are published."""
@@ -321,6 +332,7 @@ class Manifest(Frozen):
     sequences_begin_with: tuple[str, ...] | None = Field(
         None, description="Special tokens before each sequence that was calibrated on and compared; None: not said."
     )
+    source_check: SourceCheck | None = Field(None, description="None in older manifests.")
 
 
 class PeakMemory(Frozen):

@@ -46,6 +46,7 @@ class RuntimeRequest(Frozen):
     trust_remote_code: bool = False
     arithmetic: Arithmetic = "any"
     loader: str = DEFAULT_LOADER
+    unused: tuple[str, ...] = Field((), description="Keys that the source has, too, without a place in the model.")
     new_tokens: int = Field(24, ge=1, description="Tokens that are generated after each prompt.")
 
 

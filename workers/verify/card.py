@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel
 
 from workers.spec.families import DEFAULT_LOADER
-from workers.spec.job import Dataset, Job, Order, Verdict
+from workers.spec.job import Dataset, Job, Order, SourceCheck, Verdict
 from workers.spec.layers import LayerKinds
 from workers.spec.recipes import Recipe, words
 from workers.spec.runtimes import RUNTIMES, checking
@@ -28,15 +28,16 @@ def render_card(
     fallbacks: tuple[str, ...],
     kinds: LayerKinds,
     loader: str = DEFAULT_LOADER,
+    checked: SourceCheck | None = None,
 ) -> str:
     """Render ``README.md`` of an artifact; metadata of the card in the ``source`` folder is inherited.
 
     ``kinds`` are the kinds of the quantized layers: other runtimes' support depends on them. ``loader`` is
-    transformers' class for the family.
+    transformers' class for the family; ``checked`` is how the original was compared with what transformers loads.
     """
     metadata = card_metadata(job, order, read_metadata(source / "README.md"), verdict)
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
-    return f"---\n{front}---\n\n{_body(job, order, verdict, environment, fallbacks, kinds, loader)}"
+    return f"---\n{front}---\n\n{_body(job, order, verdict, environment, fallbacks, kinds, loader, checked)}"
 
 
 def read_metadata(card: Path) -> dict[str, Any]:
@@ -108,6 +109,7 @@ def _body(
     fallbacks: tuple[str, ...],
     kinds: LayerKinds,
     loader: str = DEFAULT_LOADER,
+    checked: SourceCheck | None = None,
 ) -> str:
     name = Path(job.model.id).name
     recipe = order.recipe
@@ -118,6 +120,7 @@ def _body(
         f"(method {recipe.method}, format {recipe.format}).\n",
         "## Measured\n",
         _measured(verdict),
+        *_source_checked(checked),
         "## Load it\n",
         _loading(recipe, repo, loader),
         *_other_runtimes(recipe, repo, kinds, loader),
@@ -210,6 +213,17 @@ def _measured(verdict: Verdict) -> str:
             "of the measured ones."
         )
     return "\n".join([*lines, *_continued(verdict)]) + "\n"
+
+
+def _source_checked(checked: SourceCheck | None) -> list[str]:
+    """How the original was compared with what transformers loads; nothing if it wasn't."""
+    if checked is None or checked.unchecked:
+        return []
+    cut = f", of its first {checked.layers} of {checked.all_layers} layers" * (checked.layers < checked.all_layers)
+    return [
+        f"The original's reading was checked against transformers {checked.version}{cut}: logits of {checked.tokens} "
+        f"tokens within {checked.relative_logit_difference:.1g} standard deviations.\n"
+    ]
 
 
 def _continued(verdict: Verdict) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,15 +22,17 @@ from workers.model import reference
 from workers.model.device import checkpoint_dtype, compute_device
 from workers.model.forward import LogitsHead, stream
 from workers.model.loading import StreamedModel
+from workers.model.reference import ReferenceFile
 from workers.model.text import Sequences, check_ids, held_out_tokens, load_tokenizer
 from workers.spec.families import family_of
 from workers.spec.formats import recognised
-from workers.spec.job import Generation, Job, Metrics, ModelPin, RuntimeAgreement, Verification
+from workers.spec.job import Generation, Job, Metrics, ModelPin, RuntimeAgreement, SourceCheck, Verification
 from workers.spec.runtimes import RuntimeRequest, checking
-from workers.verify import fidelity, gates
+from workers.verify import fidelity, gates, source_check
 from workers.verify.activations import rounded_inputs
 from workers.verify.integrity import Findings
 from workers.verify.runtimes.ask import RuntimeAnswer, ask
+from workers.verify.source_check import Checked
 
 RUNTIME_SEQUENCES, RUNTIME_TOKENS = 2, 128
 # Number of held-out prompts to generate from, and tokens per prompt.
@@ -85,10 +88,31 @@ class Comparison:
         """
         _ = self.tokens, self.reference
 
+    def check_source(self) -> SourceCheck:
+        """Compare the streamed source with the source as transformers loads it, unless that was done before.
+
+        Raises:
+            QuantmillError: they disagree, or transformers can't load the source.
+        """
+        checked = Checked(
+            self.model,
+            self.source.folder,
+            self.reference,
+            lambda layers: self._streamed(self.source.folder, self.source, layers),
+            self._reference_file,
+            self.workspace,
+        )
+        return source_check.check(checked, self.tokens, self._reference_hidden)
+
     @property
     def transposed(self) -> frozenset[str]:
         """Keys of the source's weights that are stored as (in, out)."""
         return frozenset(weight.key for weight in self.reference.weights if weight.transposed)
+
+    @property
+    def unused(self) -> frozenset[str]:
+        """Keys of the source's tensors that have no place in the model."""
+        return frozenset(self.reference.unused)
 
     def measure(self, folder: Path, artifact: Source | Decoded, findings: Findings) -> gates.Evidence:
         """Measure an artifact's fidelity, runtime and continuations; ``findings`` are those of its files."""
@@ -132,11 +156,18 @@ class Comparison:
 
         return fidelity.compare(pairs(), self.tokens)
 
+    @property
+    def _reference_file(self) -> ReferenceFile:
+        return reference.reference_file(self.model, self.workspace, self.tokens, self.reference.dtype)
+
     def _reference_hidden(self) -> list[Tensor]:
-        file = reference.reference_file(self.model, self.workspace, self.tokens, self.reference.dtype)
-        if not file.exists:
-            reference.store(file, stream(self.reference, reference.micro_batches(self.tokens)))
-        return reference.load(file)
+        file = self._reference_file
+        if file.exists:
+            with suppress(FileNotFoundError):  # removed meanwhile, by a process whose source check failed
+                return reference.load(file)
+        hidden = stream(self.reference, reference.micro_batches(self.tokens))
+        reference.store(file, hidden)
+        return hidden
 
     def _ask(self, folder: Path) -> RuntimeAnswer:
         """Load the artifact in the users' library, in its own process."""
@@ -154,6 +185,7 @@ class Comparison:
                 trust_remote_code=self.model.trust_remote_code,
                 arithmetic=row.arithmetic(declared) if row else "any",
                 loader=family_of(config.get("model_type")).loader,
+                unused=self.reference.unused,
             )
             return ask(checking(row.name if row else None), request, tokens, prompts)
 
@@ -209,7 +241,7 @@ class Comparison:
             tokens=len(ours),
         )
 
-    def _streamed(self, folder: Path, tensors: Source | Decoded) -> StreamedModel:
+    def _streamed(self, folder: Path, tensors: Source | Decoded, layers: int | None = None) -> StreamedModel:
         device, dtype = compute_device()
         return StreamedModel(
             folder,
@@ -217,6 +249,7 @@ class Comparison:
             dtype=dtype or checkpoint_dtype(self.source),
             device=device,
             trust_remote_code=self.model.trust_remote_code,
+            layers=layers,
         )
 
 

@@ -16,6 +16,7 @@ from workers.checkpoint.source import Source
 from workers.errors import CheckpointError, NumericalError, UnsupportedRecipe, UserError
 from workers.formats.decoded import Decoded, open_decoded
 from workers.machine.failures import describe
+from workers.model.generation import GENERATION_CONFIG, unreadable
 from workers.spec.base import Frozen
 from workers.spec.job import Failure, ModelPin, Thresholds, Verdict, Verification
 from workers.spec.workspace import MANIFEST
@@ -63,6 +64,7 @@ def check(request: CheckRequest) -> CheckReport:
     with Source(reference, allow_pickle=pin.allow_pickle, variant=pin.variant) as source:
         comparison = Comparison(request.reference, source, request.verification, Path(request.workspace))
         comparison.load()
+        comparison.check_source()
         findings = Findings([*_sealed(folder), *_companions(comparison, folder)])
         findings.notes += _generation(source.folder, folder, findings.problems)
         facts, report = _facts(comparison, folder, findings)
@@ -82,7 +84,7 @@ def _facts(comparison: Comparison, folder: Path, findings: Findings) -> tuple[ga
             report = report.model_copy(update={"quantized": report.linear - len(unquantized)})
             if quantized and unquantized:
                 findings.notes += listed("linear layers in half precision", unquantized)
-            compare(comparison.source, opened, quantized, findings, ours=False)
+            compare(comparison.source, opened, quantized, findings, comparison.unused, ours=False)
             return comparison.measure(folder, opened, findings), report
     except UnsupportedRecipe as error:
         # Our decoder's limitation, not the checkpoint's fault; the runtime can still be checked.
@@ -123,19 +125,29 @@ def _companions(comparison: Comparison, folder: Path) -> Iterator[str]:
 
 def _generation(source: Path, folder: Path, problems: list[str]) -> list[str]:
     """Compare generation configs: sampling settings give notes (gptqmodel changes them), token ids give problems."""
-    from transformers import GenerationConfig
-
-    name = "generation_config.json"
-    if not (source / name).is_file():
+    want, got = (_settings(path) for path in (source, folder))
+    if want is None:
         return []
-    if not (folder / name).is_file():
-        problems += listed("files of the source missing", [name])
+    if got is None:
+        problems += listed("files of the source missing, or not readable by transformers", [GENERATION_CONFIG])
         return []
-    want, got = (GenerationConfig.from_pretrained(path).to_diff_dict() for path in (source, folder))
     tokens = frozenset(key for key in (*want, *got) if key.endswith("_token_id"))
     others = (frozenset(want) | frozenset(got)) - tokens
-    problems += differing_settings(name, want, got, UNSAID | others)
-    return differing_settings(name, want, got, UNSAID | tokens)
+    problems += differing_settings(GENERATION_CONFIG, want, got, UNSAID | others)
+    return differing_settings(GENERATION_CONFIG, want, got, UNSAID | tokens)
+
+
+def _settings(folder: Path) -> dict[str, Any] | None:
+    """The settings of a checkpoint's generation_config.json; None if there is none that transformers reads."""
+    from transformers import GenerationConfig
+
+    if unreadable(folder):
+        return None
+    try:
+        settings: dict[str, Any] = GenerationConfig.from_pretrained(folder).to_diff_dict()
+    except OSError:
+        return None
+    return settings
 
 
 def _tokenizer(comparison: Comparison, theirs: Any) -> Iterator[str]:

@@ -17,6 +17,7 @@ from workers.checkpoint.source import Source
 from workers.formats.decoded import Decoded
 from workers.formats.folded import Folded
 from workers.machine.files import file_sha256, open_checkpoint
+from workers.model.generation import GENERATION_CONFIG, unreadable
 from workers.spec.checkpoint_files import REPLACED
 from workers.verify.diagnosis import diagnose
 
@@ -43,10 +44,17 @@ class Findings:
         return tuple(sorted(self.sqnr.items(), key=lambda item: item[1])[:3])
 
 
-def inspect(source: Folded, artifact: Source | Decoded, folder: Path, intended: frozenset[str]) -> Findings:
+def inspect(
+    source: Folded,
+    artifact: Source | Decoded,
+    folder: Path,
+    intended: frozenset[str],
+    unused: frozenset[str] = frozenset(),
+) -> Findings:
     """Compare one of our artifacts with its source, under the scales folded into it.
 
-    ``intended`` names the modules that should be quantized. Every tensor of both is read once.
+    ``intended`` names the modules that should be quantized; ``unused`` are tensors of the source without a place in the
+    model, which artifacts leave out. Every tensor of both is read once.
     """
     quantized = artifact.quantized if isinstance(artifact, Decoded) else frozenset[str]()
     findings = Findings(
@@ -57,7 +65,7 @@ def inspect(source: Folded, artifact: Source | Decoded, folder: Path, intended: 
             *_companions(source.folder, source.files.companions, folder),
         ]
     )
-    compare(source, artifact, quantized, findings)
+    compare(source, artifact, quantized, findings, unused)
     return findings
 
 
@@ -66,15 +74,16 @@ def compare(
     artifact: Source | Decoded,
     quantized: frozenset[str],
     findings: Findings,
+    unused: frozenset[str] = frozenset(),
     *,
     ours: bool = True,
 ) -> None:
-    """Compare all tensors.
+    """Compare all tensors; the artifact may lack ``unused`` ones.
 
     In a checkpoint of another tool (``ours`` false), tensors that aren't quantized may differ: other tools fold scales
     into norms without recording it. The weights' SQNR is then meaningless.
     """
-    findings.problems += listed("tensors missing", set(source.headers) - set(artifact.headers))
+    findings.problems += listed("tensors missing", set(source.headers) - set(artifact.headers) - unused)
     findings.problems += listed("tensors that the source doesn't have", set(artifact.headers) - set(source.headers))
     if artifact.bytes >= source.bytes and quantized:
         findings.problems.append(
@@ -186,6 +195,8 @@ def _companions(source: Path, companions: Iterable[str], artifact: Path) -> list
     """Check tokenizer, templates, generation config and licence: present, byte-identical, and no further files."""
     missing, changed = [], []
     expected = {Path(name) for name in companions}
+    if unreadable(source):
+        expected.discard(Path(GENERATION_CONFIG))
     for path in sorted(expected):
         if not (artifact / path).is_file():
             missing.append(str(path))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from workers.checkpoint.source import Source
 from workers.engines.table import layout_of
@@ -23,6 +23,7 @@ from workers.spec.job import (
     Manifest,
     Order,
     ReasonCode,
+    SourceCheck,
     Verdict,
     Verification,
 )
@@ -33,6 +34,14 @@ from workers.transfer import hub
 from workers.verify import gates, integrity
 from workers.verify.card import render_card
 from workers.verify.comparison import Comparison
+
+
+class Circumstances(NamedTuple):
+    """How an artifact was compared: the check of its source, special tokens of the sequences, and what was left out."""
+
+    source_check: SourceCheck | None
+    begin_with: tuple[str, ...] | None
+    notes: tuple[str, ...]
 
 
 def verify(job: Job, order: Order, source_folder: Path) -> Manifest:
@@ -46,25 +55,28 @@ def verify(job: Job, order: Order, source_folder: Path) -> Manifest:
     previous = _verified_before(folder, job.verification)
     if previous is not None:
         verdict = _judged_again(previous.verdict, order)
+        about = Circumstances(previous.source_check, previous.sequences_begin_with, previous.fallbacks)
         if verdict == previous.verdict and order.thresholds == previous.thresholds:
             return previous
     else:
         with Source(source_folder, allow_pickle=job.model.allow_pickle, variant=job.model.variant) as source:
-            verdict = _verdict(job, order, source, folder)
+            verdict, about = _verdict(job, order, source, folder)
     if ReasonCode.INTEGRITY in verdict.codes:
         # The files are kept for inspection; without its record, the next run makes the artifact again.
         record_path(folder).unlink()
-    return _seal(job, order, folder, source_folder, record, verdict)
+    return _seal(job, order, folder, source_folder, record, verdict, about)
 
 
 def _verified_before(folder: Path, verification: Verification) -> Manifest | None:
-    """The manifest of exactly these bytes and this text, if only thresholds decided it; otherwise remove it."""
+    """The manifest of exactly these bytes and this text, if only thresholds decided it, and the source was checked;
+    otherwise remove it."""
     try:
         manifest = hub.check_bytes(folder)
     except CheckpointError:
         manifest = None
     if (
         manifest
+        and manifest.source_check is not None
         and manifest.verification.same_as(verification)
         and all(code.by_threshold for code in manifest.verdict.codes)
     ):
@@ -84,23 +96,28 @@ def _judged_again(verdict: Verdict, order: Order) -> Verdict:
     return gates.judge(facts, order.thresholds)
 
 
-def _verdict(job: Job, order: Order, source: Source, folder: Path) -> Verdict:
-    """Gather the evidence about one artifact, and judge it."""
+def _verdict(job: Job, order: Order, source: Source, folder: Path) -> tuple[Verdict, Circumstances]:
+    """Check the source, gather the evidence about one artifact, and judge it."""
     comparison = Comparison.of_job(job, source)
     comparison.load()
+    checked, notes = comparison.check_source(), comparison.held_out.notes
+    if checked.unchecked:
+        notes += (f"the source's reading wasn't checked against transformers: {checked.unchecked}",)
+    about = Circumstances(checked, comparison.begin_with, notes)
     try:
         with open_decoded(folder, trust_remote_code=job.model.trust_remote_code) as artifact:
-            return gates.judge(_facts(order, comparison, folder, artifact), order.thresholds)
+            facts = _facts(order, comparison, folder, artifact)
     except (UserError, NumericalError) as error:
         # The source is already loaded, so the unreadable file is the artifact's.
-        return gates.judge(gates.Evidence(integrity=[f"integrity: {error}"]), order.thresholds)
+        facts = gates.Evidence(integrity=[f"integrity: {error}"])
+    return gates.judge(facts, order.thresholds), about
 
 
 def _facts(order: Order, comparison: Comparison, folder: Path, artifact: Source | Decoded) -> gates.Evidence:
     """Inspect the files, and measure only if they are intact: a broken artifact is made again."""
     intended = frozenset(layout_of(folder, order.recipe, comparison.reference).modules)
     expected = Folded(comparison.source, folds_folder(folder), comparison.transposed)
-    findings = integrity.inspect(expected, artifact, folder, intended)
+    findings = integrity.inspect(expected, artifact, folder, intended, comparison.unused)
     if findings.problems:
         return gates.Evidence(integrity=findings.problems, worst_layers=findings.worst)
     return comparison.measure(folder, artifact, findings)
@@ -115,7 +132,13 @@ def _public(described: Described) -> Described:
 
 
 def _seal(
-    job: Job, order: Order, folder: Path, source_folder: Path, record: ArtifactMade, verdict: Verdict
+    job: Job,
+    order: Order,
+    folder: Path,
+    source_folder: Path,
+    record: ArtifactMade,
+    verdict: Verdict,
+    about: Circumstances,
 ) -> Manifest:
     """Write the card, then the manifest of all files, which fixes the artifact's bytes."""
     (folder / MANIFEST).unlink(missing_ok=True)
@@ -124,7 +147,9 @@ def _seal(
         reference_bytes = source.bytes
         family = _family(source_folder)
         kinds = kinds_of(order.recipe, _headers(source), conv1d=family.conv1d)
-    card = render_card(job, order, source_folder, verdict, environment, record.fallbacks, kinds, family.loader)
+    checked = about.source_check
+    fallbacks = tuple(dict.fromkeys((*record.fallbacks, *about.notes)))
+    card = render_card(job, order, source_folder, verdict, environment, fallbacks, kinds, family.loader, checked)
     write_text(folder / "README.md", card)
     files = {
         str(path.relative_to(folder)): FileEntry(sha256=file_sha256(path), size=path.stat().st_size)
@@ -142,10 +167,12 @@ def _seal(
         files=files,
         verdict=verdict,
         environment=environment,
-        fallbacks=record.fallbacks,
+        fallbacks=fallbacks,
         bytes=record.bytes,
         reference_bytes=reference_bytes,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        source_check=checked,
+        sequences_begin_with=about.begin_with,
     )
     write_text(folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
     return manifest

@@ -12,6 +12,7 @@ from torch import Tensor
 from workers.errors import OutOfMemory, WorkerDied
 from workers.machine import child
 from workers.machine.environments import interpreter
+from workers.spec.base import Frozen
 from workers.spec.runtimes import Runtime, RuntimeRequest
 
 DEADLINE_SECONDS = 1800.0
@@ -46,18 +47,10 @@ def ask(row: Runtime, request: RuntimeRequest, tokens_NT: Tensor, prompts_PT: Te
     from safetensors.torch import load_file, save_file
 
     assert row.entry is not None, "only runtimes with an entry are asked"
-    artifact, scratch = request.artifact, Path(request.scratch)
+    scratch = Path(request.scratch)
     save_file({"tokens": tokens_NT, "prompts": prompts_PT}, scratch / "tokens.safetensors")
     python = interpreter(row.environment) if row.environment else None
-    try:
-        done = child.run(row.entry, request.model_dump_json(), python=python, cwd=scratch, seconds=DEADLINE_SECONDS)
-    except TimeoutError:
-        raise WorkerDied(f"runtime check of {artifact}: no answer within {DEADLINE_SECONDS:.0f} s") from None
-    if done.answer is None:
-        if done.out_of_memory:
-            raise OutOfMemory(f"runtime check of {artifact}: out of memory ({done.said}); use a larger machine")
-        return _failed(row, f"the process ended with {done.code}: {done.said}")
-    answer = json.loads(done.answer)
+    answer = in_a_process(row.entry, request, scratch, f"runtime check of {request.artifact}", python)
     if "error" in answer:
         if answer["not_here"]:
             return RuntimeAnswer(
@@ -69,6 +62,25 @@ def ask(row: Runtime, request: RuntimeRequest, tokens_NT: Tensor, prompts_PT: Te
     return RuntimeAnswer(
         row.name, answer["version"], tuple(answer["problems"]), (), generated, logits, answer["host_bytes"]
     )
+
+
+def in_a_process(entry: str, request: Frozen, scratch: Path, what: str, python: Path | None = None) -> dict[str, Any]:
+    """The answer of an entry in a fresh process (``reply`` says its keys); a crash of the process is an ``error``.
+
+    Raises:
+        OutOfMemory: the process was killed or ran out of memory.
+        WorkerDied: no answer within the deadline.
+    """
+    try:
+        done = child.run(entry, request.model_dump_json(), python=python, cwd=scratch, seconds=DEADLINE_SECONDS)
+    except TimeoutError:
+        raise WorkerDied(f"{what}: no answer within {DEADLINE_SECONDS:.0f} s") from None
+    if done.answer is None:
+        if done.out_of_memory:
+            raise OutOfMemory(f"{what}: out of memory ({done.said}); use a larger machine")
+        return {"error": f"the process ended with {done.code}: {done.said}", "not_here": False}
+    answer: dict[str, Any] = json.loads(done.answer)
+    return answer
 
 
 def _failed(row: Runtime, what: str) -> RuntimeAnswer:

@@ -20,11 +20,18 @@ def reply(request: str, look: Callable[[dict[str, Any]], dict[str, Any]]) -> str
     """
     try:
         return json.dumps(look(json.loads(request)))
-    except (MemoryError, KeyboardInterrupt):
-        raise
     except Exception as error:
-        if "out of memory" in str(error) or type(error).__name__ == "OutOfMemoryError":
+        if out_of_memory(error):
             raise
-        lines = str(error).strip().splitlines() or [""]
         missing = isinstance(error, ImportError) or bool(NOT_HERE.search(str(error)))
-        return json.dumps({"error": f"{type(error).__name__}: {lines[0]}", "not_here": missing})
+        return json.dumps({"error": in_a_line(error), "not_here": missing})
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, which isn't the checkpoint's fault."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or type(error).__name__ == "OutOfMemoryError"
+
+
+def in_a_line(error: Exception) -> str:
+    """An exception's class and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

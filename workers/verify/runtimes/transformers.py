@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from workers.machine.memory import peak_host_bytes
-from workers.verify.runtimes.reply import reply
+from workers.model.generation import GENERATION_CONFIG, greedy, unreadable
+from workers.verify.runtimes.reply import in_a_line, out_of_memory, reply
 
 # Disables downloads, and torch.compile, which takes longer for gptqmodel's kernels than the whole check.
 QUIET = {"HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"}
@@ -20,11 +21,11 @@ KEY_LISTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 def answer(request: str) -> str:
     """The result of loading a ``RuntimeRequest``'s artifact in transformers, as JSON."""
-    _be_quiet()
+    be_quiet()
     return reply(request, _load_and_run)
 
 
-def _be_quiet() -> None:
+def be_quiet() -> None:
     """Apply ``QUIET`` to later imports, and to modules that a warm parent has already imported."""
     os.environ.update(QUIET)
     if constants := sys.modules.get("huggingface_hub.constants"):
@@ -38,37 +39,57 @@ def _load_and_run(request: dict[str, Any]) -> dict[str, Any]:
     import transformers
     from safetensors.torch import load_file, save_file
 
-    scratch, device = Path(request["scratch"]), "cuda" if torch.cuda.is_available() else "cpu"
+    artifact, scratch = Path(request["artifact"]), Path(request["scratch"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     model, loading = getattr(transformers, request["loader"]).from_pretrained(
-        request["artifact"],
+        artifact,
         dtype=_dtype(request["arithmetic"], device),
         device_map=device,
         output_loading_info=True,
         trust_remote_code=request["trust_remote_code"],
+        # Taken instead of the one in the artifact, which is judged by itself.
+        generation_config=transformers.GenerationConfig(),
     )
     if device == "cpu" and request["arithmetic"] == "decoded":
         _widen(model)
     inputs = {name: tensor.to(device) for name, tensor in load_file(scratch / "tokens.safetensors").items()}
     with torch.inference_mode():
         logits = torch.cat([model(row[None], use_cache=False).logits.float().cpu() for row in inputs["tokens"]])
-        generated = [_continued(model, prompt[None], request["new_tokens"]) for prompt in inputs["prompts"]]
-    save_file({"logits": logits.contiguous()}, scratch / "logits.safetensors")
+        save_file({"logits": logits.contiguous()}, scratch / "logits.safetensors")
+        generated, problems = _continued(model, artifact, inputs["prompts"], request["new_tokens"])
     return {
         "version": transformers.__version__,
-        "problems": _loading_problems(loading),
+        "problems": [*_loading_problems(loading, request["unused"]), *_settings_problems(artifact), *problems],
         "generated": generated,
         "host_bytes": peak_host_bytes(),
     }
 
 
-def _continued(model: Any, prompt: Any, new_tokens: int) -> list[int]:
-    """Greedy continuation, the tokens that a user would get."""
+def _continued(model: Any, artifact: Path, prompts: Any, new_tokens: int) -> tuple[list[list[int]], list[str]]:
+    """Greedy continuations of prompts (int64 [P, T]), or why the library generates none."""
     import torch
 
-    mask = torch.ones_like(prompt)
-    output = model.generate(prompt, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, num_beams=1)
-    tokens: list[int] = output[0, prompt.shape[1] :].tolist()
-    return tokens
+    settings = greedy(artifact, model.config, new_tokens)
+    # What the given settings leave open is taken from the model's own.
+    model.generation_config = settings
+    try:
+        rows = [
+            model.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), generation_config=settings)[0]
+            for prompt in prompts
+        ]
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        return [], [f"runtime transformers: generates not: {in_a_line(error)}"]
+    return [row[prompts.shape[1] :].tolist() for row in rows], []
+
+
+def _settings_problems(artifact: Path) -> list[str]:
+    reason = unreadable(artifact)
+    return [
+        f"runtime transformers: {GENERATION_CONFIG}: from_pretrained fails on it ({reason}); mend it, or take it out"
+        for reason in ([reason] if reason else [])
+    ]
 
 
 def _widen(model: Any) -> None:
@@ -87,10 +108,14 @@ def _dtype(arithmetic: str, device: str) -> Any:
     return "auto" if device == "cuda" or arithmetic == "own" else torch.float32
 
 
-def _loading_problems(loading: dict[str, Any]) -> list[str]:
-    """Missing, unexpected or mismatched keys: such checkpoints load without an error, but wrongly."""
+def _loading_problems(loading: dict[str, Any], unused: list[str]) -> list[str]:
+    """Missing, unexpected or mismatched keys: such checkpoints load without an error, but wrongly.
+
+    ``unused`` are unexpected keys of the source, which has no other model for them.
+    """
+    found = {**loading, "unexpected_keys": set(loading["unexpected_keys"]) - set(unused)}
     return [
-        f"runtime transformers: {kind.replace('_', ' ')} on loading, got {sorted(map(str, loading[kind]))[:5]}"
+        f"runtime transformers: {kind.replace('_', ' ')} on loading, got {sorted(map(str, found[kind]))[:5]}"
         for kind in KEY_LISTS
-        if loading.get(kind)
+        if found.get(kind)
     ]
