@@ -16,11 +16,12 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         from workers.errors import QuantmillError
+        from workers.spec.bounds import printable_lines
 
         try:
             return super().invoke(ctx)
         except QuantmillError as error:
-            click.echo(f"quantmill: {type(error).__name__}: {error}", err=True)
+            click.echo(printable_lines(f"quantmill: {type(error).__name__}: {error}"), err=True)
             ctx.exit(WRONG)
 
 

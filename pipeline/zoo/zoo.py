@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Literal, Self
 
-import yaml
-from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from pipeline.zoo import gating, shipped
 from pipeline.zoo.gating import Gates
 from pipeline.zoo.problems import explain
 from workers.errors import ZooError
 from workers.spec.base import SLUG, Frozen
-from workers.spec.bounds import DEPTH, ZOO_BYTES, printable
+from workers.spec.bounded_yaml import BadYaml, parse_yaml
+from workers.spec.bounds import ZOO_BYTES
 from workers.spec.job import Calibration, Dataset, Destination, HubLimits, Thresholds, Verification
 from workers.spec.recipes import Recipe
 from workers.transfer import destinations
 
 LOOPBACK = "loopback"
-# Most values of a zoo file, aliases written out.
-NODES = 2_000_000
 
 
 class ModelEntry(Frozen):
     """A model of the zoo: a Hub repository, or a folder relative to the zoo file."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
 
     id: str = Field(min_length=1, description="org/name on the Hub, or a folder (relative to this file).")
     revision: str = Field("main", description="Branch, tag or commit; a folder is pinned by its content.")
@@ -44,6 +44,13 @@ class ModelEntry(Frozen):
     )
     recipes: tuple[str, ...] = Field((), description="Those of the zoo's recipes that this model gets; left out: all.")
     gates: Gates = Field({}, description="What differs for this model, by family of recipes or by recipe.")
+
+    @field_validator("id", "revision")
+    @classmethod
+    def _printable(cls, value: str) -> str:
+        if not value.isprintable():
+            raise ValueError("holds control characters; write the name as it is seen")
+        return value
 
 
 class Verify(Frozen):
@@ -266,84 +273,20 @@ def _gates(zoo: Zoo) -> Iterator[tuple[str, Gates]]:
 
 
 def read_yaml(path: Path) -> object:
-    """The content of a YAML file, within limits of size, depth and what its aliases multiply to.
+    """The content of a YAML file that the user wrote.
 
     Raises:
-        ZooError: no such file, not readable, or beyond the limits.
+        ZooError: no such file, not readable, or beyond the limits of size, depth and aliases.
     """
     try:
         with path.open("rb") as stream:
             content = stream.read(ZOO_BYTES + 1)
         if len(content) > ZOO_BYTES:
             raise ZooError(f"{path}: larger than {ZOO_BYTES} bytes; split the zoo")
-        text = content.decode()
-        _check_depth(text, path)
-        loader = _UniqueKeys(text)
-        try:
-            # Nodes first: aliases share them, while the values built of them would be walked as copies.
-            node = loader.get_single_node()
-            _check_aliases(node, path)
-            return None if node is None else loader.construct_document(node)
-        finally:
-            loader.dispose()
+        return parse_yaml(content.decode())
     except FileNotFoundError:
         raise ZooError(f"zoo file: no such file, got {str(path)!r}; `quantmill init` writes a first one") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, ValueError) as error:
-        if isinstance(error, ZooError):
-            raise
-        raise ZooError(f"{path}: not a readable YAML file: {printable(str(error))}") from error
-
-
-def _check_depth(text: str, path: Path) -> None:
-    """Refuse deep nesting before a parser recurses into it."""
-    depth = 0
-    for event in yaml.parse(text, _Loader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEPTH:
-            raise ZooError(f"{path}: nested deeper than {DEPTH} levels; a zoo has a few")
-
-
-def _check_aliases(root: yaml.Node | None, path: Path) -> None:
-    """Refuse aliases that contain themselves, or multiply to more than NODES."""
-    sizes: dict[int, int] = {}
-
-    def size(node: yaml.Node) -> int:
-        if id(node) in sizes:
-            if not sizes[id(node)]:
-                raise ZooError(f"{path}: line {node.start_mark.line + 1}: an alias contains itself; write it out")
-            return sizes[id(node)]
-        sizes[id(node)] = 0  # while it's being counted
-        children = [child for item in _items(node) for child in item]
-        sizes[id(node)] = total = 1 + sum(size(child) for child in children)
-        if total > NODES:
-            raise ZooError(f"{path}: its aliases multiply to more than {NODES} values; write out what is meant")
-        return total
-
-    if root is not None:
-        size(root)
-
-
-def _items(node: yaml.Node) -> Iterator[tuple[yaml.Node, ...]]:
-    """The nodes inside of a node: pairs of a mapping, or items of a list."""
-    if isinstance(node, yaml.MappingNode):
-        yield from node.value
-    elif isinstance(node, yaml.SequenceNode):
-        yield tuple(node.value)
-
-
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, several times as fast, where it's there
-
-
-class _UniqueKeys(_Loader):  # type: ignore[misc, valid-type]
-    """YAML loader that rejects duplicate keys instead of keeping the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
-        seen: set[object] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable) or key in seen:
-                what = "is given twice" if isinstance(key, Hashable) else "is no text"
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} {what}", node.start_mark)
-            seen.add(key)
-        mapping: dict[object, object] = super().construct_mapping(node, deep)
-        return mapping
+    except (UnicodeDecodeError, OSError) as error:
+        raise ZooError(f"{path}: not a readable YAML file: {error}") from error
+    except BadYaml as error:
+        raise ZooError(f"{path}: {error}") from error

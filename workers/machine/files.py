@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from workers.errors import CheckpointError
+from workers.errors import CheckpointError, UserError
 from workers.spec.base import canonical_json
 from workers.spec.bounds import CONFIG_BYTES, FILES, INDEX_BYTES
 from workers.spec.checkpoint_files import CONFIG, CheckpointFiles, checkpoint_files, folder_left_out
@@ -92,6 +92,18 @@ def open_checkpoint(
     )
     _refuse_outside(files.taken, listing, what)
     return files
+
+
+def files_to_send(
+    folder: Path, what: str, *, variant: str | None = None, allow_pickle: bool = False
+) -> tuple[str, ...]:
+    """Files of a model's folder that another machine needs to plan it: its checkpoint, or, if that can't be resolved,
+    everything in it but links that lead outside, so that it's refused there with the reason."""
+    try:
+        return open_checkpoint(folder, what, variant=variant, allow_pickle=allow_pickle).taken
+    except UserError:
+        listing = _listing(folder, what)
+        return tuple(sorted(name for name in listing.sizes if name not in listing.outside))
 
 
 def checkpoint_sha256(folder: Path, files: CheckpointFiles) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
 from typing import Any
 
 from workers.errors import CheckpointError
@@ -62,6 +64,20 @@ def brief(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with control characters, and what isn't Unicode, escaped: safe on a terminal and in logs."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode("ascii")
-                   for char in text)  # fmt: skip
+    """The text with control and format characters, and what isn't Unicode, escaped: safe on a terminal and in logs."""
+    if text.isprintable():
+        return text
+    return "".join(_escaped(char) if unicodedata.category(char) in _UNSEEN else char for char in text)
+
+
+def printable_lines(text: str) -> str:
+    """``printable``, with line breaks and tabs kept."""
+    return "".join(part if part in "\n\t" else printable(part) for part in re.split(r"([\n\t])", text))
+
+
+# Control, format, surrogate, private and unassigned characters; line and paragraph separators.
+_UNSEEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape", "backslashreplace").decode("ascii")
