@@ -11,6 +11,8 @@ from workers.spec.base import Frozen
 from workers.spec.job import Generation, Manifest, Outcome, PeakMemory, Stage
 from workers.spec.workspace import artifact_folder
 
+# ``error.kind`` of a run that a signal ended.
+INTERRUPTED = "Interrupted"
 Status = Literal["published", "verified", "skipped", "rejected", "failed"]
 
 
@@ -97,15 +99,25 @@ class Results(Frozen):
     status: Literal["ok", "failed"]
     jobs: tuple[JobEntry, ...]
     artifacts: tuple[ArtifactEntry, ...]
+    error: ErrorEntry | None = None
 
 
 def build(
-    run_id: str, zoo: str, started_at: str, finished_at: str, planned: Iterable[PlannedArtifact], jobs: list[JobRun]
+    run_id: str,
+    zoo: str,
+    started_at: str,
+    finished_at: str,
+    planned: Iterable[PlannedArtifact],
+    jobs: list[JobRun],
+    ended: ErrorEntry | None = None,
 ) -> Results:
-    """Build the results of a run; every planned artifact has an entry, even if skipped or never started."""
+    """Build the results of a run; every planned artifact has an entry, even if skipped or never started.
+
+    ``ended``: what ended the run before all artifacts were finished.
+    """
     runs = {(job.job.model.id, name): (job, artifact) for job in jobs for name, artifact in job.artifacts.items()}
-    entries = tuple(_artifact(cell, *runs.get(_key(cell), (None, None))) for cell in planned)
-    failed = any(entry.status in ("failed", "rejected") for entry in entries)
+    entries = tuple(_artifact(cell, *runs.get(_key(cell), (None, None)), ended=ended) for cell in planned)
+    failed = ended is not None or any(entry.status in ("failed", "rejected") for entry in entries)
     return Results(
         run_id=run_id,
         zoo=zoo,
@@ -114,6 +126,7 @@ def build(
         status="failed" if failed else "ok",
         jobs=tuple(_job(job) for job in jobs),
         artifacts=entries,
+        error=ended,
     )
 
 
@@ -135,10 +148,12 @@ def _seconds(by_stage: dict[Stage, float]) -> Seconds:
     return Seconds(**{stage.value: round(seconds, 3) for stage, seconds in by_stage.items()})
 
 
-def _artifact(cell: PlannedArtifact, job: JobRun | None, run: ArtifactRun | None) -> ArtifactEntry:
+def _artifact(
+    cell: PlannedArtifact, job: JobRun | None, run: ArtifactRun | None, *, ended: ErrorEntry | None
+) -> ArtifactEntry:
     run = run or ArtifactRun()
     manifest = cell.standing or run.manifest
-    status, reason = _status(cell, job, run)
+    status, reason = _status(cell, job, run, ended)
     path = artifact_folder(job.job.workspace, cell.order) if job else None
     record = run.record
     return ArtifactEntry(
@@ -166,7 +181,9 @@ def _artifact(cell: PlannedArtifact, job: JobRun | None, run: ArtifactRun | None
     )
 
 
-def _status(cell: PlannedArtifact, job: JobRun | None, run: ArtifactRun) -> tuple[Status, str | None]:
+def _status(
+    cell: PlannedArtifact, job: JobRun | None, run: ArtifactRun, ended: ErrorEntry | None
+) -> tuple[Status, str | None]:
     if cell.skipped:
         return "skipped", cell.reason
     if run.elsewhere:
@@ -180,6 +197,8 @@ def _status(cell: PlannedArtifact, job: JobRun | None, run: ArtifactRun) -> tupl
         return "published", None
     if run.manifest is not None and (job is None or job.job.destination is None):
         return "verified", None
+    if ended is not None and ended.kind != INTERRUPTED:
+        return "failed", f"not finished, for the run ended ({ended.message.rstrip('.')}); run the zoo again to go on"
     return "failed", "interrupted before it was finished; run the zoo again to go on"
 
 
