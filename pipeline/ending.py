@@ -39,8 +39,8 @@ LOCK, RESERVE = ".lock", ".reserve"
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
 # Bytes kept free for the results, so that they can be written on a disk that the run has filled.
 RESERVED_BYTES, RESERVED_BYTES_PER_ARTIFACT = 2**20, 2**13
-# Least time between two snapshots, as a multiple of how long the last one took.
-SNAPSHOT_SHARE = 20.0
+# Seconds that snapshots may take in all, and the share of the run's time beyond them.
+SNAPSHOT_SECONDS, SNAPSHOT_SHARE = 1.0, 0.02
 # Attempts to lock an output folder, and the seconds between them: `quantmill status` locks it for an instant.
 LOCKS, LOCK_SECONDS = 5, 0.1
 
@@ -121,7 +121,8 @@ class Run:
         results, path = self.results(ended), None
         if self.log is not None or not wrong:
             path = self._write(results, error, "interrupted" if interrupted else results.status)
-        self._open.close()
+        with self._noticed("the end of the log or the ledger"):
+            self._open.close()
         if self._webhook:
             content = notify.message(results, path)
             self.notices += filter(None, [notify.post(self._webhook, content)])
@@ -259,7 +260,7 @@ class Snapshots:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._next = 0.0
+        self._begun, self._spent = time.monotonic(), 0.0
         with suppress(OSError):  # a full disk: the results will say so
             self._take()
 
@@ -268,7 +269,7 @@ class Snapshots:
 
     def ended(self, job: Job, step: Step, attempt: int, result: StageResult, retry_in: float | None) -> None:
         """Write the results so far."""
-        if time.monotonic() >= self._next:
+        if self._spent <= SNAPSHOT_SECONDS + SNAPSHOT_SHARE * (time.monotonic() - self._begun):
             self._take()
 
     def _take(self) -> None:
@@ -277,7 +278,7 @@ class Snapshots:
         partial = path.with_suffix(".partial")
         partial.write_text(self._run.results(KILLED).model_dump_json(indent=1) + "\n")
         partial.replace(path)
-        self._next = time.monotonic() + SNAPSHOT_SHARE * (time.monotonic() - begun)
+        self._spent += time.monotonic() - begun
 
 
 class Unfailing:

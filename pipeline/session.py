@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -112,17 +112,33 @@ def run_zoo(zoo_path: Path, out: Path, address: str | None, webhook: str | None,
     return concluded(Run(out, zoo_path.stem, webhook), work)
 
 
-def run(plan: Plan, out: Path, address: str | None, watchers: Sequence[RunWatcher]) -> Finished:
-    """Run a plan's jobs, and write its results, whatever ends it. Raises nothing."""
+Start = Callable[[str | None, Path, bool], AbstractContextManager["Cluster"]]
+
+
+def _start(address: str | None, workspace: Path, warm: bool) -> Cluster:
+    from pipeline.fleet.cluster import Cluster
+
+    return Cluster(address, workspace, warm)
+
+
+def run(
+    plan: Plan,
+    out: Path,
+    address: str | None,
+    watchers: Sequence[RunWatcher],
+    webhook: str | None = None,
+    start: Start = _start,
+) -> Finished:
+    """Run a plan's jobs, and write its results, whatever ends it; ``start`` gives what executes it. Raises nothing."""
 
     def work(run: Run) -> None:
         run.plan = plan
-        _drive(run, plan, address, watchers)
+        _drive(run, plan, address, watchers, start)
 
-    return concluded(Run(out, plan.zoo), work)
+    return concluded(Run(out, plan.zoo, webhook), work)
 
 
-def _drive(run: Run, plan: Plan, address: str | None, watchers: Sequence[RunWatcher]) -> None:
+def _drive(run: Run, plan: Plan, address: str | None, watchers: Sequence[RunWatcher], start: Start = _start) -> None:
     """Make, verify and publish what the plan lacks; a plan without jobs doesn't start Ray.
 
     Raises:
@@ -135,17 +151,16 @@ def _drive(run: Run, plan: Plan, address: str | None, watchers: Sequence[RunWatc
         assert run.log is not None
         snapshots = Snapshots(run)
         if plan.jobs:
-            from pipeline.fleet.cluster import Cluster
             from pipeline.report.metrics import PrometheusMetrics
 
             warm = any(job.orders[0].recipe.environment is None for job in plan.jobs)
             with terminable():
-                cluster = stack.enter_context(Cluster(address, run.out, warm))
+                cluster = stack.enter_context(start(address, run.out, warm))
             run.started = True
             all_watchers: list[RunWatcher] = [LedgerWatcher(run.ledger, run.id), run.log, *watchers, snapshots]
-            driver = Driver(
-                cluster, plan, [Unfailing(each) for each in all_watchers], holder=_holder(cluster, address, run.id)
-            )
+            holder = _holder(cluster, address, run.id)
+            stack.enter_context(closing(holder))
+            driver = Driver(cluster, plan, [Unfailing(each) for each in all_watchers], holder=holder)
             driver.watchers.append(Unfailing(PrometheusMetrics(plan.zoo, driver.pulse)))
             run.jobs = driver.jobs
             driver.run()

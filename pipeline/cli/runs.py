@@ -197,10 +197,10 @@ def _print_results(finished: Finished) -> None:
 
 
 def _leave(finished: Finished) -> None:
-    """End the process now if the run was stopped: threads of a stopped plan may wait for a Hub for minutes."""
-    if finished.results.error is not None:
-        waiting = [thread for thread in threading.enumerate() if not thread.daemon]
-        if len(waiting) > 1:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(finished.exit_code)
+    """End the process at once if threads of a stopped plan are left, which may wait for a Hub for minutes."""
+    from pipeline.planning.plan import PLANNING
+
+    if any(thread.name.startswith(PLANNING) for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(finished.exit_code)

@@ -24,15 +24,15 @@ VITAL = frozenset({"gcs_server", "raylet"})
 HOST_AND_PORT = re.compile(r"(?:ray://)?(?P<host>\[[^\]]+\]|[^:/\[\]]+):(?P<port>\d+)/?")
 
 
-def connect(address: str, start: Callable[[str], None]) -> None:
-    """Connect to a cluster that runs already; ``start`` does, once something answers there.
+def connect(address: str, start: Callable[[str], None], seconds: float = ANSWER_SECONDS) -> None:
+    """Connect to a cluster that runs already; ``start`` does, once something answers there, within ``seconds``.
 
     Raises:
         ZooError: there's none.
     """
     named = (os.environ.get("RAY_ADDRESS") or address) if address == "auto" else address
     try:
-        problem = _silence(named)
+        problem = _silence(named, seconds)
         if problem is None:
             start(address)
             return
@@ -41,7 +41,7 @@ def connect(address: str, start: Callable[[str], None]) -> None:
     raise ZooError(f"--address: no Ray cluster there, got {named!r} ({problem}); start one, or name another")
 
 
-def _silence(address: str, seconds: float = ANSWER_SECONDS) -> str | None:
+def _silence(address: str, seconds: float) -> str | None:
     """Why no Ray head answers at ``host:port``; None if one does, or for another kind of address."""
     match = HOST_AND_PORT.fullmatch(address)
     if match is None:
@@ -96,7 +96,7 @@ class Head:
         if self._embedded:
             if ended := self._ended():
                 self.lost, self.answers = True, False
-                raise ClusterLost(f"Ray's head on this machine died ({ended} ended); run the zoo again to go on")
+                raise ClusterLost(f"Ray's head on this machine died ({ended} ended)")
             return
         if self._address is None or time.monotonic() - self._looked < LOOK_SECONDS:
             return
@@ -108,9 +108,7 @@ class Head:
         elif time.monotonic() - self._heard > SILENT_SECONDS:
             self.lost = True
             host, port = self._address
-            raise ClusterLost(
-                f"Ray's head at {host}:{port} doesn't answer any more ({problem}); run the zoo again to go on"
-            )
+            raise ClusterLost(f"Ray's head at {host}:{port} doesn't answer any more ({problem})")
 
     def _ended(self) -> str | None:
         """The vital process of an embedded Ray that ended, if one did."""

@@ -22,6 +22,7 @@ from workers.transfer.storage import Storage
 T = TypeVar("T")
 U = TypeVar("U")
 THREADS = 16  # requests at a time while planning
+PLANNING = "quantmill-planning"  # how the names of its threads begin
 BATCH = 32  # items per task of the thread pool
 
 
@@ -133,10 +134,14 @@ def _at_once(look: Callable[[T], U], things: Sequence[T]) -> list[U]:
     """Map ``look`` over things in threads, in order; in batches, as one task costs more than a short look."""
     size = max(1, min(BATCH, len(things) // (4 * THREADS)))
     batches = [things[start : start + size] for start in range(0, len(things), size)]
-    with ThreadPoolExecutor(THREADS) as pool:
+    pool = ThreadPoolExecutor(THREADS, PLANNING)
+    try:
         return [
             answer for batch in pool.map(lambda batch: [look(thing) for thing in batch], batches) for answer in batch
         ]
+    finally:
+        # An error or a signal isn't kept waiting by what the other threads still ask.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _misfits(cells: list[tuple[sources.PinnedModel, Recipe]], refused: Mapping[str, str]) -> list[str]:

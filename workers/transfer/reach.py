@@ -7,7 +7,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
 from workers.errors import HubUnavailable
@@ -16,9 +15,7 @@ from workers.errors import HubUnavailable
 REACH_SECONDS, ATTEMPT_SECONDS, PAUSE_SECONDS = 25.0, 8.0, 1.0
 
 
-def check(
-    endpoint: str, named_by: str, seconds: float = REACH_SECONDS, attempt: Callable[[str, float], None] | None = None
-) -> None:
+def check(endpoint: str, named_by: str, seconds: float | None = None) -> None:
     """Ask for the first page of ``endpoint`` until anything answers, for ``seconds`` at most.
 
     ``named_by`` is the setting that has the address, for the message. Proxies of the environment are used.
@@ -26,9 +23,10 @@ def check(
     Raises:
         HubUnavailable: nothing answers: no such host, a refused connection, or silence.
     """
+    seconds = REACH_SECONDS if seconds is None else seconds
     until, problem = time.monotonic() + seconds, "no answer"
     while (left := until - time.monotonic()) > 0:
-        outcome = _bounded(attempt or _attempt, endpoint, min(left, ATTEMPT_SECONDS))
+        outcome = _bounded(endpoint, min(left, ATTEMPT_SECONDS))
         if outcome is None:
             return
         problem = outcome
@@ -39,13 +37,13 @@ def check(
     )
 
 
-def _bounded(attempt: Callable[[str, float], None], endpoint: str, seconds: float) -> str | None:
+def _bounded(endpoint: str, seconds: float) -> str | None:
     """What went wrong in one attempt, None if something answered; a name's look-up has no timeout of its own."""
     outcomes: SimpleQueue[str | None] = SimpleQueue()
 
     def work() -> None:
         try:
-            attempt(endpoint, seconds)
+            _attempt(endpoint, seconds)
             outcomes.put(None)
         except Exception as error:
             outcomes.put(None if _answered(error) else _brief(error))
