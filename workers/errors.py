@@ -16,7 +16,8 @@
     └── TransientError                a retry without changes may help
         ├── HubUnavailable            429, 5xx, resets, stalls
         ├── StageHung                 no end within many times its estimate
-        └── WorkerDied                the process or its node ended
+        ├── WorkerDied                the process or its node ended
+        └── ClusterLost               Ray doesn't start, or its head ended
 
 A message names the thing, the actual value, what was expected, and the remedy.
 """
@@ -98,3 +99,7 @@ class StageHung(TransientError):
 
 class WorkerDied(TransientError):
     """The worker process, or its node, ended before it answered."""
+
+
+class ClusterLost(TransientError):
+    """Ray doesn't start, or its head ended while the run was at work."""

@@ -25,6 +25,7 @@ from workers.transfer.patience import Silence
 T = TypeVar("T")
 U = TypeVar("U")
 THREADS = 16  # requests at a time while planning
+PLANNING = "quantmill-planning"  # how the names of its threads begin
 BATCH = 32  # items per task of the thread pool
 # Longest name of a repository on the Hub.
 NAME_LENGTH = 96
@@ -194,10 +195,14 @@ def at_once(look: Callable[[T], U], things: Sequence[T]) -> list[U]:
     """Map ``look`` over things in threads, in order; in batches, as one task costs more than a short look."""
     size = max(1, min(BATCH, len(things) // (4 * THREADS)))
     batches = [things[start : start + size] for start in range(0, len(things), size)]
-    with ThreadPoolExecutor(THREADS) as pool:
+    pool = ThreadPoolExecutor(THREADS, PLANNING)
+    try:
         return [
             answer for batch in pool.map(lambda batch: [look(thing) for thing in batch], batches) for answer in batch
         ]
+    finally:
+        # An error or a signal isn't kept waiting by what the other threads still ask.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def invalid_name(repo_id: str) -> str | None:
