@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tests.workers.families import save_random
 from tests.workers.jobs import ZOO, job, recipe
 from workers.checkpoint.source import Source
 from workers.model.forward import LogitsHead, stream
@@ -65,6 +67,33 @@ def test_the_streamed_model_is_the_one_that_transformers_loads(stored: str, tmp_
         logits = LogitsHead(streamed).logits(hidden)
     assert (streamed.model.lm_head.weight is streamed.model.model.embed_tokens.weight) == (stored != "both, different")
     assert torch.equal(logits, by_transformers(folder))
+
+
+TYING = ("llama", "gpt2", "gemma2", "opt", "bloom", "falcon", "mamba", "qwen3_moe", "gpt_neox")
+
+
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("family", TYING)
+def test_families_tie_as_transformers_does(family: str, stored: str, tmp_path: Path) -> None:
+    save_random(family, tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ((head, embeddings),) = model._tied_weights_keys.items()
+    tensors = {key: tensor for key, tensor in model.state_dict().items() if key not in (head, embeddings)}
+    pair = model.get_input_embeddings().weight.detach()
+    if stored != "lm_head alone":
+        tensors[embeddings] = pair.clone()
+    if stored != "embeddings alone":
+        tensors[head] = pair.flip(0).clone() if stored == "both, different" else pair.clone()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    ids = IDS % 96
+    with Source(tmp_path) as source, torch.inference_mode():
+        streamed = StreamedModel(tmp_path, source, dtype=torch.float32)
+        (hidden,) = stream(streamed, [ids])
+        logits = LogitsHead(streamed).logits(hidden)
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path)(ids, use_cache=False).logits
+    assert torch.allclose(logits, theirs, atol=1e-5 * float(theirs.std()))
 
 
 @pytest.mark.parametrize("stored", STORED)

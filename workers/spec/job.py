@@ -230,6 +230,7 @@ class SourceCheck(Frozen):
     layers: int = Field(0, description="Layers of the compared model: its first ones, where all don't fit in memory.")
     all_layers: int
     unchecked: str = Field("", description="Why nothing was compared; empty if it was.")
+    host_bytes: int = Field(0, description="Peak of the process that loaded it; 0 if that was in an earlier stage.")
 
 
 class Outcome(StrEnum):

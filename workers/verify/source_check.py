@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -56,6 +56,14 @@ class Checked:
     workspace: Path
 
 
+class _Theirs(NamedTuple):
+    """Transformers' version, its logits (float32 [N, POSITIONS, V]), and the peak of its process."""
+
+    version: str
+    logits_NTV: Tensor
+    host_bytes: int
+
+
 def check(of: Checked, tokens_NT: Tensor, hidden: Callable[[], list[Tensor]]) -> SourceCheck:
     """The agreement of a model's reference with transformers; from the file beside the reference if it is there.
 
@@ -70,9 +78,12 @@ def check(of: Checked, tokens_NT: Tensor, hidden: Callable[[], list[Tensor]]) ->
     if known is not None:
         return known
     tokens = tokens_NT[:SEQUENCES]
-    found = _whole(of, tokens, torch.cat(hidden())[:SEQUENCES]) or _first_layers(of, tokens)
+    # Every batch has a sequence at least.
+    outputs = torch.cat([batch[:SEQUENCES] for batch in hidden()[:SEQUENCES]])[:SEQUENCES]
+    found = _whole(of, tokens, outputs) or _first_layers(of, tokens)
     if not found.unchecked:
-        write_text(of.file.source_check, found.model_dump_json() + "\n")
+        kept = found.model_copy(update={"host_bytes": 0})
+        write_text(of.file.source_check, kept.model_dump_json() + "\n")
     return found
 
 
@@ -80,7 +91,7 @@ def _whole(of: Checked, tokens_NT: Tensor, outputs_NTH: Tensor) -> SourceCheck |
     """The check of all layers; None if they don't fit in memory."""
     if _fits(of.streamed):
         with suppress(OutOfMemory):
-            return _compared(of, of.streamed, outputs_NTH, *_by_transformers(of, tokens_NT, None))
+            return _compared(of, of.streamed, outputs_NTH, _by_transformers(of, tokens_NT, None))
     return None
 
 
@@ -90,41 +101,40 @@ def _first_layers(of: Checked, tokens_NT: Tensor) -> SourceCheck:
     try:
         cut = of.cut(layers)
         (outputs_NTH,) = stream(cut, [tokens_NT])
-        version, theirs = _by_transformers(of, tokens_NT, layers)
+        theirs = _by_transformers(of, tokens_NT, layers)
     except (OutOfMemory, TransientError):
         raise
     except Exception as error:  # whatever a class does with a config that it was never given
         why = f"the whole model doesn't fit in memory, and its first {layers} layers are no model ({error})"
         return SourceCheck(all_layers=len(of.streamed.layers), unchecked=why)
-    return _compared(of, cut, outputs_NTH, version, theirs)
+    return _compared(of, cut, outputs_NTH, theirs)
 
 
-def _compared(
-    of: Checked, streamed: StreamedModel, outputs_NTH: Tensor, version: str, theirs_NTV: Tensor
-) -> SourceCheck:
+def _compared(of: Checked, streamed: StreamedModel, outputs_NTH: Tensor, theirs: _Theirs) -> SourceCheck:
     """Compare a streamed model's outputs with transformers' logits."""
     ours = LogitsHead(streamed).logits(outputs_NTH[:, -POSITIONS:]).float().cpu()
-    difference = (theirs_NTV - ours).square().mean().sqrt().item() / max(ours.std().item(), 1e-9)
+    difference = (theirs.logits_NTV - ours).square().mean().sqrt().item() / max(ours.std().item(), 1e-9)
     limit = MOST_DIFFERENT.get(streamed.dtype, MOST_DIFFERENT_IN_HALF)
     if not difference <= limit:
         # A reference that was computed wrongly isn't taken again.
         of.file.path.unlink(missing_ok=True)
         raise UnsupportedModel(
-            f"model {of.model.id!r}: quantmill reads the source otherwise than transformers {version}: their logits "
-            f"differ by {difference:.3g} standard deviations (root mean square), expected at most {limit:g}; none of "
-            "its artifacts is published. Leave it out of the zoo, and report it with its config.json"
+            f"model {of.model.id!r}: quantmill reads the source otherwise than transformers {theirs.version}: their "
+            f"logits differ by {difference:.3g} standard deviations (root mean square), expected at most {limit:g}; "
+            "none of its artifacts is published. Leave it out of the zoo, and report it with its config.json"
         )
     return SourceCheck(
-        version=version,
+        version=theirs.version,
         relative_logit_difference=difference,
         tokens=ours.shape[0] * ours.shape[1],
         layers=len(streamed.layers),
         all_layers=len(of.streamed.layers),
+        host_bytes=theirs.host_bytes,
     )
 
 
-def _by_transformers(of: Checked, tokens_NT: Tensor, layers: int | None) -> tuple[str, Tensor]:
-    """Version and logits, float32 [N, POSITIONS, V], of transformers in a process of its own."""
+def _by_transformers(of: Checked, tokens_NT: Tensor, layers: int | None) -> _Theirs:
+    """What transformers makes of the source in a process of its own."""
     parent = of.workspace / "scratch"
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent) as scratch:
@@ -141,7 +151,8 @@ def _by_transformers(of: Checked, tokens_NT: Tensor, layers: int | None) -> tupl
         )
         answer = in_a_process(ENTRY, request, Path(scratch), f"source check of {of.model.id}")
         _require_whole(of.model, answer)
-        return answer["version"], load_file(Path(scratch) / "logits.safetensors")["logits"]
+        logits = load_file(Path(scratch) / "logits.safetensors")["logits"]
+        return _Theirs(answer["version"], logits, answer["host_bytes"])
 
 
 def _require_whole(model: ModelPin, answer: Mapping[str, Any]) -> None:

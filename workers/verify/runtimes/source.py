@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
+from workers.machine.memory import peak_host_bytes
 from workers.model.cut import first_layers
 from workers.spec.base import Frozen
 from workers.spec.families import DEFAULT_LOADER
@@ -75,4 +76,5 @@ def _load_and_run(request: dict[str, Any]) -> dict[str, Any]:
         "version": transformers.__version__,
         "missing": sorted(loading["missing_keys"]),
         "mismatched": sorted(map(str, loading["mismatched_keys"])),
+        "host_bytes": peak_host_bytes(),
     }
