@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from workers.errors import CheckpointError, UnsupportedModel
-from workers.spec.bounds import parse_json, printable
+from workers.spec.bounds import parse_json
 from workers.spec.families import DEFAULT_LOADER, family_of
 from workers.spec.tensors import FLOATS, TensorHeader
 
@@ -78,7 +78,7 @@ def parse_config(text: bytes, what: str) -> dict[str, Any]:
             value = level.get(key)
             if value is not None and not fits(value):
                 raise CheckpointError(
-                    f"{what}: config.json: {where}{key}: expected {expected}, got {printable(repr(value))[:80]}; "
+                    f"{what}: config.json: {where}{key}: expected {expected}, got {repr(value)[:80]}; "
                     "correct it as in the original model"
                 )
     return config
@@ -98,7 +98,7 @@ def check_loadable(config: Mapping[str, Any], tensors: tuple[TensorHeader, ...],
     _check_quantized(config, tensors, what)
     _check_class(config, what)
     if tensors and not any(len(tensor.shape) > 1 for tensor in tensors if re.search(r"\.\d+\.", tensor.name)):
-        names = [printable(tensor.name) for tensor in tensors[:3]]
+        names = [tensor.name[:80] for tensor in tensors[:3]]
         raise UnsupportedModel(
             f"{what} holds no layers of a model, got tensors {names}; a head or an adapter goes with its model: merge "
             "them, and name the result"
@@ -108,14 +108,14 @@ def check_loadable(config: Mapping[str, Any], tensors: tuple[TensorHeader, ...],
 def _check_quantized(config: Mapping[str, Any], tensors: tuple[TensorHeader, ...], what: str) -> None:
     declared = config.get("quantization_config")
     if declared:
-        method = printable(str(declared.get("quant_method")))[:40]
+        method = str(declared.get("quant_method"))[:40]
         raise UnsupportedModel(
             f"{what} is quantized already, got quant_method {method!r}; name the original checkpoint"
         )
     coded = next((t for t in tensors if t.dtype not in FLOATS and len(t.shape) > 1 and WEIGHT.search(t.name)), None)
     if coded is not None:
         raise UnsupportedModel(
-            f"{what} is quantized already, though its config.json doesn't say so: {printable(coded.name)!r} is "
+            f"{what} is quantized already, though its config.json doesn't say so: {coded.name!r} is "
             f"stored as {coded.dtype}, expected one of {', '.join(sorted(FLOATS))}; name the original checkpoint"
         )
 
@@ -124,7 +124,7 @@ def _check_class(config: Mapping[str, Any], what: str) -> None:
     kind, architectures = config.get("model_type"), config.get("architectures") or []
     if architectures and not any(CAUSAL_LM.search(name) for name in architectures):
         raise UnsupportedModel(
-            f"{what} has no causal LM head, got architectures {printable(str(architectures))[:200]}; "
+            f"{what} has no causal LM head, got architectures {str(architectures)[:200]}; "
             "quantmill quantizes decoders (a class ...ForCausalLM or ...LMHeadModel)"
         )
     own = config.get("auto_map") or {}
@@ -137,7 +137,7 @@ def _check_class(config: Mapping[str, Any], what: str) -> None:
     known = causal_classes()
     if known and kind not in known:
         raise UnsupportedModel(
-            f"{what}: transformers {_version()} has no causal LM for model_type {printable(kind)[:80]!r}"
+            f"{what}: transformers {_version()} has no causal LM for model_type {kind[:80]!r}"
             f"{_near(kind, known)}; update transformers, correct config.json, or leave the model out"
         )
 

@@ -184,7 +184,7 @@ def _explicit(config: bytes, what: str) -> str | None:
     ):
         raise CheckpointError(
             f"{what}: {CONFIG}: transformers_weights: expected the name of a .safetensors file or index beside it, got "
-            f"{value!r}; correct or remove it"
+            f"{str(value)[:200]!r}; correct or remove it"
         )
     return value
 
@@ -237,19 +237,21 @@ def _indexed(text: bytes, index: str, sizes: Mapping[str, int], what: str, pickl
     placed: Any = parsed.get("weight_map") if isinstance(parsed, dict) else None
     if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
         raise CheckpointError(f"{what}: {index}: weight_map must map keys to files; write the index anew, or remove it")
+    if not isinstance(parsed.get("metadata"), dict):
+        raise CheckpointError(f"{what}: {index} has no metadata, without which transformers doesn't load it; add {{}}")
     shards = tuple(dict.fromkeys(placed.values()))
     suffix = ".bin" if pickled else ".safetensors"
     strange = [name for name in shards if "/" in name or not safe_name(name) or not name.endswith(suffix)]
     if strange:
         raise CheckpointError(
-            f"{what}: {index} names {strange[0]!r}; expected the bare name of a {suffix} file beside it. Don't use "
-            "this checkpoint unless you know why it points elsewhere"
+            f"{what}: {index} names {strange[0][:200]!r}; expected the bare name of a {suffix} file beside it. "
+            "Don't use this checkpoint unless you know why it points elsewhere"
         )
     missing = [name for name in shards if name not in sizes]
     if missing:
         raise CheckpointError(
-            f"{what}: {index} names {missing[:3]}, which {'isn' if len(missing) == 1 else 'aren'}'t there "
-            f"({len(missing)} of {len(shards)} shards missing); complete the download"
+            f"{what}: {index} names {[name[:80] for name in missing[:3]]}, and {len(missing)} of its {len(shards)} shards "
+            "aren't there; complete the download"
         )
     return shards
 

@@ -6,7 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 from workers.errors import CheckpointError
-from workers.spec.bounds import HEADER_BYTES, TENSORS, parse_json, printable
+from workers.spec.bounds import HEADER_BYTES, TENSORS, parse_json
 
 # Bits of an element by the names of the safetensors format (0.7).
 DTYPE_BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16}
@@ -57,9 +57,7 @@ def parse_header(text: bytes, data_bytes: int, what: str) -> list[TensorHeader]:
     end = 0
     for start, stop, name in sorted(places):
         if start != end:
-            raise CheckpointError(
-                f"{what}: {printable(name)!r} begins at byte {start}, expected {end}; save the file anew"
-            )
+            raise CheckpointError(f"{what}: {name[:200]!r} begins at byte {start}, expected {end}; save the file anew")
         end = stop
     if end != data_bytes:
         kind = "truncated" if data_bytes < end else "longer than its header says"
@@ -73,12 +71,12 @@ def parse_header(text: bytes, data_bytes: int, what: str) -> list[TensorHeader]:
 def _tensor(name: str, entry: Any, what: str) -> TensorHeader:
     """One entry of a header, with its types and size checked."""
     if not isinstance(entry, dict):
-        raise CheckpointError(f"{what}: {printable(name)!r}: expected dtype, shape and data_offsets; save it anew")
+        raise CheckpointError(f"{what}: {name[:200]!r}: expected dtype, shape and data_offsets; save it anew")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    where = f"{what}: {printable(name)[:200]!r}"
-    if dtype not in DTYPE_BITS:
+    where = f"{what}: {name[:200]!r}"
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         known = ", ".join(DTYPE_BITS)
-        raise CheckpointError(f"{where}: dtype: got {dtype!r}, expected one of {known}; save the file anew")
+        raise CheckpointError(f"{where}: dtype: got {str(dtype)[:40]!r}, expected one of {known}; save the file anew")
     if not isinstance(shape, list) or not _whole(shape) or any(size > LARGEST_DIMENSION for size in shape):
         raise CheckpointError(f"{where}: shape: got {str(shape)[:80]}, expected whole numbers; save the file anew")
     if not isinstance(offsets, list) or not _whole(offsets) or len(offsets) != 2:

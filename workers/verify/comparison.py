@@ -171,8 +171,8 @@ class Comparison:
 
     def _ask(self, folder: Path) -> RuntimeAnswer:
         """Load the artifact in the users' library, in its own process."""
-        tokens = self.tokens[:RUNTIME_SEQUENCES, :RUNTIME_TOKENS].contiguous()
-        prompts = self.tokens[:PROMPTS, :PROMPT_TOKENS].contiguous()
+        tokens = self.tokens[:RUNTIME_SEQUENCES, :RUNTIME_TOKENS].clone()
+        prompts = self.tokens[:PROMPTS, :PROMPT_TOKENS].clone()
         scratch_root = self.workspace / "scratch"
         scratch_root.mkdir(parents=True, exist_ok=True)
         config = json.loads((folder / "config.json").read_text())
