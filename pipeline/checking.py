@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.planning import sources
 from pipeline.zoo import shipped
 from pipeline.zoo.gating import Gate, Gates
 from pipeline.zoo.problems import explain
-from pipeline.zoo.zoo import ModelEntry
+from pipeline.zoo.zoo import ModelEntry, read_yaml
 from workers import errors
 from workers.errors import CheckpointError, ModelNotFound, QuantmillError, WorkerDied, ZooError
 from workers.machine import child
@@ -176,12 +175,12 @@ def _thresholds(family: str, path: Path | None) -> Thresholds:
     if path is None:
         return known[family]
     try:
-        content = yaml.safe_load(path.read_text()) or {}
+        content = read_yaml(path) or {}
         gates = TypeAdapter(Gates).validate_python(content)
     except ValidationError as error:
         raise ZooError(explain(error, str(path), content)) from error
-    except (OSError, yaml.YAMLError) as error:
-        raise ZooError(f"--gates: not a readable YAML file, got {str(path)!r} ({error})") from error
+    except ZooError as error:
+        raise ZooError(f"--gates: {error}") from error
     chosen = gates.get(family, Gate())
     return known[family].model_copy(update=chosen.model_dump(exclude_none=True))
 

@@ -34,7 +34,7 @@ def publish(artifact: Path, repo_id: str, destination: Destination, *, dry_run: 
         kind = destinations.destination_row(destination.endpoint).name
         raise ZooError(f"--gated: a {kind} has no gate, got --endpoint {destination.endpoint!r}; leave it out")
     open_accepted(artifact)  # before any request to a Hub
-    insist(lambda: destinations.check(destination.endpoint, namespace))
+    insist("check the destination", lambda: destinations.check(destination.endpoint, namespace))
     if dry_run:
         lines = destinations.preview(destination, repo_id, artifact)
         yield f"{destination.endpoint}/{repo_id}: " + ("would change:" if lines else "shows this artifact already")

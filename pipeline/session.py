@@ -1,21 +1,31 @@
-"""Run a zoo from end to end: destination, plan, driver, results and report."""
+"""Run a zoo from end to end: destination, plan, driver; ``pipeline.ending`` writes the results."""
 
 from __future__ import annotations
 
-import fcntl
-import secrets
 import shutil
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from pipeline.collecting import collect
+from pipeline.ending import (
+    LOCK,
+    RESULTS,
+    UNFINISHED,
+    Finished,
+    Run,
+    Snapshots,
+    Unfailing,
+    at_work,
+    bury,
+    concluded,
+    lock,
+    terminable,
+)
+from pipeline.ending import REPORT as REPORT
+from pipeline.ending import write_report as write_report
 from pipeline.fleet.leases import Holder, new_owner, of_this_machine
 from pipeline.fleet.scheduler import Driver
 from pipeline.fleet.sites import RunWatcher
@@ -23,31 +33,27 @@ from pipeline.fleet.steps import Step
 from pipeline.planning import plan as planning
 from pipeline.planning.plan import Plan
 from pipeline.report import results as contract
-from pipeline.report.ledger import Attempt, Ledger, now
-from pipeline.report.logbook import Logbook
+from pipeline.report.ledger import Attempt, Ledger
+from pipeline.zoo import zoo as zoos
 from pipeline.zoo.zoo import LOOPBACK, Zoo
 from workers.errors import ZooError
-from workers.machine.files import write_text
 from workers.spec.job import Job, StageResult
-from workers.transfer import hub
+from workers.transfer import hub, reach
 
 if TYPE_CHECKING:
     from pipeline.fleet.cluster import Cluster
-RESULTS = "results.json"
-REPORT = "report.html"
 # Age at which the saved state of an interrupted pass is deleted.
 PASS_SECONDS = 7 * 24 * 3600.0
 
 
-@dataclass(frozen=True)
-class Finished:
-    """A run's results, where they were written, and how it ended."""
+class Screen(Protocol):
+    """What shows a run to its user."""
 
-    results: contract.Results
-    results_path: Path
-    report_path: Path
-    interrupted: bool
-    collection_problem: str | None = None
+    def planned(self, plan: Plan, zoo: Zoo, endpoint: str | None) -> None:
+        """Show the plan before anything is started."""
+
+    def progress(self, plan: Plan) -> AbstractContextManager[RunWatcher]:
+        """A watcher that shows progress while its context lasts."""
 
 
 @contextmanager
@@ -73,11 +79,6 @@ def destination(zoo: Zoo, out: Path, address: str | None = None) -> Iterator[str
             yield embedded.endpoint
 
 
-def new_run_id(zoo: str) -> str:
-    """A unique run id that sorts by time (UTC, to the second)."""
-    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{zoo}-{secrets.token_hex(2)}"
-
-
 class LedgerWatcher:
     """Records every stage that ended in the ledger."""
 
@@ -95,45 +96,89 @@ class LedgerWatcher:
         self._ledger.record(self._run_id, attempted, result)
 
 
-def run(plan: Plan, out: Path, address: str | None, watchers: Sequence[RunWatcher]) -> Finished:
-    """Run the plan's jobs, and write ``results.json`` and ``report.html``, also if interrupted.
+def run_zoo(
+    zoo_path: Path, out: Path, address: str | None, webhook: str | None, screen: Screen, *, strict: bool = False
+) -> Finished:
+    """Run a zoo file, from reading it to its results; the webhook is called whatever comes of it. Raises nothing."""
 
-    A plan without jobs doesn't start Ray.
+    def work(run: Run) -> None:
+        zoo = zoos.load(zoo_path)
+        run.named(zoo.name)
+        with destination(zoo, out, address) as endpoint:
+            check_endpoint(zoo, endpoint)
+            plan = run.plan = make_plan(zoo, zoo_path, out, endpoint, strict=strict)
+            screen.planned(plan, zoo, endpoint)
+            with screen.progress(plan) as progress:
+                _drive(run, plan, address, [progress])
+
+    return concluded(Run(out, zoo_path.stem, webhook), work)
+
+
+Start = Callable[[str | None, Path, bool], AbstractContextManager["Cluster"]]
+
+
+def _start(address: str | None, workspace: Path, warm: bool) -> Cluster:
+    from pipeline.fleet.cluster import Cluster
+
+    return Cluster(address, workspace, warm)
+
+
+def run(
+    plan: Plan,
+    out: Path,
+    address: str | None,
+    watchers: Sequence[RunWatcher],
+    webhook: str | None = None,
+    start: Start = _start,
+) -> Finished:
+    """Run a plan's jobs, and write its results, whatever ends it; ``start`` gives what executes it. Raises nothing."""
+
+    def work(run: Run) -> None:
+        run.plan = plan
+        _drive(run, plan, address, watchers, start)
+
+    return concluded(Run(out, plan.zoo, webhook), work)
+
+
+def _drive(run: Run, plan: Plan, address: str | None, watchers: Sequence[RunWatcher], start: Start = _start) -> None:
+    """Make, verify and publish what the plan lacks; a plan without jobs doesn't start Ray.
 
     Raises:
-        ZooError: another run holds the lock of ``out``.
+        ZooError: another run holds the lock of the output folder, or there is no cluster at ``address``.
+        TransientError: Ray doesn't start, or its head died.
     """
-    started_at, run_id = now(), new_run_id(plan.zoo)
-    folder = out.resolve() / run_id
     with ExitStack() as stack:
-        stack.enter_context(_alone_in(out))
-        ledger = stack.enter_context(Ledger(out))
-        ledger.start(run_id, plan.zoo, started_at)
-        jobs, interrupted = [], False
+        run.begin(_alone_in(run.out))
+        assert run.ledger is not None
+        assert run.log is not None
+        snapshots = Snapshots(run)
         if plan.jobs:
-            from pipeline.fleet.cluster import Cluster
             from pipeline.report.metrics import PrometheusMetrics
 
-            try:
-                warm = any(job.orders[0].recipe.environment is None for job in plan.jobs)
-                # After Ray's start, which replaces signal handlers.
-                with Cluster(address, out.resolve(), warm) as cluster, _terminable():
-                    folder.mkdir(parents=True)
-                    log = stack.enter_context(closing(Logbook(folder, run_id)))
-                    all_watchers: list[RunWatcher] = [LedgerWatcher(ledger, run_id), log, *watchers]
-                    driver = Driver(cluster, plan, all_watchers, holder=_holder(cluster, address, run_id))
-                    driver.watchers.append(PrometheusMetrics(plan.zoo, driver.pulse))
-                    jobs = driver.jobs
-                    driver.run()
-            except KeyboardInterrupt:
-                interrupted = True
-        results = contract.build(run_id, plan.zoo, started_at, now(), plan.artifacts, jobs)
-        ledger.finish(run_id, results.finished_at, "interrupted" if interrupted else results.status)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / RESULTS, results.model_dump_json(indent=1) + "\n")
-    write_report(folder)
-    problem = None if interrupted else _collect(plan, results)
-    return Finished(results, folder / RESULTS, folder / REPORT, interrupted, problem)
+            warm = any(job.orders[0].recipe.environment is None for job in plan.jobs)
+            with terminable():
+                cluster = stack.enter_context(start(address, run.out, warm))
+            run.started = True
+            all_watchers: list[RunWatcher] = [LedgerWatcher(run.ledger, run.id), run.log, *watchers, snapshots]
+            holder = _holder(cluster, address, run.id)
+            stack.enter_context(closing(holder))
+            driver = Driver(cluster, plan, [Unfailing(each) for each in all_watchers], holder=holder)
+            driver.watchers.append(Unfailing(PrometheusMetrics(plan.zoo, driver.pulse)))
+            run.jobs = driver.jobs
+            driver.run()
+        run.started = True
+    run.notices += _collect(plan, run.results())
+
+
+def check_endpoint(zoo: Zoo, endpoint: str | None) -> None:
+    """Check that something answers where artifacts are to be published, before the plan asks it a thousand things.
+
+    Raises:
+        HubUnavailable: nothing does.
+    """
+    chosen = zoo.publish.endpoint if zoo.publish else None
+    if endpoint and chosen != LOOPBACK and endpoint.startswith(("http://", "https://")):
+        reach.check(endpoint, "publish.endpoint" if chosen else "HF_ENDPOINT")
 
 
 def _holder(cluster: Cluster, address: str | None, run_id: str) -> Holder:
@@ -141,33 +186,33 @@ def _holder(cluster: Cluster, address: str | None, run_id: str) -> Holder:
     return Holder(cluster.leases() if address else of_this_machine(), new_owner(run_id), planning.standing)
 
 
-def _collect(plan: Plan, results: contract.Results) -> str | None:
-    """Add the artifacts published by this or an earlier run to the zoo's collection; returns a message on failure."""
+def _collect(plan: Plan, results: contract.Results) -> list[str]:
+    """Add the artifacts published by this or an earlier run to the zoo's collection; returns what failed."""
     published = [
         entry.repo_id for entry in results.artifacts if entry.repo_id and entry.status in ("published", "skipped")
     ]
-    return collect(plan.collection, published) if plan.collection and published else None
-
-
-def write_report(folder: Path) -> Path:
-    """Render a run's ``report.html`` from its ``results.json``."""
-    from pipeline.report.render import render
-
-    path = folder / REPORT
-    results = contract.Results.model_validate_json((folder / RESULTS).read_text())
-    write_text(path, render(results))
-    return path
+    problem = collect(plan.collection, published) if plan.collection and published else None
+    return [problem] if problem else []
 
 
 @contextmanager
 def _alone_in(out: Path) -> Iterator[None]:
-    """Lock the output folder, and delete partial files of killed runs and old pass states."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ZooError(f"--out: another run is at work in {str(out)!r}; wait for it, or name another") from None
+    """Lock the output folder, conclude killed runs, and delete their partial files and old pass states.
+
+    Raises:
+        ZooError: another run holds the lock, or the folder can't be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / LOCK).touch()
+    except OSError as error:
+        raise ZooError(f"--out: {str(out)!r} can't be written ({error}); name another folder") from error
+    with lock(out) as alone:
+        if not alone:
+            raise ZooError(f"--out: another run is at work in {str(out)!r}; wait for it, or name another")
+        bury(out)
+        with Ledger(out) as ledger:
+            ledger.bury()
         for leftover in [*out.glob("artifacts/.*.partial"), *out.glob("references/.*.partial"), *out.glob("scratch/*")]:
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -180,27 +225,17 @@ def _alone_in(out: Path) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Make SIGTERM end a run in order, as Ctrl+C does."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def find_run(out: Path, run_id: str | None) -> Path:
-    """The folder of a run, by default of the newest.
+    """The folder of a run, by default of the newest; a run whose driver was killed gets its results written.
 
     Raises:
         ZooError: no such run has results.
     """
-    runs = sorted(path.parent for path in out.glob(f"*/{RESULTS}"))
+    if out.is_dir() and not at_work(out):
+        with lock(out) as alone:
+            if alone:
+                bury(out)
+    runs = sorted({path.parent for name in (RESULTS, UNFINISHED) for path in out.glob(f"*/{name}")})
     if run_id is not None:
         runs = [path for path in runs if path.name == run_id]
     if not runs:
@@ -209,6 +244,6 @@ def find_run(out: Path, run_id: str | None) -> Path:
     return runs[-1]
 
 
-def make_plan(zoo: Zoo, zoo_path: Path, out: Path, endpoint: str | None) -> Plan:
+def make_plan(zoo: Zoo, zoo_path: Path, out: Path, endpoint: str | None, *, strict: bool = False) -> Plan:
     """Plan a zoo read from ``zoo_path``, with absolute paths."""
-    return planning.make_plan(zoo, zoo_path.resolve().parent, out.resolve(), endpoint)
+    return planning.make_plan(zoo, zoo_path.resolve().parent, out.resolve(), endpoint, strict=strict)

@@ -16,7 +16,8 @@
     └── TransientError                a retry without changes may help
         ├── HubUnavailable            429, 5xx, resets, stalls
         ├── StageHung                 no end within many times its estimate
-        └── WorkerDied                the process or its node ended
+        ├── WorkerDied                the process or its node ended
+        └── ClusterLost               Ray doesn't start, or its head ended
 
 A message names the thing, the actual value, what was expected, and the remedy.
 """
@@ -83,12 +84,13 @@ class TransientError(QuantmillError):
 class HubUnavailable(TransientError):
     """The Hub did not answer, or asked to wait.
 
-    ``retry_after`` is the requested wait in seconds, if any.
+    ``retry_after`` is the requested wait in seconds, if any; ``reached`` is False if nothing answered at its address.
     """
 
-    def __init__(self, message: str, retry_after: float | None = None) -> None:
+    def __init__(self, message: str, retry_after: float | None = None, *, reached: bool = True) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.reached = reached
 
 
 class StageHung(TransientError):
@@ -97,3 +99,7 @@ class StageHung(TransientError):
 
 class WorkerDied(TransientError):
     """The worker process, or its node, ended before it answered."""
+
+
+class ClusterLost(TransientError):
+    """Ray doesn't start, or its head ended while the run was at work."""

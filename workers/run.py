@@ -14,9 +14,9 @@ from pathlib import Path
 from workers.errors import CheckpointError, QuantmillError
 from workers.machine.deadline import ends_within
 from workers.machine.failures import describe, peak_memory
-from workers.machine.files import folder_sha256
+from workers.machine.files import checkpoint_sha256, open_checkpoint
 from workers.spec.base import Frozen
-from workers.spec.job import Job, Part, PeakMemory, Stage, StageResult, stage_label
+from workers.spec.job import Job, ModelPin, Part, PeakMemory, Stage, StageResult, stage_label
 from workers.spec.workspace import artifact_folder, is_made
 from workers.transfer import destinations, hub
 from workers.transfer.pace import LocalPace, Pace
@@ -80,8 +80,9 @@ def pace_of(job: Job) -> Pace:
 def _fetch(job: Job, recipe: str | None, pace: Pace) -> StageResult:
     model = job.model
     if model.folder is None:
-        hub.fetch(hub.connect(model.endpoint, pace), model.id, model.revision, model.allow_pickle)
-    elif folder_sha256(Path(model.folder)) != model.revision:
+        api = hub.connect(model.endpoint, pace)
+        hub.fetch(api, model.id, model.revision, model.allow_pickle, variant=model.variant)
+    elif _revision(model, Path(model.folder)) != model.revision:
         raise CheckpointError(f"models: {model.id!r} changed since it was planned; run the zoo again")
     texts = {"verify.dataset": job.verification.dataset}
     if job.calibration is not None:
@@ -97,6 +98,11 @@ def _fetch(job: Job, recipe: str | None, pace: Pace) -> StageResult:
             if not is_made(folder := artifact_folder(job.workspace, order)):
                 storage.restore(folder)
     return StageResult(stage=Stage.FETCH)
+
+
+def _revision(model: ModelPin, folder: Path) -> str:
+    files = open_checkpoint(folder, f"models: {model.id!r}", variant=model.variant, allow_pickle=model.allow_pickle)
+    return checkpoint_sha256(folder, files)
 
 
 def _quantize(job: Job, recipe: str | None, pace: Pace) -> StageResult:

@@ -6,22 +6,23 @@ import click
 
 from pipeline.cli.checkpoints import hub, publish, verify
 from pipeline.cli.machine import doctor, env
-from pipeline.cli.options import WRONG
+from pipeline.cli.options import FAILED, WRONG
 from pipeline.cli.runs import init, plan, report, run, schema, status
 from pipeline.cli.submitted import cancel, logs, submit
 
 
 class _Group(click.Group):
-    """Prints the package's own errors as a message and exits with code 2."""
+    """Prints the package's own errors as a message; exits with 2 for what the user can mend, else with 1."""
 
     def invoke(self, ctx: click.Context) -> object:
-        from workers.errors import QuantmillError
+        from workers.errors import QuantmillError, UserError
+        from workers.spec.bounds import printable_lines
 
         try:
             return super().invoke(ctx)
         except QuantmillError as error:
-            click.echo(f"quantmill: {type(error).__name__}: {error}", err=True)
-            ctx.exit(WRONG)
+            click.echo(printable_lines(f"quantmill: {type(error).__name__}: {error}"), err=True)
+            ctx.exit(WRONG if isinstance(error, UserError) else FAILED)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

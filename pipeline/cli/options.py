@@ -12,6 +12,7 @@ WRONG, FAILED, INTERRUPTED = 2, 1, 130
 LOST = 75  # EX_TEMPFAIL: the state of a submitted run is unknown; try again
 ZOO = click.argument("zoo", type=click.Path(path_type=Path))
 OUT = click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs"), show_default=True)
+STRICT = click.option("--strict", is_flag=True, help="Refuse the whole zoo if one of its models can't be made.")
 ADDRESS = click.option(
     "--address",
     metavar="URL",
@@ -26,10 +27,12 @@ def print_rows(rows: Sequence[Mapping[str, object]], columns: tuple[str, ...]) -
     from rich.table import Table
     from rich.text import Text
 
+    from workers.spec.bounds import printable_lines
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold", no_wrap=column in ("model", "recipe", "status", "plan"))
     for row in rows:
-        table.add_row(*(Text("" if row[column] is None else str(row[column])) for column in columns))
+        table.add_row(*(Text("" if row[column] is None else printable_lines(str(row[column]))) for column in columns))
     # Without a terminal the width is fixed, so that lines in logs and pipes aren't wrapped.
     Console(width=None if sys.stdout.isatty() else 180).print(table)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli.options import FAILED, INTERRUPTED, OUT, ZOO, print_rows
+from pipeline.cli.options import FAILED, OUT, STRICT, WRONG, ZOO, print_rows
 from pipeline.cli.submitted import print_submitted
 
 if TYPE_CHECKING:
+    from pipeline.ending import Finished
     from pipeline.planning.plan import Plan
-    from pipeline.session import Finished
+    from pipeline.report.progress import LiveProgress, PlainProgress
     from pipeline.zoo.zoo import Zoo
 
 
@@ -23,33 +27,33 @@ if TYPE_CHECKING:
 @OUT
 @click.option("--address", help="A running Ray cluster; left out: one on this machine, for this run.")
 @click.option("--dry-run", is_flag=True, help="Stop after the plan.")
+@STRICT
 @click.option("--webhook", envvar="QUANTMILL_WEBHOOK", help="URL that is told, as JSON, how the run ended.")
-def run(zoo: Path, out: Path, address: str | None, dry_run: bool, webhook: str | None) -> None:
+def run(zoo: Path, out: Path, address: str | None, dry_run: bool, strict: bool, webhook: str | None) -> None:
     """Make, verify and publish what the zoo file ZOO asks for and doesn't stand there yet."""
     from pipeline import session
-    from pipeline.report import notify
     from pipeline.zoo import zoo as zoos
 
-    loaded = zoos.load(zoo)
-    with session.destination(loaded, out, address) as endpoint:
-        plan = session.make_plan(loaded, zoo, out, endpoint)
-        _print_plan(plan, loaded, endpoint)
-        if dry_run:
-            return
-        finished = _run(plan, out, address)
-    _print_results(finished)
-    if webhook and (problem := notify.post(webhook, notify.message(finished.results, finished.results_path))):
-        click.echo(problem, err=True)
-    if finished.interrupted:
-        sys.exit(INTERRUPTED)
-    sys.exit(0 if finished.results.status == "ok" else FAILED)
+    if dry_run:
+        loaded = zoos.load(zoo)
+        with session.destination(loaded, out, address) as endpoint:
+            session.check_endpoint(loaded, endpoint)
+            plan = session.make_plan(loaded, zoo, out, endpoint, strict=strict)
+            _print_plan(plan, loaded, endpoint)
+        sys.exit(FAILED if plan.refused else 0)
+    finished = session.run_zoo(zoo, out, address, webhook, _Terminal(), strict=strict)
+    with suppress(OSError):  # a terminal that is gone
+        _print_results(finished)
+        _leave(finished)
+    sys.exit(finished.exit_code)
 
 
 @click.command()
 @ZOO
 @OUT
 @click.option("--address", help="A running Ray cluster to judge by; left out: this machine.")
-def plan(zoo: Path, out: Path, address: str | None) -> None:
+@STRICT
+def plan(zoo: Path, out: Path, address: str | None, strict: bool) -> None:
     """Show what would be made, what is skipped and why, with sizes and memory, and what fits on no node."""
     from pipeline import session
     from pipeline.fleet import feasibility
@@ -57,12 +61,13 @@ def plan(zoo: Path, out: Path, address: str | None) -> None:
 
     loaded = zoos.load(zoo)
     with session.destination(loaded, out) as endpoint:
-        planned = session.make_plan(loaded, zoo, out, endpoint)
+        session.check_endpoint(loaded, endpoint)
+        planned = session.make_plan(loaded, zoo, out, endpoint, strict=strict)
         _print_plan(planned, loaded, endpoint)
         lines = feasibility.infeasible(planned, out, address)
     for line in lines:
         click.echo(line)
-    if lines:
+    if lines or planned.refused:
         sys.exit(FAILED)
 
 
@@ -72,7 +77,8 @@ def plan(zoo: Path, out: Path, address: str | None) -> None:
 @click.option("--address", metavar="URL", help="Show the runs submitted to this cluster instead, or the one named RUN.")
 def status(run_id: str | None, out: Path, address: str | None) -> None:
     """Show the runs of the ledger, or the stages that RUN tried."""
-    from pipeline.report.ledger import Ledger
+    from pipeline.ending import at_work
+    from pipeline.report.ledger import DIED, Ledger
     from workers.errors import ZooError
 
     if address:
@@ -81,11 +87,15 @@ def status(run_id: str | None, out: Path, address: str | None) -> None:
     if not (out / "ledger.sqlite").is_file():
         raise ZooError(f"--out: no ledger in {str(out)!r}; run a zoo first, or name the --out of its run")
     with Ledger(out) as ledger:
-        rows = ledger.attempts(run_id) if run_id else ledger.runs()
+        rows = [dict(row) for row in (ledger.attempts(run_id) if run_id else ledger.runs())]
+    if not run_id:
+        # Whoever holds the lock has recorded the others as dead.
+        unfinished = "running" if at_work(out) else DIED
+        rows = [{**row, "status": row["status"] or unfinished} for row in rows]
     if run_id and not rows:
         raise ZooError(f"status: the ledger knows no stages of run {run_id!r}; `quantmill status` lists the runs")
     columns = ("model", "recipe", "stage", "attempt", "node", "seconds", "outcome", "error") if run_id else ()
-    print_rows([dict(row) for row in rows], columns or ("run_id", "zoo", "started_at", "finished_at", "status"))
+    print_rows(rows, columns or ("run_id", "zoo", "started_at", "finished_at", "status"))
 
 
 @click.command()
@@ -119,21 +129,33 @@ def init(path: Path) -> None:
     click.echo(f"wrote {path}; edit it, then: quantmill plan {path}")
 
 
-def _run(plan: Plan, out: Path, address: str | None) -> Finished:
-    from rich.console import Console
+class _Terminal:
+    """The terminal as a run's ``Screen``: a live table, plain lines where output goes elsewhere."""
 
-    from pipeline import session
-    from pipeline.report.progress import LiveProgress, PlainProgress
+    def planned(self, plan: Plan, zoo: Zoo, endpoint: str | None) -> None:
+        """See ``Screen``."""
+        _print_plan(plan, zoo, endpoint)
 
-    console = Console()
-    with LiveProgress(console, plan) if console.is_terminal else PlainProgress(console) as progress:
-        return session.run(plan, out, address, [progress])
+    def progress(self, plan: Plan) -> LiveProgress | PlainProgress:
+        """See ``Screen``."""
+        from rich.console import Console
+
+        from pipeline.report.progress import LiveProgress, PlainProgress
+
+        console = Console()
+        return LiveProgress(console, plan) if console.is_terminal else PlainProgress(console)
 
 
 def _print_plan(plan: Plan, zoo: Zoo, endpoint: str | None) -> None:
     to_make = sum(len(job.orders) for job in plan.jobs)
     where = f"published at {endpoint}" if endpoint else "not published: the zoo has no 'publish'"
-    click.echo(f"zoo {zoo.name}: {len(plan.artifacts)} artifacts, {to_make} to make; {where}")
+    fail = f", {len(plan.refused)} that can't be made" if plan.refused else ""
+    artifacts = len(plan.artifacts) + len(plan.refused)
+    click.echo(f"zoo {zoo.name}: {artifacts} artifacts, {to_make} to make{fail}; {where}")
+    for message, cells in _by_message(plan).items():
+        click.echo(f"can't be made: {cells}: {message}")
+    for note in plan.notes:
+        click.echo(f"note: {note}")
     rows = [
         {
             "model": cell.source.name,
@@ -148,7 +170,19 @@ def _print_plan(plan: Plan, zoo: Zoo, endpoint: str | None) -> None:
         }
         for cell in plan.artifacts
     ]
-    print_rows(rows, tuple(rows[0]))
+    if rows:
+        print_rows(rows, tuple(rows[0]))
+
+
+def _by_message(plan: Plan) -> dict[str, str]:
+    """The refused cells by their reason: a model's recipes together."""
+    cells: dict[str, list[str]] = {}
+    for refused in plan.refused:
+        cells.setdefault(refused.failure.message, []).append(f"{refused.name} {refused.recipe}")
+    return {
+        message: ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        for message, names in cells.items()
+    }
 
 
 def _print_results(finished: Finished) -> None:
@@ -167,13 +201,27 @@ def _print_results(finished: Finished) -> None:
                 "published as": entry.repo_id if entry.commit else "",
             }
         )
-    print_rows(rows, tuple(rows[0]))
+    if rows:
+        print_rows(rows, tuple(rows[0]))
     for entry in finished.results.artifacts:
         if entry.status in ("rejected", "failed"):
             click.echo(f"{entry.status}: {Path(entry.model).name} {entry.recipe}: {entry.reason}")
-    if finished.collection_problem:
-        click.echo(finished.collection_problem)
+    for notice in finished.notices:
+        click.echo(notice, err=True)
+    if finished.exit_code == WRONG and finished.results.error:
+        click.echo(f"quantmill: {finished.results.error.kind}: {finished.results.error.message}", err=True)
     if finished.interrupted:
         click.echo("interrupted; run the same command again to go on")
-    click.echo(finished.results_path)
-    click.echo(finished.report_path)
+    if finished.results_path:
+        click.echo(finished.results_path)
+        click.echo(finished.report_path)
+
+
+def _leave(finished: Finished) -> None:
+    """End the process at once if threads of a stopped plan are left, which may wait for a Hub for minutes."""
+    from pipeline.planning.cells import PLANNING
+
+    if any(thread.name.startswith(PLANNING) for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(finished.exit_code)

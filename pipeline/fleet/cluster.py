@@ -6,6 +6,7 @@ import os
 import secrets
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -15,10 +16,11 @@ from traceback import walk_tb
 from types import TracebackType
 from typing import Any, Self
 
+from pipeline.fleet.head import Head, connect
 from pipeline.fleet.leases import Leases, LeaseTable
 from pipeline.fleet.placement import Claim, Node
 from pipeline.fleet.steps import NETWORK_STAGES, Step
-from workers.errors import OutOfMemory, PreflightError, QuantmillError, WorkerDied, ZooError
+from workers.errors import ClusterLost, OutOfMemory, PreflightError, WorkerDied
 from workers.machine import child
 from workers.machine.preflight import MachineFacts, host_memory
 from workers.machine.warm import Parents
@@ -30,8 +32,9 @@ from workers.transfer.pace import LocalPace
 STAGES_OF_A_PROCESS, TRANSFERS_OF_A_PROCESS = 1000, 32
 # Interval for looking up dead nodes: calls to a disconnected host fail after minutes, but Ray notices within seconds.
 LOOK_SECONDS = 5.0
-# Timeouts of calls to actors, of probing a node (an environment's first start takes a while), and of closing parents.
-ACTOR_SECONDS, PROBE_SECONDS, CLOSE_SECONDS = 60.0, 300.0, 5.0
+# Timeouts of calls to actors, of probing a node (an environment's first start takes a while), of closing parents, and
+# of leaving a cluster whose head is gone.
+ACTOR_SECONDS, PROBE_SECONDS, CLOSE_SECONDS, LOST_CLOSE_SECONDS = 60.0, 300.0, 5.0, 20.0
 # Timeouts of the embedded Ray, about ten times Ray's defaults, which fit an idle machine: it shares its cores with
 # other programs. A value that the operator has set in the environment takes precedence.
 SLOW_START = {
@@ -43,8 +46,8 @@ SLOW_START = {
     "RAY_worker_register_timeout_seconds": "600",  # a worker that imports for longer is killed, and started again
     "RAY_health_check_timeout_ms": "60000",
 }
-# Attempts to start the embedded Ray; no further attempt after one that took STARTING_SECONDS.
-STARTS, STARTING_SECONDS = 2, 250.0
+# Attempts to start the embedded Ray, and the pauses between them; none is made once STARTING_SECONDS have passed.
+STARTS, START_PAUSES, STARTING_SECONDS = 3, (2.0, 10.0), 250.0
 
 
 class Cluster:
@@ -69,11 +72,13 @@ class Cluster:
         self._looked = 0.0
         self._interpreters: dict[tuple[str, str], str] = {}  # by node and environment
         self._pace: Any = None
+        self._nodes: list[Node] = []
         try:
             if address is None:
                 _start_embedded()
             else:
-                _connect(address)
+                connect(address, _init)
+            self._head = Head()
         except BaseException:
             self._end_parents()
             raise
@@ -84,8 +89,16 @@ class Cluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end_parents()
-        self._ray.shutdown()
+        # Without its head Ray may wait for long: then it ends with this process.
+        closing = threading.Thread(target=self._close, name="end of Ray", daemon=True)
+        closing.start()
+        closing.join(LOST_CLOSE_SECONDS if self._head.lost else None)
+
+    def _close(self) -> None:
+        with suppress(Exception):  # whatever Ray raises, the run's results are known
+            self._end_parents()
+        with suppress(Exception):
+            self._ray.shutdown()
 
     def _end_parents(self) -> None:
         """Close warm parents, so that they delete their files; Ray kills those that don't answer."""
@@ -96,7 +109,17 @@ class Cluster:
             self._ray.wait(closing, num_returns=len(closing), timeout=CLOSE_SECONDS)
 
     def nodes(self) -> list[Node]:
-        """The nodes that are alive now."""
+        """The nodes that are alive now; while the head is silent, those that were.
+
+        Raises:
+            ClusterLost: Ray's head is gone.
+        """
+        self._head.check()
+        if self._head.answers:
+            self._nodes = self._list_nodes()
+        return self._nodes
+
+    def _list_nodes(self) -> list[Node]:
         return [
             Node(
                 node["NodeID"],
@@ -125,19 +148,26 @@ class Cluster:
             interpreter_calls = [(node, task.options(num_cpus=0, **_pinned(node.id)).remote(named)) for node in nodes]
             for node, call in interpreter_calls:
                 with suppress(self._ray.exceptions.RayError):
-                    paths, problems = self._ray.get(call, timeout=PROBE_SECONDS)
+                    paths, problems = self._probed(call)
                     facts_by_node[node.id] = dict(problems)
                     self._interpreters |= {(node.id, name): path for name, path in paths.items()}
                     calls |= {(node.id, name): self._look(node, name) for name in paths}
         for (node_id, environment), call in calls.items():
             try:
                 facts_by_node.setdefault(node_id, {})[environment] = MachineFacts.model_validate_json(
-                    self._ray.get(call, timeout=PROBE_SECONDS)
+                    self._probed(call)
                 )
             except self._ray.exceptions.RayError as error:
                 if environment is not None:
                     facts_by_node[node_id][environment] = _does_not_start(environment, error)
         return facts_by_node
+
+    def _probed(self, call: Any) -> Any:
+        """What a probe returns; looks at the head meanwhile."""
+        until = time.monotonic() + PROBE_SECONDS
+        while not self._ray.wait([call], timeout=1.0)[0] and time.monotonic() < until:
+            self._head.check()
+        return self._ray.get(call, timeout=1.0)
 
     def _look(self, node: Node, environment: str | None) -> Any:
         task = self._ray.remote(max_calls=1, max_retries=0)(_probe)
@@ -195,12 +225,17 @@ class Cluster:
         return _SharedLeases(table.options(**options).remote())
 
     def wait(self, seconds: float) -> list[tuple[Step, StageResult]]:
-        """The steps that ended, after waiting at most ``seconds`` for the first."""
+        """The steps that ended, after waiting at most ``seconds`` for the first.
+
+        Raises:
+            ClusterLost: Ray's head is gone.
+        """
+        self._head.check()
         if not self._flying:
             return []
         done, _ = self._ray.wait(list(self._flying), num_returns=1, timeout=seconds)
         ended = [(step := self._flying.pop(call)[0], self._collect(call, step)) for call in done]
-        if time.monotonic() - self._looked > LOOK_SECONDS:
+        if time.monotonic() - self._looked > LOOK_SECONDS and self._head.answers:
             self._looked = time.monotonic()
             alive = {node.id for node in self.nodes()}
             for call in [call for call, (_, node) in self._flying.items() if node not in alive]:
@@ -243,34 +278,25 @@ def _start_embedded() -> None:
     """Start Ray on this machine, however slow that is.
 
     Raises:
-        QuantmillError: it doesn't start.
+        ClusterLost: it doesn't start.
     """
     begun = time.monotonic()
-    for left in reversed(range(STARTS)):
+    for attempt in range(STARTS):
         try:
             _init("local", include_dashboard=False, **_whole_machine())
             return
-        except Exception as error:  # Ray raises bare ones
+        except BaseException as error:  # Ray raises bare ones
             _end_half_started(error)
+            if not isinstance(error, Exception):
+                raise
             reason = " ".join(str(error).split()) or type(error).__name__
-            if not left or time.monotonic() - begun > STARTING_SECONDS:
-                raise QuantmillError(
-                    f"Ray doesn't start on this machine ({reason}); see `quantmill doctor`, and Ray's own logs in "
-                    "/tmp/ray/session_latest/logs"
+            if attempt == STARTS - 1 or time.monotonic() - begun > STARTING_SECONDS:
+                raise ClusterLost(
+                    f"Ray doesn't start on this machine, tried {attempt + 1} times ({reason}); see `quantmill doctor`, "
+                    "and Ray's own logs in /tmp/ray/session_latest/logs"
                 ) from error
             print(f"Ray didn't start ({reason}); trying again", file=sys.stderr, flush=True)
-
-
-def _connect(address: str) -> None:
-    """Connect to a cluster that runs already.
-
-    Raises:
-        ZooError: there's none.
-    """
-    try:
-        _init(address)
-    except Exception as error:
-        raise ZooError(f"--address: no Ray cluster there, got {address!r} ({error}); start one") from error
+            time.sleep(START_PAUSES[attempt])
 
 
 def _init(address: str, **more: Any) -> None:

@@ -101,6 +101,11 @@ class Holder:
         if keys := self._held.pop(index, None):
             self._leases.drop(self._owner, keys)
 
+    def close(self) -> None:
+        """Release all leases, because the run is over."""
+        for index in list(self._held):
+            self.let_go(index)
+
     def renew(self) -> None:
         """Renew all leases (heartbeat)."""
         if keys := [key for held in self._held.values() for key in held]:

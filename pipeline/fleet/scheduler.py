@@ -368,13 +368,14 @@ class Driver:
                 return
             # The spread is over; a retry in another mode runs the whole pass in one piece.
             step, result = replace(step, part=None), whole
+        following = run.follow(step, result, attempts) if retry is None else []
         for watcher in self.watchers:
             watcher.ended(run.job, step, attempts, result, retry.seconds if retry else None)
         if retry is not None:
             self._repeat(run, step, retry, died=result.failure is not None and result.failure.kind == DIED)
             return
         self._open[run.index] -= 1
-        for later in run.follow(step, result, attempts):
+        for later in following:
             self._open[run.index] += 1
             self._make_ready(later, RetryMode.SAME)
         if not self._open[run.index]:
@@ -427,10 +428,10 @@ class Driver:
 
     def _fail(self, run: JobRun, failure: Failure) -> None:
         result = StageResult(stage=Stage.FETCH, failure=failure)
-        for watcher in self.watchers:
-            watcher.ended(run.job, run.first(), 1, result, None)
         run.node = ""
         run.follow(run.first(), result, 1)
+        for watcher in self.watchers:
+            watcher.ended(run.job, run.first(), 1, result, None)
         self._let_go(run)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pipeline.planning.sources import PinnedModel
 from workers.spec.formats import FORMATS, group_size_held
-from workers.spec.layers import EXPERT, LayerKinds, LayerScheme, out_in_shape, quantizable, scheme_for
+from workers.spec.layers import EXPERT, LayerKinds, LayerScheme, loaded_dtype, out_in_shape, quantizable, scheme_for
 from workers.spec.recipes import IntRecipe, Recipe
 from workers.spec.runtimes import misfit
 from workers.spec.schemes import IntScheme, MicroscalingScheme, Scheme
@@ -52,8 +52,10 @@ def _layer(source: PinnedModel, recipe: Recipe, tensor: TensorHeader) -> _Layer:
 def _format_problem(source: PinnedModel, recipe: Recipe, layers: Iterable[_Layer]) -> str | None:
     """The first layer that the runtime which checks the recipe's format can't read, as a message; or None."""
     first: dict[tuple[Scheme, LayerKinds], str] = {}
+    dtype = loaded_dtype(source.config, source.tensors)
     for layer in layers:
-        kinds = LayerKinds(experts=EXPERT.search(layer.name) is not None, conv1d=source.family.conv1d)
+        experts = EXPERT.search(layer.name) is not None
+        kinds = LayerKinds(experts=experts, conv1d=source.family.conv1d, dtype=dtype)
         first.setdefault((layer.fit.wanted, kinds), layer.name)
     for (scheme, kinds), name in first.items():
         why = misfit(recipe.format, scheme, kinds)

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline.planning import fitting, sizing, sources
-from pipeline.zoo.zoo import ModelEntry, Zoo
+from pipeline.planning import sizing, sources
+from pipeline.planning.cells import Cells, RefusedArtifact, at_once, invalid_name
+from pipeline.zoo.zoo import Publish, Zoo
 from workers.errors import HubUnavailable, UserError, ZooError
-from workers.spec.job import Calibration, Destination, Job, Manifest, Order, Verification, fingerprint
-from workers.spec.recipes import Recipe
-from workers.spec.tensors import TensorHeader
+from workers.spec.job import Calibration, Dataset, Destination, Job, Manifest, Order, Verification
 from workers.spec.workspace import MANIFEST, artifact_folder
 from workers.transfer import destinations
-from workers.transfer.patience import insist
+from workers.transfer.patience import Silence, insist
 from workers.transfer.storage import Storage
 
-T = TypeVar("T")
 U = TypeVar("U")
-THREADS = 16  # requests at a time while planning
-BATCH = 32  # items per task of the thread pool
 
 
 @dataclass(frozen=True)
@@ -60,52 +55,56 @@ class Collection:
 
 @dataclass(frozen=True)
 class Plan:
-    """All cells of a zoo, and the jobs that make the missing ones: one job per model and environment."""
+    """All cells of a zoo, and the jobs that make the missing ones: one job per model and environment.
+
+    ``refused`` cells fail without being started. ``notes`` say what is taken and left out of models' folders.
+    """
 
     zoo: str
     artifacts: tuple[PlannedArtifact, ...]
     jobs: tuple[Job, ...]
     collection: Collection | None = None
+    refused: tuple[RefusedArtifact, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None) -> Plan:
+def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None, *, strict: bool = False) -> Plan:
     """Plan a zoo.
 
     ``endpoint`` is where artifacts are published (for the loopback Hub, its URL); None: they aren't published.
+    A model that can't be made is planned as refused, and the others are made; ``strict`` refuses the whole zoo.
 
     Raises:
-        UserError: all findings about models, data and destination in one message.
-        HubUnavailable: the Hub can't be reached.
+        UserError: all findings about data and destination in one message; with ``strict`` also those about models.
+        HubUnavailable: the destination can't be reached.
     """
-    pairs, problems = _resolve_all(zoo, zoo_folder)
-    pinned = [source for _, source in pairs]
-    cells = [(source, recipe) for entry, source in pairs for recipe in zoo.recipes_of(entry)]
-    calibration, data_sha256, verification, data_problems = _pin_data(zoo, zoo_folder)
-    problems += data_problems
-    problems += [problem for source in pinned for problem in _too_long(source, calibration, verification)]
-    refused = {source.pin.id: problem for source in pinned if (problem := fitting.model_problem(source))}
-    problems += refused.values()
-    problems += _misfits(cells, refused)
-    if problems:
+    silence = Silence()
+    calibration, data_sha256, verification, problems = _pin_data(zoo, zoo_folder, silence)
+    if zoo.publish:
+        problems += _name_problem(zoo.publish)
+    if problems and not strict:
         raise ZooError("\n".join(problems))
-    orders = [
-        _order(zoo, entry, source, recipe, calibration, data_sha256)
-        for entry, source in pairs
-        for recipe in zoo.recipes_of(entry)
-    ]
-    _check_repositories(orders)
-    _check_twins(cells, orders)
+    cells = Cells(zoo, zoo_folder)
+    cells.resolve(workspace, silence)
+    cells.check(calibration, verification)
+    if problems or (strict and cells.refused):
+        messages = dict.fromkeys(refused.failure.message for refused in cells.refused.values())
+        raise ZooError("\n".join([*problems, *messages]))
+    cells.order(calibration, data_sha256)
+    if strict and cells.refused:
+        raise ZooError("\n".join(dict.fromkeys(refused.failure.message for refused in cells.refused.values())))
     publish = zoo.publish
     if endpoint and publish:
         namespace = publish.namespace
-        insist(lambda: destinations.check(endpoint, namespace))
+        insist("check the destination", lambda: destinations.check(endpoint, namespace), silence)
     if zoo.storage:
-        insist(Storage(zoo.storage).check)
-    standing = _standing(orders, workspace, endpoint, verification, zoo.storage)
+        insist("check the storage", Storage(zoo.storage).check, silence)
+    orders = [order for _, order in cells.made]
+    standing = _standing(orders, workspace, endpoint, verification, zoo.storage, silence)
     estimates = sizing.Estimates(calibration, verification)
     artifacts = tuple(
-        PlannedArtifact(source, order, estimates.of(source, recipe), *(existing or ()))
-        for (source, recipe), order, existing in zip(cells, orders, standing, strict=True)
+        PlannedArtifact(source, order, estimates.of(source, order.recipe), *(existing or ()))
+        for (source, order), existing in zip(cells.made, standing, strict=True)
     )
     destination, collection = None, None
     if endpoint and publish:
@@ -113,59 +112,25 @@ def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None)
         if publish.collection:
             collection = Collection(publish.collection, publish.namespace, endpoint, publish.private)
     jobs = _jobs(artifacts, calibration, verification, destination, workspace, zoo.storage)
-    return Plan(zoo.name, artifacts, jobs, collection)
+    notes = tuple(note for source in cells.sources.values() for note in source.notes)
+    return Plan(zoo.name, artifacts, jobs, collection, tuple(cells.refused.values()), notes)
 
 
-def _resolve_all(zoo: Zoo, zoo_folder: Path) -> tuple[list[tuple[ModelEntry, sources.PinnedModel]], list[str]]:
-    results = _at_once(lambda entry: _try(lambda: sources.resolve(entry, zoo_folder)), zoo.models)
-    pairs = zip(zoo.models, results, strict=True)
-    # Share equal headers to save memory: a zoo has many finetunes of few models.
-    known: dict[tuple[TensorHeader, ...], tuple[TensorHeader, ...]] = {}
-    resolved = [
-        (entry, replace(result, tensors=known.setdefault(result.tensors, result.tensors)))
-        for entry, result in pairs
-        if isinstance(result, sources.PinnedModel)
-    ]
-    return resolved, [str(result) for result in results if isinstance(result, UserError)]
-
-
-def _at_once(look: Callable[[T], U], things: Sequence[T]) -> list[U]:
-    """Map ``look`` over things in threads, in order; in batches, as one task costs more than a short look."""
-    size = max(1, min(BATCH, len(things) // (4 * THREADS)))
-    batches = [things[start : start + size] for start in range(0, len(things), size)]
-    with ThreadPoolExecutor(THREADS) as pool:
-        return [
-            answer for batch in pool.map(lambda batch: [look(thing) for thing in batch], batches) for answer in batch
-        ]
-
-
-def _misfits(cells: list[tuple[sources.PinnedModel, Recipe]], refused: Mapping[str, str]) -> list[str]:
-    """Why recipes don't fit models; models of the same shape, such as finetunes, are checked once."""
-    fine: set[tuple[object, ...]] = set()
-    misfits: list[str] = []
-    for source, recipe in cells:
-        key = (*sizing.alike(source), recipe.name)
-        if source.pin.id in refused or key in fine:
-            continue
-        problems = list(fitting.recipe_problems(source, recipe))
-        misfits += problems
-        if not problems:
-            fine.add(key)
-    return misfits
-
-
-def _pin_data(zoo: Zoo, zoo_folder: Path) -> tuple[Calibration | None, str | None, Verification, list[str]]:
+def _pin_data(
+    zoo: Zoo, zoo_folder: Path, silence: Silence
+) -> tuple[Calibration | None, str | None, Verification, list[str]]:
     problems: list[str] = []
     calibration, data_sha256 = zoo.calibration, None
     if calibration is not None:
-        text = calibration.dataset
-        pinned = _try(lambda: sources.pin_dataset(text, zoo_folder, "calibration.dataset"))
+        text = _with_special_tokens(zoo, calibration.dataset)
+        pinned = _try(lambda: sources.pin_dataset(text, zoo_folder, "calibration.dataset", silence))
         if isinstance(pinned, UserError):
             problems.append(str(pinned))
         else:
             calibration, data_sha256 = calibration.model_copy(update={"dataset": pinned[0]}), pinned[1]
     verification = zoo.verify.verification
-    held_out = _try(lambda: sources.pin_dataset(verification.dataset, zoo_folder, "verify.dataset"))
+    held_out_text = _with_special_tokens(zoo, verification.dataset)
+    held_out = _try(lambda: sources.pin_dataset(held_out_text, zoo_folder, "verify.dataset", silence))
     if isinstance(held_out, UserError):
         problems.append(str(held_out))
     else:
@@ -175,87 +140,41 @@ def _pin_data(zoo: Zoo, zoo_folder: Path) -> tuple[Calibration | None, str | Non
     return calibration, data_sha256, verification, problems
 
 
+def _with_special_tokens(zoo: Zoo, dataset: Dataset) -> Dataset:
+    return dataset.model_copy(update={"special_tokens": dataset.special_tokens or zoo.special_tokens})
+
+
 def _try(action: Callable[[], U]) -> U | UserError:
     """The result, or the user's error; other errors (an unreachable Hub) propagate."""
     try:
-        return insist(action)
+        return action()
     except UserError as problem:
         return problem
 
 
-def _too_long(source: sources.PinnedModel, calibration: Calibration | None, verification: Verification) -> list[str]:
-    """Messages about sequence lengths (tokens) above the model's number of positions."""
-    longest = source.config.get("max_position_embeddings") or source.config.get("n_positions")
-    lengths = {"verify": verification.sequence_length, "calibration": calibration.sequence_length if calibration else 0}
-    return [
-        f"{where}.sequence_length: got {length}, but {source.pin.id!r} has {longest} positions; set at most {longest}"
-        for where, length in lengths.items()
-        if isinstance(longest, int) and length > longest
-    ]
-
-
-def _order(
-    zoo: Zoo,
-    entry: ModelEntry,
-    source: sources.PinnedModel,
-    recipe: Recipe,
-    calibration: Calibration | None,
-    data_sha256: str | None,
-) -> Order:
-    return Order(
-        recipe=recipe,
-        fingerprint=fingerprint(source.pin, recipe, calibration, data_sha256),
-        thresholds=zoo.thresholds(entry, recipe),
-        repo_id=zoo.publish.repo_id(source.name, recipe.name) if zoo.publish else None,
-    )
-
-
-def _check_twins(cells: list[tuple[sources.PinnedModel, Recipe]], orders: list[Order]) -> None:
-    """Refuse two cells with the same fingerprint: they would be one artifact, made twice in the same folder."""
-    owners: dict[str, tuple[str, str]] = {}
-    for (source, recipe), order in zip(cells, orders, strict=True):
-        first = owners.setdefault(order.fingerprint, (source.pin.id, recipe.name))
-        if first != (source.pin.id, recipe.name):
-            raise ZooError(
-                f"{source.pin.id!r} under {recipe.name!r} is the same artifact as {first[0]!r} under {first[1]!r}; "
-                "list it once"
-            )
-
-
-def _check_repositories(orders: Iterable[Order]) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
-
-    seen: set[str] = set()
-    for order in orders:
-        try:
-            validate_repo_id(order.repo_id or "none")
-        except HFValidationError as error:
-            raise ZooError(
-                f"publish: {order.repo_id!r} is no valid name of a repository ({error}); change publish.namespace or "
-                "publish.name"
-            ) from error
-        if order.repo_id in seen:
-            raise ZooError(
-                f"publish.name: two artifacts would share the repository {order.repo_id!r} (two models of one name); "
-                "publish them by separate zoos under different namespaces"
-            )
-        if order.repo_id:
-            seen.add(order.repo_id)
+def _name_problem(publish: Publish) -> Iterator[str]:
+    """Why no repository of the zoo can have a valid name, whatever its models are called."""
+    if why := invalid_name(publish.repo_id("model", "recipe")):
+        yield f"publish: no valid name of a repository ({why}); change publish.namespace or publish.name"
 
 
 Standing = tuple[Manifest, str | None]
 
 
 def _standing(
-    orders: list[Order], workspace: Path, endpoint: str | None, verification: Verification, storage: str | None
+    orders: list[Order],
+    workspace: Path,
+    endpoint: str | None,
+    verification: Verification,
+    storage: str | None,
+    silence: Silence,
 ) -> list[Standing | None]:
     """For each order, the existing artifact: at the destination, or in the workspace if nothing is published."""
 
     def find(order: Order) -> Standing | None:
         return _published(endpoint, order) if endpoint else _local(order, workspace, verification, storage)
 
-    return _at_once(lambda order: insist(lambda: find(order)), orders)
+    return at_once(lambda order: insist(f"look for {order.repo_id}", lambda: find(order), silence), orders)
 
 
 def _published(endpoint: str, order: Order) -> Standing | None:

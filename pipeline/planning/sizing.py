@@ -33,7 +33,17 @@ LOGITS_BYTES = 36
 # Config keys for the number of experts that a token is sent to.
 SENT_TO = ("num_experts_per_tok", "num_experts_per_token", "moe_topk")
 # Keys of config.json that determine the estimates.
-CONFIG = ("model_type", "hidden_size", "n_embd", "vocab_size", "num_attention_heads", "n_head", *SENT_TO)
+CONFIG = (
+    "model_type",
+    "dtype",
+    "torch_dtype",
+    "hidden_size",
+    "n_embd",
+    "vocab_size",
+    "num_attention_heads",
+    "n_head",
+    *SENT_TO,
+)
 # Output projections: their input isn't shared with other projections of their module.
 OUTWARD = re.compile(r"^(o|out|down|c|dense|fc2|w2|wo)(_proj|_lin|_4h_to_h)?$|^dense|^fc_?out")
 EXPERT_ONE = re.compile(r"experts\.(?!0\.)\d+\.")

@@ -3,130 +3,158 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.planning.configs import check_loadable, parse_config
+from pipeline.planning.tokenizers import adds_special_tokens
 from pipeline.zoo.zoo import ModelEntry
-from workers.errors import CalibrationError, CheckpointError, ModelNotFound, UnsupportedModel
-from workers.machine.files import file_sha256, folder_sha256
+from workers.errors import CalibrationError, CheckpointError, ModelNotFound
+from workers.machine.files import (
+    checkpoint_sha256,
+    file_sha256,
+    folder_sha256,
+    open_checkpoint,
+    read_bounded,
+    read_head,
+)
 from workers.spec.base import canonical_json
+from workers.spec.bounds import CONFIG_BYTES, HEADER_BYTES
+from workers.spec.checkpoint_files import CONFIG, CheckpointFiles, checkpoint_files, folder_left_out, summary
 from workers.spec.families import Family, family_of
 from workers.spec.job import Dataset, ModelPin
-from workers.spec.tensors import TensorHeader
+from workers.spec.tensors import TensorHeader, parse_header
 from workers.transfer import hub
+from workers.transfer.patience import Silence, insist
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 BUILDERS = frozenset({"text", "json", "csv", "parquet", "arrow", "pandas", "xml", "webdataset"})
-CAUSAL_LM = re.compile(r"(ForCausalLM|LMHeadModel|LMHead)$")
 
 
 @dataclass(frozen=True)
 class PinnedModel:
-    """A pinned model, its config and its tensors; a pickled checkpoint has no tensors here."""
+    """A pinned model, its config and its tensors; a pickled checkpoint has no tensors here.
+
+    ``name`` is used in tables and in the names of published repositories. ``notes`` say which of several checkpoints is
+    taken, and what is left out.
+    """
 
     pin: ModelPin
     config: dict[str, Any]
     tensors: tuple[TensorHeader, ...]
+    name: str
+    notes: tuple[str, ...] = ()
 
     @property
     def family(self) -> Family:
         """The family row of the model's ``model_type``."""
         return family_of(self.config.get("model_type"))
 
-    @property
-    def name(self) -> str:
-        """The last part of the id, used in the names of published repositories."""
-        return Path(self.pin.id).name
 
+def resolve(
+    entry: ModelEntry,
+    zoo_folder: Path,
+    workspace: Path | None = None,
+    silence: Silence | None = None,
+    *,
+    calibrated: bool = False,
+) -> PinnedModel:
+    """Pin one model: a folder by its content, a repository by its commit. ``workspace`` may not lie in the folder.
 
-def resolve(entry: ModelEntry, zoo_folder: Path) -> PinnedModel:
-    """Pin one model: a folder by its content, a repository by its commit.
+    ``calibrated``: a recipe sees its tokens, so that its tokenizer's files are looked at, too.
 
     Raises:
         ModelNotFound, CheckpointError, UnsupportedModel, HubRefused, HubUnavailable
     """
-    folder = (zoo_folder / entry.id).resolve()
-    looks_like_path = entry.id.startswith((".", "/", "~")) or entry.id.count("/") != 1
+    folder = local_folder(entry, zoo_folder)
     if folder.is_dir():
-        source = _resolve_folder(entry, folder)
-    elif looks_like_path:
+        source = _resolve_folder(entry, folder, workspace, calibrated)
+    elif looks_like_path(entry):
         raise ModelNotFound(
             f"models: no such folder, got {entry.id!r} (looked at {folder}); "
             "give a folder relative to the zoo file, or a Hub repository as org/name"
         )
     else:
-        source = _resolve_repository(entry, hub.connect())
-    _check_loadable(entry, source.config)
+        source = _resolve_repository(entry, hub.connect(), silence, calibrated)
+    check_loadable(source.config, source.tensors, f"models: {entry.id!r}", entry.trust_remote_code)
     return source
 
 
-def _check_loadable(entry: ModelEntry, config: dict[str, Any]) -> None:
-    architectures = config.get("architectures") or []
-    if architectures and not any(CAUSAL_LM.search(name) for name in architectures):
-        raise UnsupportedModel(
-            f"models: {entry.id!r} has no causal LM head, got architectures {architectures}; "
-            "quantmill quantizes decoders (a class ...ForCausalLM or ...LMHeadModel)"
+def local_folder(entry: ModelEntry, zoo_folder: Path) -> Path:
+    """The folder that an entry means, if it means one."""
+    return (zoo_folder / Path(entry.id).expanduser()).resolve()
+
+
+def looks_like_path(entry: ModelEntry) -> bool:
+    """Whether an entry can't be the name of a repository."""
+    return entry.id.startswith((".", "/", "~")) or entry.id.count("/") != 1
+
+
+def model_name(entry: ModelEntry, zoo_folder: Path) -> str:
+    """The name of a model in tables and repositories: its own in the zoo, or the last part of its id."""
+    last = Path(entry.id).name
+    return entry.as_name or (last if last not in ("", "..") else local_folder(entry, zoo_folder).name)
+
+
+def _pinned(
+    entry: ModelEntry,
+    pin: dict[str, Any],
+    config: dict[str, Any],
+    tensors: tuple[TensorHeader, ...],
+    name: str,
+    files: CheckpointFiles,
+) -> PinnedModel:
+    shared = {name: getattr(entry, name) for name in ("trust_remote_code", "allow_pickle", "variant")}
+    notes = []
+    if files.other_checkpoints:
+        taken = files.index or files.weights[0]
+        notes.append(
+            f"{name}: takes {taken}, as transformers does; also there: {', '.join(files.other_checkpoints[:3])}"
         )
-    if config.get("auto_map") and not entry.trust_remote_code:
-        raise UnsupportedModel(
-            f"models: {entry.id!r} comes with code of its own (auto_map in config.json), which is not run; "
-            "read that code, then set trust_remote_code: true for this model"
-        )
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method")
-        raise UnsupportedModel(
-            f"models: {entry.id!r} is quantized already, got quant_method {method!r}; name the original checkpoint"
-        )
+    if said := summary(item for item in files.left_out if item[0] not in files.other_checkpoints):
+        notes.append(f"{name}: left out: {said}")
+    return PinnedModel(ModelPin(**pin, **shared), config, tensors, name, tuple(notes))
 
 
 # ------------------------------------------------------------------------------------------------- folders
 
 
-def _resolve_folder(entry: ModelEntry, folder: Path) -> PinnedModel:
-    config = _read_config(entry, folder / "config.json")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        _refuse_pickle(entry, [path.name for path in sorted(folder.iterdir())])
-    tensors = tuple(header for path in weights for header in read_header(path))
-    pin = ModelPin(
-        id=entry.id,
-        revision=folder_sha256(folder),
-        folder=str(folder),
-        trust_remote_code=entry.trust_remote_code,
-        allow_pickle=entry.allow_pickle,
-    )
-    return PinnedModel(pin, config, tensors)
+def _resolve_folder(entry: ModelEntry, folder: Path, workspace: Path | None, calibrated: bool) -> PinnedModel:
+    what = f"models: {entry.id!r}"
+    if not (folder / CONFIG).is_file() and not (folder / "adapter_config.json").is_file():
+        raise CheckpointError(f"{what} has no config.json; name a transformers checkpoint")
+    if workspace is not None and workspace.resolve().is_relative_to(folder):
+        _check_workspace(what, folder, workspace.resolve())
+    files = open_checkpoint(folder, what, variant=entry.variant, allow_pickle=entry.allow_pickle)
+    config = parse_config(read_bounded(folder / CONFIG, CONFIG_BYTES, f"{what}: {CONFIG}"), what)
+    names = () if files.pickled else files.weights
+    tensors = tuple(header for name in names for header in read_header(folder / name))
+    last = Path(entry.id).name
+    # Some names mean a folder without naming it: "." and "..".
+    id_ = entry.id if last not in ("", "..") else folder.name
+
+    def head(name: str, count: int) -> bytes | None:
+        return read_head(folder / name, count) if name in files.companions else None
+
+    pin = {
+        "id": id_,
+        "revision": checkpoint_sha256(folder, files),
+        "folder": str(folder),
+        "adds_special_tokens": calibrated and adds_special_tokens(head),
+    }
+    return _pinned(entry, pin, config, tensors, entry.as_name or Path(id_).name, files)
 
 
-def _read_config(entry: ModelEntry, path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"models: {entry.id!r} has no config.json; name a transformers checkpoint")
-    return _parsed(entry, path.read_bytes())
-
-
-def _parsed(entry: ModelEntry, text: bytes) -> dict[str, Any]:
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"models: {entry.id!r}: config.json is not readable JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"models: {entry.id!r}: config.json: expected a mapping, got {type(config).__name__}")
-    return config
-
-
-def _refuse_pickle(entry: ModelEntry, files: list[str]) -> None:
-    pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
-    if not pickles:
-        raise CheckpointError(f"models: {entry.id!r} has no weights, got files {files[:8]}; expected *.safetensors")
-    if not entry.allow_pickle:
-        raise UnsupportedModel(
-            f"models: {entry.id!r} has pickle weights only, got {pickles[:3]}; a pickle can run code. Convert it to "
-            "safetensors, or set allow_pickle: true for this model (it is then read with weights_only=True)"
+def _check_workspace(what: str, folder: Path, workspace: Path) -> None:
+    """Refuse an output folder that would become part of the model."""
+    inside = workspace.relative_to(folder).parts
+    if not any(folder_left_out(part) for part in inside):
+        raise CheckpointError(
+            f"{what}: --out {str(workspace)!r} lies in the model's folder, and would become part of it; name a folder "
+            "outside of it"
         )
 
 
@@ -134,69 +162,66 @@ def read_header(path: Path) -> list[TensorHeader]:
     """List the tensors of a safetensors file from its header alone.
 
     Raises:
-        CheckpointError: the file isn't safetensors, or is shorter than its header says.
+        CheckpointError: the file isn't safetensors, or its size isn't what its header says.
     """
     try:
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             size = path.stat().st_size
-            if length > size:
-                raise CheckpointError(f"{path}: truncated or no safetensors file, got {size} bytes; fetch it again")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: no readable safetensors header: {error}; fetch it again") from error
-    if end != size:
-        raise CheckpointError(f"{path}: truncated, got {size} bytes, its header says {end}; fetch it again")
-    return [TensorHeader(name, tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()]
+            if size < 8 or length > HEADER_BYTES or 8 + length > size:
+                raise CheckpointError(
+                    f"{path}: truncated or no safetensors file, got {size} bytes; complete its "
+                    "download, or save it anew"
+                )
+            text = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read ({error.strerror}); mend its permissions") from error
+    return parse_header(text, size - 8 - length, str(path))
 
 
 # -------------------------------------------------------------------------------------------- repositories
 
 
-def _resolve_repository(entry: ModelEntry, api: HfApi) -> PinnedModel:
-    with hub.hub_errors(f"models: {entry.id}@{entry.revision} on {api.endpoint}"):
-        info = api.model_info(entry.id, revision=entry.revision)
-        commit = str(info.sha)
-        files = [sibling.rfilename for sibling in info.siblings or []]
-        if "config.json" not in files:
-            raise CheckpointError(f"models: {entry.id!r} has no config.json; name a transformers checkpoint")
-        raw = hub.read_file(api, entry.id, "config.json", commit)
-        tensors = _remote_tensors(entry, api, commit, files)
-    pin = ModelPin(
-        id=entry.id,
-        revision=commit,
-        endpoint=api.endpoint,
-        trust_remote_code=entry.trust_remote_code,
-        allow_pickle=entry.allow_pickle,
-    )
-    return PinnedModel(pin, _parsed(entry, raw[0] if raw else b""), tensors)
+def _resolve_repository(entry: ModelEntry, api: HfApi, silence: Silence | None, calibrated: bool) -> PinnedModel:
+    what = f"models: {entry.id!r}"
+    listed = insist(what, lambda: hub.list_files(api, entry.id, entry.revision), silence)
+    if CONFIG not in listed.sizes and "adapter_config.json" not in listed.sizes:
+        raise CheckpointError(f"{what} has no config.json; name a transformers checkpoint")
 
+    def read(name: str) -> bytes:
+        found = insist(what, lambda: hub.read_file(api, entry.id, name, listed.commit, hub.limit_of(name)), silence)
+        return found[0] if found else b""
 
-def _remote_tensors(entry: ModelEntry, api: HfApi, commit: str, files: list[str]) -> tuple[TensorHeader, ...]:
-    if not any(name.endswith(".safetensors") for name in files):
-        _refuse_pickle(entry, files)
-        return ()
-    metadata = api.get_safetensors_metadata(entry.id, revision=commit)
-    return tuple(
-        TensorHeader(name, tuple(tensor.shape), str(tensor.dtype))
-        for file in metadata.files_metadata.values()
-        for name, tensor in file.tensors.items()
-    )
+    files = checkpoint_files(listed.sizes, read, what, variant=entry.variant, allow_pickle=entry.allow_pickle)
+    config = parse_config(read(CONFIG), what)
+    names = () if files.pickled else files.weights
+    tensors = hub.read_headers(api, entry.id, names, listed.commit, lambda action: insist(what, action, silence))
+
+    def head(name: str, count: int) -> bytes | None:
+        if name not in files.companions:
+            return None
+        return insist(what, lambda: hub.read_range(api, entry.id, name, listed.commit, count)[0], silence)
+
+    pin = {
+        "id": entry.id,
+        "revision": listed.commit,
+        "endpoint": api.endpoint,
+        "adds_special_tokens": calibrated and adds_special_tokens(head),
+    }
+    return _pinned(entry, pin, config, tensors, entry.as_name or Path(entry.id).name, files)
 
 
 # ---------------------------------------------------------------------------------------------------- data
 
 
-def pin_dataset(dataset: Dataset, zoo_folder: Path, where: str) -> tuple[Dataset, str]:
+def pin_dataset(dataset: Dataset, zoo_folder: Path, where: str, silence: Silence | None = None) -> tuple[Dataset, str]:
     """Pin a data set: with absolute paths, or to a commit; returns it with the sha256 that identifies its content.
 
     Raises:
         CalibrationError: a file doesn't exist or can't be read.
     """
     if dataset.path not in BUILDERS and not (zoo_folder / dataset.path).exists():
-        return _pin_remote_dataset(dataset, where)
+        return _pin_remote_dataset(dataset, where, silence)
     files = [_data_file(zoo_folder / name, name, where) for name in dataset.data_files]
     pinned = dataset.model_copy(update={"data_files": tuple(str(path) for path in files)})
     if dataset.path not in BUILDERS:
@@ -227,9 +252,14 @@ def _data_file(path: Path, name: str, where: str) -> Path:
     return path
 
 
-def _pin_remote_dataset(dataset: Dataset, where: str) -> tuple[Dataset, str]:
+def _pin_remote_dataset(dataset: Dataset, where: str, silence: Silence | None) -> tuple[Dataset, str]:
     api = hub.connect()
-    with hub.hub_errors(f"{where}: data set {dataset.path} on {api.endpoint}"):
-        commit = str(api.dataset_info(dataset.path, revision=dataset.revision).sha)
+    thing = f"{where}: data set {dataset.path} on {api.endpoint}"
+
+    def find() -> str:
+        with hub.hub_errors(thing):
+            return hub.checked_commit(api.dataset_info(dataset.path, revision=dataset.revision).sha, thing)
+
+    commit = insist(thing, find, silence)
     pinned = dataset.model_copy(update={"revision": commit})
     return pinned, _sha256(pinned.model_dump(mode="json"))

@@ -12,6 +12,8 @@ from typing import Self
 
 from workers.spec.job import StageResult
 
+# Status of a run whose driver was killed.
+DIED = "died"
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (
     run_id TEXT PRIMARY KEY, zoo TEXT NOT NULL, started_at TEXT NOT NULL, finished_at TEXT, status TEXT);
@@ -67,6 +69,11 @@ class Ledger:
             connection.execute(
                 "UPDATE runs SET finished_at = ?, status = ? WHERE run_id = ?", (finished_at, status, run_id)
             )
+
+    def bury(self) -> None:
+        """Record that runs without an end died; only for the process that holds the output folder's lock."""
+        with self._connection as connection:
+            connection.execute("UPDATE runs SET status = ? WHERE finished_at IS NULL AND status IS NULL", (DIED,))
 
     def record(self, run_id: str, attempt: Attempt, result: StageResult) -> None:
         """Insert one attempt of a stage and its result."""

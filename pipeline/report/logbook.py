@@ -1,4 +1,4 @@
-"""Write a run's machine-readable log: one JSON line for each stage that starts or ends."""
+"""Write a run's machine-readable log: one JSON line for each stage that starts or ends, and for what ended the run."""
 
 from __future__ import annotations
 
@@ -48,6 +48,11 @@ class Logbook:
             notes=list(result.notes) or None,
         )
 
+    def over(self, kind: str, message: str, traceback: str | None) -> None:
+        """Log that something other than a stage ended the run, and what."""
+        line = {"time": now(), "run": self._run_id, "event": "over", "error": f"{kind}: {message}"}
+        self._put({**line, **({"traceback": traceback} if traceback else {})})
+
     def _write(self, event: str, job: Job, step: Step, attempt: int, **fields: Any) -> None:
         line = {
             "time": now(),
@@ -60,5 +65,8 @@ class Logbook:
             "attempt": attempt,
             **{key: value for key, value in fields.items() if value is not None},
         }
+        self._put(line)
+
+    def _put(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()

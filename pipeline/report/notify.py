@@ -16,12 +16,14 @@ ATTEMPTS, SECONDS = 3, 10.0
 LISTED = 20  # most artifacts listed in one message as not accepted
 
 
-def message(results: Results, results_path: Path) -> dict[str, Any]:
-    """The JSON content to post; chat services show ``text``."""
+def message(results: Results, results_path: Path | None) -> dict[str, Any]:
+    """The JSON content to post; chat services show ``text``. No path: nothing was started."""
     counts = Counter(entry.status for entry in results.artifacts)
     not_accepted = [entry for entry in results.artifacts if entry.status in ("rejected", "failed")]
     summary = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-    lines = [f"quantmill {results.zoo}: {results.status} ({summary})"]
+    lines = [f"quantmill {results.zoo}: {results.status}" + (f" ({summary})" if summary else "")]
+    if results.error is not None:
+        lines.append(f"{results.error.kind}: {results.error.message}")
     lines += [
         f"{entry.status}: {Path(entry.model).name} {entry.recipe}: {entry.reason}" for entry in not_accepted[:LISTED]
     ]
@@ -37,7 +39,7 @@ def message(results: Results, results_path: Path) -> dict[str, Any]:
             {"model": entry.model, "recipe": entry.recipe, "status": entry.status, "reason": entry.reason}
             for entry in not_accepted[:LISTED]
         ],
-        "results": str(results_path),
+        "results": str(results_path) if results_path else None,
     }
 
 

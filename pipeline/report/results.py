@@ -6,11 +6,14 @@ from collections.abc import Iterable
 from typing import Literal
 
 from pipeline.fleet.steps import ArtifactRun, JobRun
+from pipeline.planning.cells import RefusedArtifact
 from pipeline.planning.plan import PlannedArtifact
 from workers.spec.base import Frozen
 from workers.spec.job import Generation, Manifest, Outcome, PeakMemory, Stage
 from workers.spec.workspace import artifact_folder
 
+# ``error.kind`` of a run that a signal ended.
+INTERRUPTED = "Interrupted"
 Status = Literal["published", "verified", "skipped", "rejected", "failed"]
 
 
@@ -97,15 +100,29 @@ class Results(Frozen):
     status: Literal["ok", "failed"]
     jobs: tuple[JobEntry, ...]
     artifacts: tuple[ArtifactEntry, ...]
+    error: ErrorEntry | None = None
 
 
 def build(
-    run_id: str, zoo: str, started_at: str, finished_at: str, planned: Iterable[PlannedArtifact], jobs: list[JobRun]
+    run_id: str,
+    zoo: str,
+    started_at: str,
+    finished_at: str,
+    planned: Iterable[PlannedArtifact],
+    jobs: list[JobRun],
+    refused: Iterable[RefusedArtifact] = (),
+    ended: ErrorEntry | None = None,
 ) -> Results:
-    """Build the results of a run; every planned artifact has an entry, even if skipped or never started."""
+    """Build the results of a run; every cell of the zoo has an entry, even if refused, skipped or never started.
+
+    ``ended``: what ended the run before all artifacts were finished.
+    """
     runs = {(job.job.model.id, name): (job, artifact) for job in jobs for name, artifact in job.artifacts.items()}
-    entries = tuple(_artifact(cell, *runs.get(_key(cell), (None, None))) for cell in planned)
-    failed = any(entry.status in ("failed", "rejected") for entry in entries)
+    entries = (
+        *(_refused(cell) for cell in refused),
+        *(_artifact(cell, *runs.get(_key(cell), (None, None)), ended=ended) for cell in planned),
+    )
+    failed = ended is not None or any(entry.status in ("failed", "rejected") for entry in entries)
     return Results(
         run_id=run_id,
         zoo=zoo,
@@ -114,11 +131,35 @@ def build(
         status="failed" if failed else "ok",
         jobs=tuple(_job(job) for job in jobs),
         artifacts=entries,
+        error=ended,
     )
 
 
 def _key(cell: PlannedArtifact) -> tuple[str, str]:
     return cell.source.pin.id, cell.order.recipe.name
+
+
+def _refused(cell: RefusedArtifact) -> ArtifactEntry:
+    return ArtifactEntry(
+        model=cell.model,
+        revision=cell.revision,
+        recipe=cell.recipe,
+        fingerprint="",
+        status="failed",
+        reason=" ".join(cell.failure.message.split()),
+        path=None,
+        repo_id=cell.repo_id,
+        commit=None,
+        metrics=None,
+        runtime=None,
+        bytes=0,
+        reference_bytes=0,
+        seconds=Seconds(),
+        peak_memory_bytes=PeakMemory(),
+        fallbacks=(),
+        attempts=0,
+        error=ErrorEntry(kind=cell.failure.kind, message=cell.failure.message),
+    )
 
 
 def _job(job: JobRun) -> JobEntry:
@@ -135,10 +176,12 @@ def _seconds(by_stage: dict[Stage, float]) -> Seconds:
     return Seconds(**{stage.value: round(seconds, 3) for stage, seconds in by_stage.items()})
 
 
-def _artifact(cell: PlannedArtifact, job: JobRun | None, run: ArtifactRun | None) -> ArtifactEntry:
+def _artifact(
+    cell: PlannedArtifact, job: JobRun | None, run: ArtifactRun | None, *, ended: ErrorEntry | None
+) -> ArtifactEntry:
     run = run or ArtifactRun()
     manifest = cell.standing or run.manifest
-    status, reason = _status(cell, job, run)
+    status, reason = _status(cell, job, run, ended)
     path = artifact_folder(job.job.workspace, cell.order) if job else None
     record = run.record
     return ArtifactEntry(
@@ -166,7 +209,9 @@ def _artifact(cell: PlannedArtifact, job: JobRun | None, run: ArtifactRun | None
     )
 
 
-def _status(cell: PlannedArtifact, job: JobRun | None, run: ArtifactRun) -> tuple[Status, str | None]:
+def _status(
+    cell: PlannedArtifact, job: JobRun | None, run: ArtifactRun, ended: ErrorEntry | None
+) -> tuple[Status, str | None]:
     if cell.skipped:
         return "skipped", cell.reason
     if run.elsewhere:
@@ -180,6 +225,8 @@ def _status(cell: PlannedArtifact, job: JobRun | None, run: ArtifactRun) -> tupl
         return "published", None
     if run.manifest is not None and (job is None or job.job.destination is None):
         return "verified", None
+    if ended is not None and ended.kind != INTERRUPTED:
+        return "failed", f"not finished, for the run ended ({ended.message.rstrip('.')}); run the zoo again to go on"
     return "failed", "interrupted before it was finished; run the zoo again to go on"
 
 

@@ -18,11 +18,11 @@ import yaml
 
 import pipeline
 import workers
-from pipeline.planning.sources import BUILDERS
+from pipeline.planning.sources import BUILDERS, model_name
 from pipeline.zoo import shipped
 from pipeline.zoo.zoo import ModelEntry, Zoo
 from workers.errors import ZooError
-from workers.machine.files import file_sha256
+from workers.machine.files import file_sha256, files_to_send
 from workers.spec.base import canonical_json
 from workers.spec.job import Dataset
 
@@ -134,7 +134,10 @@ class _Local:
         if self._is_shared(path):
             return entry.model_copy(update={"id": str(path)})
         if path.is_dir():
-            return entry.model_copy(update={"id": self._take(path)})
+            name = self._name(path)
+            names = files_to_send(path, f"models: {entry.id!r}", variant=entry.variant, allow_pickle=entry.allow_pickle)
+            self.files |= {f"{ZOO}/{name}/{file}": path / file for file in names}
+            return entry.model_copy(update={"id": name, "as_name": entry.as_name or model_name(entry, self._folder)})
         if entry.id.startswith((".", "/", "~")) or entry.id.count("/") != 1:
             raise ZooError(_missing("models", entry.id, path, "folder"))
         return entry
@@ -166,14 +169,19 @@ class _Local:
 
     def _take(self, path: Path) -> str:
         """Add a path to the parcel; returns its name relative to the zoo's folder there."""
+        name = self._name(path)
+        name_in_parcel = f"{ZOO}/{name}"
+        self.files.update(_visible(path, name_in_parcel) if path.is_dir() else {name_in_parcel: path})
+        return name
+
+    def _name(self, path: Path) -> str:
+        """A path's name in the parcel, relative to the zoo's folder there."""
         if path.is_relative_to(self._folder) and path != self._folder:
             name = path.relative_to(self._folder).as_posix()
         else:
             name = f"{ELSEWHERE}/{path.name}"
             if self._elsewhere.setdefault(name, path) != path:
                 name = f"{ELSEWHERE}/{hashlib.sha256(str(path.parent).encode()).hexdigest()[:8]}/{path.name}"
-        name_in_parcel = f"{ZOO}/{name}"
-        self.files.update(_visible(path, name_in_parcel) if path.is_dir() else {name_in_parcel: path})
         return name
 
 

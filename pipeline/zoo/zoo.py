@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from string import Formatter
 from typing import Annotated, Literal, Self
 
-import yaml
-from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from pipeline.zoo import gating, shipped
 from pipeline.zoo.gating import Gates
 from pipeline.zoo.problems import explain
 from workers.errors import ZooError
 from workers.spec.base import SLUG, Frozen
+from workers.spec.bounded_yaml import BadYaml, parse_yaml
+from workers.spec.bounds import ZOO_BYTES
 from workers.spec.job import Calibration, Dataset, Destination, HubLimits, Thresholds, Verification
 from workers.spec.recipes import Recipe
 from workers.transfer import destinations
@@ -24,12 +26,31 @@ LOOPBACK = "loopback"
 class ModelEntry(Frozen):
     """A model of the zoo: a Hub repository, or a folder relative to the zoo file."""
 
+    model_config = ConfigDict(serialize_by_alias=True)
+
     id: str = Field(min_length=1, description="org/name on the Hub, or a folder (relative to this file).")
     revision: str = Field("main", description="Branch, tag or commit; a folder is pinned by its content.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
     allow_pickle: bool = Field(False, description="Read pickle weights, with weights_only=True, for want of others.")
+    variant: str | None = Field(
+        None, pattern=r"^[\w-]+$", max_length=64, description="Variant of the weights: fp16 for model.fp16.safetensors."
+    )
+    as_name: str | None = Field(
+        None,
+        alias="as",
+        pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$",
+        max_length=96,
+        description="The model's name in tables and repositories; left out: the last part of its id.",
+    )
     recipes: tuple[str, ...] = Field((), description="Those of the zoo's recipes that this model gets; left out: all.")
     gates: Gates = Field({}, description="What differs for this model, by family of recipes or by recipe.")
+
+    @field_validator("id", "revision")
+    @classmethod
+    def _printable(cls, value: str) -> str:
+        if not value.isprintable():
+            raise ValueError("holds control characters; write the name as it is seen")
+        return value
 
 
 class Verify(Frozen):
@@ -122,9 +143,12 @@ class Publish(Frozen):
             if part not in value:
                 raise ValueError(f"must contain {part}, or two artifacts would share a repository")
         try:
-            value.format(model="m", recipe="r")
-        except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(f"only {{model}} and {{recipe}} are filled in ({error!r}); remove the rest") from error
+            fields = [part[1:] for part in Formatter().parse(value) if part[1] is not None]
+        except ValueError as error:
+            raise ValueError(f"only {{model}} and {{recipe}} are filled in ({error}); remove the rest") from error
+        for field in fields:
+            if field not in (("model", "", None), ("recipe", "", None)):
+                raise ValueError(f"only {{model}} and {{recipe}} are filled in, as they are; remove {field[0]!r}")
         return value
 
     def repo_id(self, model_name: str, recipe: str) -> str:
@@ -153,6 +177,11 @@ class Zoo(Frozen):
     calibration: Calibration | None = None
     verify: Verify
     publish: Publish | None = None
+    special_tokens: Literal["auto", "none"] = Field(
+        "auto",
+        description="Sequences for calibration and verification begin as the model's tokenizer begins a text (auto: "
+        "with BOS where it adds one), or without special tokens (none).",
+    )
     storage: str | None = Field(
         None, description="A folder or URL that all nodes see: what is made is kept there until it's published."
     )
@@ -211,12 +240,7 @@ def load(path: Path) -> Zoo:
     Raises:
         ZooError: the message names key, value and remedy of every finding.
     """
-    try:
-        raw = yaml.load(path.read_text(), _UniqueKeys)
-    except FileNotFoundError:
-        raise ZooError(f"zoo file: no such file, got {str(path)!r}; `quantmill init` writes a first one") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ZooError(f"{path}: not a readable YAML file: {error}") from error
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise ZooError(f"{path}: expected a mapping with name, models, recipes, verify; got {type(raw).__name__}")
     try:
@@ -248,12 +272,21 @@ def _gates(zoo: Zoo) -> Iterator[tuple[str, Gates]]:
         yield f"gates of {model.id!r}", model.gates
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML loader that rejects duplicate keys instead of keeping the last."""
+def read_yaml(path: Path) -> object:
+    """The content of a YAML file that the user wrote.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+    Raises:
+        ZooError: no such file, not readable, or beyond the limits of size, depth and aliases.
+    """
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(ZOO_BYTES + 1)
+        if len(content) > ZOO_BYTES:
+            raise ZooError(f"{path}: larger than {ZOO_BYTES} bytes; split the zoo")
+        return parse_yaml(content.decode())
+    except FileNotFoundError:
+        raise ZooError(f"zoo file: no such file, got {str(path)!r}; `quantmill init` writes a first one") from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise ZooError(f"{path}: not a readable YAML file: {error}") from error
+    except BadYaml as error:
+        raise ZooError(f"{path}: {error}") from error

@@ -47,7 +47,7 @@ def source(index: int) -> PinnedModel:
     tensors = tuple(TensorHeader(f"model.{name}.weight", shape, "BF16") for name, shape in shapes.items())
     pin = ModelPin(id=f"org/model-{index}", revision=f"{index:040x}", endpoint="https://hub.invalid")
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "vocab_size": 32000}
-    return PinnedModel(pin, config, tensors)
+    return PinnedModel(pin, config, tensors, name="model")
 
 
 def main() -> None:
@@ -73,7 +73,7 @@ def main() -> None:
         index = int(entry.id.rpartition("-")[2])
         pin = ModelPin(id=entry.id, revision=f"{index:040x}", endpoint="https://hub.invalid")
         like = sizes[index % SIZES]
-        return PinnedModel(pin, dict(like.config), tuple(like.tensors))
+        return PinnedModel(pin, dict(like.config), tuple(like.tensors), name="model")
 
     print(models.machine())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

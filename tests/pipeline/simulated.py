@@ -192,7 +192,7 @@ def plan_of(sizes: Sequence[Estimate], *recipes: str) -> Plan:
     for index, size in enumerate(sizes):
         pin = ModelPin(id=f"org/model-{index}", revision="r")
         jobs.append(job(*recipes).model_copy(update={"model": pin}))
-        cells += [PlannedArtifact(PinnedModel(pin, {}, ()), order, size) for order in jobs[-1].orders]
+        cells += [PlannedArtifact(PinnedModel(pin, {}, (), "model"), order, size) for order in jobs[-1].orders]
     return Plan("simulated", tuple(cells), tuple(jobs))
 
 

@@ -197,13 +197,13 @@ def test_a_run_ends_with_its_collection(tmp_path: Path, server: LoopbackHub) -> 
     plan = planning.make_plan(zoo, tmp_path, out, server.endpoint)
     assert not plan.jobs
     finished = session.run(plan, out, None, [])
-    assert finished.collection_problem is None
+    assert finished.notices == ()
     (found,) = hub.connect(server.endpoint).list_collections(owner="acme")
     assert [item.item_id for item in found.items] == [order.repo_id]
     assert plan.collection is not None
     nowhere = replace(plan, collection=replace(plan.collection, namespace="no such namespace"))
     finished = session.run(nowhere, out, None, [])
-    assert "collection 'Nightly'" in (finished.collection_problem or "")
+    assert "collection 'Nightly'" in finished.notices[0]
     assert finished.results.status == "ok"
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from workers.errors import CheckpointError, UnsupportedModel
+from workers.errors import CheckpointError
+from workers.machine.files import open_checkpoint
+from workers.spec.checkpoint_files import INDEX as INDEX
+from workers.spec.checkpoint_files import CheckpointFiles
 
-INDEX = "model.safetensors.index.json"
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".index.json")
-# Files at the top of a checkpoint that are rewritten for the artifact.
-REPLACED = frozenset({"config.json", "README.md", "quantmill.json", ".gitattributes"})
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -55,26 +53,26 @@ class Source:
     """An opened checkpoint folder: headers are read immediately, tensors on demand.
 
     Raises:
-        CheckpointError: there are no weights, a shard is truncated, or the index doesn't match the shards.
+        CheckpointError: there are no weights, a shard is truncated, or the index names files that aren't there.
         UnsupportedModel: the weights are pickles, which aren't allowed.
     """
 
-    def __init__(self, folder: Path, *, allow_pickle: bool = False) -> None:
+    def __init__(self, folder: Path, *, allow_pickle: bool = False, variant: str | None = None) -> None:
         self.folder = folder
+        self.variant = variant
         self._stack = ExitStack()
         self._places: dict[str, tuple[int, int, int]] = {}
         self._pickled: dict[str, Tensor] = {}
         self.headers: dict[str, Header] = {}
-        shards = _shards(folder)
-        if shards:
-            with self._stack:
-                for shard in shards:
-                    self._open(shard)
-                _check_index(folder, self.headers)
-                self._stack = self._stack.pop_all()
-        else:
-            self._pickled = _load_pickles(folder, allow_pickle)
+        self.files = open_checkpoint(folder, f"checkpoint {folder}", variant=variant, allow_pickle=allow_pickle)
+        if self.files.pickled:
+            self._pickled = _load_pickles(folder, self.files.weights)
             self.headers = {name: Header(tuple(t.shape), t.dtype) for name, t in self._pickled.items()}
+        else:
+            with self._stack:
+                for name in self.files.weights:
+                    self._open(folder / name)
+                self._stack = self._stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -104,8 +102,7 @@ class Source:
     @property
     def bytes(self) -> int:
         """Bytes of all weight files."""
-        files = _shards(self.folder) or _pickles(self.folder)
-        return sum(path.stat().st_size for path in files)
+        return sum((self.folder / name).stat().st_size for name in self.files.weights)
 
     def _open(self, shard: Path) -> None:
         try:
@@ -117,11 +114,13 @@ class Source:
             described = json.loads(os.pread(file, length, 8))
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(
-                f"checkpoint {shard}: truncated or no safetensors ({error}); fetch it again"
+                f"checkpoint {shard}: truncated or no safetensors ({error}); complete its download, or save it anew"
             ) from error
         for name in names:
             if name in self.headers:
-                raise CheckpointError(f"checkpoint {self.folder}: {name!r} stands in two shards; fetch it again")
+                raise CheckpointError(
+                    f"checkpoint {self.folder}: {name!r} stands in two shards; remove it from one of them"
+                )
             entry = described[name]
             start, end = entry["data_offsets"]
             self.headers[name] = Header(tuple(entry["shape"]), _dtype(shard, name, entry["dtype"]))
@@ -133,7 +132,9 @@ def _read_into(target: memoryview, file: int, start: int) -> None:
     while target:
         count = os.preadv(file, [target], start)
         if count == 0:
-            raise CheckpointError("checkpoint: a file became shorter while it was read; fetch it again")
+            raise CheckpointError(
+                "checkpoint: a file became shorter while it was read; run again once nobody writes it"
+            )
         target, start = target[count:], start + count
 
 
@@ -144,55 +145,10 @@ def _dtype(shard: Path, name: str, name_of_dtype: str) -> torch.dtype:
     return DTYPES[name_of_dtype]
 
 
-def _shards(folder: Path) -> list[Path]:
-    """The index's shards in its order; otherwise model.safetensors; otherwise all safetensors files."""
-    index = folder / INDEX
-    if index.is_file():
-        names = dict.fromkeys(_weight_map(index).values())
-        missing = sorted(name for name in names if not (folder / name).is_file())
-        if missing:
-            raise CheckpointError(f"checkpoint {folder}: the index names {missing}, which isn't there; fetch it again")
-        return [folder / name for name in names]
-    single = folder / "model.safetensors"
-    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        placed = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {index}: no readable index ({error}); fetch it again") from error
-    if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
-        raise CheckpointError(f"checkpoint {index}: weight_map must map keys to files; fetch it again")
-    return placed
-
-
-def _check_index(folder: Path, headers: Mapping[str, Header]) -> None:
-    index = folder / INDEX
-    if index.is_file():
-        named = set(_weight_map(index))
-        if named != set(headers):
-            odd = sorted(named ^ set(headers))[:5]
-            raise CheckpointError(f"checkpoint {folder}: index and shards disagree about {odd}; fetch it again")
-
-
-def _pickles(folder: Path) -> list[Path]:
-    usual = sorted(folder.glob("pytorch_model*.bin"))
-    return usual or sorted(path for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
-
-
-def _load_pickles(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
-    files = _pickles(folder)
-    if not files:
-        raise CheckpointError(f"checkpoint {folder}: no weights; expected model.safetensors or shards with an index")
-    if not allow_pickle:
-        raise UnsupportedModel(
-            f"checkpoint {folder}: pickle weights only, got {[path.name for path in files[:3]]}; convert them to "
-            "safetensors, or set allow_pickle: true for this model"
-        )
+def _load_pickles(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for path in files:
-        tensors |= _load_pickle(path)
+    for name in names:
+        tensors |= _load_pickle(folder / name)
     return tensors
 
 
@@ -209,21 +165,8 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     return loaded
 
 
-def companion_files(source: Path) -> list[Path]:
-    """Files of a checkpoint that are copied unchanged into its artifact: tokenizer, templates, licence, ..."""
-    files = (path for path in sorted(source.rglob("*")) if path.is_file())
-    relative = (path.relative_to(source) for path in files)
-    return [
-        path
-        for path in relative
-        if str(path) not in REPLACED
-        and not path.name.endswith(WEIGHT_SUFFIXES)
-        and not any(part.startswith((".", "__")) for part in path.parts)
-    ]
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy the companion files byte by byte."""
-    for path in companion_files(source):
-        (target / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / path, target / path)
+def copy_companions(files: CheckpointFiles, source: Path, target: Path) -> None:
+    """Copy the companion files of a checkpoint byte by byte: tokenizer, templates, licence, ..."""
+    for name in files.companions:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)

@@ -21,6 +21,7 @@ from workers.methods.scaling import some
 from workers.model.generation import GENERATION_CONFIG, unreadable
 from workers.model.loading import StreamedModel
 from workers.spec.base import Frozen
+from workers.spec.checkpoint_files import CheckpointFiles
 from workers.spec.formats import FORMATS
 from workers.spec.job import ArtifactMade, Job, Order
 from workers.spec.layers import Layout
@@ -123,9 +124,10 @@ class Maker(ABC):
         self._open_shards.close()
         folder = self._source.folder
         config = json.loads((folder / "config.json").read_text())
+        config.pop("transformers_weights", None)  # the artifact's weights have the usual names
         config["quantization_config"] = self.quantization_config()
         write_text(self._partial / "config.json", json.dumps(config, indent=2) + "\n")
-        self.fallbacks.update(dict.fromkeys(copy_beside(folder, self._partial)))
+        self.fallbacks.update(dict.fromkeys(copy_beside(self._source.files, folder, self._partial)))
         artifact = ArtifactMade(
             recipe=self.order.recipe.name,
             path=str(self.target),
@@ -170,9 +172,9 @@ class Maker(ABC):
         self._writer.add(key, tensor)
 
 
-def copy_beside(source: Path, partial: Path) -> list[str]:
+def copy_beside(files: CheckpointFiles, source: Path, partial: Path) -> list[str]:
     """Copy the companion files, and return what was left out: settings with which no artifact could be loaded."""
-    copy_companions(source, partial)
+    copy_companions(files, source, partial)
     reason = unreadable(partial)
     if reason is None:
         return []

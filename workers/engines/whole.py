@@ -13,6 +13,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from workers.engines.maker import copy_beside, put_in_place
 from workers.errors import OutOfMemory, UnsupportedRecipe, WorkerDied
 from workers.machine import child
 from workers.machine.environments import interpreter
+from workers.machine.files import open_checkpoint
 from workers.spec.engines import Engine, WholeAnswer, WholeRequest
 from workers.spec.job import ArtifactMade, Job, Order
 from workers.spec.workspace import artifact_folder
@@ -58,9 +60,13 @@ def make(
                 recipe=order.recipe,
                 calibration=_stored(calibration_NT, Path(scratch)),
                 trust_remote_code=job.model.trust_remote_code,
+                variant=job.model.variant,
             )
             answer = _ask(engine, request)
-        return _publish(engine, order, source, partial, target, answer, time.monotonic() - begun)
+        pin = job.model
+        files = open_checkpoint(source, f"checkpoint {source}", variant=pin.variant, allow_pickle=pin.allow_pickle)
+        left_out = copy_beside(files, source, partial)
+        return _publish(engine, order, partial, target, answer, left_out, time.monotonic() - begun)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -114,14 +120,20 @@ def _answer(process: subprocess.Popen[str], request: WholeRequest) -> WholeAnswe
 
 
 def _publish(
-    engine: Engine, order: Order, source: Path, partial: Path, target: Path, answer: WholeAnswer, seconds: float
+    engine: Engine,
+    order: Order,
+    partial: Path,
+    target: Path,
+    answer: WholeAnswer,
+    left_out: Sequence[str],
+    seconds: float,
 ) -> ArtifactMade:
     size = sum(path.stat().st_size for path in partial.glob(WEIGHTS))
     if not size or not (partial / "config.json").is_file():
         raise UnsupportedRecipe(
             f"recipe {order.recipe.name!r}: engine {engine.name!r} left no {WEIGHTS} or no config.json in its folder"
         )
-    fallbacks = (*answer.fallbacks, *copy_beside(source, partial))
+    fallbacks = (*answer.fallbacks, *left_out)
     artifact = ArtifactMade(
         recipe=order.recipe.name, path=str(target), bytes=size, seconds=seconds, fallbacks=fallbacks
     )

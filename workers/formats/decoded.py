@@ -121,5 +121,7 @@ def _weights(headers: Iterable[str], decoder: Decoder) -> dict[str, dict[str, st
     for module, names in weights.items():
         missing = [suffix for suffix in decoder.required if suffix not in names]
         if missing:
-            raise CheckpointError(f"{module}: quantized, but its {', '.join(missing)} isn't there; fetch it again")
+            raise CheckpointError(
+                f"{module}: quantized, but its {', '.join(missing)} isn't there; make the checkpoint anew"
+            )
     return weights

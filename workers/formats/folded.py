@@ -15,6 +15,7 @@ from torch import Tensor
 from workers.checkpoint.source import Header, Source
 from workers.errors import CheckpointError
 from workers.numerics.smoothing import scaled
+from workers.spec.checkpoint_files import CheckpointFiles
 
 
 class Folded:
@@ -44,6 +45,11 @@ class Folded:
     def headers(self) -> Mapping[str, Header]:
         """Shape and dtype of every tensor, as the source stores it."""
         return self._source.headers
+
+    @property
+    def files(self) -> CheckpointFiles:
+        """The source's files."""
+        return self._source.files
 
     @property
     def folder(self) -> Path:

@@ -8,6 +8,7 @@ import traceback
 
 from workers.errors import DiskFull, HubUnavailable, OutOfMemory, QuantmillError
 from workers.machine.memory import peak_host_bytes
+from workers.spec.bounds import printable_lines
 from workers.spec.job import Failure, PeakMemory
 
 
@@ -16,9 +17,9 @@ def describe(error: BaseException) -> Failure:
     known = classify(error)
     return Failure(
         kind=type(known).__name__,
-        message=str(known) or type(known).__name__,
+        message=printable_lines(str(known)) or type(known).__name__,
         retry_after=known.retry_after if isinstance(known, HubUnavailable) else None,
-        traceback="".join(traceback.format_exception(error))[-8000:],
+        traceback=printable_lines("".join(traceback.format_exception(error))[-8000:]),
     )
 
 

@@ -153,5 +153,5 @@ def require_finite(key: str, tensor: Tensor) -> Tensor:
         NumericalError: it contains NaN or Inf.
     """
     if not bool(torch.isfinite(tensor).all()):
-        raise NumericalError(f"weights: NaN or Inf in {key}; the checkpoint is broken, fetch it again")
+        raise NumericalError(f"weights: NaN or Inf in {key}; its source is broken: name another, or leave it out")
     return tensor

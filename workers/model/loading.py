@@ -115,6 +115,12 @@ class StreamedModel:
         module: nn.Module = getattr(self.model, self.base_name)
         return module
 
+    @property
+    def embedding_rows(self) -> int:
+        """Number of token ids that the embedding has a row for."""
+        rows: int = self.model.get_input_embeddings().weight.shape[0]
+        return rows
+
     def keys_of_layer(self, index: int) -> list[str]:
         """The checkpoint keys of one layer, in checkpoint order."""
         return self._keys_of_layer[index]
@@ -163,8 +169,8 @@ class StreamedModel:
         names = sorted(missing)
         if names:
             raise CheckpointError(
-                f"checkpoint: no tensors for {names[:5]} of {type(self.model).__name__}; fetch the model again, "
-                "or name a checkpoint that fits its config.json"
+                f"checkpoint: no tensors for {names[:5]} of {type(self.model).__name__}; name a "
+                "checkpoint that holds them, or whose config.json fits what it holds"
             )
 
     def _by_layer(self, targets: Mapping[str, KeyTarget]) -> dict[int, list[str]]:
@@ -361,7 +367,10 @@ def load_tensors(model: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype, 
         # A conversion error is a whole traceback; only its last line is reported.
         errors = [f"{key}: {text.strip().splitlines()[-1]}" for key, text in info.conversion_errors.items()]
         problems = [*sorted(map(str, info.mismatched_keys)), *errors, *info.error_msgs]
-        raise CheckpointError(f"checkpoint: tensors don't fit the model's config.json, got {problems[:3]}")
+        raise CheckpointError(
+            f"checkpoint: tensors don't fit the model's config.json, got {problems[:3]}; name a checkpoint whose "
+            "config.json is its own"
+        )
 
 
 @contextmanager

@@ -43,7 +43,8 @@ class ReferenceFile:
 
 def reference_file(model: ModelPin, workspace: Path, tokens_NT: Tensor, dtype: torch.dtype) -> ReferenceFile:
     """Reference file identified by the model's commit, the tokens, and the dtype of the computation."""
-    digest = hashlib.sha256(f"{READING} {model.id if model.endpoint else ''}@{model.revision} {dtype}".encode())
+    source = f"{model.id if model.endpoint else ''}@{model.revision} {model.variant}"
+    digest = hashlib.sha256(f"{READING} {source} {dtype}".encode())
     digest.update(tokens_NT.numpy().tobytes())
     return ReferenceFile(workspace / "references" / f"{digest.hexdigest()[:32]}.safetensors")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -79,6 +79,12 @@ def note_smaller(maker: Maker, size: int, full: int) -> None:
     if maker.order.recipe.calibrated:
         note = f"calibrated in micro-batches of {size} tokens, for there was no memory for {full}"
         maker.fallbacks[note] = None
+
+
+def note_data(maker: Maker, notes: Iterable[str]) -> None:
+    """Add to a calibrated artifact what was left out of the calibration data."""
+    if maker.order.recipe.calibrated:
+        maker.fallbacks.update(dict.fromkeys(notes))
 
 
 class CheckpointTimer:

@@ -14,7 +14,7 @@ from workers.model.folding import Fold, find_folds
 from workers.model.forward import Lanes, LoadedLayer
 from workers.model.loading import StreamedModel
 from workers.model.statistics import Observer
-from workers.model.text import calibration_tokens, held_out_tokens, load_tokenizer
+from workers.model.text import calibration_tokens, check_ids, held_out_tokens, load_tokenizer
 from workers.spec.job import ArtifactMade, Calibration, Job, Order
 from workers.spec.recipes import Recipe
 from workers.spec.workspace import artifact_folder, is_made, record_path
@@ -55,16 +55,24 @@ def own_stream(recipe: Recipe) -> str:
 
 
 class Tokens:
-    """The tokens of a pass, its reference file, and its identity (``digest``)."""
+    """The tokens of a pass, its reference file, and its identity (``digest``).
 
-    def __init__(self, job: Job, folder: Path, orders: list[Order], dtype: torch.dtype) -> None:
+    ``notes`` say what of the calibration data was left out.
+    """
+
+    def __init__(self, job: Job, folder: Path, orders: list[Order], dtype: torch.dtype, embedding_rows: int) -> None:
         tokenizer = load_tokenizer(folder, job.model)
-        self.held_out = held_out_tokens(job.verification, tokenizer)
+        held_out = held_out_tokens(job.verification, tokenizer)
+        check_ids(held_out, embedding_rows, "verify.dataset")
+        self.held_out = held_out.tokens_NT
+        self.notes: tuple[str, ...] = ()
         self.reference = reference.reference_file(job.model, Path(job.workspace), self.held_out, dtype)
         self.calibration: Tensor | None = None
         if any(order.recipe.calibrated for order in orders):
             assert job.calibration is not None
-            self.calibration = calibration_tokens(job.calibration, tokenizer)
+            calibration = calibration_tokens(job.calibration, tokenizer)
+            check_ids(calibration, embedding_rows, "calibration.dataset")
+            self.calibration, self.notes = calibration.tokens_NT, calibration.notes
         # The versions are part of the identity: a pass of other versions is not resumed.
         digest = hashlib.sha256(
             f"{self.reference.path.name} {self.reference.exists} {sorted(versions().items())}".encode()

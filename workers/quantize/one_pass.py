@@ -20,7 +20,15 @@ from workers.model.forward import Lanes, LoadedLayer, Streaming
 from workers.model.statistics import Observer
 from workers.model.text import calibration_tokens, load_tokenizer
 from workers.numerics.precision import coarse_forwards
-from workers.quantize.attempts import CheckpointTimer, Sizes, attempts, failed_artifact, failure_alone, note_smaller
+from workers.quantize.attempts import (
+    CheckpointTimer,
+    Sizes,
+    attempts,
+    failed_artifact,
+    failure_alone,
+    note_data,
+    note_smaller,
+)
 from workers.quantize.inputs import (
     CALIBRATION,
     OWN,
@@ -49,7 +57,7 @@ def quantize(job: Job, folder: Path) -> tuple[tuple[ArtifactMade, ...], int]:
     """
     done, missing = existing_artifacts(job)
     in_the_pass = [order for order in missing if ENGINES[order.recipe.engine].script is None]
-    with Source(folder, allow_pickle=job.model.allow_pickle) as source:
+    with Source(folder, allow_pickle=job.model.allow_pickle, variant=job.model.variant) as source:
         if in_the_pass:
             done |= _Pass(job, folder, source, in_the_pass).run()
         for order in missing:
@@ -64,7 +72,7 @@ def _by_whole_engine(job: Job, order: Order, folder: Path) -> ArtifactMade:
     try:
         if order.recipe.calibrated:
             assert job.calibration is not None, "the plan refuses calibrated recipes without calibration data"
-            tokens = calibration_tokens(job.calibration, load_tokenizer(folder, job.model))
+            tokens = calibration_tokens(job.calibration, load_tokenizer(folder, job.model)).tokens_NT
         return whole.make(ENGINES[order.recipe.engine], job, order, folder, tokens)
     except Exception as error:
         return failed_artifact(order, failure_alone(order, error), time.monotonic() - begun)
@@ -78,7 +86,7 @@ class _Pass:
         self._source = source
         self._orders = orders
         self._streamed = open_model(job, folder, source)
-        self._tokens = Tokens(job, folder, orders, self._streamed.dtype)
+        self._tokens = Tokens(job, folder, orders, self._streamed.dtype, self._streamed.embedding_rows)
         self._makers: list[Maker] = []
         self._results: dict[str, ArtifactMade] = {}
 
@@ -100,8 +108,9 @@ class _Pass:
         if state is None:
             folder.clear()
         self._make_makers(folder, state)
-        if size < full:
-            for maker in self._makers:
+        for maker in self._makers:
+            note_data(maker, self._tokens.notes)
+            if size < full:
                 note_smaller(maker, size, full)
         try:
             self._go_through_layers(folder, state, size)

@@ -37,7 +37,15 @@ from workers.model.forward import Lanes, LoadedLayer, Streaming
 from workers.model.loading import StreamedModel
 from workers.model.statistics import Observer, inputs_of
 from workers.numerics.precision import coarse_forwards
-from workers.quantize.attempts import CheckpointTimer, Sizes, attempts, failed_artifact, failure_alone, note_smaller
+from workers.quantize.attempts import (
+    CheckpointTimer,
+    Sizes,
+    attempts,
+    failed_artifact,
+    failure_alone,
+    note_data,
+    note_smaller,
+)
 from workers.quantize.gathered import Log, Recorder, replay, tensors_of
 from workers.quantize.inputs import (
     CALIBRATION,
@@ -66,7 +74,7 @@ def gather(job: Job, folder: Path, part: int, parts: int) -> None:
     spread_folder = SpreadFolder(job, parts)
     if spread_folder.gathered(part) is not None or not existing_artifacts(job)[1]:
         return
-    with Source(folder, allow_pickle=job.model.allow_pickle) as source:
+    with Source(folder, allow_pickle=job.model.allow_pickle, variant=job.model.variant) as source:
         _Gathering(job, folder, source, spread_folder, part).run()
 
 
@@ -84,7 +92,7 @@ def solve(job: Job, folder: Path, part: int, parts: int) -> None:
         return
     if any(order.recipe.calibrated for order in orders):
         spread_folder.require_gathered()
-    with Source(folder, allow_pickle=job.model.allow_pickle) as source:
+    with Source(folder, allow_pickle=job.model.allow_pickle, variant=job.model.variant) as source:
         _Solving(job, source, open_model(job, folder, source), spread_folder, orders).run(part)
 
 
@@ -97,7 +105,7 @@ def join(job: Job, folder: Path, parts: int) -> tuple[tuple[ArtifactMade, ...], 
     """
     spread_folder = SpreadFolder(job, parts)
     done, orders = existing_artifacts(job)
-    with Source(folder, allow_pickle=job.model.allow_pickle) as source:
+    with Source(folder, allow_pickle=job.model.allow_pickle, variant=job.model.variant) as source:
         if orders:
             spread_folder.join_reference()
             streamed = open_model(job, folder, source)
@@ -130,6 +138,7 @@ class GatherRecord(Frozen):
 
     micro_batch_tokens: int
     full: int
+    notes: tuple[str, ...] = ()
 
 
 class SpreadFolder:
@@ -211,10 +220,12 @@ class SpreadFolder:
         """Folder in which an artifact is assembled."""
         return self._path / "making" / order.fingerprint[:16]
 
-    def note_smaller(self, maker: Maker) -> None:
-        """Add a fallback to a calibrated artifact if some part had no memory for full micro-batches."""
+    def note(self, maker: Maker) -> None:
+        """Add fallbacks to a calibrated artifact: data left out, and smaller micro-batches of a part."""
         records = [record for part in range(self.parts) if (record := self.gathered(part)) is not None]
         least = min(records, key=lambda record: record.micro_batch_tokens, default=None)
+        if least is not None:
+            note_data(maker, least.notes)
         if least is not None and least.micro_batch_tokens < least.full:
             note_smaller(maker, least.micro_batch_tokens, least.full)
 
@@ -246,7 +257,7 @@ class _Gathering:
         self._job, self._spread_folder, self._part = job, spread_folder, part
         self._recipes = [order.recipe for order in job.orders]
         self._streamed = open_model(job, folder, source)
-        self._tokens = Tokens(job, folder, list(job.orders), self._streamed.dtype)
+        self._tokens = Tokens(job, folder, list(job.orders), self._streamed.dtype, self._streamed.embedding_rows)
         self._full = batching.micro_batch_tokens(self._streamed, self._tokens.longest)
         self._agreed = spread_folder.agree(
             Agreement(micro_batch_tokens=self._full, reference=str(self._tokens.reference.path.absolute()))
@@ -274,7 +285,9 @@ class _Gathering:
                         _checkpoint(folder, layer.index + 1, size, groups)
             if REFERENCE in groups:
                 reference.store(self._spread_folder.reference(self._part), groups[REFERENCE].outputs())
-        self._spread_folder.note_gathered(self._part, GatherRecord(micro_batch_tokens=size, full=self._full))
+        self._spread_folder.note_gathered(
+            self._part, GatherRecord(micro_batch_tokens=size, full=self._full, notes=self._tokens.notes)
+        )
 
     def _groups(self, streaming: Streaming, size: int) -> dict[str, Lanes]:
         groups: dict[str, Lanes] = {}
@@ -434,7 +447,7 @@ def _joined(
 
 def _whole(maker: Maker, layers: Sequence[SolvedLayer], spread_folder: SpreadFolder) -> ArtifactMade:
     maker.begin()
-    spread_folder.note_smaller(maker)
+    spread_folder.note(maker)
     for layer in layers:
         maker.adopt(layer.tensors, layer.fallbacks, layer.seconds)
     return maker.finish()

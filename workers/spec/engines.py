@@ -39,6 +39,7 @@ class WholeRequest(Frozen):
     recipe: Recipe
     calibration: str | None = Field(None, description="safetensors with ``tokens`` int64 [N, T]; null: no calibration.")
     trust_remote_code: bool = False
+    variant: str | None = Field(None, description="Of the weight files' names, as transformers' argument.")
 
 
 class WholeAnswer(Frozen):

@@ -28,6 +28,14 @@ class Dataset(Frozen):
     column: str = "text"
     revision: str | None = None
     separator: str = Field("\n", description="Put between two rows when they are joined into one stream of tokens.")
+    holds: Literal["auto", "text", "messages", "token_ids"] = Field(
+        "auto",
+        description="What the column holds: text, chat messages (role and content, or from and value; rendered by the "
+        "model's chat template), or lists of token ids, which are taken as they are only if that is said here.",
+    )
+    special_tokens: Literal["auto", "none"] | None = Field(
+        None, description="Whether sequences begin as the tokenizer begins a text (auto); left out: as the zoo says."
+    )
 
     @property
     def public(self) -> Dataset:
@@ -82,7 +90,9 @@ class Verification(Frozen):
 
     def same_as(self, other: Verification) -> bool:
         """Whether both evaluate the same tokens."""
-        mine, theirs = ((v.data, v.tokens, v.sequence_length) for v in (self, other))
+        mine, theirs = (
+            (v.data, v.tokens, v.sequence_length, v.dataset.holds, v.dataset.special_tokens) for v in (self, other)
+        )
         return mine == theirs
 
 
@@ -117,6 +127,10 @@ class ModelPin(Frozen):
     endpoint: str | None = Field(None, description="The Hub it comes from, for one that is not.")
     trust_remote_code: bool = False
     allow_pickle: bool = False
+    adds_special_tokens: bool = Field(
+        False, description="Its tokenizer begins texts with special tokens, or may: part of what calibration sees."
+    )
+    variant: str | None = Field(None, description="Of the weight files' names: model.VARIANT.safetensors.")
 
 
 class Order(Frozen):
@@ -316,6 +330,9 @@ class Manifest(Frozen):
     bytes: int
     reference_bytes: int
     created_at: str
+    sequences_begin_with: tuple[str, ...] | None = Field(
+        None, description="Special tokens before each sequence that was calibrated on and compared; None: not said."
+    )
     source_check: SourceCheck | None = Field(None, description="None in older manifests.")
 
 
@@ -376,7 +393,11 @@ def fingerprint(model: ModelPin, recipe: Recipe, calibration: Calibration | None
     the same bytes.
     """
     content: dict[str, Any] = {
-        "model": {"revision": model.revision, **({} if model.folder else {"id": model.id})},
+        "model": {
+            "revision": model.revision,
+            **({} if model.folder else {"id": model.id}),
+            **({"variant": model.variant} if model.variant else {}),
+        },
         "recipe": recipe.model_dump(mode="json", exclude={"name", "description", "environment", "labels"}),
         "numerics": recipe.numerics,
     }
@@ -388,4 +409,9 @@ def fingerprint(model: ModelPin, recipe: Recipe, calibration: Calibration | None
             "separator": calibration.dataset.separator,
             "data": data_sha256,
         }
+        # Only where they change the tokens: artifacts of earlier releases keep their identity elsewhere.
+        if model.adds_special_tokens and calibration.dataset.special_tokens != "none":
+            content["calibration"]["special_tokens"] = "auto"
+        if calibration.dataset.holds != "auto":
+            content["calibration"]["holds"] = calibration.dataset.holds
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()

@@ -11,12 +11,13 @@ from workers.spec.base import Frozen
 from workers.spec.formats import FORMATS
 from workers.spec.recipes import Recipe
 from workers.spec.schemes import FP8_BLOCK, AnyScheme, Float8Scheme, IntScheme, MicroscalingScheme, Scheme
-from workers.spec.tensors import TensorHeader
+from workers.spec.tensors import FLOATS, TensorHeader
 
 # A weight of one expert; transformers fuses these into one tensor per layer on loading.
 EXPERT = re.compile(r"\.experts\.\d+\.")
 # The number of a decoder layer in a tensor's name.
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "half": "F16", "float32": "F32", "float": "F32", "float64": "F64"}
 PACKING_REMEDY = "ignore that layer, or choose another format"
 GROUP_REMEDY = "set scheme.group_size to a divisor or null, or scheme.indivisible to channel or keep"
 
@@ -25,13 +26,15 @@ class LayerKinds(NamedTuple):
     """Kinds of layers, besides plain linear ones, that a recipe quantizes; runtimes' support depends on them.
 
     ``conv1d``: stored (in, out), as in GPT-2. ``mixed``: more than one scheme. ``mixture``: the model is a mixture of
-    experts, whether its experts are quantized (``experts``) or not.
+    experts, whether its experts are quantized (``experts``) or not. ``dtype`` is that of the model once it's loaded, by
+    the name of safetensors headers; empty if unknown.
     """
 
     experts: bool = False
     conv1d: bool = False
     mixed: bool = False
     mixture: bool = False
+    dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,16 @@ def out_in_shape(tensor: TensorHeader, *, conv1d: bool) -> tuple[int, int]:
     return (second, first) if conv1d else (first, second)
 
 
-def kinds_of(recipe: Recipe, tensors: Iterable[TensorHeader], *, conv1d: bool) -> LayerKinds:
+def loaded_dtype(config: Mapping[str, object], tensors: Iterable[TensorHeader]) -> str:
+    """The dtype that transformers loads a model in: config.json's, else that of most of its matrices."""
+    declared = config.get("dtype") or config.get("torch_dtype")
+    if isinstance(declared, str) and (name := declared.removeprefix("torch.")) in _DTYPES:
+        return _DTYPES[name]
+    matrices = [tensor.dtype for tensor in tensors if len(tensor.shape) > 1 and tensor.dtype in FLOATS]
+    return max(set(matrices), key=lambda dtype: (matrices.count(dtype), dtype), default="")
+
+
+def kinds_of(recipe: Recipe, tensors: Iterable[TensorHeader], *, conv1d: bool, dtype: str = "") -> LayerKinds:
     """The kinds of layers that a recipe quantizes among a checkpoint's tensors; ``conv1d`` is the family's."""
     experts = mixture = False
     schemes: set[Scheme] = set()
@@ -133,4 +145,4 @@ def kinds_of(recipe: Recipe, tensors: Iterable[TensorHeader], *, conv1d: bool) -
             chosen = scheme_for(recipe, tensor.name.removesuffix(".weight"), out_in_shape(tensor, conv1d=conv1d))
             if chosen.scheme is not None:
                 schemes.add(chosen.scheme)
-    return LayerKinds(experts=experts, conv1d=conv1d, mixed=len(schemes) > 1, mixture=mixture)
+    return LayerKinds(experts=experts, conv1d=conv1d, mixed=len(schemes) > 1, mixture=mixture, dtype=dtype)

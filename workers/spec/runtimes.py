@@ -135,6 +135,12 @@ def _gptq_by_transformers(scheme: Scheme, kinds: LayerKinds) -> str | None:
 
 
 def _ct_by_transformers(scheme: Scheme, kinds: LayerKinds) -> str | None:
+    if isinstance(scheme, MicroscalingScheme) and kinds.dtype not in ("", "BF16"):
+        return (
+            f"are {scheme.type}, which transformers decodes to bfloat16, and the model's other tensors are "
+            f"{kinds.dtype}, so that their product fails; quantize a bfloat16 copy of the model, or choose another "
+            "scheme"
+        )
     if not kinds.experts:
         return _conv1d(kinds)
     match scheme:

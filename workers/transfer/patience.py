@@ -14,6 +14,8 @@ from workers.errors import HubUnavailable
 T = TypeVar("T")
 
 PUBLISH_SECONDS = 1800.0
+# Most seconds that the plan waits for an address at which nothing answers: it's more often wrong than down.
+SILENT_SECONDS = 20.0
 CALL_SECONDS = 300.0
 # Minimum expected throughput in bytes per second; a slower transfer counts as stalled.
 BYTES_PER_SECOND = 256 * 1024
@@ -26,8 +28,25 @@ def transfer_seconds(size: int) -> float:
     return size / BYTES_PER_SECOND
 
 
+class Silence:
+    """Since when nothing has answered at an address; shared by all who call there."""
+
+    def __init__(self, seconds: float = SILENT_SECONDS) -> None:
+        self._seconds = seconds
+        self._since: float | None = None
+
+    def broken(self) -> None:
+        """Something answered."""
+        self._since = None
+
+    def lasts(self, now: float, wait: float) -> bool:
+        """Note another call without an answer; whether that would be so for too long after another ``wait``."""
+        self._since = now if self._since is None else self._since
+        return now + wait - self._since >= self._seconds
+
+
 class Patience:
-    """Retries calls that get no answer, until a common deadline after ``seconds``."""
+    """Retries calls that get no answer, until a common deadline after ``seconds``, or until a ``silence`` lasts."""
 
     def __init__(
         self,
@@ -37,7 +56,9 @@ class Patience:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
         jitter: Callable[[], float] = random.random,
+        silence: Silence | None = None,
     ) -> None:
+        self._silence = silence
         self._call_seconds = call_seconds
         self._clock = clock
         self._sleep = sleep
@@ -54,10 +75,14 @@ class Patience:
         failures = 0
         while True:
             try:
-                return self.once(thing, action, extra_seconds)
+                result = self.once(thing, action, extra_seconds)
             except HubUnavailable as error:
                 failures += 1
                 self.wait(error, failures)
+            else:
+                if self._silence is not None:
+                    self._silence.broken()
+                return result
 
     def once(self, thing: str, action: Callable[[], T], extra_seconds: float = 0.0) -> T:
         """Run the action once and return its result; HubUnavailable after the timeout.
@@ -93,23 +118,23 @@ class Patience:
             raise error  # already retried
         backoff = min(2.0 ** (failures - 1), LONGEST_BACKOFF_SECONDS) * (0.5 + 0.5 * self._jitter())
         wait = max(backoff, min(error.retry_after or 0.0, LONGEST_WAIT_SECONDS))
+        if self._silence is not None:
+            if error.reached:
+                self._silence.broken()
+            elif self._silence.lasts(self._clock(), wait):
+                raise error
         if self._clock() + wait >= self._deadline:
             message = f"{error}; given up after {failures} attempts, for {self._seconds:.0f} s in all are over"
             raise HubUnavailable(message, error.retry_after) from error
         self._sleep(wait)
 
 
-def insist(action: Callable[[], T], attempts: int = 3, sleep: Callable[[float], None] = time.sleep) -> T:
-    """Run a short request, with retries while the Hub doesn't answer or asks to wait, and return its result.
+def insist(thing: str, action: Callable[[], T], silence: Silence | None = None) -> T:
+    """Run a short request with the patience of publishing, and return its result.
 
-    Waits double from one second, or follow the Hub's request, up to ``LONGEST_WAIT_SECONDS``.
+    ``silence`` is shared by the requests of one command, which gives up early on an address where nothing answers.
 
     Raises:
         HubUnavailable: the last failure.
     """
-    for failures in range(1, attempts):
-        try:
-            return action()
-        except HubUnavailable as error:
-            sleep(min(max(2.0 ** (failures - 1), error.retry_after or 0.0), LONGEST_WAIT_SECONDS))
-    return action()
+    return Patience(silence=silence or Silence()).call(thing, action)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from workers.errors import CheckpointError
+from workers.machine.files import read_bounded
+from workers.spec.bounded_yaml import BadYaml, parse_yaml
+from workers.spec.bounds import CARD_BYTES, printable, printable_lines
 from workers.spec.families import DEFAULT_LOADER
 from workers.spec.job import Dataset, Job, Order, SourceCheck, Verdict
 from workers.spec.layers import LayerKinds
@@ -37,19 +42,28 @@ def render_card(
     """
     metadata = card_metadata(job, order, read_metadata(source / "README.md"), verdict)
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
-    return f"---\n{front}---\n\n{_body(job, order, verdict, environment, fallbacks, kinds, loader, checked)}"
+    body = _body(job, order, verdict, environment, fallbacks, kinds, loader, checked)
+    return f"---\n{front}---\n\n{printable_lines(body)}"
 
 
 def read_metadata(card: Path) -> dict[str, Any]:
     """The YAML block at the top of a card; empty if there is none."""
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    if not text.startswith("---\n") or "\n---" not in text[3:]:
-        return {}
     try:
-        loaded = yaml.safe_load(text[4 : text.index("\n---", 3)])
-    except yaml.YAMLError:
+        text = read_bounded(card, CARD_BYTES, str(card)).decode("utf-8") if card.is_file() else ""
+        block = re.match(r"---\r?\n(.*?\n)---", text, re.DOTALL)
+        loaded = parse_yaml(block[1]) if block else None
+    except (CheckpointError, BadYaml, UnicodeDecodeError):
         return {}  # an invalid card of the source is no error of ours
-    return loaded if isinstance(loaded, dict) else {}
+    if not isinstance(loaded, dict):
+        return {}
+    return {key: value for key in INHERITED if (value := _plain_words(loaded.get(key)))}
+
+
+def _plain_words(value: Any) -> str | list[str] | None:
+    """A text, or a list of texts, as the Hub takes them in metadata; None for anything else."""
+    if isinstance(value, list):
+        return [printable(item)[:200] for item in value if isinstance(item, str)][:100]
+    return printable(value)[:500] if isinstance(value, str) else None
 
 
 def card_metadata(job: Job, order: Order, source: Mapping[str, Any], verdict: Verdict) -> dict[str, Any]:
@@ -174,7 +188,10 @@ def zoo_of(job: Job, order: Order) -> dict[str, Any]:
     model = (
         {"id": Path(job.model.id).name} if job.model.folder else {"id": job.model.id, "revision": job.model.revision}
     )
-    flags = {name: True for name in ("trust_remote_code", "allow_pickle") if getattr(job.model, name)}
+    flags: dict[str, bool | str] = {
+        name: True for name in ("trust_remote_code", "allow_pickle") if getattr(job.model, name)
+    }
+    flags |= {"variant": job.model.variant} if job.model.variant else {}
     verify = {**_plain(job.verification), "dataset": _text(job.verification.dataset)}
     verify.pop("data")  # digest of the text's content, computed by the plan
     zoo: dict[str, Any] = {

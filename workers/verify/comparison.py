@@ -23,7 +23,7 @@ from workers.model.device import checkpoint_dtype, compute_device
 from workers.model.forward import LogitsHead, stream
 from workers.model.loading import StreamedModel
 from workers.model.reference import ReferenceFile
-from workers.model.text import held_out_tokens, load_tokenizer
+from workers.model.text import Sequences, check_ids, held_out_tokens, load_tokenizer
 from workers.spec.families import family_of
 from workers.spec.formats import recognised
 from workers.spec.job import Generation, Job, Metrics, ModelPin, RuntimeAgreement, SourceCheck, Verification
@@ -59,9 +59,21 @@ class Comparison:
         return load_tokenizer(self.source.folder, self.model)
 
     @cached_property
+    def held_out(self) -> Sequences:
+        """The held-out sequences."""
+        held_out = held_out_tokens(self.verification, self.tokenizer)
+        check_ids(held_out, self.reference.embedding_rows, "verify.dataset")
+        return held_out
+
+    @property
     def tokens(self) -> Tensor:
         """The held-out tokens, int64 [N, T]."""
-        return held_out_tokens(self.verification, self.tokenizer)
+        return self.held_out.tokens_NT
+
+    @property
+    def begin_with(self) -> tuple[str, ...]:
+        """The special tokens that each sequence begins with."""
+        return tuple(map(str, self.tokenizer.convert_ids_to_tokens(list(self.held_out.prefix))))
 
     @cached_property
     def reference(self) -> StreamedModel:
@@ -159,8 +171,8 @@ class Comparison:
 
     def _ask(self, folder: Path) -> RuntimeAnswer:
         """Load the artifact in the users' library, in its own process."""
-        tokens = self.tokens[:RUNTIME_SEQUENCES, :RUNTIME_TOKENS].contiguous()
-        prompts = self.tokens[:PROMPTS, :PROMPT_TOKENS].contiguous()
+        tokens = self.tokens[:RUNTIME_SEQUENCES, :RUNTIME_TOKENS].clone()
+        prompts = self.tokens[:PROMPTS, :PROMPT_TOKENS].clone()
         scratch_root = self.workspace / "scratch"
         scratch_root.mkdir(parents=True, exist_ok=True)
         config = json.loads((folder / "config.json").read_text())

@@ -60,7 +60,8 @@ def check(request: CheckRequest) -> CheckReport:
     """
     folder = Path(request.checkpoint)
     reference = Path(request.reference.folder or "")
-    with Source(reference, allow_pickle=request.reference.allow_pickle) as source:
+    pin = request.reference
+    with Source(reference, allow_pickle=pin.allow_pickle, variant=pin.variant) as source:
         comparison = Comparison(request.reference, source, request.verification, Path(request.workspace))
         comparison.load()
         comparison.check_source()

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.checkpoint.source import INDEX, REPLACED, Source, companion_files
+from workers.checkpoint.source import Source
 from workers.formats.decoded import Decoded
 from workers.formats.folded import Folded
-from workers.machine.files import file_sha256
+from workers.machine.files import file_sha256, open_checkpoint
 from workers.model.generation import GENERATION_CONFIG, unreadable
+from workers.spec.checkpoint_files import REPLACED
 from workers.verify.diagnosis import diagnose
 
 NAMED = 3  # names listed in a message
@@ -61,7 +62,7 @@ def inspect(
             *listed("not quantized though the recipe says so", intended - quantized),
             *listed("quantized though the recipe doesn't say so", quantized - intended),
             *_config(source.folder, folder),
-            *_companions(source.folder, folder),
+            *_companions(source.folder, source.files.companions, folder),
         ]
     )
     compare(source, artifact, quantized, findings, unused)
@@ -172,7 +173,7 @@ def _config(source: Path, artifact: Path) -> list[str]:
         want, got = (json.loads((folder / "config.json").read_text()) for folder in (source, artifact))
     except (OSError, ValueError) as error:
         return [f"integrity: config.json can't be read ({error})"]
-    return differing_settings("config.json", want, got, QUANTIZERS_OWN)
+    return differing_settings("config.json", want, got, QUANTIZERS_OWN | {"transformers_weights"})
 
 
 def differing_settings(
@@ -190,10 +191,10 @@ def differing_settings(
     return listed(f"{where} differs from the source's", differences)
 
 
-def _companions(source: Path, artifact: Path) -> list[str]:
+def _companions(source: Path, companions: Iterable[str], artifact: Path) -> list[str]:
     """Check tokenizer, templates, generation config and licence: present, byte-identical, and no further files."""
     missing, changed = [], []
-    expected = set(companion_files(source))
+    expected = {Path(name) for name in companions}
     if unreadable(source):
         expected.discard(Path(GENERATION_CONFIG))
     for path in sorted(expected):
@@ -210,9 +211,10 @@ def _companions(source: Path, artifact: Path) -> list[str]:
 
 def _strangers(artifact: Path, expected: set[Path]) -> Iterator[str]:
     """Files that a loader may read: neither the source's, nor the checked safetensors."""
+    files = open_checkpoint(artifact, f"checkpoint {artifact}")
+    checked = {*files.weights, files.index, *map(str, expected), *REPLACED}
     for path in sorted(artifact.rglob("*")):
         relative = path.relative_to(artifact)
-        weights = path.suffix == ".safetensors" or path.name == INDEX
         hidden = any(part.startswith(".") for part in relative.parts)
-        if path.is_file() and not hidden and not weights and relative not in expected and str(relative) not in REPLACED:
+        if path.is_file() and not hidden and str(relative) not in checked:
             yield str(relative)

@@ -147,6 +147,7 @@ def _by_transformers(of: Checked, tokens_NT: Tensor, layers: int | None) -> _The
             layers=layers,
             loader=family_of(of.streamed.model.config.model_type).loader,
             trust_remote_code=of.model.trust_remote_code,
+            variant=of.model.variant,
         )
         answer = in_a_process(ENTRY, request, Path(scratch), f"source check of {of.model.id}")
         _require_whole(of.model, answer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from workers.checkpoint.source import Source
 from workers.engines.table import layout_of
@@ -36,6 +36,14 @@ from workers.verify.card import render_card
 from workers.verify.comparison import Comparison
 
 
+class Circumstances(NamedTuple):
+    """How an artifact was compared: the check of its source, special tokens of the sequences, and what was left out."""
+
+    source_check: SourceCheck | None
+    begin_with: tuple[str, ...] | None
+    notes: tuple[str, ...]
+
+
 def verify(job: Job, order: Order, source_folder: Path) -> Manifest:
     """Verify one artifact of a job and write its card and manifest; if already verified, only judge it again.
 
@@ -46,16 +54,17 @@ def verify(job: Job, order: Order, source_folder: Path) -> Manifest:
     record = ArtifactMade.model_validate_json(record_path(folder).read_text())
     previous = _verified_before(folder, job.verification)
     if previous is not None:
-        verdict, checked = _judged_again(previous.verdict, order), previous.source_check
+        verdict = _judged_again(previous.verdict, order)
+        about = Circumstances(previous.source_check, previous.sequences_begin_with, previous.fallbacks)
         if verdict == previous.verdict and order.thresholds == previous.thresholds:
             return previous
     else:
-        with Source(source_folder, allow_pickle=job.model.allow_pickle) as source:
-            verdict, checked = _verdict(job, order, source, folder)
+        with Source(source_folder, allow_pickle=job.model.allow_pickle, variant=job.model.variant) as source:
+            verdict, about = _verdict(job, order, source, folder)
     if ReasonCode.INTEGRITY in verdict.codes:
         # The files are kept for inspection; without its record, the next run makes the artifact again.
         record_path(folder).unlink()
-    return _seal(job, order, folder, source_folder, record, verdict, checked)
+    return _seal(job, order, folder, source_folder, record, verdict, about)
 
 
 def _verified_before(folder: Path, verification: Verification) -> Manifest | None:
@@ -87,18 +96,21 @@ def _judged_again(verdict: Verdict, order: Order) -> Verdict:
     return gates.judge(facts, order.thresholds)
 
 
-def _verdict(job: Job, order: Order, source: Source, folder: Path) -> tuple[Verdict, SourceCheck]:
+def _verdict(job: Job, order: Order, source: Source, folder: Path) -> tuple[Verdict, Circumstances]:
     """Check the source, gather the evidence about one artifact, and judge it."""
     comparison = Comparison.of_job(job, source)
     comparison.load()
-    checked = comparison.check_source()
+    checked, notes = comparison.check_source(), comparison.held_out.notes
+    if checked.unchecked:
+        notes += (f"the source's reading wasn't checked against transformers: {checked.unchecked}",)
+    about = Circumstances(checked, comparison.begin_with, notes)
     try:
         with open_decoded(folder, trust_remote_code=job.model.trust_remote_code) as artifact:
             facts = _facts(order, comparison, folder, artifact)
     except (UserError, NumericalError) as error:
         # The source is already loaded, so the unreadable file is the artifact's.
         facts = gates.Evidence(integrity=[f"integrity: {error}"])
-    return gates.judge(facts, order.thresholds), checked
+    return gates.judge(facts, order.thresholds), about
 
 
 def _facts(order: Order, comparison: Comparison, folder: Path, artifact: Source | Decoded) -> gates.Evidence:
@@ -126,18 +138,17 @@ def _seal(
     source_folder: Path,
     record: ArtifactMade,
     verdict: Verdict,
-    checked: SourceCheck | None,
+    about: Circumstances,
 ) -> Manifest:
     """Write the card, then the manifest of all files, which fixes the artifact's bytes."""
     (folder / MANIFEST).unlink(missing_ok=True)
     environment = versions()
-    with Source(source_folder, allow_pickle=job.model.allow_pickle) as source:
+    with Source(source_folder, allow_pickle=job.model.allow_pickle, variant=job.model.variant) as source:
         reference_bytes = source.bytes
         family = _family(source_folder)
         kinds = kinds_of(order.recipe, _headers(source), conv1d=family.conv1d)
-    fallbacks = record.fallbacks
-    if checked is not None and checked.unchecked:
-        fallbacks += (f"the source's reading wasn't checked against transformers: {checked.unchecked}",)
+    checked = about.source_check
+    fallbacks = tuple(dict.fromkeys((*record.fallbacks, *about.notes)))
     card = render_card(job, order, source_folder, verdict, environment, fallbacks, kinds, family.loader, checked)
     write_text(folder / "README.md", card)
     files = {
@@ -161,6 +172,7 @@ def _seal(
         reference_bytes=reference_bytes,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         source_check=checked,
+        sequences_begin_with=about.begin_with,
     )
     write_text(folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
     return manifest

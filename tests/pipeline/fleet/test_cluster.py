@@ -80,7 +80,7 @@ STARTS = """
 import os, sys
 from pathlib import Path
 from pipeline.fleet import cluster
-from workers.errors import QuantmillError
+from workers.errors import ClusterLost
 cluster._set_up_environment(embedded=True)
 import ray
 from ray._private import services
@@ -105,7 +105,7 @@ try:
     with cluster.Cluster(None, folder) as ours:
         print(len(ours.nodes()), len(asked), "servers:", flush=True)
         print(os.popen(f"pgrep -c -P {os.getpid()} gcs_server").read())
-except QuantmillError as error:
+except ClusterLost as error:
     print(type(error).__name__, error, len(asked), ray.is_initialized())
     print(os.popen(f"pgrep -c -P {os.getpid()} 'gcs_server|raylet'").read())
 """
@@ -117,7 +117,7 @@ except QuantmillError as error:
         ("once", "1 2 servers:\n1", "Ray didn't start (The current node timed out during startup.); trying again\n"),
         pytest.param(
             "never",
-            "QuantmillError Ray doesn't start on this machine (The current node timed out during startup.)",
+            "ClusterLost Ray doesn't start on this machine, tried 3 times (The current node timed out during startup.)",
             "",
             marks=pytest.mark.slow,
         ),
@@ -136,7 +136,7 @@ def test_a_ray_that_starts_slowly_is_waited_for_and_one_that_gives_up_tried_agai
     assert said in done.stdout
     assert told in done.stderr
     if how == "never":
-        assert done.stdout.endswith("2 False\n0\n\n"), "what was half started was ended, both times"
+        assert done.stdout.endswith("3 False\n0\n\n"), "what was half started was ended, each time"
     # Ray's own agents of a raylet that had to be killed give up after a minute without it.
     agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
     assert wait_for(lambda: not marked_processes(mark, agents), GONE_SECONDS), marked_processes(mark, agents)

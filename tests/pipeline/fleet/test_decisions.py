@@ -213,8 +213,21 @@ def test_a_request_is_repeated_while_the_hub_asks_to_wait() -> None:
             raise answers.pop(0)
         return "there"
 
-    assert patience.insist(ask, sleep=slept.append) == "there"
+    def patient(silence: patience.Silence | None = None) -> patience.Patience:
+        slept.clear()
+        return patience.Patience(
+            100.0, clock=lambda: sum(slept), sleep=slept.append, jitter=lambda: 1.0, silence=silence
+        )
+
+    assert patient().call("ask", ask) == "there"
     assert slept == [17.0, 2.0]
-    answers += [errors.HubUnavailable("gone")] * 3
-    with pytest.raises(errors.HubUnavailable, match="gone"):
-        patience.insist(ask, sleep=slept.append)
+    answers += [errors.HubUnavailable("gone")] * 30
+    with pytest.raises(errors.HubUnavailable, match="gone; given up after 8 attempts, for 100 s in all are over"):
+        patient().call("ask", ask)
+    # Where nothing answers at all, that is said soon; a word in between, and it goes on.
+    answers[:] = [errors.HubUnavailable("nobody", reached=False)] * 30
+    with pytest.raises(errors.HubUnavailable, match=r"^nobody$"):
+        patient(patience.Silence(20.0)).call("ask", ask)
+    assert sum(slept) < 20.0
+    answers[:] = [errors.HubUnavailable("nobody", reached=False), errors.HubUnavailable("busy")] * 3
+    assert patient(patience.Silence(20.0)).call("ask", ask) == "there"

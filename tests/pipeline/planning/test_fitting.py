@@ -16,7 +16,7 @@ INT4 = {"bits": 4, "group_size": 128}
 
 def model(model_type: str = "llama", **shapes: tuple[int, int]) -> PinnedModel:
     tensors = tuple(TensorHeader(f"model.layers.0.{name}.weight", shape, "BF16") for name, shape in shapes.items())
-    return PinnedModel(PIN, {"model_type": model_type}, tensors)
+    return PinnedModel(PIN, {"model_type": model_type}, tensors, name="model")
 
 
 def problems(source: PinnedModel, **definition: Any) -> list[str]:

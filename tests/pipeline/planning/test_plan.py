@@ -17,6 +17,7 @@ from tests.pipeline.fleet import test_decisions as decisions
 from workers.errors import HubRefused, HubUnavailable, UserError
 from workers.spec.workspace import MANIFEST, artifact_folder
 from workers.transfer import destinations
+from workers.transfer.patience import Silence
 from workers.transfer.storage import Storage
 
 ROOT = Path(__file__).parents[3]
@@ -41,7 +42,7 @@ verify: {{dataset: {{path: text, data_files: [{TEXT}/heldout.txt]}}}}
 
 
 def make(tmp_path: Path, made: zoo.Zoo, endpoint: str | None = None) -> plan.Plan:
-    return plan.make_plan(made, tmp_path, tmp_path / "runs", endpoint)
+    return plan.make_plan(made, tmp_path, tmp_path / "runs", endpoint, strict=True)
 
 
 def copy_llama(tmp_path: Path) -> Path:
@@ -176,12 +177,14 @@ def test_the_calibration_text_under_another_name_is_still_the_calibration_text(t
 def test_two_models_of_one_name_would_share_a_repository(tmp_path: Path) -> None:
     for parent in ("a", "b"):
         shutil.copytree(LLAMA, tmp_path / parent / "model")
+    (tmp_path / "b/model/LICENSE").write_text("another")
     made = write(tmp_path, model="id: a/model}, {id: b/model", extra="publish: {namespace: acme}")
     with pytest.raises(UserError, match="'acme/model-gptq-w4-g128'"):
         make(tmp_path, made)
 
 
-def test_a_hub_that_is_not_there(tmp_path: Path) -> None:
+def test_a_hub_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "Silence", lambda: Silence(1.0))
     made = write(tmp_path, extra="publish: {namespace: acme}")
     with pytest.raises(HubUnavailable, match=r"127\.0\.0\.1:9"):
         make(tmp_path, made, "http://127.0.0.1:9")
@@ -198,7 +201,8 @@ def test_a_model_of_the_hub_is_pinned_to_its_commit(tmp_path: Path, monkeypatch:
         # huggingface_hub reads HF_ENDPOINT when it's imported: another process, as a user's would be.
         code = (
             "from pathlib import Path; from pipeline.planning import plan; from pipeline.zoo import zoo\n"
-            f"made = plan.make_plan(zoo.load(Path({str(tmp_path / 'zoo.yaml')!r})), Path('.'), Path('runs'), None)\n"
+            f"zoo = zoo.load(Path({str(tmp_path / 'zoo.yaml')!r}))\n"
+            "made = plan.make_plan(zoo, Path('.'), Path('runs'), None, strict=True)\n"
             "print(made.artifacts[0].source.pin.revision, len(made.artifacts[0].source.tensors))"
         )
         write(tmp_path, model="id: acme/llama")

@@ -36,6 +36,7 @@ class SourceRequest(Frozen):
     layers: int | None = Field(None, ge=1, description="Load only the first layers.")
     loader: str = DEFAULT_LOADER
     trust_remote_code: bool = False
+    variant: str | None = Field(None, description="Of the weight files' names.")
 
 
 def answer(request: str) -> str:
@@ -61,6 +62,7 @@ def _load_and_run(request: dict[str, Any]) -> dict[str, Any]:
         device_map=device,
         output_loading_info=True,
         trust_remote_code=trusted,
+        variant=request["variant"],
         generation_config=transformers.GenerationConfig(),
         adapter_kwargs=NO_ADAPTER,
         **cut,

@@ -1,0 +1,191 @@
+"""Check a model's config.json at the edge: types, model type, class, and the positions and tokens that it allows."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from workers.errors import CheckpointError, UnsupportedModel
+from workers.spec.bounds import parse_json
+from workers.spec.families import DEFAULT_LOADER, family_of
+from workers.spec.tensors import FLOATS, TensorHeader
+
+CAUSAL_LM = re.compile(r"(ForCausalLM|LMHeadModel|LMHead)$")
+# Names for the number of positions, in the order of looking: of most families; GPT-2; MPT, DBRX; CTRL; Bloom; XGLM.
+POSITIONS: tuple[str, ...] = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "n_ctx",
+    "seq_length",
+)
+POSITIONS += ("max_target_positions", "seq_len", "max_seq_length")
+# A stored weight of an unquantized model is one of FLOATS; others are codes, whatever config.json says.
+WEIGHT = re.compile(r"(\.|^)(weight|qweight|weight_packed|gate_up_proj|down_proj|\w+_blocks)$")
+LARGEST = 2**48
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _number(value: Any) -> bool:
+    return type(value) is int and abs(value) < LARGEST
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 < value < LARGEST
+
+
+_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("model_type", "transformers_weights", "dtype", "torch_dtype"), (_text, "text")),
+    **dict.fromkeys(("quantization_config", "auto_map", "text_config"), (_mapping, "a mapping")),
+    "architectures": (_names, "a list of class names"),
+    **dict.fromkeys(
+        ("hidden_size", "n_embd", "d_model", "vocab_size", "num_attention_heads", "n_head", "num_hidden_layers"),
+        (_count, "a whole number above 0"),
+    ),
+    **dict.fromkeys((*POSITIONS, "num_experts_per_tok", "num_experts_per_token"), (_number, "a whole number")),
+}
+
+
+def parse_config(text: bytes, what: str) -> dict[str, Any]:
+    """The content of config.json, with the keys that planning reads of the right types; null is as good as left out.
+
+    Raises:
+        CheckpointError: no JSON mapping, or a key of another type.
+    """
+    config = parse_json(text, f"{what}: config.json")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{what}: config.json: expected a mapping, got {type(config).__name__}; replace it")
+    nested = config.get("text_config")
+    for where, level in (("", config), ("text_config.", nested if isinstance(nested, dict) else {})):
+        for key, (fits, expected) in _KEYS.items():
+            value = level.get(key)
+            if value is not None and not fits(value):
+                raise CheckpointError(
+                    f"{what}: config.json: {where}{key}: expected {expected}, got {repr(value)[:80]}; "
+                    "correct it as in the original model"
+                )
+    return config
+
+
+def check_loadable(config: Mapping[str, Any], tensors: tuple[TensorHeader, ...], what: str, trusted: bool) -> None:
+    """Refuse what can't be quantized, by config.json and headers.
+
+    Raises:
+        UnsupportedModel: no causal LM, an unknown model type, code of its own, quantized already, or without layers.
+    """
+    if config.get("auto_map") and not trusted:
+        raise UnsupportedModel(
+            f"{what} comes with code of its own (auto_map in config.json), which is not run; "
+            "read that code, then set trust_remote_code: true for this model"
+        )
+    _check_quantized(config, tensors, what)
+    _check_class(config, what)
+    if tensors and not any(len(tensor.shape) > 1 for tensor in tensors if re.search(r"\.\d+\.", tensor.name)):
+        names = [tensor.name[:80] for tensor in tensors[:3]]
+        raise UnsupportedModel(
+            f"{what} holds no layers of a model, got tensors {names}; a head or an adapter goes with its model: merge "
+            "them, and name the result"
+        )
+
+
+def _check_quantized(config: Mapping[str, Any], tensors: tuple[TensorHeader, ...], what: str) -> None:
+    declared = config.get("quantization_config")
+    if declared:
+        method = str(declared.get("quant_method"))[:40]
+        raise UnsupportedModel(
+            f"{what} is quantized already, got quant_method {method!r}; name the original checkpoint"
+        )
+    coded = next((t for t in tensors if t.dtype not in FLOATS and len(t.shape) > 1 and WEIGHT.search(t.name)), None)
+    if coded is not None:
+        raise UnsupportedModel(
+            f"{what} is quantized already, though its config.json doesn't say so: {coded.name!r} is "
+            f"stored as {coded.dtype}, expected one of {', '.join(sorted(FLOATS))}; name the original checkpoint"
+        )
+
+
+def _check_class(config: Mapping[str, Any], what: str) -> None:
+    kind, architectures = config.get("model_type"), config.get("architectures") or []
+    if architectures and not any(CAUSAL_LM.search(name) for name in architectures):
+        raise UnsupportedModel(
+            f"{what} has no causal LM head, got architectures {str(architectures)[:200]}; "
+            "quantmill quantizes decoders (a class ...ForCausalLM or ...LMHeadModel)"
+        )
+    own = config.get("auto_map") or {}
+    if kind is None:
+        if "AutoConfig" in own:
+            return
+        raise CheckpointError(f"{what}: config.json has no model_type; name a transformers checkpoint")
+    if family_of(kind).loader != DEFAULT_LOADER or "AutoModelForCausalLM" in own:
+        return
+    known = causal_classes()
+    if known and kind not in known:
+        raise UnsupportedModel(
+            f"{what}: transformers {_version()} has no causal LM for model_type {kind[:80]!r}"
+            f"{_near(kind, known)}; update transformers, correct config.json, or leave the model out"
+        )
+
+
+def _near(kind: str, known: Mapping[str, str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(kind, known, n=1)
+    return f" (it has {close[0]!r})" if close else ""
+
+
+@cache
+def causal_classes() -> dict[str, str]:
+    """Causal LM classes of the installed transformers by model type, read from its source without importing it.
+
+    Empty if it isn't installed here, or holds its list in another way.
+    """
+    found = importlib.util.find_spec("transformers")
+    if found is None or not found.submodule_search_locations:
+        return {}
+    path = Path(found.submodule_search_locations[0]) / "models/auto/modeling_auto.py"
+    tree = ast.parse(path.read_text()) if path.is_file() else ast.Module([], [])
+    for node in tree.body:
+        named = isinstance(node, ast.Assign) and any(
+            isinstance(target, ast.Name) and target.id == "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES" for target in node.targets
+        )
+        if named:
+            pairs = [tuple(item.elts) for item in ast.walk(node) if isinstance(item, ast.Tuple) and len(item.elts) == 2]
+            return {
+                str(key.value): str(value.value if isinstance(value, ast.Constant) else "")
+                for key, value in pairs
+                if isinstance(key, ast.Constant)
+            }
+    return {}
+
+
+def _version() -> str:
+    import importlib.metadata
+
+    return importlib.metadata.version("transformers")
+
+
+def positions(config: Mapping[str, Any]) -> int | None:
+    """The number of positions that a config allows, under whatever name; None if it says none."""
+    nested = config.get("text_config")
+    for level in (config, nested if isinstance(nested, dict) else {}):
+        for name in POSITIONS:
+            value = level.get(name)
+            if type(value) is int and value > 0:
+                return value
+    return None
