@@ -150,9 +150,11 @@ def peft_is_available(_: str) -> str:
 
 
 @pytest.mark.usefixtures("peft")
-def test_a_source_is_checked_without_the_adapter_beside_it(tmp_path: Path) -> None:
+def test_an_adapter_beside_a_model_is_neither_read_nor_copied(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(LLAMA, tmp_path / "model"))
     save_adapter(folder)
-    of = job(folder, tmp_path, RTN)
-    with Source(folder) as source:
-        assert Comparison.of_job(of, source).check_source().relative_logit_difference < 1e-5
+    manifest = verified(made(folder, tmp_path, RTN))
+    assert manifest.verdict.accepted, manifest.verdict.reasons
+    assert manifest.source_check is not None
+    assert manifest.source_check.relative_logit_difference < 1e-5
+    assert not [name for name in manifest.files if name.startswith("adapter_")]
