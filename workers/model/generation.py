@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-GENERATION_CONFIG = "generation_config.json"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 # Token ids are compared as int64, and no vocabulary is near this.
 HIGHEST_TOKEN = 2**31 - 1
 
@@ -49,21 +49,32 @@ def token_ids(value: object) -> list[int]:
 
 
 def unreadable(folder: Path) -> str | None:
-    """Why transformers fails to load a model for its generation_config.json; None if it doesn't.
+    """Why transformers fails to load a model for its generation_config.json; None if it doesn't."""
+    failing = failing_settings(folder)
+    return failing[1] if failing and failing[0] == GENERATION_CONFIG else None
 
-    A file that is no JSON at all isn't why: transformers then takes the settings in config.json.
+
+def failing_settings(folder: Path) -> tuple[str, str] | None:
+    """The file for whose settings of generation transformers fails to load a model, and why; None if it doesn't.
+
+    If generation_config.json is no JSON, or isn't there, transformers takes the settings in config.json.
     """
     from transformers import GenerationConfig
 
-    if not (folder / GENERATION_CONFIG).is_file():
+    def failure(**where: Any) -> str | None:
+        try:
+            GenerationConfig.from_pretrained(folder, **where)
+        except OSError:
+            raise
+        except Exception as error:  # whatever a setting of an unexpected type leads to
+            return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         return None
+
     try:
-        GenerationConfig.from_pretrained(folder)
+        file, reason = GENERATION_CONFIG, failure()
     except OSError:
-        return None
-    except Exception as error:  # whatever a setting of an unexpected type leads to
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-    return None
+        file, reason = CONFIG, failure(config_file_name=CONFIG, _from_model_config=True)
+    return (file, reason) if reason else None
 
 
 def _read(path: Path) -> Mapping[str, Any]:

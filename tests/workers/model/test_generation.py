@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.workers.families import save_random
-from workers.model.generation import GENERATION_CONFIG, greedy, token_ids, unreadable
+from workers.model.generation import GENERATION_CONFIG, failing_settings, greedy, token_ids
 from workers.verify.runtimes.transformers import _continued
 
 NEW = 6
@@ -90,13 +90,13 @@ def until(row: list[int], ends: list[int]) -> list[int]:
 def check(folder: Path, said: Any, plain: list[list[int]]) -> None:
     ends = (token_ids(said.get("eos_token_id")) if isinstance(said, dict) else []) or [2]
     assert continued(folder) == ([until(row, ends) for row in plain], [])
-    reason = unreadable(folder)
-    if reason is None:
+    failing = failing_settings(folder)
+    if failing is None:
         tf.AutoModelForCausalLM.from_pretrained(folder)
     else:
         with pytest.raises(Exception) as caught:  # noqa: PT011 - of any class, which the reason names
             tf.AutoModelForCausalLM.from_pretrained(folder)
-        assert type(caught.value).__name__ in reason
+        assert failing[1].startswith(type(caught.value).__name__)
 
 
 @pytest.mark.parametrize("name", PECULIAR)
@@ -121,6 +121,17 @@ def test_files_of_another_shape_change_no_token(
     shutil.copytree(model, tmp_path, dirs_exist_ok=True)
     (tmp_path / GENERATION_CONFIG).write_bytes(content)
     check(tmp_path, None, plain)
+
+
+@pytest.mark.parametrize("said", [{"num_return_sequences": 3}, {"early_stopping": 5}, {"repetition_penalty": 2.0}])
+def test_settings_in_the_config_change_no_token(
+    said: dict[str, Any], model: Path, plain: list[list[int]], tmp_path: Path
+) -> None:
+    shutil.copytree(model, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **said}))
+    check(tmp_path, None, plain)
+    assert (failing_settings(tmp_path) or ["none"])[0] == ("none" if "repetition_penalty" in said else "config.json")
 
 
 def test_ids_are_those_of_the_file_and_else_the_configs(model: Path, tmp_path: Path) -> None:

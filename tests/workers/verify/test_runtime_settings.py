@@ -83,9 +83,21 @@ def test_settings_that_come_later_are_the_files_problem(tmp_path: Path) -> None:
     (artifact_folder(tmp_path, of.orders[0]) / GENERATION_CONFIG).write_text('{"max_new_tokens": -1}')
     answer = asked(of)
     (reason,) = answer.problems
-    assert reason.startswith("runtime transformers: generation_config.json: from_pretrained fails on it (ValueError: ")
+    assert reason.startswith("runtime transformers: generation_config.json: from_pretrained fails on its settings")
     assert answer.logits is not None
     assert len(answer.generated) == 4
+
+
+@pytest.mark.usefixtures("forked")
+def test_settings_in_the_config_with_which_nothing_loads_are_its_problem(tmp_path: Path) -> None:
+    folder = with_settings("", tmp_path / "model")
+    (folder / GENERATION_CONFIG).unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_return_sequences": 3}))
+    verdict = verified(made(folder, tmp_path, RTN)).verdict
+    (reason,) = verdict.reasons
+    assert reason.startswith("runtime transformers: config.json: from_pretrained fails on its settings of generation")
+    assert verdict.runtime is not None
 
 
 def asked(of: Job) -> RuntimeAnswer:

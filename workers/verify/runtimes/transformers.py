@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from workers.machine.memory import peak_host_bytes
-from workers.model.generation import GENERATION_CONFIG, greedy, unreadable
+from workers.model.generation import failing_settings, greedy
 from workers.verify.runtimes.reply import in_a_line, out_of_memory, reply
 
 # Disables downloads, and torch.compile, which takes longer for gptqmodel's kernels than the whole check.
@@ -85,11 +85,11 @@ def _continued(model: Any, artifact: Path, prompts: Any, new_tokens: int) -> tup
 
 
 def _settings_problems(artifact: Path) -> list[str]:
-    reason = unreadable(artifact)
-    return [
-        f"runtime transformers: {GENERATION_CONFIG}: from_pretrained fails on it ({reason}); mend it, or take it out"
-        for reason in ([reason] if reason else [])
-    ]
+    failing = failing_settings(artifact)
+    if failing is None:
+        return []
+    file, reason = failing
+    return [f"runtime transformers: {file}: from_pretrained fails on its settings of generation ({reason}); mend them"]
 
 
 def _widen(model: Any) -> None:
