@@ -103,6 +103,7 @@ def _configs() -> Iterator[Hostile]:
         "few-positions-of-mpt": ({"max_position_embeddings": None, "max_seq_len": 16}, "16 positions"),
         "few-positions-of-gpt2": ({"max_position_embeddings": None, "n_positions": 16}, "16 positions"),
     }  # fmt: skip
+    classes["pad-beyond"] = {"pad_token_id": 260}, "pad_token_id: got 260, but vocab_size is 260"
     for name, (settings, says) in classes.items():
         yield Hostile(f"class-{name}", _then(**settings), says=says)
     explicit = {
