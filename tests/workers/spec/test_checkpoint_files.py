@@ -119,7 +119,8 @@ def test_what_is_never_copied(name: str) -> None:
     "name",
     [
         "tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "tekken.json", "merges.txt", "vocab.txt",
-        "vocab.bpe", "chat_template.jinja", "additional_chat_templates/tool.jinja", "LICENSE", "LICENSE.txt", "NOTICE", "Notice.md",
+        "vocab.bpe", "chat_template.jinja", "additional_chat_templates/tool.jinja", "LICENSE", "LICENSE.txt", "NOTICE",
+        "Notice.md",
         "USE_POLICY.md", "modeling_x.py", "ops/kernel.py", "generation_config.json", "preprocessor_config.json",
         "qwen.tiktoken", "spiece.model", "special_tokens_map.json", "added_tokens.json", "assets/picture.png",
     ],
