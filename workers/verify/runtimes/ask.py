@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from workers.errors import OutOfMemory, WorkerDied
+from workers.errors import WorkerDied
 from workers.machine import child
 from workers.machine.environments import interpreter
+from workers.machine.failures import of_a_process
 from workers.spec.runtimes import Runtime, RuntimeRequest
 
 DEADLINE_SECONDS = 1800.0
@@ -40,8 +42,8 @@ def ask(row: Runtime, request: RuntimeRequest, tokens_NT: Tensor, prompts_PT: Te
     exception.
 
     Raises:
-        OutOfMemory: the process was killed or ran out of memory: the machine's fault, not the artifact's.
-        WorkerDied: no answer within the deadline.
+        OutOfMemory: the process ran out of memory: the machine's fault, not the artifact's.
+        WorkerDied: it was killed by somebody else, or gave no answer within the deadline.
     """
     from safetensors.torch import load_file, save_file
 
@@ -54,8 +56,8 @@ def ask(row: Runtime, request: RuntimeRequest, tokens_NT: Tensor, prompts_PT: Te
     except TimeoutError:
         raise WorkerDied(f"runtime check of {artifact}: no answer within {DEADLINE_SECONDS:.0f} s") from None
     if done.answer is None:
-        if done.out_of_memory:
-            raise OutOfMemory(f"runtime check of {artifact}: out of memory ({done.said}); use a larger machine")
+        if done.memory or done.code == -signal.SIGKILL:  # nothing that an artifact could have done
+            raise of_a_process(f"runtime check of {artifact}", done)
         return _failed(row, f"the process ended with {done.code}: {done.said}")
     answer = json.loads(done.answer)
     if "error" in answer:
