@@ -128,7 +128,7 @@ class Parent:
 
     @property
     def _bytes(self) -> int | None:
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, LookupError, TypeError):
             return int(json.loads((self._folder / READY).read_text())["bytes"])
         return None
 

@@ -191,7 +191,7 @@ from pathlib import Path
 (Path(sys.argv[1]) / "cgroup.procs").write_text(str(os.getpid()))
 from workers.machine import child, memory
 from workers.machine.warm import Parent
-from tests.workers.test_memory_run import smaller_retry
+from tests.workers.memory_run import smaller_retry
 print(json.dumps(smaller_retry()))
 """
 
@@ -217,7 +217,7 @@ def check_told(told: dict[str, list[str]], why: str) -> None:
 
 def test_files_that_tell_of_a_kill_do_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no group can be made: its files, and a process that kills itself after it has counted the kill there."""
-    from tests.workers.test_memory_run import smaller_retry
+    from tests.workers.memory_run import smaller_retry
 
     tree(tmp_path, "0::/", UNIFIED.format(inner="/", mount="/sys/fs/cgroup"))
     write(tmp_path / "sys/fs/cgroup/memory.max", 400 * 2**20)

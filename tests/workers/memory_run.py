@@ -40,7 +40,7 @@ class OneProcess(SimulatedFleet):
         if step.stage == Stage.QUANTIZE:
             self.asked.append("lean" if claim.alone else "full")
             request = json.dumps({"lean": claim.alone, "events": self._file})
-            ended = child.run("tests.workers.test_memory_run:stage", request)
+            ended = child.run("tests.workers.memory_run:stage", request)
             if ended.answer is None:
                 error = of_a_process(step.stage, ended)
                 failure = Failure(kind=type(error).__name__, message=str(error))
