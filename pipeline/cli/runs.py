@@ -39,6 +39,7 @@ def run(zoo: Path, out: Path, address: str | None, dry_run: bool, webhook: str |
             session.check_endpoints(loaded, zoo, endpoint)
             _print_plan(session.make_plan(loaded, zoo, out, endpoint), loaded, endpoint)
         return
+    os.environ.pop("QUANTMILL_WEBHOOK", None)  # nothing that a run starts needs it
     finished = session.run_zoo(zoo, out, address, webhook, _Terminal())
     with suppress(OSError):  # a terminal that is gone
         _print_results(finished)

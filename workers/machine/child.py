@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from workers.machine.memory import MemoryWatch, expendable
+from workers.machine.secrets import without_secrets
 
 REQUEST, ANSWER, STDOUT, STDERR = "request.json", "answer.json", "stdout", "stderr"
 # Environment variable with the socket of the warm parent that a process may ask for children.
@@ -74,7 +75,8 @@ def run(
     """Call ``entry`` (``module:function``, JSON text to JSON text) in a fresh process that dies with this one.
 
     ``warm`` is the socket of a parent whose fork it becomes, left out: the one that this process came from; another
-    ``python`` has none unless it's named. ``environment`` is the child's whole environment, left out: this process's.
+    ``python`` has none unless it's named. ``environment`` is the child's whole environment, left out: this process's;
+    the secrets in it are left out.
 
     Raises:
         TimeoutError: no end within ``seconds``; the process is killed.
@@ -84,7 +86,7 @@ def run(
     with tempfile.TemporaryDirectory(prefix="quantmill-") as scratch:
         folder = Path(scratch)
         (folder / REQUEST).write_text(request)
-        given = dict(os.environ if environment is None else environment)
+        given = without_secrets(os.environ if environment is None else environment)
         told = {
             "entry": entry,
             "folder": scratch,
@@ -145,15 +147,16 @@ def _start(
 def script(module: str, python: str | Path | None = None) -> tuple[list[str], dict[str, str]]:
     """Command and environment of a module that is run as a script, by an interpreter that has quantmill.
 
-    For what speaks for longer than one answer on standard input and output. The process dies with the thread that
-    starts it; another ``python`` imports the quantmill that it has.
+    The environment is this process's without secrets. For what speaks for longer than one answer on standard input and
+    output. The process dies with the thread that starts it; another ``python`` imports the quantmill that it has.
     """
     code = (
         "import runpy, sys; from workers.machine.child import die_with; die_with(int(sys.argv[1])); "
         "runpy.run_module(sys.argv[2], run_name='__main__')"
     )
     path = {} if python else {"PYTHONPATH": import_path()}
-    return [str(python or sys.executable), "-P", "-c", code, str(os.getpid()), module], {**os.environ, **path}
+    environment = {**without_secrets(os.environ), **path}
+    return [str(python or sys.executable), "-P", "-c", code, str(os.getpid()), module], environment
 
 
 # ------------------------------------------------------------------------------------------ of a warm parent

@@ -15,6 +15,7 @@ import pytest
 from tests.limits import GONE_SECONDS, SOON_SECONDS
 from tests.pipeline.runs import wait_for
 from workers.machine import child
+from workers.machine.secrets import without_secrets
 from workers.machine.warm import Parent
 
 ENTRIES = "tests.workers.warm_entries"
@@ -41,7 +42,7 @@ def gone(*pids: int) -> bool:
 
 
 def test_it_has_the_environment_and_the_place_that_were_asked_for(warm: str | None, tmp_path: Path) -> None:
-    given = {**{k: v for k, v in os.environ.items() if k != "LANG"}, "OWN": "yes"}
+    given = without_secrets({**{k: v for k, v in os.environ.items() if k != "LANG"}, "OWN": "yes"})
     ended = child.run(f"{ENTRIES}:echo", json.dumps({"a": [1, "\u00e4"]}), warm=warm, environment=given, cwd=tmp_path)
     assert ended.answer is not None, ended.stderr
     said = json.loads(ended.answer)
