@@ -17,8 +17,9 @@ from pipeline.zoo.gating import Gate, Gates
 from pipeline.zoo.problems import explain
 from pipeline.zoo.zoo import ModelEntry, read_yaml
 from workers import errors
-from workers.errors import CheckpointError, ModelNotFound, QuantmillError, WorkerDied, ZooError
+from workers.errors import CheckpointError, ModelNotFound, QuantmillError, ZooError
 from workers.machine import child
+from workers.machine.failures import of_a_process
 from workers.machine.warm import VERIFY_MODULES, Parents
 from workers.spec.formats import BITSANDBYTES, recognised
 from workers.spec.job import Dataset, Failure, ModelPin, ReasonCode, Thresholds, Verification
@@ -120,7 +121,7 @@ def _ask(module: str, request: Mapping[str, Any], warm: str | None) -> dict[str,
     content = TypeAdapter(dict[str, Any]).dump_json(dict(request)).decode()
     ended = child.run(f"{module}:answer", content, warm=warm)
     if ended.answer is None:
-        raise WorkerDied(f"{module}: the process ended with {ended.code} ({ended.said})")
+        raise of_a_process(module, ended)
     report: dict[str, Any] = TypeAdapter(dict[str, Any]).validate_json(ended.answer)
     if report["failure"] is not None:
         raise _error(Failure.model_validate(report["failure"]))

@@ -41,6 +41,7 @@ def run(zoo: Path, out: Path, address: str | None, dry_run: bool, strict: bool, 
             plan = session.make_plan(loaded, zoo, out, endpoint, strict=strict)
             _print_plan(plan, loaded, endpoint)
         sys.exit(FAILED if plan.refused else 0)
+    os.environ.pop("QUANTMILL_WEBHOOK", None)  # nothing that a run starts needs it
     finished = session.run_zoo(zoo, out, address, webhook, _Terminal(), strict=strict)
     with suppress(OSError):  # a terminal that is gone
         _print_results(finished)

@@ -36,10 +36,13 @@ def submit(zoo: Path, address: str, out: str, follow: bool, shared: tuple[Path, 
     from pipeline.submit.ray_jobs import JobsClient
     from pipeline.zoo import zoo as zoos
     from workers.errors import TransientError
+    from workers.spec.bounds import printable_lines
 
     loaded = zoos.load(zoo)
     submit.check(loaded, out)
     packed = parcel.pack(loaded, zoo, shared)
+    for note in packed.notes:
+        click.echo(f"can't be made: {printable_lines(note)}", err=True)
     head = JobsClient(address)
     head.check()
     try:

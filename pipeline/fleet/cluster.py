@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shlex
+import signal
 import sys
 import threading
 import time
@@ -22,7 +23,9 @@ from pipeline.fleet.placement import Claim, Node
 from pipeline.fleet.steps import NETWORK_STAGES, Step
 from workers.errors import ClusterLost, OutOfMemory, PreflightError, WorkerDied
 from workers.machine import child
-from workers.machine.preflight import MachineFacts, host_memory
+from workers.machine.failures import of_a_process
+from workers.machine.memory import MemoryWatch, host_memory
+from workers.machine.preflight import MachineFacts
 from workers.machine.warm import Parents
 from workers.run import StageRequest, run_stage
 from workers.spec.job import Failure, Job, StageResult, stage_label
@@ -73,6 +76,7 @@ class Cluster:
         self._interpreters: dict[tuple[str, str], str] = {}  # by node and environment
         self._pace: Any = None
         self._nodes: list[Node] = []
+        self._memory = MemoryWatch()
         try:
             if address is None:
                 _start_embedded()
@@ -254,11 +258,19 @@ class Cluster:
         except exceptions.RayTaskError as error:
             failure = Failure(kind=type(error.cause).__name__, message=str(error.cause), traceback=str(error))
         except exceptions.RayError as error:
-            reason = str(error).strip().splitlines()[0]
-            failure = Failure(kind=WorkerDied.__name__, message=f"{step.stage}: the worker died ({reason})")
+            failure = self._lost(step, error)
         except ValueError as error:
             failure = Failure(kind=type(error).__name__, message=f"{step.stage}: unreadable answer ({error})")
         return StageResult(stage=step.stage, recipe=step.recipe, failure=failure)
+
+    def _lost(self, step: Step, error: Exception) -> Failure:
+        """The failure of a stage whose Ray process is gone; on this machine the kernel says whether memory was why."""
+        watch, self._memory = self._memory, MemoryWatch()
+        reason = str(error).strip().splitlines()[0]
+        crashed = self._own is not None and isinstance(error, self._ray.exceptions.WorkerCrashedError)
+        memory = watch.why(-signal.SIGKILL) if crashed and watch.grew else None
+        known = of_a_process(step.stage, child.Ended(-signal.SIGKILL, reason, memory=memory))
+        return Failure(kind=type(known).__name__, message=str(known))
 
 
 def _set_up_environment(embedded: bool) -> None:
@@ -430,7 +442,7 @@ def compute(request: str, where: Where, warm: tuple[str | None, str | None]) -> 
     if ended.answer is not None:
         result = StageResult.model_validate_json(ended.answer)
     else:
-        message = f"{stage_request.stage}: the worker died (exit code {ended.code}: {ended.said})"
-        failure = Failure(kind=WorkerDied.__name__, message=message, traceback=ended.stderr[-8000:])
+        known = of_a_process(stage_request.stage, ended)
+        failure = Failure(kind=type(known).__name__, message=str(known), traceback=ended.stderr[-8000:])
         result = StageResult(stage=stage_request.stage, recipe=stage_request.recipe, failure=failure)
     return result.model_copy(update={"notes": (ended.note,) if ended.note else ()}).model_dump_json()

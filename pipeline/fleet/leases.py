@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from workers.errors import ZooError
+from workers.machine.database import open_database
 from workers.spec.job import Job, Manifest, Order
 
 # A lease expires this long after its last renewal; drivers renew (heartbeat) this often.
 LEASE_SECONDS, RENEW_SECONDS = 90.0, 15.0
 # Interval between attempts to lease a job that another driver holds.
 ASK_SECONDS = 10.0
+UNLEASED = "leases can't be used, so that another run may make the same artifacts meanwhile, which does no harm"
 SCHEMA = "CREATE TABLE IF NOT EXISTS leases (key TEXT PRIMARY KEY, owner TEXT NOT NULL, expires REAL NOT NULL)"
 
 
@@ -38,8 +42,8 @@ class LeaseTable:
         alive: Callable[[str], bool] = lambda owner: True,
     ) -> None:
         self._clock, self._alive = clock, alive
-        self._connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
-        self._connection.execute(SCHEMA)
+        self._connection = open_database(Path(path), SCHEMA, {"leases": ("key", "owner", "expires")})
+        self._connection.isolation_level = None
 
     def take(self, owner: str, keys: Sequence[str]) -> bool:
         """See ``Leases``."""
@@ -65,10 +69,17 @@ class LeaseTable:
 
 
 def of_this_machine() -> LeaseTable:
-    """The leases of this user's drivers on this machine; leases of processes that ended don't count."""
+    """The leases of this user's drivers on this machine; leases of processes that ended don't count.
+
+    Without a file that can be used, this process's alone: publishing twice is safe, it only costs the work.
+    """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "quantmill"
-    folder.mkdir(parents=True, exist_ok=True)
-    return LeaseTable(str(folder / "leases.sqlite"), alive=_lives)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return LeaseTable(str(folder / "leases.sqlite"), alive=_lives)
+    except (OSError, ZooError, sqlite3.Error) as error:
+        print(f"quantmill: {UNLEASED} ({error})", file=sys.stderr, flush=True)
+        return LeaseTable()
 
 
 def new_owner(run_id: str) -> str:
@@ -91,7 +102,7 @@ class Holder:
     def hold(self, index: int, job: Job) -> bool:
         """Lease a job's artifacts; False while another driver holds one of them."""
         keys = _keys(job)
-        taken = self._leases.take(self._owner, keys)
+        taken = self._take(keys)
         if taken:
             self._held[index] = keys
         return taken
@@ -99,7 +110,7 @@ class Holder:
     def let_go(self, index: int) -> None:
         """Release a job's leases, because it is done or given up."""
         if keys := self._held.pop(index, None):
-            self._leases.drop(self._owner, keys)
+            self._tolerant(lambda: self._leases.drop(self._owner, keys))
 
     def close(self) -> None:
         """Release all leases, because the run is over."""
@@ -109,7 +120,19 @@ class Holder:
     def renew(self) -> None:
         """Renew all leases (heartbeat)."""
         if keys := [key for held in self._held.values() for key in held]:
-            self._leases.take(self._owner, keys)
+            self._take(keys)
+
+    def _take(self, keys: Sequence[str]) -> bool:
+        return self._tolerant(lambda: self._leases.take(self._owner, keys)) is not False
+
+    def _tolerant(self, action: Callable[[], bool | None]) -> bool | None:
+        """Use the leases; go on without, once a file that was fine at the start can't be used any more."""
+        try:
+            return action()
+        except sqlite3.Error as error:
+            print(f"quantmill: {UNLEASED} ({error})", file=sys.stderr, flush=True)
+            self._leases = LeaseTable()
+            return None
 
     def existing(self, job: Job) -> dict[str, tuple[Manifest, str | None]]:
         """The artifacts of a job that exist at its destination now: manifest and commit, by recipe."""
@@ -123,8 +146,8 @@ def _keys(job: Job) -> list[str]:
 
 
 def _lives(owner: str) -> bool:
-    _, pid, started = owner.rsplit(" ", 2)
-    return _started(int(pid)) == started
+    *_, pid, started = ["", *owner.rsplit(" ", 2)]
+    return pid.isdecimal() and _started(int(pid)) == started
 
 
 def _started(pid: int) -> str:

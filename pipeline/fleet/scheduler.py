@@ -362,6 +362,9 @@ class Driver:
         if step.generation != run.generation or (step.part and run.index not in self._spreads):
             return
         retry = self._decide_retry(step, result.failure, flight) if result.failure else None
+        if retry is not None and retry.mode is not RetryMode.SAME and result.failure is not None:
+            told = f"{result.failure.message}; next: {retry.mode.value}"
+            result = result.model_copy(update={"failure": result.failure.model_copy(update={"message": told})})
         if step.part and (retry is None or retry.mode is not RetryMode.SAME):
             whole = self._land_part(run, step, result)
             if whole is None:

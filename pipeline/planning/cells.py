@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline.planning import fitting, sizing, sources
-from pipeline.planning.configs import positions
+from pipeline.planning.configs import pad_problem, positions
 from pipeline.planning.sources import PinnedModel
 from pipeline.zoo.zoo import ModelEntry, Zoo
 from workers.errors import UnsupportedModel, UnsupportedRecipe, ZooError
@@ -83,6 +83,8 @@ class Cells:
                 continue
             recipes = self._zoo.recipes_of(entry)
             problems = [*_too_long(source, calibration, verification), fitting.model_problem(source)]
+            if pad := pad_problem(source.config):
+                problems.append(f"models: {entry.id!r}: {pad}")
             if found := [problem for problem in problems if problem]:
                 self._refuse(entry, recipes, UnsupportedModel("; ".join(found)))
                 continue

@@ -59,7 +59,9 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
         ("hidden_size", "n_embd", "d_model", "vocab_size", "num_attention_heads", "n_head", "num_hidden_layers"),
         (_count, "a whole number above 0"),
     ),
-    **dict.fromkeys((*POSITIONS, "num_experts_per_tok", "num_experts_per_token"), (_number, "a whole number")),
+    **dict.fromkeys(
+        (*POSITIONS, "num_experts_per_tok", "num_experts_per_token", "pad_token_id"), (_number, "a whole number")
+    ),
 }
 
 
@@ -178,6 +180,16 @@ def _version() -> str:
     import importlib.metadata
 
     return importlib.metadata.version("transformers")
+
+
+def pad_problem(config: Mapping[str, Any]) -> str | None:
+    """Why no embedding can be built with the config's padding token; None if one can."""
+    nested = config.get("text_config")
+    for level in (config, nested if isinstance(nested, dict) else {}):
+        pad, rows = level.get("pad_token_id"), level.get("vocab_size")
+        if type(pad) is int and type(rows) is int and not -rows <= pad < rows:
+            return f"pad_token_id: got {pad}, but vocab_size is {rows}; correct config.json, as in the original model"
+    return None
 
 
 def positions(config: Mapping[str, Any]) -> int | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from workers.machine.database import open_database
 from workers.spec.job import StageResult
 
 # Status of a run whose driver was killed.
@@ -23,6 +24,14 @@ CREATE TABLE IF NOT EXISTS attempts (
     finished_at TEXT NOT NULL, seconds REAL NOT NULL, outcome TEXT NOT NULL, error TEXT);
 CREATE INDEX IF NOT EXISTS attempts_of_run ON attempts (run_id);
 """
+
+COLUMNS = {
+    "runs": ("run_id", "zoo", "started_at", "finished_at", "status"),
+    "attempts": (
+        *("id", "run_id", "model", "revision", "recipe", "fingerprint", "stage", "attempt", "node"),
+        *("finished_at", "seconds", "outcome", "error"),
+    ),
+}
 
 
 def now() -> str:
@@ -42,13 +51,18 @@ class Attempt:
 
 
 class Ledger:
-    """The ledger of one output folder. Every entry is committed immediately."""
+    """The ledger of one output folder. Every entry is committed immediately.
+
+    A damaged file is set aside for a new one.
+
+    Raises:
+        ZooError: another program keeps it locked.
+    """
 
     def __init__(self, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
-        self._connection = sqlite3.connect(out / "ledger.sqlite", timeout=30)
+        self._connection = open_database(out / "ledger.sqlite", SCHEMA, COLUMNS)
         self._connection.row_factory = sqlite3.Row
-        self._connection.executescript(SCHEMA)
 
     def __enter__(self) -> Self:
         return self

@@ -37,11 +37,15 @@ WEIGHTS = frozenset(
 
 @dataclass(frozen=True)
 class Parcel:
-    """The zoo's text, and paths on this machine by their name in the job's working directory."""
+    """The zoo's text, and paths on this machine by their name in the job's working directory.
+
+    ``notes`` name models that aren't there: the run fails them alone, and makes the others.
+    """
 
     zoo: str
     text: bytes
     files: dict[str, Path]
+    notes: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -69,7 +73,7 @@ def pack(zoo: Zoo, zoo_path: Path, shared: Sequence[Path] = ()) -> Parcel:
     Paths in the ``shared`` folders exist on the cluster at the same path; they are neither packed nor checked here.
 
     Raises:
-        ZooError: a file or folder doesn't exist, or the parcel is larger than a Ray head accepts.
+        ZooError: a data file or folder doesn't exist, or the parcel is larger than a Ray head accepts.
     """
     for folder in shared:
         if not folder.is_absolute():
@@ -83,7 +87,7 @@ def pack(zoo: Zoo, zoo_path: Path, shared: Sequence[Path] = ()) -> Parcel:
     packed_zoo = zoo.model_copy(update=updates)
     content = packed_zoo.model_dump(mode="json", exclude_unset=True)
     zoo_text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode()
-    parcel = Parcel(f"{ZOO}/{zoo_path.name}", zoo_text, {**local.files, **_code()})
+    parcel = Parcel(f"{ZOO}/{zoo_path.name}", zoo_text, {**local.files, **_code()}, tuple(local.notes))
     if parcel.bytes > LIMIT:
         largest = max(local.files.values(), key=lambda path: path.stat().st_size)
         raise ZooError(
@@ -124,6 +128,7 @@ class _Local:
 
     def __init__(self, folder: Path, shared: tuple[Path, ...]) -> None:
         self.files: dict[str, Path] = {}
+        self.notes: list[str] = []
         self._elsewhere: dict[str, Path] = {}
         self._folder = folder
         self._shared = shared
@@ -139,7 +144,7 @@ class _Local:
             self.files |= {f"{ZOO}/{name}/{file}": path / file for file in names}
             return entry.model_copy(update={"id": name, "as_name": entry.as_name or model_name(entry, self._folder)})
         if entry.id.startswith((".", "/", "~")) or entry.id.count("/") != 1:
-            raise ZooError(_missing("models", entry.id, path, "folder"))
+            self.notes.append(_missing("models", entry.id, path, "folder"))
         return entry
 
     def dataset(self, dataset: Dataset, where: str) -> Dataset:

@@ -103,6 +103,7 @@ def _configs() -> Iterator[Hostile]:
         "few-positions-of-mpt": ({"max_position_embeddings": None, "max_seq_len": 16}, "16 positions"),
         "few-positions-of-gpt2": ({"max_position_embeddings": None, "n_positions": 16}, "16 positions"),
     }  # fmt: skip
+    classes["pad-beyond"] = {"pad_token_id": 260}, "pad_token_id: got 260, but vocab_size is 260"
     for name, (settings, says) in classes.items():
         yield Hostile(f"class-{name}", _then(**settings), says=says)
     explicit = {
@@ -158,7 +159,8 @@ def _indices(canary: Path) -> Iterator[Hostile]:
         yield Hostile(f"index-{name}", _sharded(placed), says="index")
     texts: dict[str, str | bytes] = {
         "text-empty": "", "text-list": "[]", "text-deep": DEEP, "text-not-utf8": b'{"weight_map": {"\xff": "a"}}',
-        "text-no-metadata": '{"weight_map": {"a": "model-00001-of-00001.safetensors"}}', "text-no-map": '{"metadata": {}}', "text-map-is-list": '{"weight_map": [1]}', "text-no-shards":
+        "text-no-metadata": '{"weight_map": {"a": "model-00001-of-00001.safetensors"}}',
+        "text-no-map": '{"metadata": {}}', "text-map-is-list": '{"weight_map": [1]}', "text-no-shards":
         '{"weight_map": {}}',
     }  # fmt: skip
     for name, content in texts.items():
@@ -417,7 +419,9 @@ def _tokenizers() -> Iterator[Hostile]:
         fate: Fate = "made" if name == "evil" else "fails"
         yield Hostile(f"tokenizer-config-{name}", _then(_file("tokenizer_config.json", content)), fate)
     many = json.loads(base.tokenizer())
-    many["added_tokens"].append({**many["added_tokens"][0], "id": 259 + 5, "content": "e"})
+    many["added_tokens"] += [
+        {**many["added_tokens"][0], "id": 259 + number, "content": word} for number, word in enumerate(("line", "the"))
+    ]
     yield Hostile(
         "tokenizer-beyond", _then(_file("tokenizer.json", json.dumps(many))), "fails", "embedding has 260 rows"
     )

@@ -166,7 +166,7 @@ def wrong_zoo(folder: Path) -> Path:
 
 def impossible_plan(folder: Path) -> Path:
     zoo = write_zoo(folder, [str(MODELS / "llama-tiny")], "bnb-nf4")
-    zoo.write_text(zoo.read_text().replace("2048, sequence_length: 256", "99999, sequence_length: 9999"))
+    zoo.write_text(zoo.read_text().replace("heldout.txt", "nowhere.txt"))
     return zoo
 
 

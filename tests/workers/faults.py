@@ -199,8 +199,10 @@ PLANTED: dict[str, Planted] = {
     ),
     # Files
     "a truncated shard": Planted(truncated, "truncated"),
-    "a stale index": Planted(partial(indexed, keys=lambda keys: keys[:-1]), "index and shards disagree"),
-    "an index of other shards": Planted(partial(indexed, file="model-00001-of-00002.safetensors"), "isn't there"),
+    "a stale index": Planted(partial(indexed, keys=lambda keys: keys[:-1]), "files that the source doesn't have"),
+    "an index of other shards": Planted(
+        partial(indexed, file="model-00001-of-00002.safetensors"), "files that the source doesn't have"
+    ),
     "weights of another format beside": Planted(overwritten("pytorch_model.bin"), "pytorch_model.bin"),
     "another tokenizer": Planted(renamed_tokens, "differ from the source's: tokenizer.json"),
     "a changed chat template": Planted(

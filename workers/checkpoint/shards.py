@@ -164,6 +164,8 @@ class ShardWriter:
             raise FileNotFoundError(f"{missing}: named in a journal, but not there")
         if self._spool_bytes:
             journaled.add(self._spool_path())
+            if self._spool_path().stat().st_size < self._spool_bytes:
+                raise FileNotFoundError(f"{self._spool_path()}: shorter than its journal says")
             os.truncate(self._spool_path(), self._spool_bytes)
         for path in (*self._folder.glob(".shard-*.partial"), *self._folder.glob(".shard-*.spool")):
             if path not in journaled:

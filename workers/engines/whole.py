@@ -9,7 +9,6 @@ rename.
 from __future__ import annotations
 
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
@@ -22,10 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from workers.engines.maker import copy_beside, put_in_place
-from workers.errors import OutOfMemory, UnsupportedRecipe, WorkerDied
+from workers.errors import UnsupportedRecipe
 from workers.machine import child
 from workers.machine.environments import interpreter
+from workers.machine.failures import of_a_process
 from workers.machine.files import open_checkpoint
+from workers.machine.memory import MemoryWatch
 from workers.spec.engines import Engine, WholeAnswer, WholeRequest
 from workers.spec.job import ArtifactMade, Job, Order
 from workers.spec.workspace import artifact_folder
@@ -45,7 +46,7 @@ def make(
     Raises:
         UnsupportedRecipe: the engine reports an error, or leaves no weights or no config.json.
         WorkerDied: the engine's process ended without an answer.
-        OutOfMemory: the engine's process was killed, or says that memory ran out.
+        OutOfMemory: the kernel killed the engine's process for want of memory, or it says that memory ran out.
         PreflightError: the engine's environment isn't built here.
     """
     begun, target = time.monotonic(), artifact_folder(job.workspace, order)
@@ -83,6 +84,7 @@ def _ask(engine: Engine, request: WholeRequest) -> WholeAnswer:
     """Run the engine's process; return its answer."""
     assert engine.script is not None, "engines without a script take part in the pass"
     command, environment = child.script(engine.script, interpreter(engine.environment) if engine.environment else None)
+    watch = MemoryWatch()
     with tempfile.TemporaryFile("w+") as complaints:
         with subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, text=True
@@ -93,13 +95,14 @@ def _ask(engine: Engine, request: WholeRequest) -> WholeAnswer:
                 process.kill()  # otherwise leaving the context would wait for it
                 raise
         complaints.seek(0)
-        reason = (complaints.read().strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-    if process.returncode == -signal.SIGKILL or "OutOfMemory" in reason or "MemoryError" in reason:
-        raise OutOfMemory(f"engine {engine.name!r}: out of memory ({reason}); use a larger machine")
+        said = complaints.read()[-child.TAIL_BYTES :]
+    ended = child.Ended(process.returncode, said, memory=watch.why(process.returncode, said))
+    if ended.memory:
+        raise of_a_process(f"engine {engine.name!r}", ended)
     if answer.error is not None:
         raise UnsupportedRecipe(f"recipe {request.recipe.name!r}: engine {engine.name!r}: {answer.error}")
     if process.returncode or answer.layout is None:
-        raise WorkerDied(f"engine {engine.name!r}: its process ended with {process.returncode} ({reason})")
+        raise of_a_process(f"engine {engine.name!r}", ended)
     return answer
 
 

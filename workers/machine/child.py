@@ -27,6 +27,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from workers.machine.memory import MemoryWatch, expendable
+from workers.machine.secrets import without_secrets
+
 REQUEST, ANSWER, STDOUT, STDERR = "request.json", "answer.json", "stdout", "stderr"
 # Environment variable with the socket of the warm parent that a process may ask for children.
 WARM = "QUANTMILL_WARM"
@@ -40,23 +43,19 @@ class Ended:
     """How a process ended: its exit code (negative: by that signal), what it said last, and its answer.
 
     ``answer`` is None unless it ended with 0 and left one. ``note`` says why it didn't start warm though a parent was
-    named; ``stderr`` has the last 64 KiB of what was printed there.
+    named; ``stderr`` has the last 64 KiB of what was printed there. ``memory`` says why, if memory ran out.
     """
 
     code: int
     stderr: str = ""
     answer: str | None = None
     note: str | None = None
+    memory: str | None = None
 
     @property
     def said(self) -> str:
         """The last line of its stderr, or its exit code."""
         return (self.stderr.strip().splitlines() or [f"exit code {self.code}"])[-1]
-
-    @property
-    def out_of_memory(self) -> bool:
-        """Whether it was killed by SIGKILL, as by the kernel without memory, or its last line of stderr says so."""
-        return self.code == -signal.SIGKILL or "OutOfMemory" in self.said or "MemoryError" in self.said
 
 
 class NoParent(Exception):
@@ -76,17 +75,18 @@ def run(
     """Call ``entry`` (``module:function``, JSON text to JSON text) in a fresh process that dies with this one.
 
     ``warm`` is the socket of a parent whose fork it becomes, left out: the one that this process came from; another
-    ``python`` has none unless it's named. ``environment`` is the child's whole environment, left out: this process's.
+    ``python`` has none unless it's named. ``environment`` is the child's whole environment, left out: this process's;
+    the secrets in it are left out.
 
     Raises:
         TimeoutError: no end within ``seconds``; the process is killed.
         OSError: ``python`` doesn't start.
     """
-    address = warm or (os.environ.get(WARM) if python is None else None)
+    address, watch = warm or (os.environ.get(WARM) if python is None else None), MemoryWatch()
     with tempfile.TemporaryDirectory(prefix="quantmill-") as scratch:
         folder = Path(scratch)
         (folder / REQUEST).write_text(request)
-        given = dict(os.environ if environment is None else environment)
+        given = without_secrets(os.environ if environment is None else environment)
         told = {
             "entry": entry,
             "folder": scratch,
@@ -97,16 +97,17 @@ def run(
         note = None
         if address:
             try:
-                return _ended(folder, _fork(address, told, seconds))
+                return _ended(folder, _fork(address, told, seconds), watch)
             except NoParent as reason:
                 note = f"not started warm: {reason}"
                 (folder / ANSWER).unlink(missing_ok=True)
-        return replace(_ended(folder, _start(entry, folder, python, given, cwd, seconds)), note=note)
+        return replace(_ended(folder, _start(entry, folder, python, given, cwd, seconds), watch), note=note)
 
 
-def _ended(folder: Path, code: int) -> Ended:
-    answer = folder / ANSWER
-    return Ended(code, tail(folder / STDERR), answer.read_text() if code == 0 and answer.is_file() else None)
+def _ended(folder: Path, code: int, watch: MemoryWatch) -> Ended:
+    answer, stderr = folder / ANSWER, tail(folder / STDERR)
+    said = answer.read_text() if code == 0 and answer.is_file() else None
+    return Ended(code, stderr, said, memory=watch.why(code, stderr))
 
 
 def tail(path: Path) -> str:
@@ -146,15 +147,16 @@ def _start(
 def script(module: str, python: str | Path | None = None) -> tuple[list[str], dict[str, str]]:
     """Command and environment of a module that is run as a script, by an interpreter that has quantmill.
 
-    For what speaks for longer than one answer on standard input and output. The process dies with the thread that
-    starts it; another ``python`` imports the quantmill that it has.
+    The environment is this process's without secrets. For what speaks for longer than one answer on standard input and
+    output. The process dies with the thread that starts it; another ``python`` imports the quantmill that it has.
     """
     code = (
         "import runpy, sys; from workers.machine.child import die_with; die_with(int(sys.argv[1])); "
         "runpy.run_module(sys.argv[2], run_name='__main__')"
     )
     path = {} if python else {"PYTHONPATH": import_path()}
-    return [str(python or sys.executable), "-P", "-c", code, str(os.getpid()), module], {**os.environ, **path}
+    environment = {**without_secrets(os.environ), **path}
+    return [str(python or sys.executable), "-P", "-c", code, str(os.getpid()), module], environment
 
 
 # ------------------------------------------------------------------------------------------ of a warm parent
@@ -218,6 +220,7 @@ def die_with(parent: int, number: int = signal.SIGKILL) -> None:
 
 def perform(entry: str, folder: Path) -> None:
     """Answer the request in the folder."""
+    expendable()
     module, _, name = entry.partition(":")
     answer = getattr(importlib.import_module(module), name)((folder / REQUEST).read_text())
     partial = folder / f"{ANSWER}.partial"

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from workers.errors import PreflightError
 from workers.spec.base import SLUG, Frozen
@@ -98,7 +98,7 @@ def built(name: str) -> Built | None:
         return Built.model_validate_json(path.read_text())
     except FileNotFoundError:
         return None
-    except (OSError, ValidationError) as error:
+    except (OSError, ValueError) as error:
         raise PreflightError(
             f"environment {name!r}: {path} isn't readable ({error}); run `quantmill env remove {name}`"
         ) from error

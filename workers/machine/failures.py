@@ -6,8 +6,9 @@ import errno
 import sys
 import traceback
 
-from workers.errors import DiskFull, HubUnavailable, OutOfMemory, QuantmillError
-from workers.machine.memory import peak_host_bytes
+from workers.errors import DiskFull, HubUnavailable, OutOfMemory, QuantmillError, WorkerDied
+from workers.machine.child import Ended
+from workers.machine.memory import peak_host_bytes, ran_out
 from workers.spec.bounds import printable_lines
 from workers.spec.job import Failure, PeakMemory
 
@@ -27,13 +28,22 @@ def classify(error: BaseException) -> BaseException:
     """The same error, or our equivalent: out of memory, or disk full."""
     if isinstance(error, QuantmillError):
         return error
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if ran_out(error) or type(error).__name__ == "OutOfMemoryError":
         return OutOfMemory(f"out of memory ({error}); use a larger machine, or lower calibration.samples")
     # safetensors reports a full disk as its own error, with the system's text in it.
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or "No space left on device" in str(error):
         return DiskFull(f"no space left on the device ({error}); free some, or choose another --out")
     return error
+
+
+def of_a_process(what: str, ended: Ended) -> OutOfMemory | WorkerDied:
+    """The error for a process that ended without an answer; ``what`` begins the message."""
+    if ended.memory:
+        return OutOfMemory(
+            f"{what}: out of memory ({ended.memory}); use a larger machine, or lower calibration.samples"
+        )
+    return WorkerDied(f"{what}: the process ended without an answer (exit code {ended.code}: {ended.said})")
 
 
 def peak_memory() -> PeakMemory:

@@ -1,18 +1,26 @@
-"""Checksums of files and folders, listing a checkpoint's folder, bounded reads, and atomic writes."""
+"""Checksums, a checkpoint's folder, bounded reads, atomic writes, and damaged files, which are set aside."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import stat
+import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel
 
 from workers.errors import CheckpointError, UserError
 from workers.spec.base import canonical_json
 from workers.spec.bounds import CONFIG_BYTES, FILES, INDEX_BYTES
 from workers.spec.checkpoint_files import CONFIG, CheckpointFiles, checkpoint_files, folder_left_out
+
+M = TypeVar("M", bound=BaseModel)
 
 
 def file_sha256(path: Path) -> str:
@@ -167,3 +175,31 @@ def write_text(path: Path, text: str) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def set_aside(path: Path, why: str) -> Path | None:
+    """Rename a damaged file to ``NAME.damaged-TIME``, with what SQLite keeps beside it, and say so on stderr.
+
+    Returns the new path; None if there was nothing to rename.
+    """
+    aside = path.with_name(f"{path.name}.damaged-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}")
+    try:
+        path.rename(aside)
+    except FileNotFoundError:
+        return None
+    for suffix in ("-journal", "-wal", "-shm"):
+        with suppress(OSError):
+            path.with_name(path.name + suffix).rename(aside.with_name(aside.name + suffix))
+    print(f"quantmill: {path} {' '.join(why.split())}; set aside as {aside.name}", file=sys.stderr, flush=True)
+    return aside
+
+
+def read_model(path: Path, kind: type[M]) -> M | None:
+    """A file's JSON as a model; None if there is no such file, or it can't be read: then it is set aside."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        set_aside(path, f"isn't readable ({str(error).splitlines()[0]})")
+        return None

@@ -10,6 +10,7 @@ import re
 import shutil
 from pathlib import Path
 
+from workers.machine.memory import host_memory as host_memory
 from workers.spec.base import Frozen
 from workers.spec.engines import ENGINES
 from workers.spec.formats import FORMATS
@@ -110,14 +111,6 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def host_memory() -> int:
-    """Total memory in bytes, or the container's limit if it is lower."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return total if text == "max" else min(total, int(text))
 
 
 def available_host_bytes() -> int:

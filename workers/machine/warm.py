@@ -21,6 +21,7 @@ from typing import Self
 
 from workers.machine import child
 from workers.machine.forkserver import READY, SOCKET, resident_bytes
+from workers.machine.secrets import without_secrets
 
 # A parent is replaced once its memory exceeds GROWTH times its size after the imports by GROWTH_BYTES: a library leaks.
 GROWTH, GROWTH_BYTES = 1.25, 64 * 1024**2
@@ -90,7 +91,7 @@ class Parent:
             return self._start(listener.fileno(), own)
 
     def _start(self, listener: int, own: bool) -> subprocess.Popen[bytes]:
-        given = {**os.environ, **PARENTS_OWN}
+        given = {**without_secrets(os.environ), **PARENTS_OWN}
         # OpenMP threads that spin while they wait are three times as slow on cores that other processes use, too.
         given.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # The parent sees all GPUs; each child gets the CUDA_VISIBLE_DEVICES of its request.
@@ -128,7 +129,7 @@ class Parent:
 
     @property
     def _bytes(self) -> int | None:
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, LookupError, TypeError):
             return int(json.loads((self._folder / READY).read_text())["bytes"])
         return None
 

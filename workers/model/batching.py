@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 
 from workers.errors import OutOfMemory
-from workers.machine.preflight import host_memory
+from workers.machine import memory
+from workers.machine.memory import host_memory
 from workers.model.loading import StreamedModel
 from workers.spec.workspace import MICRO_BATCH_TOKENS
 
@@ -48,10 +48,8 @@ def ran_out(error: BaseException) -> bool:
     """
     if isinstance(error, OutOfMemory):
         return False
-    texts: Iterable[str] = ("DefaultCPUAllocator", "can't allocate memory", "out of memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
-    )
+    on_a_card = isinstance(error, RuntimeError) and "out of memory" in str(error)
+    return memory.ran_out(error) or isinstance(error, torch.OutOfMemoryError) or on_a_card
 
 
 def _memory(device: str) -> int:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from workers.machine.files import set_aside
 from workers.spec.job import ModelPin
 from workers.spec.workspace import MICRO_BATCH_TOKENS
 
@@ -32,8 +33,15 @@ class ReferenceFile:
 
     @property
     def exists(self) -> bool:
-        """Whether the reference is stored already."""
-        return self.path.is_file()
+        """Whether the reference is stored already; a damaged file is set aside."""
+        if not self.path.is_file():
+            return False
+        try:
+            with safe_open(self.path, framework="pt"):
+                return True
+        except (OSError, SafetensorError) as error:
+            set_aside(self.path, f"isn't readable ({error})")
+            return False
 
     @property
     def source_check(self) -> Path:

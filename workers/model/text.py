@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -314,10 +314,11 @@ def _turns(messages: Iterable[Mapping[str, Any]], column: str) -> Iterator[dict[
 
 def _load(dataset: Dataset, where: str) -> Any:
     from datasets import disable_progress_bars, load_dataset
-    from datasets.exceptions import DatasetsError
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
     disable_progress_bars()
-    try:
+
+    def load() -> Any:
         return load_dataset(
             dataset.path,
             dataset.name,
@@ -325,8 +326,34 @@ def _load(dataset: Dataset, where: str) -> Any:
             split=dataset.split,
             revision=dataset.revision,
         )
+
+    try:
+        try:
+            return load()
+        except DatasetNotFoundError:
+            # A private one: this stage has no token, but an earlier one has fetched it.
+            rows = _from_cache(load) if dataset.revision else None
+            if rows is None or not _is_of(rows, str(dataset.revision)):
+                raise
+            return rows
     except (DatasetsError, FileNotFoundError, ValueError) as error:
         raise CalibrationError(f"{where}: datasets can't read it, got {dataset.path!r} ({error})") from error
+
+
+def _from_cache(load: Callable[[], Any]) -> Any:
+    """What ``load`` finds without the Hub."""
+    from datasets import config
+
+    before, config.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE, True
+    try:
+        return load()
+    finally:
+        config.HF_HUB_OFFLINE = before
+
+
+def _is_of(rows: Any, revision: str) -> bool:
+    """Whether rows from the cache are of that commit: without the Hub, the library takes the newest that it has."""
+    return bool(rows.cache_files) and all(revision in Path(file["filename"]).parts for file in rows.cache_files)
 
 
 def fetch_dataset(dataset: Dataset, where: str) -> None:

@@ -22,10 +22,10 @@ KEEPING_SECONDS, KEEPING_SHARE = 10.0, 0.1
 
 def failure_alone(order: Order, error: Exception) -> Failure:
     """Describe an error that fails one artifact. Out of memory and disk errors concern all artifacts: raise those."""
-    if isinstance(error, OSError | NotResumable | StageHung):
-        raise error
     if batching.ran_out(error):
         raise OutOfMemory(f"recipe {order.recipe.name!r}: out of memory ({error}); use a larger machine") from error
+    if isinstance(error, OSError | NotResumable | StageHung):
+        raise error
     return describe(error)
 
 

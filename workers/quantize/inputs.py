@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from workers.machine.files import read_model
 from workers.machine.preflight import versions
 from workers.model import reference
 from workers.model.folding import Fold, find_folds
@@ -16,8 +17,9 @@ from workers.model.loading import StreamedModel
 from workers.model.statistics import Observer
 from workers.model.text import calibration_tokens, check_ids, held_out_tokens, load_tokenizer
 from workers.spec.job import ArtifactMade, Calibration, Job, Order
+from workers.spec.layers import Layout
 from workers.spec.recipes import Recipe
-from workers.spec.workspace import artifact_folder, is_made, record_path
+from workers.spec.workspace import artifact_folder, is_made, layout_path, record_path
 
 # Length in tokens of the sequence that layers are probed with for folds.
 PROBE_TOKENS = 32
@@ -26,14 +28,19 @@ OWN = "own:"
 
 
 def existing_artifacts(job: Job) -> tuple[dict[str, ArtifactMade], list[Order]]:
-    """Split a job's orders: existing artifacts by recipe name, and the orders still to do."""
+    """Split a job's orders: existing artifacts by recipe name, and the orders still to do.
+
+    An artifact whose record or layout is damaged is made anew.
+    """
     done, missing = dict[str, ArtifactMade](), list[Order]()
     for order in job.orders:
         folder = artifact_folder(job.workspace, order)
-        if is_made(folder):
-            done[order.recipe.name] = ArtifactMade.model_validate_json(record_path(folder).read_text())
-        else:
+        record = read_model(record_path(folder), ArtifactMade) if is_made(folder) else None
+        stored = layout_path(folder)
+        if record is None or (stored.is_file() and read_model(stored, Layout) is None):
             missing.append(order)
+        else:
+            done[order.recipe.name] = record
     return done, missing
 
 

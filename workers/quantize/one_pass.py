@@ -141,7 +141,9 @@ class _Pass:
         maker = maker_class(order.recipe)(self._job, order, self._streamed, self._source, partial_folder)
         try:
             maker.begin(state)
-        except FileNotFoundError as error:
+        except (OSError, ValueError) as error:
+            if state is None:
+                raise
             raise NotResumable(str(error)) from error
         return maker
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,6 +29,8 @@ from workers.model.forward import Lanes
 from workers.spec.base import Frozen
 from workers.spec.job import ArtifactMade
 
+# Errors of state that was damaged, or saved of another model.
+MISREAD = (ValueError, LookupError, AttributeError, TypeError, RuntimeError, StopIteration)
 STATE = "state.json"
 LOCK = ".lock"
 
@@ -46,8 +49,8 @@ class GroupState(Frozen):
 class PassState(Frozen):
     """A pass after ``layers`` of its layers. ``makers`` and ``failed`` by fingerprint; ``groups`` of lanes by name."""
 
-    layers: int
-    micro_batch_tokens: int
+    layers: int = Field(ge=1)
+    micro_batch_tokens: int = Field(ge=1)
     makers: dict[str, MakerState]
     failed: dict[str, ArtifactMade]
     groups: dict[str, GroupState]
@@ -99,18 +102,15 @@ class PassFolder:
         Raises:
             NotResumable: the outputs can't be read, or the next layer's arguments differ.
         """
-        try:
-            stored = load_file(self._hidden(state.layers))
-        except (OSError, SafetensorError) as error:
-            raise NotResumable(str(error)) from error
         if set(state.groups) != set(groups):
             raise NotResumable(f"other groups of lanes: {sorted(state.groups)}, now {sorted(groups)}")
         for name, lanes in groups.items():
             saved = state.groups[name]
-            outputs = [_rebuilt(saved.structure, tensors, lanes.device) for tensors in _by_lane(stored, name)]
             try:
+                stored = load_file(self._hidden(state.layers))
+                outputs = [_rebuilt(saved.structure, tensors, lanes.device) for tensors in _by_lane(stored, name)]
                 lanes.replay(state.layers, outputs)
-            except (ValueError, KeyError, IndexError, AttributeError, TypeError, RuntimeError) as error:
+            except (OSError, SafetensorError, *MISREAD) as error:
                 raise NotResumable(f"{type(error).__name__}: {error}") from error
             if group_state(lanes, outputs) != saved or _any_nan(lanes):
                 raise NotResumable(f"{name}: the next layer's arguments aren't what they were")

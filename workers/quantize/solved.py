@@ -10,7 +10,7 @@ from typing import Self
 from torch import Tensor
 
 from workers.checkpoint.shards import Spooled, append
-from workers.machine.files import write_text
+from workers.machine.files import read_model, write_text
 from workers.spec.base import Frozen
 from workers.spec.job import Failure
 
@@ -35,10 +35,9 @@ class SolvedFolder:
 
     def layer(self, layer: int) -> SolvedLayer | None:
         """A solved layer; None if it isn't solved."""
-        record = self._record(layer)
-        if not record.is_file():
+        stored = read_model(self._record(layer), SolvedLayer)
+        if stored is None:
             return None
-        stored = SolvedLayer.model_validate_json(record.read_text())
         file = str(self._tensors(layer))
         return stored.model_copy(update={"tensors": tuple(t.model_copy(update={"file": file}) for t in stored.tensors)})
 

@@ -27,7 +27,7 @@ from workers.checkpoint.source import Source
 from workers.engines.maker import Maker
 from workers.engines.table import maker_class
 from workers.errors import TransientError, UnsupportedRecipe
-from workers.machine.files import write_text
+from workers.machine.files import read_model, write_text
 from workers.machine.preflight import versions
 from workers.methods.layer import LayerWork
 from workers.model import batching, reference
@@ -177,7 +177,8 @@ class SpreadFolder:
             pass
         finally:
             private_file.unlink()
-        return Agreement.model_validate_json(agreement_file.read_text())
+        agreed = read_model(agreement_file, Agreement)
+        return agreed if agreed is not None else self.agree(proposed)
 
     def gathering(self, part: int) -> Path:
         """Folder of a part's checkpoint, to resume after a kill."""
@@ -197,8 +198,7 @@ class SpreadFolder:
 
     def gathered(self, part: int) -> GatherRecord | None:
         """A part's record; None if it hasn't gathered."""
-        record = self._record(part)
-        return GatherRecord.model_validate_json(record.read_text()) if record.is_file() else None
+        return read_model(self._record(part), GatherRecord)
 
     def require_gathered(self) -> None:
         """Refuse a calibration with missing parts.

@@ -101,7 +101,7 @@ def check_bytes(folder: Path) -> Manifest:
     """
     try:
         manifest = Manifest.model_validate_json((folder / MANIFEST).read_text())
-    except (OSError, ValidationError) as error:
+    except (OSError, ValueError) as error:
         first = str(error).splitlines()[0][:200]
         raise CheckpointError(f"artifact {folder}: no readable {MANIFEST} ({first}); run its zoo again") from error
     files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))

@@ -24,6 +24,10 @@ from workers.spec.runtimes import RUNTIMES, checking
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags")
 
 
+# Those that the Hub takes as lists, too.
+LISTS = ("license", "language", "tags")
+
+
 def render_card(
     job: Job,
     order: Order,
@@ -56,7 +60,8 @@ def read_metadata(card: Path) -> dict[str, Any]:
         return {}  # an invalid card of the source is no error of ours
     if not isinstance(loaded, dict):
         return {}
-    return {key: value for key in INHERITED if (value := _plain_words(loaded.get(key)))}
+    words = {key: _plain_words(loaded.get(key)) for key in INHERITED}
+    return {key: value for key, value in words.items() if value and (isinstance(value, str) or key in LISTS)}
 
 
 def _plain_words(value: Any) -> str | list[str] | None:

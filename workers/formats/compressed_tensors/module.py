@@ -57,7 +57,7 @@ def header(stored: Mapping[str, Header], read: Callable[[str], Tensor], declared
     missing = [name for name in (*NAMES.get(declared.form, ct_plain.NAMES), *static) if name not in stored]
     if missing:
         raise CheckpointError(
-            f"quantized, but its {', '.join(missing)} isn't there, as {declared.form!r} has it; make the checkpoint anew"
+            f"quantized, but its {', '.join(missing)} isn't there, as {declared.form!r} has it; make it anew"
         )
     if declared.form == PACKED:
         return ct_packed.header(stored, read)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from workers.errors import OutOfMemory, WorkerDied
+from workers.errors import WorkerDied
 from workers.machine import child
 from workers.machine.environments import interpreter
+from workers.machine.failures import of_a_process
 from workers.spec.base import Frozen
 from workers.spec.runtimes import Runtime, RuntimeRequest
 
@@ -41,8 +43,8 @@ def ask(row: Runtime, request: RuntimeRequest, tokens_NT: Tensor, prompts_PT: Te
     exception.
 
     Raises:
-        OutOfMemory: the process was killed or ran out of memory: the machine's fault, not the artifact's.
-        WorkerDied: no answer within the deadline.
+        OutOfMemory: the process ran out of memory: the machine's fault, not the artifact's.
+        WorkerDied: it was killed by somebody else, or gave no answer within the deadline.
     """
     from safetensors.torch import load_file, save_file
 
@@ -68,16 +70,16 @@ def in_a_process(entry: str, request: Frozen, scratch: Path, what: str, python: 
     """The answer of an entry in a fresh process (``reply`` says its keys); a crash of the process is an ``error``.
 
     Raises:
-        OutOfMemory: the process was killed or ran out of memory.
-        WorkerDied: no answer within the deadline.
+        OutOfMemory: the process ran out of memory.
+        WorkerDied: it was killed by somebody else, or gave no answer within the deadline.
     """
     try:
         done = child.run(entry, request.model_dump_json(), python=python, cwd=scratch, seconds=DEADLINE_SECONDS)
     except TimeoutError:
         raise WorkerDied(f"{what}: no answer within {DEADLINE_SECONDS:.0f} s") from None
     if done.answer is None:
-        if done.out_of_memory:
-            raise OutOfMemory(f"{what}: out of memory ({done.said}); use a larger machine")
+        if done.memory or done.code == -signal.SIGKILL:  # nothing that a checkpoint could have done
+            raise of_a_process(what, done)
         return {"error": f"the process ended with {done.code}: {done.said}", "not_here": False}
     answer: dict[str, Any] = json.loads(done.answer)
     return answer
