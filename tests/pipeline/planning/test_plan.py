@@ -12,9 +12,11 @@ from click.testing import CliRunner
 from pipeline.cli.main import main
 from pipeline.loopback import LoopbackHub
 from pipeline.planning import plan, sizing, sources
-from pipeline.zoo import zoo
+from pipeline.zoo import shipped, zoo
 from tests.pipeline.fleet import test_decisions as decisions
 from workers.errors import HubRefused, HubUnavailable, UserError
+from workers.spec.job import Dataset, ModelPin, Verification
+from workers.spec.tensors import TensorHeader
 from workers.spec.workspace import MANIFEST, artifact_folder
 from workers.transfer import destinations
 from workers.transfer.patience import Silence
@@ -71,6 +73,19 @@ def test_identity_is_content(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text("{}")
     third = make(tmp_path, write(tmp_path, model="id: model")).artifacts
     assert third[1].order.fingerprint != first[1].order.fingerprint
+
+
+def test_a_gpu_holds_the_whole_source_in_its_own_dtype() -> None:
+    """On a CPU all is float32, whatever it is stored in."""
+
+    def verifying(dtype: str) -> sizing.Need:
+        tensors = (TensorHeader("model.layers.0.mlp.up_proj.weight", (512, 256), dtype),)
+        pinned = sources.PinnedModel(ModelPin(id="m", revision="1"), {"hidden_size": 256}, tensors, "m")
+        verification = Verification(dataset=Dataset(path="text"))
+        return sizing.estimate(pinned, shipped.recipe("bnb-nf4"), None, verification).verify
+
+    assert verifying("F32").host == verifying("BF16").host
+    assert verifying("F32").device - verifying("BF16").device == 2 * 512 * 256
 
 
 def test_estimates_are_near_what_is_written(tmp_path: Path) -> None:

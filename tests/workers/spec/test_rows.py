@@ -28,6 +28,7 @@ from workers.spec.layers import LayerKinds, kinds_of
 from workers.spec.recipes import Recipe
 from workers.spec.runtimes import RUNTIMES, VLLM, checking, misfit
 from workers.spec.schemes import FP8_BLOCK
+from workers.verify import source_check
 
 ROOT = Path(__file__).parents[3]
 RECIPES = shipped.recipe_names()
@@ -88,6 +89,7 @@ def test_configs_are_recognised_by_one_row_alone() -> None:
 
 def test_constants_that_rooms_cannot_share_are_equal() -> None:
     assert fp8.BLOCK == FP8_BLOCK
+    assert source_check.PROCESS_BYTES == sizing.LOADER_BYTES
 
 
 def test_a_mixture_is_one_whichever_of_its_layers_are_quantized() -> None:
