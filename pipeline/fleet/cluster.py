@@ -23,7 +23,7 @@ from pipeline.fleet.placement import Claim, Node
 from pipeline.fleet.steps import NETWORK_STAGES, Step
 from workers.errors import ClusterLost, OutOfMemory, PreflightError, WorkerDied
 from workers.machine import child
-from workers.machine.failures import of_a_process
+from workers.machine.failures import describe, of_a_process
 from workers.machine.memory import MemoryWatch, host_memory
 from workers.machine.preflight import MachineFacts
 from workers.machine.warm import Parents
@@ -256,7 +256,7 @@ class Cluster:
             message = f"{step.stage}: the node ran out of host memory; use a larger one, or lower calibration.samples"
             failure = Failure(kind=OutOfMemory.__name__, message=message, traceback=str(error))
         except exceptions.RayTaskError as error:
-            failure = Failure(kind=type(error.cause).__name__, message=str(error.cause), traceback=str(error))
+            failure = describe(error.cause or error).model_copy(update={"traceback": str(error)[-8000:]})
         except exceptions.RayError as error:
             failure = self._lost(step, error)
         except ValueError as error:
