@@ -99,6 +99,7 @@ def own_code(folder: Path) -> Path:
     return model
 
 
+@pytest.mark.slow
 def test_a_models_own_code_sees_none_and_publishing_still_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
