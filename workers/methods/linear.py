@@ -17,6 +17,7 @@ from workers.model.loading import QuantizableWeight
 from workers.numerics import fp4, fp8
 from workers.numerics.codes import Float4Weight, Float8Weight, IntWeight
 from workers.spec.formats import FORMATS
+from workers.spec.fusion import fused_group, together
 from workers.spec.recipes import LinearRecipe
 from workers.spec.schemes import Float8Scheme, IntScheme, LinearScheme, MicroscalingScheme
 
@@ -41,7 +42,11 @@ def _problems(weights: Sequence[tuple[QuantizableWeight, LinearScheme]], layer: 
     for weight, scheme in weights:
         statistics = layer.statistics(weight)
         # Experts that share statistics stay separate problems: they are stacked as far as memory allows.
-        name: object = weight.key if statistics is None else (id(statistics), weight.input.expert)
+        name: object = (id(statistics), weight.input.expert)
+        if statistics is None:
+            # What runtimes fuse shares a global scale, and is coded together.
+            shared = isinstance(scheme, MicroscalingScheme) and scheme.type == "nvfp4"
+            name = (fused_group(weight.module) if shared else None) or weight.key
         together.setdefault((name, scheme), []).append(weight)
     for (_, scheme), group in together.items():
         matrices = [require_finite(weight.key, layer.read(weight)) for weight in group]
@@ -129,12 +134,19 @@ def _input_scale(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, tuple[st
 
 
 def _code_fp4(scheme: MicroscalingScheme, problem: Problem) -> Iterator[Coded]:
-    for weight, matrix_OI in zip(problem.weights, _matrices(problem), strict=True):
-        if scheme.type == "mxfp4":
-            codes_OI, exponent_OG = fp4.mxfp4(matrix_OI)
+    matrices = {weight.module: matrix_OI for weight, matrix_OI in zip(problem.weights, _matrices(problem), strict=True)}
+    if scheme.type == "mxfp4":
+        for weight in problem.weights:
+            codes_OI, exponent_OG = fp4.mxfp4(matrices[weight.module])
             yield Coded(weight, Float4Weight(codes_OI, exponent_OG, None))
-        else:
-            yield Coded(weight, Float4Weight(*fp4.nvfp4(matrix_OI)))
+        return
+    global_scales: dict[str, Tensor] = {}
+    for members in together(matrices):
+        largest = torch.stack([matrices[module].abs().amax() for module in members]).amax()
+        global_scales.update(dict.fromkeys(members, fp4.nvfp4_global_scale(largest)))
+    for weight in problem.weights:
+        coded = fp4.nvfp4(matrices[weight.module], global_scales[weight.module])
+        yield Coded(weight, Float4Weight(*coded))
 
 
 def _matrices(problem: Problem) -> Sequence[Tensor]:

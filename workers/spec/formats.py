@@ -44,6 +44,7 @@ class Format:
     ``scale_dtype``: dtype that scales are rounded to. ``container``: what the weights are written as
     (``checkpoint.shards.WRITERS``). ``arithmetic`` says how runtimes compute with such a config. ``needs``:
     distributions for writing and decoding. ``only_method`` is the one method that writes the format, if others can't.
+    ``lists_unquantized``: config.json names the modules that stay in half precision.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Format:
     arithmetic: Callable[[Mapping[str, Any]], Arithmetic] = lambda config: "any"
     needs: tuple[str, ...] = ()
     only_method: str | None = None
+    lists_unquantized: bool = False
 
 
 # ------------------------------------------------------------------------------------- compressed-tensors
@@ -137,6 +139,7 @@ COMPRESSED_TENSORS = Format(
     family=_ct_family,
     per_layer_schemes=True,
     without_weight=_ct_without_weight,
+    lists_unquantized=True,
     # The library decodes fp4 to bfloat16 at run time, whatever dtype the model computes in.
     arithmetic=lambda config: "own" if "fp4" in str(config.get("format")) else "any",
     needs=("compressed-tensors",),
@@ -218,6 +221,7 @@ AWQ = Format(
     multiple_OI=(8, 1),
     # Supported by the kernels of gptqmodel 7.6.
     group_sizes=(16, 32, 64, 128),
+    lists_unquantized=True,
 )
 
 
@@ -240,6 +244,7 @@ FP8 = Format(
     declares=lambda config: config.get("quant_method") == "fp8",
     family=lambda config: ["fp8"],
     arithmetic=lambda config: "decoded",
+    lists_unquantized=True,
 )
 
 

@@ -21,6 +21,7 @@ from workers.spec.schemes import (
     IntScheme,
     LinearScheme,
     LlmInt8Scheme,
+    MicroscalingScheme,
 )
 
 # ------------------------------------------------------------------------------------------ methods
@@ -113,6 +114,11 @@ class RecipeBase(Frozen):
 
     numerics: ClassVar[int] = 1
     engine: ClassVar[str] = "linear"
+
+    @property
+    def revision(self) -> int:
+        """The numerics of this recipe: ``numerics``, raised where they changed for its scheme alone."""
+        return self.numerics
 
     name: str = Field(pattern=SLUG.pattern, max_length=64)
     description: str = ""
@@ -268,6 +274,12 @@ class RtnRecipe(RecipeBase):
     scheme: AnyLinearScheme
     format: FormatName
     options: RtnOptions = RtnOptions()
+
+    @property
+    def revision(self) -> int:
+        """Raised by one for nvfp4, whose global scales are shared by what runtimes fuse since then."""
+        nvfp4 = isinstance(self.scheme, MicroscalingScheme) and self.scheme.type == "nvfp4"
+        return self.numerics + nvfp4
 
     @model_validator(mode="after")
     def _readable(self) -> Self:
