@@ -18,6 +18,7 @@ from workers.spec.schemes import (
     AnyLinearScheme,
     Float8Scheme,
     FourBitFloatScheme,
+    GridScheme,
     IntScheme,
     LinearScheme,
     LlmInt8Scheme,
@@ -176,10 +177,10 @@ class Override(Frozen):
         return _compiled("modules", value)
 
 
-class IntRecipe(RecipeBase):
-    """A recipe with codes on an integer grid."""
+class GridRecipe(RecipeBase):
+    """A recipe with codes on a grid of integers, or of E2M1 numbers."""
 
-    scheme: IntScheme
+    scheme: GridScheme
     overrides: tuple[Override, ...] = Field((), description="Schemes of their own; the first whose pattern fits.")
     format: FormatName
 
@@ -199,7 +200,7 @@ class IntRecipe(RecipeBase):
         """All patterns of module names in the recipe."""
         return (*self.ignore, *(pattern for override in self.overrides for pattern in override.modules))
 
-    def scheme_of(self, module: str) -> IntScheme:
+    def scheme_of(self, module: str) -> IntScheme | MicroscalingScheme:
         """The recipe's scheme for a module."""
         for override in self.overrides:
             if any(matches(pattern, module) for pattern in override.modules):
@@ -207,8 +208,14 @@ class IntRecipe(RecipeBase):
         return self.scheme
 
 
-class GptqRecipe(IntRecipe):
-    """GPTQ: second-order error compensation from the calibration Hessian."""
+class IntRecipe(GridRecipe):
+    """A recipe with codes on an integer grid."""
+
+    scheme: IntScheme
+
+
+class GptqRecipe(GridRecipe):
+    """GPTQ: second-order error compensation from the calibration Hessian; on integers, or on E2M1 numbers."""
 
     numerics: ClassVar[int] = 2
 
