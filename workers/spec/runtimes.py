@@ -20,6 +20,7 @@ from workers.spec.formats import (
     COMPRESSED_TENSORS,
     FORMATS,
     FP8,
+    GGUF,
     GPTQ,
     GPTQ_V2,
     Arithmetic,
@@ -267,7 +268,28 @@ VLLM = Runtime(
     tried="vLLM 0.32 on a CPU, with small models",
 )
 
-RUNTIMES: dict[str, Runtime] = {row.name: row for row in (TRANSFORMERS, VLLM)}
+# --------------------------------------------------------------------------------------------- llama.cpp
+
+
+def _with_llama_cpp(repo: str, loader: str) -> str:
+    return (
+        "from llama_cpp import Llama\n\n"
+        f'llm = Llama.from_pretrained("{repo}", filename="*.gguf")\n'
+        'llm("Once upon a time", max_tokens=64)\n\n'
+        f"# or in a shell: llama-cli -hf {repo}\n"
+    )
+
+
+LLAMA_CPP = Runtime(
+    name="llama.cpp",
+    distribution="llama-cpp-python",
+    rules={GGUF.name: lambda scheme, kinds: None},
+    snippet=_with_llama_cpp,
+    entry="workers.verify.runtimes.llama_cpp:answer",
+    environment="llama-cpp",
+)
+
+RUNTIMES: dict[str, Runtime] = {row.name: row for row in (TRANSFORMERS, VLLM, LLAMA_CPP)}
 
 
 # --------------------------------------------------------------------------------------------- look-ups

@@ -1,0 +1,298 @@
+"""ggml's blocks: their scales and codes, how they decode, and other codes on the same scales.
+
+O output features, I input features, N blocks of a row, G groups that share a scale, R bytes of a row. Specification:
+``block_q4_0`` and others, and ``dequantize_row_*``, in ggml/src/ggml-common.h and ggml-quants.c. A weight is
+``codes_OI * scale_OG - minimum_OG``, in that order, in float32: the same bits as ggml's and gguf's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# The codebook of iq4_nl and iq4_xs.
+IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The scales of rows: float32 [O, G]; ``minimum_OG`` None for types without."""
+
+    scale_OG: Tensor
+    minimum_OG: Tensor | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a type stores a block of weights.
+
+    ``codes`` takes blocks uint8 [O, N, bytes] to integers int16 [O, N, block] between ``low`` and ``high``, and ``put``
+    writes such integers into the blocks; ``grid`` reads the scales, [O, N, G]. ``table``: the codes are its indices.
+    """
+
+    block: int
+    bytes: int
+    low: int
+    high: int
+    codes: Callable[[Tensor], Tensor]
+    put: Callable[[Tensor, Tensor], None]
+    grid: Callable[[Tensor], Grid]
+    table: tuple[int, ...] | None = None
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return (self.high - self.low).bit_length()
+
+
+def decode(kind: str, raw_OR: Tensor) -> Tensor:
+    """The weight, float32 (O, I), of blocks uint8 (O, R)."""
+    layout = LAYOUTS[kind]
+    codes_OI = codes(kind, raw_OR)
+    if layout.table is not None:
+        codes_OI = torch.tensor(layout.table, dtype=torch.int16, device=raw_OR.device)[codes_OI.long()]
+    return on_grid(codes_OI, grid(kind, raw_OR))
+
+
+def on_grid(codes_OI: Tensor, grid: Grid) -> Tensor:
+    """The weight, float32 (O, I), of integers on a grid."""
+    codes_OGg = codes_OI.unflatten(1, (grid.scale_OG.shape[1], -1)).float()
+    weight_OGg = codes_OGg * grid.scale_OG[..., None]
+    if grid.minimum_OG is not None:
+        weight_OGg = weight_OGg - grid.minimum_OG[..., None]
+    return weight_OGg.flatten(1)
+
+
+def codes(kind: str, raw_OR: Tensor) -> Tensor:
+    """The integers of blocks, int16 (O, I), from ``low`` to ``high``."""
+    layout = LAYOUTS[kind]
+    return layout.codes(_blocks(layout, raw_OR)).to(torch.int16).flatten(1)
+
+
+def grid(kind: str, raw_OR: Tensor) -> Grid:
+    """The scales of blocks, of each group."""
+    layout = LAYOUTS[kind]
+    found = layout.grid(_blocks(layout, raw_OR))
+    minimum_OG = None if found.minimum_OG is None else found.minimum_OG.flatten(1)
+    return Grid(found.scale_OG.flatten(1), minimum_OG)
+
+
+def with_codes(kind: str, raw_OR: Tensor, codes_OI: Tensor) -> Tensor:
+    """The blocks with other integers on the same scales."""
+    layout = LAYOUTS[kind]
+    raw_ONb = _blocks(layout, raw_OR).clone()
+    layout.put(raw_ONb, codes_OI.unflatten(1, (raw_ONb.shape[1], -1)).to(torch.int16))
+    return raw_ONb.flatten(1)
+
+
+def _blocks(layout: Layout, raw_OR: Tensor) -> Tensor:
+    return raw_OR.unflatten(1, (-1, layout.bytes))
+
+
+def _half(raw: Tensor, at: int) -> Tensor:
+    """A float16 at a byte of each block, as float32 [O, N, 1]."""
+    return raw[..., at : at + 2].contiguous().view(torch.float16).float()
+
+
+def _byte(values: Tensor) -> Tensor:
+    return (values & 0xFF).to(torch.uint8)
+
+
+def _int(raw: Tensor) -> Tensor:
+    return raw.to(torch.int16)
+
+
+# ------------------------------------------------------------------------------------ blocks of 32, one scale
+
+
+def _nibbles(raw: Tensor, at: int) -> Tensor:
+    """32 codes of 4 bits: the low halves of 16 bytes, then the high ones."""
+    data = _int(raw[..., at : at + 16])
+    return torch.cat([data & 15, data >> 4], -1)
+
+
+def _put_nibbles(raw: Tensor, at: int, codes: Tensor) -> None:
+    raw[..., at : at + 16] = _byte((codes[..., :16] & 15) | (codes[..., 16:] & 15) << 4)
+
+
+def _fifth(raw: Tensor, at: int) -> Tensor:
+    """The fifth bits of 32 codes, from 4 bytes."""
+    shifts = torch.arange(8, device=raw.device, dtype=torch.int16)
+    return (_int(raw[..., at : at + 4])[..., None] >> shifts & 1).flatten(-2)
+
+
+def _put_fifth(raw: Tensor, at: int, codes: Tensor) -> None:
+    shifts = torch.arange(8, device=raw.device, dtype=torch.int16)
+    raw[..., at : at + 4] = _byte(((codes >> 4 & 1).unflatten(-1, (4, 8)) << shifts).sum(-1))
+
+
+def _plain_4(at: int, middle: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], None]]:
+    def read(raw: Tensor) -> Tensor:
+        return _nibbles(raw, at) - middle
+
+    def put(raw: Tensor, codes: Tensor) -> None:
+        _put_nibbles(raw, at, codes + middle)
+
+    return read, put
+
+
+def _plain_5(high: int, middle: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], None]]:
+    def read(raw: Tensor) -> Tensor:
+        return (_nibbles(raw, high + 4) | _fifth(raw, high) << 4) - middle
+
+    def put(raw: Tensor, codes: Tensor) -> None:
+        _put_nibbles(raw, high + 4, codes + middle)
+        _put_fifth(raw, high, codes + middle)
+
+    return read, put
+
+
+def _scale_alone(raw: Tensor) -> Grid:
+    return Grid(_half(raw, 0), None)
+
+
+def _scale_and_minimum(raw: Tensor) -> Grid:
+    return Grid(_half(raw, 0), -_half(raw, 2))
+
+
+def _read_q8_0(raw: Tensor) -> Tensor:
+    return raw[..., 2:].contiguous().view(torch.int8).to(torch.int16)
+
+
+def _put_q8_0(raw: Tensor, codes: Tensor) -> None:
+    raw[..., 2:] = codes.to(torch.int8).view(torch.uint8)
+
+
+# ------------------------------------------------------------------------------- blocks of 256, scales of scales
+
+
+def _crumbs(raw: Tensor, at: int) -> Tensor:
+    """256 codes of 2 bits from 64 bytes: of each 32 bytes the lowest bits, then the next."""
+    shifts = torch.tensor([0, 2, 4, 6], device=raw.device, dtype=torch.int16)
+    data = _int(raw[..., at : at + 64]).unflatten(-1, (2, 1, 32))
+    return (data >> shifts[:, None] & 3).flatten(-3)
+
+
+def _put_crumbs(raw: Tensor, at: int, codes: Tensor) -> None:
+    shifts = torch.tensor([0, 2, 4, 6], device=raw.device, dtype=torch.int16)
+    parts = (codes & 3).unflatten(-1, (2, 4, 32)) << shifts[:, None]
+    raw[..., at : at + 64] = _byte(parts.sum(-2).flatten(-2))
+
+
+def _by_32(raw: Tensor, at: int) -> Tensor:
+    """256 codes of 4 bits from 128 bytes: of each 32 bytes the low halves, then the high ones."""
+    data = _int(raw[..., at : at + 128]).unflatten(-1, (4, 32))
+    return torch.stack([data & 15, data >> 4], -2).flatten(-3)
+
+
+def _put_by_32(raw: Tensor, at: int, codes: Tensor) -> None:
+    parts = (codes & 15).unflatten(-1, (4, 2, 32))
+    raw[..., at : at + 128] = _byte((parts[..., 0, :] | parts[..., 1, :] << 4).flatten(-2))
+
+
+def _planes(raw: Tensor, at: int) -> Tensor:
+    """256 single bits from 32 bytes: bit 0 of all, then bit 1, ..."""
+    shifts = torch.arange(8, device=raw.device, dtype=torch.int16)
+    return (_int(raw[..., at : at + 32])[..., None, :] >> shifts[:, None] & 1).flatten(-2)
+
+
+def _put_planes(raw: Tensor, at: int, bits: Tensor) -> None:
+    shifts = torch.arange(8, device=raw.device, dtype=torch.int16)
+    raw[..., at : at + 32] = _byte((bits.unflatten(-1, (8, 32)) << shifts[:, None]).sum(-2))
+
+
+def _grid_q2_k(raw: Tensor) -> Grid:
+    scales = _int(raw[..., :16])
+    return Grid(_half(raw, 80) * (scales & 15), _half(raw, 82) * (scales >> 4))
+
+
+def _read_q3_k(raw: Tensor) -> Tensor:
+    return _crumbs(raw, 32) + 4 * _planes(raw, 0) - 4
+
+
+def _put_q3_k(raw: Tensor, codes: Tensor) -> None:
+    _put_crumbs(raw, 32, codes + 4)
+    _put_planes(raw, 0, codes + 4 >> 2 & 1)
+
+
+def _grid_q3_k(raw: Tensor) -> Grid:
+    packed = _int(raw[..., 96:108])
+    low = torch.cat([packed[..., :8] & 15, packed[..., :8] >> 4], -1)
+    shifts = torch.tensor([0, 2, 4, 6], device=raw.device, dtype=torch.int16)
+    high = (packed[..., None, 8:] >> shifts[:, None] & 3).flatten(-2)
+    return Grid(_half(raw, 108) * ((low | high << 4) - 32), None)
+
+
+def _grid_q4_k(raw: Tensor) -> Grid:
+    """8 scales and 8 minima of 6 bits in 12 bytes."""
+    packed = _int(raw[..., 4:16])
+    first, second, third = packed[..., :4], packed[..., 4:8], packed[..., 8:]
+    scales = torch.cat([first & 63, (third & 15) | (first >> 6) << 4], -1)
+    minima = torch.cat([second & 63, third >> 4 | (second >> 6) << 4], -1)
+    return Grid(_half(raw, 0) * scales, _half(raw, 2) * minima)
+
+
+def _read_q5_k(raw: Tensor) -> Tensor:
+    return _by_32(raw, 48) | _planes(raw, 16) << 4
+
+
+def _put_q5_k(raw: Tensor, codes: Tensor) -> None:
+    _put_by_32(raw, 48, codes)
+    _put_planes(raw, 16, codes >> 4 & 1)
+
+
+def _read_q6_k(raw: Tensor) -> Tensor:
+    low = _int(raw[..., :128]).unflatten(-1, (2, 64))
+    low = torch.cat([low & 15, low >> 4], -1)  # [.., 2, 128]
+    shifts = torch.tensor([0, 2, 4, 6], device=raw.device, dtype=torch.int16)
+    high = (_int(raw[..., 128:192]).unflatten(-1, (2, 1, 32)) >> shifts[:, None] & 3).flatten(-2)
+    return (low | high << 4).flatten(-2) - 32
+
+
+def _put_q6_k(raw: Tensor, codes: Tensor) -> None:
+    parts = (codes + 32).unflatten(-1, (2, 128))
+    low, high = parts & 15, (parts >> 4).unflatten(-1, (4, 32))
+    raw[..., :128] = _byte((low[..., :64] | low[..., 64:] << 4).flatten(-2))
+    shifts = torch.tensor([0, 2, 4, 6], device=raw.device, dtype=torch.int16)
+    raw[..., 128:192] = _byte((high << shifts[:, None]).sum(-2).flatten(-2))
+
+
+def _grid_q6_k(raw: Tensor) -> Grid:
+    return Grid(_half(raw, 208) * raw[..., 192:208].contiguous().view(torch.int8), None)
+
+
+def _grid_iq4_xs(raw: Tensor) -> Grid:
+    high = _int(raw[..., 2:3]) | _int(raw[..., 3:4]) << 8
+    places = torch.arange(8, device=raw.device, dtype=torch.int16)
+    low = (_int(raw[..., 4:8])[..., None] >> torch.tensor([0, 4], device=raw.device, dtype=torch.int16) & 15).flatten(-2)
+    scales = low | ((high.int() & 0xFFFF) >> 2 * places & 3).to(torch.int16) << 4
+    return Grid(_half(raw, 0) * (scales - 32), None)
+
+
+def _read_iq4_xs(raw: Tensor) -> Tensor:
+    data = _int(raw[..., 8:]).unflatten(-1, (8, 16))
+    return torch.cat([data & 15, data >> 4], -1).flatten(-2)
+
+
+def _put_iq4_xs(raw: Tensor, codes: Tensor) -> None:
+    parts = codes.unflatten(-1, (8, 32))
+    raw[..., 8:] = _byte((parts[..., :16] | parts[..., 16:] << 4).flatten(-2))
+
+
+LAYOUTS: dict[str, Layout] = {
+    "q8_0": Layout(32, 34, -128, 127, _read_q8_0, _put_q8_0, _scale_alone),
+    "q4_0": Layout(32, 18, -8, 7, *_plain_4(2, 8), _scale_alone),
+    "q4_1": Layout(32, 20, 0, 15, *_plain_4(4, 0), _scale_and_minimum),
+    "q5_0": Layout(32, 22, -16, 15, *_plain_5(2, 16), _scale_alone),
+    "q5_1": Layout(32, 24, 0, 31, *_plain_5(4, 0), _scale_and_minimum),
+    "iq4_nl": Layout(32, 18, 0, 15, *_plain_4(2, 0), _scale_alone, IQ4),
+    "q2_k": Layout(256, 84, 0, 3, lambda raw: _crumbs(raw, 16), lambda raw, c: _put_crumbs(raw, 16, c), _grid_q2_k),
+    "q3_k": Layout(256, 110, -4, 3, _read_q3_k, _put_q3_k, _grid_q3_k),
+    "q4_k": Layout(256, 144, 0, 15, lambda raw: _by_32(raw, 16), lambda raw, c: _put_by_32(raw, 16, c), _grid_q4_k),
+    "q5_k": Layout(256, 176, 0, 31, _read_q5_k, _put_q5_k, _grid_q4_k),
+    "q6_k": Layout(256, 210, -32, 31, _read_q6_k, _put_q6_k, _grid_q6_k),
+    "iq4_xs": Layout(256, 136, 0, 15, _read_iq4_xs, _put_iq4_xs, _grid_iq4_xs, IQ4),
+}
