@@ -21,7 +21,7 @@ from workers.model.statistics import InputStatistics
 from workers.numerics.precision import coarse_products
 from workers.spec.job import ArtifactMade, Job, Order
 from workers.spec.layers import Layout
-from workers.spec.recipes import BitsAndBytesRecipe
+from workers.spec.recipes import BitsAndBytesRecipe, GgufRecipe
 from workers.spec.schemes import LinearScheme
 from workers.spec.workspace import folds_folder
 
@@ -31,7 +31,7 @@ class LinearMaker(Maker):
 
     def __init__(self, job: Job, order: Order, streamed: StreamedModel, source: Source, partial: Path) -> None:
         super().__init__(job, order, streamed, source, partial)
-        assert not isinstance(order.recipe, BitsAndBytesRecipe)
+        assert not isinstance(order.recipe, BitsAndBytesRecipe | GgufRecipe)
         self._recipe = order.recipe
         codec = CODECS[order.recipe.format]
         assert codec.encode is not None, "the recipe names a format that linear layers are stored in"

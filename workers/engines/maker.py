@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from workers.checkpoint.shards import WRITERS, Journal, ShardWriter, Spooled
+from workers.checkpoint.containers import WRITERS
+from workers.checkpoint.shards import Journal, ShardWriter, Spooled
 from workers.checkpoint.source import Source, copy_companions
 from workers.machine.files import write_text
 from workers.methods.layer import LayerWork
@@ -21,7 +22,7 @@ from workers.methods.scaling import some
 from workers.model.generation import GENERATION_CONFIG, unreadable
 from workers.model.loading import StreamedModel
 from workers.spec.base import Frozen
-from workers.spec.checkpoint_files import CheckpointFiles
+from workers.spec.checkpoint_files import WEIGHTS, CheckpointFiles
 from workers.spec.formats import FORMATS
 from workers.spec.job import ArtifactMade, Job, Order
 from workers.spec.layers import Layout
@@ -116,7 +117,7 @@ class Maker(ABC):
         unused = frozenset(self._streamed.unused)
         for key in self._streamed.outside_keys:
             if key not in unused:
-                self.copy({key: self._source.read(key)})
+                self.outside(key, self._source.read(key))
         if unused:
             name = type(self._streamed.model).__name__
             note = f"left out, for {name} has no place for them: {len(unused)} of the source's tensors"
@@ -131,12 +132,16 @@ class Maker(ABC):
         artifact = ArtifactMade(
             recipe=self.order.recipe.name,
             path=str(self.target),
-            bytes=sum(path.stat().st_size for path in self._partial.glob("*.safetensors")),
+            bytes=sum(path.stat().st_size for end in WEIGHTS for path in self._partial.glob(f"*{end}")),
             seconds=self.seconds,
             fallbacks=tuple(self.fallbacks),
         )
         put_in_place(self._partial, self.target, artifact, self.layout())
         return artifact
+
+    def outside(self, key: str, tensor: Tensor) -> None:
+        """Write a tensor that belongs to no layer: unchanged, unless the engine quantizes it."""
+        self.copy({key: tensor})
 
     def release(self) -> None:
         """Close open files; written files stay for the next attempt."""

@@ -40,9 +40,7 @@ def refine(
     of its mean. Zero points don't change. Rows without an improvement don't change.
     """
     damped_BII = damped(h_BII, damping)
-    diagonal_BI = damped_BII.diagonal(dim1=1, dim2=2)
-    mixing_BII = damped_BII / diagonal_BI[..., None]
-    mixing_BII.diagonal(dim1=1, dim2=2).zero_()
+    mixing_BII = _mixing(damped_BII)
     wt_BIO = transposed(w_BOI.float())
     hw_BIO = torch.zeros_like(wt_BIO)
     add_product(hw_BIO, damped_BII, wt_BIO)
@@ -51,6 +49,33 @@ def refine(
         scale_BOG = _scales(damped_BII, hw_BIO, codes_BIO, scale_BOG, zero_BOG)
         codes_BIO = _codes(wt_BIO, mixing_BII, codes_BIO, scale_BOG, zero_BOG, bits)
     return transposed(codes_BIO), scale_BOG
+
+
+def descend(
+    w_BOI: Tensor,
+    h_BII: Tensor,
+    codes_BOI: Tensor,
+    scale_BOG: Tensor,
+    zero_BOG: Tensor | None,
+    *,
+    bits: int,
+    rounds: int,
+    damping: float,
+) -> Tensor:
+    """Codes (int8 [B, O, I]) by ``rounds`` sweeps of coordinate descent on given scales and zero points; see
+    ``refine``."""
+    mixing_BII = _mixing(damped(h_BII, damping))
+    wt_BIO, codes_BIO = transposed(w_BOI.float()), transposed(codes_BOI)
+    for _ in range(rounds):
+        codes_BIO = _codes(wt_BIO, mixing_BII, codes_BIO, scale_BOG, zero_BOG, bits)
+    return transposed(codes_BIO)
+
+
+def _mixing(damped_BII: Tensor) -> Tensor:
+    """H_kj / H_jj off the diagonal."""
+    mixing_BII = damped_BII / damped_BII.diagonal(dim1=1, dim2=2)[..., None]
+    mixing_BII.diagonal(dim1=1, dim2=2).zero_()
+    return mixing_BII
 
 
 def _scales(h_BII: Tensor, hw_BIO: Tensor, codes_BIO: Tensor, scale_BOG: Tensor, zero_BOG: Tensor | None) -> Tensor:
