@@ -289,9 +289,7 @@ class GgufSource:
             for piece in place.pieces:
                 position = self._take(place, piece, kind, position, shape, rows)
 
-    def _take(
-        self, place: Place, piece: Piece, kind: int, position: int, shape: tuple[int, ...], rows: int
-    ) -> int:
+    def _take(self, place: Place, piece: Piece, kind: int, position: int, shape: tuple[int, ...], rows: int) -> int:
         """Note where a piece lies; the position behind it."""
         named = {row.number: name for name, row in (TYPES | PLAIN).items()}[kind]
         row_bytes = (TYPES | PLAIN)[named].row_bytes(shape[-1])
@@ -303,7 +301,9 @@ class GgufSource:
         else:
             stored, kept = piece.key, DTYPES[named]
             count = shape[-1] if vector else rows
-            part = _Part(position, count, kept.itemsize if vector else row_bytes, DTYPES[place.dtype], kept, piece, vector)
+            part = _Part(
+                position, count, kept.itemsize if vector else row_bytes, DTYPES[place.dtype], kept, piece, vector
+            )
             plain = (count,) if vector else (shape[-1], rows) if piece.transposed else (rows, shape[-1])
             self.headers[stored] = Header(plain, DTYPES[place.dtype])
         self._parts[stored] = part

@@ -66,7 +66,7 @@ class GgmlMaker(Maker):
 
     def layout(self) -> Layout:
         """The type of each quantized module."""
-        return Layout.of({key.removesuffix(".weight"): GgmlScheme(kind=kind) for key, kind in self._kinds.items()})  # type: ignore[arg-type]
+        return Layout.of({key.removesuffix(".weight"): GgmlScheme(kind=kind) for key, kind in self._kinds.items()})
 
     def quantization_config(self) -> dict[str, Any]:
         """The description of the file."""
@@ -74,30 +74,24 @@ class GgmlMaker(Maker):
 
     def layer(self, work: LayerWork) -> None:
         """Quantize one layer's matrices, and copy its other tensors."""
-        short = {}
+        matrices = []
         for key in self._streamed.keys_of_layer(work.index):
-            weight = self._weights.get(key)
             if key not in self._kinds:
                 self.copy({key: work.tensors[key]})
-            elif weight is None:
+            elif key not in self._weights:
                 self.outside(key, work.tensors[key])
             else:
-                self._solve(work, weight)
-                if work.observer is not None and (count := work.observer.borrowed(weight.input)) is not None:
-                    short[weight.module] = count
-        if short:
-            least = f"for only {min(short.values())} to {max(short.values())} tokens came to it"
-            note = f"calibrated on the tokens of all experts of its layer, {least}: {some(sorted(short))}"
-            self.fallbacks[note] = None
+                matrices.append(self._matrix(work, self._weights[key]))
+        for blocks in ggml.code_layer(self._recipe.options, matrices, work.factors):
+            self._put(self._pieces[blocks.weight.key], blocks.kind, blocks.raw_OR)
+            self.fallbacks |= dict.fromkeys(blocks.notes)
+        self._note_borrowing(work, [matrix.weight for matrix in matrices])
 
-    def _solve(self, work: LayerWork, weight: QuantizableWeight) -> None:
-        matrix = work.tensors[weight.key].to(self._streamed.device)
-        matrix_OI = matrix.T.contiguous() if weight.transposed else matrix
+    def _matrix(self, work: LayerWork, weight: QuantizableWeight) -> ggml.Matrix:
+        stored = work.tensors[weight.key].to(self._streamed.device)
+        matrix_OI = stored.T.contiguous() if weight.transposed else stored
         statistics = None if work.observer is None else work.observer.of(weight.input)
-        kind = self._kinds[weight.key]
-        raw_OR, notes = ggml.blocks(self._recipe.options, kind, weight.key, matrix_OI, statistics, work.factors)
-        self._put(self._pieces[weight.key], kind, raw_OR)
-        self.fallbacks |= dict.fromkeys(notes)
+        return ggml.Matrix(weight, self._kinds[weight.key], matrix_OI, statistics)
 
     def outside(self, key: str, tensor: Tensor) -> None:
         """Encode a matrix that nothing is calibrated for as llama.cpp does, or copy a tensor."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -123,19 +122,6 @@ class LinearMaker(Maker):
         if work.observer is None or not self._recipe.calibrated:
             return None
         return work.observer.of(weight.input)
-
-    def _note_borrowing(self, work: LayerWork, weights: Iterable[QuantizableWeight]) -> None:
-        """Add a fallback that names the layer's experts with too few tokens."""
-        if work.observer is None or not self._recipe.calibrated:
-            return
-        short = {w.module: n for w in weights if (n := work.observer.borrowed(w.input)) is not None}
-        if short:
-            least, most = min(short.values()), max(short.values())
-            tokens = f"{least} to {most} tokens" if least != most else f"{least} tokens"
-            self.fallbacks[
-                f"calibrated on the tokens of all experts of its layer, for only {tokens} came to it: "
-                f"{some(sorted(short))}"
-            ] = None
 
     @property
     def _folds(self) -> Path:

@@ -20,7 +20,7 @@ from workers.machine.files import write_text
 from workers.methods.layer import LayerWork
 from workers.methods.scaling import some
 from workers.model.generation import GENERATION_CONFIG, unreadable
-from workers.model.loading import StreamedModel
+from workers.model.loading import QuantizableWeight, StreamedModel
 from workers.spec.base import Frozen
 from workers.spec.checkpoint_files import WEIGHTS, CheckpointFiles
 from workers.spec.formats import FORMATS
@@ -161,6 +161,19 @@ class Maker(ABC):
             yield
         finally:
             self.seconds += time.monotonic() - begun
+
+    def _note_borrowing(self, work: LayerWork, weights: Iterable[QuantizableWeight]) -> None:
+        """Add a fallback that names the layer's experts with too few tokens."""
+        if work.observer is None or not self.order.recipe.calibrated:
+            return
+        short = {w.module: n for w in weights if (n := work.observer.borrowed(w.input)) is not None}
+        if short:
+            least, most = min(short.values()), max(short.values())
+            tokens = f"{least} to {most} tokens" if least != most else f"{least} tokens"
+            self.fallbacks[
+                f"calibrated on the tokens of all experts of its layer, for only {tokens} came to it: "
+                f"{some(sorted(short))}"
+            ] = None
 
     def copy(self, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors unchanged."""

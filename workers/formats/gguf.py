@@ -32,7 +32,7 @@ SUFFIXES = tuple(f"weight_{kind}{end}" for kind in TYPES for end in ("", "_t"))
 
 
 def suffix(kind: str, *, transposed: bool) -> str:
-    """The name, within its module, of the blocks of a weight that the checkpoint stores as (O, I), or ``transposed``."""
+    """The name within its module of a weight's blocks; ``transposed``: the checkpoint stores it as (I, O)."""
     return f"weight_{kind}{'_t' * transposed}"
 
 

@@ -172,13 +172,16 @@ class _Converter:
             yield place
         left = [key for key in self._keys if key not in used]
         if left:
-            self._notes.append(f"not in the file, for llama.cpp has no place for them: {', '.join(left[:3])}"
-                               + (f" and {len(left) - 3} more" if len(left) > 3 else ""))
+            self._notes.append(
+                f"not in the file, for llama.cpp has no place for them: {', '.join(left[:3])}"
+                + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+            )
 
     def _like(self, first: tuple[str, Place], name: str) -> Place:
         """The same place in another layer."""
         then, now = (LAYER.search(text) for text in (first[0], name))
-        assert then and now, f"{name}: alike {first[0]} in no layer"
+        assert then is not None, f"{first[0]}: in no layer"
+        assert now is not None, f"{name}: in no layer"
         pieces = tuple(
             piece.model_copy(update={"key": LAYER.sub(now[0], piece.key, count=1)}) for piece in first[1].pieces
         )
@@ -197,7 +200,10 @@ class _Converter:
             return Place(name=name, shape=shape, kept="F32", data=base64.b64encode(kept.tobytes()).decode())
         numbers = which.reshape(-1, shape[-1])[:, 0] if len(shape) > 1 else which.reshape(-1)[:1]
         order = dict.fromkeys(int(number) - 1 for number in numbers.tolist())
-        if any(not 0 <= number < len(self._keys) for number in order) or not np.isin(which, [n + 1 for n in order]).all():
+        if (
+            any(not 0 <= number < len(self._keys) for number in order)
+            or not np.isin(which, [n + 1 for n in order]).all()
+        ):
             raise ValueError(f"{name}: its values aren't those of the checkpoint, but computed from them")
         keys = [self._keys[number] for number in order]
         dtypes = {self._asked.tensors[key][1] for key in keys}

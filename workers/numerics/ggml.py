@@ -59,7 +59,7 @@ def decode(kind: str, raw_OR: Tensor) -> Tensor:
 
 def on_grid(codes_OI: Tensor, grid: Grid) -> Tensor:
     """The weight, float32 (O, I), of integers on a grid."""
-    codes_OGg = codes_OI.unflatten(1, (grid.scale_OG.shape[1], -1)).float()
+    codes_OGg = torch.unflatten(codes_OI, 1, (grid.scale_OG.shape[1], -1)).float()
     weight_OGg = codes_OGg * grid.scale_OG[..., None]
     if grid.minimum_OG is not None:
         weight_OGg = weight_OGg - grid.minimum_OG[..., None]
@@ -84,12 +84,12 @@ def with_codes(kind: str, raw_OR: Tensor, codes_OI: Tensor) -> Tensor:
     """The blocks with other integers on the same scales."""
     layout = LAYOUTS[kind]
     raw_ONb = _blocks(layout, raw_OR).clone()
-    layout.put(raw_ONb, codes_OI.unflatten(1, (raw_ONb.shape[1], -1)).to(torch.int16))
+    layout.put(raw_ONb, torch.unflatten(codes_OI, 1, (raw_ONb.shape[1], -1)).to(torch.int16))
     return raw_ONb.flatten(1)
 
 
 def _blocks(layout: Layout, raw_OR: Tensor) -> Tensor:
-    return raw_OR.unflatten(1, (-1, layout.bytes))
+    return torch.unflatten(raw_OR, 1, (-1, layout.bytes))
 
 
 def _half(raw: Tensor, at: int) -> Tensor:
@@ -126,7 +126,7 @@ def _fifth(raw: Tensor, at: int) -> Tensor:
 
 def _put_fifth(raw: Tensor, at: int, codes: Tensor) -> None:
     shifts = torch.arange(8, device=raw.device, dtype=torch.int16)
-    raw[..., at : at + 4] = _byte(((codes >> 4 & 1).unflatten(-1, (4, 8)) << shifts).sum(-1))
+    raw[..., at : at + 4] = _byte((torch.unflatten((codes >> 4 & 1), -1, (4, 8)) << shifts).sum(-1))
 
 
 def _plain_4(at: int, middle: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], None]]:
@@ -172,24 +172,24 @@ def _put_q8_0(raw: Tensor, codes: Tensor) -> None:
 def _crumbs(raw: Tensor, at: int) -> Tensor:
     """256 codes of 2 bits from 64 bytes: of each 32 bytes the lowest bits, then the next."""
     shifts = torch.tensor([0, 2, 4, 6], device=raw.device, dtype=torch.int16)
-    data = _int(raw[..., at : at + 64]).unflatten(-1, (2, 1, 32))
+    data = torch.unflatten(_int(raw[..., at : at + 64]), -1, (2, 1, 32))
     return (data >> shifts[:, None] & 3).flatten(-3)
 
 
 def _put_crumbs(raw: Tensor, at: int, codes: Tensor) -> None:
     shifts = torch.tensor([0, 2, 4, 6], device=raw.device, dtype=torch.int16)
-    parts = (codes & 3).unflatten(-1, (2, 4, 32)) << shifts[:, None]
+    parts = torch.unflatten((codes & 3), -1, (2, 4, 32)) << shifts[:, None]
     raw[..., at : at + 64] = _byte(parts.sum(-2).flatten(-2))
 
 
 def _by_32(raw: Tensor, at: int) -> Tensor:
     """256 codes of 4 bits from 128 bytes: of each 32 bytes the low halves, then the high ones."""
-    data = _int(raw[..., at : at + 128]).unflatten(-1, (4, 32))
+    data = torch.unflatten(_int(raw[..., at : at + 128]), -1, (4, 32))
     return torch.stack([data & 15, data >> 4], -2).flatten(-3)
 
 
 def _put_by_32(raw: Tensor, at: int, codes: Tensor) -> None:
-    parts = (codes & 15).unflatten(-1, (4, 2, 32))
+    parts = torch.unflatten((codes & 15), -1, (4, 2, 32))
     raw[..., at : at + 128] = _byte((parts[..., 0, :] | parts[..., 1, :] << 4).flatten(-2))
 
 
@@ -201,7 +201,7 @@ def _planes(raw: Tensor, at: int) -> Tensor:
 
 def _put_planes(raw: Tensor, at: int, bits: Tensor) -> None:
     shifts = torch.arange(8, device=raw.device, dtype=torch.int16)
-    raw[..., at : at + 32] = _byte((bits.unflatten(-1, (8, 32)) << shifts[:, None]).sum(-2))
+    raw[..., at : at + 32] = _byte((torch.unflatten(bits, -1, (8, 32)) << shifts[:, None]).sum(-2))
 
 
 def _grid_q2_k(raw: Tensor) -> Grid:
@@ -245,16 +245,16 @@ def _put_q5_k(raw: Tensor, codes: Tensor) -> None:
 
 
 def _read_q6_k(raw: Tensor) -> Tensor:
-    low = _int(raw[..., :128]).unflatten(-1, (2, 64))
+    low = torch.unflatten(_int(raw[..., :128]), -1, (2, 64))
     low = torch.cat([low & 15, low >> 4], -1)  # [.., 2, 128]
     shifts = torch.tensor([0, 2, 4, 6], device=raw.device, dtype=torch.int16)
-    high = (_int(raw[..., 128:192]).unflatten(-1, (2, 1, 32)) >> shifts[:, None] & 3).flatten(-2)
+    high = (torch.unflatten(_int(raw[..., 128:192]), -1, (2, 1, 32)) >> shifts[:, None] & 3).flatten(-2)
     return (low | high << 4).flatten(-2) - 32
 
 
 def _put_q6_k(raw: Tensor, codes: Tensor) -> None:
-    parts = (codes + 32).unflatten(-1, (2, 128))
-    low, high = parts & 15, (parts >> 4).unflatten(-1, (4, 32))
+    parts = torch.unflatten((codes + 32), -1, (2, 128))
+    low, high = parts & 15, torch.unflatten((parts >> 4), -1, (4, 32))
     raw[..., :128] = _byte((low[..., :64] | low[..., 64:] << 4).flatten(-2))
     shifts = torch.tensor([0, 2, 4, 6], device=raw.device, dtype=torch.int16)
     raw[..., 128:192] = _byte((high << shifts[:, None]).sum(-2).flatten(-2))
@@ -267,18 +267,20 @@ def _grid_q6_k(raw: Tensor) -> Grid:
 def _grid_iq4_xs(raw: Tensor) -> Grid:
     high = _int(raw[..., 2:3]) | _int(raw[..., 3:4]) << 8
     places = torch.arange(8, device=raw.device, dtype=torch.int16)
-    low = (_int(raw[..., 4:8])[..., None] >> torch.tensor([0, 4], device=raw.device, dtype=torch.int16) & 15).flatten(-2)
+    low = (_int(raw[..., 4:8])[..., None] >> torch.tensor([0, 4], device=raw.device, dtype=torch.int16) & 15).flatten(
+        -2
+    )
     scales = low | ((high.int() & 0xFFFF) >> 2 * places & 3).to(torch.int16) << 4
     return Grid(_half(raw, 0) * (scales - 32), None)
 
 
 def _read_iq4_xs(raw: Tensor) -> Tensor:
-    data = _int(raw[..., 8:]).unflatten(-1, (8, 16))
+    data = torch.unflatten(_int(raw[..., 8:]), -1, (8, 16))
     return torch.cat([data & 15, data >> 4], -1).flatten(-2)
 
 
 def _put_iq4_xs(raw: Tensor, codes: Tensor) -> None:
-    parts = codes.unflatten(-1, (8, 32))
+    parts = torch.unflatten(codes, -1, (8, 32))
     raw[..., 8:] = _byte((parts[..., :16] | parts[..., 16:] << 4).flatten(-2))
 
 

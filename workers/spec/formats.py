@@ -45,10 +45,10 @@ class Format:
 
     ``per_layer_schemes``: layers may have schemes of their own. ``conv1d``: Conv1D layers can be stored.
     ``scale_dtype``: dtype that scales are rounded to. ``container``: what the weights are written as
-    (``checkpoint.shards.WRITERS``). ``arithmetic`` says how runtimes compute with such a config. ``needs``:
+    (``checkpoint.containers.WRITERS``). ``arithmetic`` says how runtimes compute with such a config. ``needs``:
     distributions for writing and decoding. ``only_method`` is the one method that writes the format, if others can't.
-    ``file_bytes`` is the planned size of a whole file, for formats that store more than tensors one by one: of a scheme,
-    all matrices (key, outputs and inputs, bytes in the source) and config.json.
+    ``file_bytes`` is the planned size of a whole file, for formats that store more than tensors one by one, from a
+    scheme, all matrices (key, outputs and inputs, bytes in the source) and config.json.
     """
 
     name: str

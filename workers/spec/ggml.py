@@ -169,9 +169,7 @@ def _more_bits(layer: int, layers: int) -> bool:
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
-def _wanted(
-    mix: Mix, name: str, width: int, facts: ModelFacts, tied: bool, value: tuple[int, int], place: int
-) -> Kind:
+def _wanted(mix: Mix, name: str, width: int, facts: ModelFacts, tied: bool, value: tuple[int, int], place: int) -> Kind:
     """The type for a tensor, whatever its width."""
     kind, group = FILE_TYPES[mix].kind, category(name)
     if group == "output" or (tied and group == "token_embd"):

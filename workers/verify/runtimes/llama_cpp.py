@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import POINTER, Structure, c_bool, c_char_p, c_float, c_int, c_int8, c_int32, c_size_t, c_uint32, c_void_p
@@ -27,7 +28,8 @@ class ModelParams(Structure):
 
     _fields_ = (
         ("devices", c_void_p), ("tensor_buft_overrides", c_void_p), ("n_gpu_layers", c_int32), ("split_mode", c_int),
-        ("load_mode", c_int), ("lazy_mode", c_int), ("main_gpu", c_int32), ("tensor_split", c_void_p), ("progress_callback", c_void_p),
+        ("load_mode", c_int), ("lazy_mode", c_int), ("main_gpu", c_int32),
+        ("tensor_split", c_void_p), ("progress_callback", c_void_p),
         ("progress_callback_user_data", c_void_p), ("kv_overrides", c_void_p), ("vocab_only", c_bool),
         ("check_tensors", c_bool), ("use_extra_bufts", c_bool), ("no_host", c_bool), ("no_alloc", c_bool),
         ("load_mtp", c_bool),
@@ -43,9 +45,11 @@ class ContextParams(Structure):
         ("n_threads", c_int32), ("n_threads_batch", c_int32), ("ctx_type", c_int), ("rope_scaling_type", c_int),
         ("pooling_type", c_int), ("attention_type", c_int), ("flash_attn_type", c_int), ("rope_freq_base", c_float),
         ("rope_freq_scale", c_float), ("yarn_ext_factor", c_float), ("yarn_attn_factor", c_float),
-        ("yarn_beta_fast", c_float), ("yarn_beta_slow", c_float), ("yarn_orig_ctx", c_uint32), ("defrag_thold", c_float),
+        ("yarn_beta_fast", c_float), ("yarn_beta_slow", c_float), ("yarn_orig_ctx", c_uint32),
+        ("defrag_thold", c_float),
         ("cb_eval", c_void_p), ("cb_eval_user_data", c_void_p), ("type_k", c_int), ("type_v", c_int),
-        ("moe_cache_size", c_size_t), ("abort_callback", c_void_p), ("abort_callback_data", c_void_p), ("embeddings", c_bool),
+        ("moe_cache_size", c_size_t), ("abort_callback", c_void_p),
+        ("abort_callback_data", c_void_p), ("embeddings", c_bool),
         ("offload_kqv", c_bool), ("no_perf", c_bool), ("op_offload", c_bool), ("swa_full", c_bool),
         ("kv_unified", c_bool), ("samplers", c_void_p), ("n_samplers", c_size_t), ("ctx_other", c_void_p),
     )  # fmt: skip
@@ -118,7 +122,9 @@ class Llama:
 
     def __init__(self, library: Path, file: Path, n_ctx: int) -> None:
         self._said: list[str] = []
-        self._log = LOG(lambda level, text, data: self._said.append(text.decode(errors="replace")) if level >= WARNING else None)
+        self._log = LOG(
+            lambda level, text, data: self._said.append(text.decode(errors="replace")) if level >= WARNING else None
+        )
         self._lib = ctypes.CDLL(str(library))
         for name, returned in _RETURNS.items():
             function = getattr(self._lib, name)
@@ -128,10 +134,15 @@ class Llama:
         model_params = self._lib.llama_model_default_params()
         model_params.n_gpu_layers = 0
         model_params.check_tensors = True
-        # Weights repacked for the processor give other kernels than most machines have.
         self._model = self._lib.llama_model_load_from_file(str(file).encode(), model_params)
         self._refuse(not self._model, "the model doesn't load")
         params = self._lib.llama_context_default_params()
+        self._refuse(
+            (model_params.main_gpu, params.n_ctx, params.n_batch, params.moe_cache_size, params.n_samplers)
+            != (0, 512, 2048, 0, 0),
+            "its structures aren't those of the version that is declared here",
+        )
+        params.n_threads = params.n_threads_batch = len(os.sched_getaffinity(0))
         params.n_ctx = params.n_batch = params.n_ubatch = n_ctx
         params.type_k = params.type_v = F32
         params.flash_attn_type = 0
@@ -139,6 +150,10 @@ class Llama:
         self._refuse(not self._context, "no context")
         self._vocab = self._lib.llama_model_get_vocab(self._model)
         self._width = self._lib.llama_vocab_n_tokens(self._vocab)
+
+    def _note(self, level: int, text: bytes, data: object) -> None:
+        if level >= WARNING:
+            self._said.append(text.decode(errors="replace"))
 
     def __enter__(self) -> Llama:
         return self
@@ -218,7 +233,9 @@ def _tokenizer_problems(
         wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
         got = llama.tokenized(text)
         if got != wanted:
-            at = next((i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b), min(len(got), len(wanted)))
+            at = next(
+                (i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b), min(len(got), len(wanted))
+            )
             yield (
                 f"runtime llama.cpp: tokenizes otherwise than the model's tokenizer, from token {at} on "
                 f"({got[at : at + 3]}, expected {wanted[at : at + 3]})"
