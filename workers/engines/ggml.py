@@ -94,14 +94,15 @@ class GgmlMaker(Maker):
         return ggml.Matrix(weight, self._kinds[weight.key], matrix_OI, statistics)
 
     def outside(self, key: str, tensor: Tensor) -> None:
-        """Encode a matrix that nothing is calibrated for as llama.cpp does, or copy a tensor."""
+        """Encode a matrix that nothing is calibrated for, by least squared error, or copy a tensor."""
         piece, kind = self._pieces.get(key), self._kinds.get(key)
         if piece is None:
             return
         if kind is None:
             self.copy({key: tensor})
         else:
-            self._put(piece, kind, ggml.encoded(kind, key, tensor.T if piece.transposed else tensor))
+            matrix_OI = tensor.T if piece.transposed else tensor
+            self._put(piece, kind, ggml.least_squares(self._recipe.options, kind, key, matrix_OI))
 
     def _put(self, piece: Piece, kind: str, raw_OR: Tensor) -> None:
         self.put(piece.key.removesuffix(".weight"), {gguf.suffix(kind, transposed=piece.transposed): raw_OR})

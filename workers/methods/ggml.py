@@ -18,12 +18,15 @@ from workers.methods.layer import Factors, require_finite
 from workers.methods.linear import STACKED_ELEMENTS
 from workers.model.loading import QuantizableWeight
 from workers.model.statistics import InputStatistics
-from workers.numerics import ggml, gptq, refine
+from workers.numerics import ggml, gptq, grid_fit, refine
+from workers.numerics.rounding import code_range
 from workers.spec.ggml import TYPES
 from workers.spec.recipes import GgufOptions
 
 # What a scale of zero is replaced by while codes are solved: its group is zero whatever its codes are.
 TINY = 1e-12
+# Elements of a weight outside of the layers whose blocks are fitted at once: bounds the temporaries.
+PIECE_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,29 @@ def encoded(kind: str, key: str, matrix_OI: Tensor, importance_I: Tensor | None 
     return raw_OR
 
 
+def least_squares(options: GgufOptions, kind: str, key: str, matrix_OI: Tensor) -> Tensor:
+    """Blocks uint8 (O, R) of a weight without statistics: llama.cpp's, then scales and codes of least squared error.
+
+    Raises:
+        NumericalError: the weight contains NaN or Inf.
+    """
+    if options.codes != "solved" or ggml.LAYOUTS[kind].table is not None:
+        return encoded(kind, key, matrix_OI)
+    pieces = torch.split(matrix_OI, max(PIECE_ELEMENTS // matrix_OI.shape[1], 1))
+    return torch.cat([_least_squares(options, kind, key, piece) for piece in pieces])
+
+
+def _least_squares(options: GgufOptions, kind: str, key: str, matrix_OI: Tensor) -> Tensor:
+    """Each group is a problem of its own, so that all are solved at once, as rows with one group."""
+    raw_OR = encoded(kind, key, matrix_OI, torch.ones(matrix_OI.shape[1]))
+    layout, grids = ggml.LAYOUTS[kind], _Grids(kind, raw_OR, 1, torch.device("cpu"))
+    w_1OI = matrix_OI.detach().to("cpu", torch.float32)[None]
+    for _ in range(options.refine):
+        codes_1OI = grids.rounded(w_1OI, layout.bits)
+        grids.fit_alone(w_1OI, codes_1OI)
+    return grids.blocks(grids.rounded(w_1OI, layout.bits))[0]
+
+
 def importance(statistics: InputStatistics | None) -> Tensor | None:
     """The importance of each column: the mean square of its input; None if no token came to it."""
     if statistics is None or statistics.count == 0:
@@ -134,27 +160,87 @@ def _batches(problems: Iterable[_Problem]) -> Iterator[list[_Problem]]:
     yield from open_.values()
 
 
+class _Grids:
+    """The grids of stacked problems of one type, as the solver takes them: its codes are centred around zero.
+
+    ``scales`` [B, O, G] are never zero; ``zeros`` are the minima in steps of the scale, and needn't be whole.
+    """
+
+    def __init__(self, kind: str, raw_OR: Tensor, problems: int, device: torch.device) -> None:
+        self._kind, self._raw_OR, self._problems, self._device = kind, raw_OR, problems, device
+        layout, grid, units = ggml.LAYOUTS[kind], ggml.grid(kind, raw_OR), ggml.units(kind, raw_OR)
+        self._centre = layout.low + (1 << layout.bits - 1)
+        self._scale_BOG = self._stacked(grid.scale_OG)
+        self._minimum_BOG = None if grid.minimum_OG is None else self._stacked(grid.minimum_OG)
+        free = grid_fit.Steps(None)
+        self._steps = free if units is None else grid_fit.Steps(self._stacked(units.scale_OG), units.low, units.high)
+        self._minimum_steps = free
+        if units is not None and units.minimum_OG is not None:
+            self._minimum_steps = grid_fit.Steps(self._stacked(units.minimum_OG), units.low, units.high)
+
+    def _stacked(self, tensor_OG: Tensor) -> Tensor:
+        return tensor_OG.view(self._problems, -1, tensor_OG.shape[1]).to(self._device)
+
+    @property
+    def scales(self) -> Tensor:
+        return torch.where(self._scale_BOG == 0, TINY, self._scale_BOG)
+
+    @property
+    def zeros(self) -> Tensor | None:
+        return None if self._minimum_BOG is None else self._minimum_BOG / self.scales - self._centre
+
+    def fit(self, w_BOI: Tensor, h_BII: Tensor, codes_BOI: Tensor, damping: float) -> None:
+        """Move scales and minima to where the loss of these codes is least."""
+        self._scale_BOG, self._minimum_BOG = grid_fit.fit(
+            w_BOI, h_BII, codes_BOI.to(torch.int16) + self._centre, self._scale_BOG, self._minimum_BOG, self._steps,
+            self._minimum_steps, damping=damping,
+        )  # fmt: skip
+
+    def rounded(self, w_BOI: Tensor, bits: int) -> Tensor:
+        """The codes nearest to weights, int8 [B, O, I]."""
+        w_BOGg = torch.unflatten(w_BOI, 2, (self._scale_BOG.shape[2], -1))
+        codes_BOGg = w_BOGg / self.scales[..., None]
+        zeros = self.zeros
+        codes_BOGg = codes_BOGg if zeros is None else codes_BOGg + zeros[..., None]
+        low, high = code_range(bits)
+        return codes_BOGg.round().clamp(low, high).to(torch.int8).flatten(2)
+
+    def fit_alone(self, w_BOI: Tensor, codes_BOI: Tensor) -> None:
+        """Like ``fit`` with H = 1, under which groups don't depend on each other."""
+        shape, size = self._scale_BOG.shape, w_BOI.shape[2] // self._scale_BOG.shape[2]
+        minimum = None if self._minimum_BOG is None else self._minimum_BOG.reshape(1, -1, 1)
+        scale, minimum = grid_fit.fit(
+            w_BOI.reshape(1, -1, size), torch.eye(size)[None],
+            codes_BOI.to(torch.int16).reshape(1, -1, size) + self._centre, self._scale_BOG.reshape(1, -1, 1), minimum,
+            self._steps.alone, self._minimum_steps.alone, damping=0.0,
+        )  # fmt: skip
+        self._scale_BOG, self._minimum_BOG = scale.view(shape), None if minimum is None else minimum.view(shape)
+
+    def blocks(self, codes_BOI: Tensor) -> Tensor:
+        """The blocks uint8 [B, O, R] with these codes, on the CPU."""
+        minimum_OG = None if self._minimum_BOG is None else self._minimum_BOG.flatten(0, 1).cpu()
+        raw_OR = ggml.with_grid(self._kind, self._raw_OR, ggml.Grid(self._scale_BOG.flatten(0, 1).cpu(), minimum_OG))
+        raw_OR = ggml.with_codes(self._kind, raw_OR, codes_BOI.flatten(0, 1).to("cpu", torch.int16) + self._centre)
+        return raw_OR.view(self._problems, -1, raw_OR.shape[1])
+
+
 def _solved(options: GgufOptions, batch: Sequence[_Problem], factors: Factors) -> Iterator[Blocks]:
     """The blocks with codes by GPTQ on their own scales."""
     layout, device = ggml.LAYOUTS[batch[0].kind], batch[0].matrices[0].matrix_OI.device
     h_BII = torch.stack([problem.statistics.gram_II for problem in batch])
     factor = _factor(options, batch, h_BII, factors)
     w_BOI = torch.stack([torch.cat([each.matrix_OI.float() for each in problem.matrices]) for problem in batch])
-    # The solver's codes are centred; its zero points are the minimum in steps of the scale, and needn't be whole.
-    centre = layout.low + (1 << layout.bits - 1)
-    grids = [ggml.grid(problem.kind, problem.raw_OR) for problem in batch]
-    scale_BOG = torch.stack([grid.scale_OG for grid in grids]).to(device)
-    scale_BOG = torch.where(scale_BOG == 0, TINY, scale_BOG)
-    minima = [grid.minimum_OG for grid in grids if grid.minimum_OG is not None]
-    zero_BOG = torch.stack(minima).to(device) / scale_BOG - centre if minima else None
-    codes_BOI = gptq.solve(w_BOI, factor, scale_BOG, zero_BOG, bits=layout.bits)
-    if options.refine:
+    raw_OR = torch.cat([problem.raw_OR for problem in batch])
+    grids = _Grids(batch[0].kind, raw_OR, len(batch), device)
+    codes_BOI = gptq.solve(w_BOI, factor, grids.scales, grids.zeros, bits=layout.bits)
+    for _ in range(options.refine):
+        grids.fit(w_BOI, h_BII, codes_BOI, options.damping)
         codes_BOI = refine.descend(
-            w_BOI, h_BII, codes_BOI, scale_BOG, zero_BOG, bits=layout.bits, rounds=options.refine,
+            w_BOI, h_BII, codes_BOI, grids.scales, grids.zeros, bits=layout.bits, rounds=1,
             damping=options.damping,
         )  # fmt: skip
-    for problem, codes_OI, damping in zip(batch, codes_BOI, factor.damping_B, strict=True):
-        raw_OR = ggml.with_codes(problem.kind, problem.raw_OR, codes_OI.to("cpu", torch.int16) + centre)
+    raw_BOR = grids.blocks(codes_BOI)
+    for problem, raw_OR, damping in zip(batch, raw_BOR, factor.damping_B, strict=True):
         raised = f"damping raised from {options.damping:g} to {damping:g} for {problem.matrices[0].weight.module}"
         notes = (f"{raised}: H wasn't positive definite",) if damping > options.damping else ()
         for each, raw in zip(problem.matrices, torch.split(raw_OR, problem.rows), strict=True):

@@ -26,11 +26,37 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Scales:
+    """How whole multiples of a block's scale (float16 at byte ``at``), and of its minimum, are stored.
+
+    ``put`` writes them, int16 [O, N, G], each from ``low`` to ``high``, into blocks.
+    """
+
+    groups: int
+    low: int
+    high: int
+    at: int
+    minimum_at: int | None
+    put: Callable[[Tensor, Tensor, Tensor | None], None]
+
+
+@dataclass(frozen=True)
+class Units:
+    """What scales and minima are whole multiples of, float32 [O, G], with the bounds of the multiples."""
+
+    scale_OG: Tensor
+    minimum_OG: Tensor | None
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
 class Layout:
     """How a type stores a block of weights.
 
     ``codes`` takes blocks uint8 [O, N, bytes] to integers int16 [O, N, block] between ``low`` and ``high``, and ``put``
     writes such integers into the blocks; ``grid`` reads the scales, [O, N, G]. ``table``: the codes are its indices.
+    ``scales`` says how the scales of groups are stored; None: as float16 each.
     """
 
     block: int
@@ -41,6 +67,7 @@ class Layout:
     put: Callable[[Tensor, Tensor], None]
     grid: Callable[[Tensor], Grid]
     table: tuple[int, ...] | None = None
+    scales: Scales | None = None
 
     @property
     def bits(self) -> int:
@@ -86,6 +113,45 @@ def with_codes(kind: str, raw_OR: Tensor, codes_OI: Tensor) -> Tensor:
     raw_ONb = _blocks(layout, raw_OR).clone()
     layout.put(raw_ONb, torch.unflatten(codes_OI, 1, (raw_ONb.shape[1], -1)).to(torch.int16))
     return raw_ONb.flatten(1)
+
+
+def units(kind: str, raw_OR: Tensor) -> Units | None:
+    """What the scales of groups are multiples of; None if each is a float16 of its own."""
+    layout, raw_ONb = LAYOUTS[kind], _blocks(LAYOUTS[kind], raw_OR)
+    scales = layout.scales
+    if scales is None:
+        return None
+
+    def spread(at: int) -> Tensor:
+        return _half(raw_ONb, at).repeat_interleave(scales.groups, -1).flatten(1)
+
+    minimum_OG = None if scales.minimum_at is None else spread(scales.minimum_at)
+    return Units(spread(scales.at), minimum_OG, scales.low, scales.high)
+
+
+def with_grid(kind: str, raw_OR: Tensor, grid: Grid) -> Tensor:
+    """The blocks with other scales and minima, which must be ones that ``kind`` stores beside the blocks' own."""
+    layout, raw_ONb = LAYOUTS[kind], _blocks(LAYOUTS[kind], raw_OR).clone()
+    scales, found = layout.scales, units(kind, raw_OR)
+    if scales is None or found is None:
+        _put_half(raw_ONb, 0, grid.scale_OG)
+        if grid.minimum_OG is not None:
+            _put_half(raw_ONb, 2, -grid.minimum_OG)
+        return raw_ONb.flatten(1)
+
+    def multiples(value_OG: Tensor, unit_OG: Tensor) -> Tensor:
+        whole_OG = torch.where(unit_OG == 0, 0.0, value_OG / unit_OG).round().to(torch.int16)
+        return torch.unflatten(whole_OG, 1, (-1, scales.groups))
+
+    minimum = None
+    if grid.minimum_OG is not None and found.minimum_OG is not None:
+        minimum = multiples(grid.minimum_OG, found.minimum_OG)
+    scales.put(raw_ONb, multiples(grid.scale_OG, found.scale_OG), minimum)
+    return raw_ONb.flatten(1)
+
+
+def _put_half(raw: Tensor, at: int, values_ON: Tensor) -> None:
+    raw[..., at : at + 2] = torch.unflatten(values_ON.to(torch.float16).contiguous().view(torch.uint8), 1, (-1, 2))
 
 
 def _blocks(layout: Layout, raw_OR: Tensor) -> Tensor:
@@ -235,6 +301,29 @@ def _grid_q4_k(raw: Tensor) -> Grid:
     return Grid(_half(raw, 0) * scales, _half(raw, 2) * minima)
 
 
+def _put_scales_q2_k(raw: Tensor, scales: Tensor, minima: Tensor | None) -> None:
+    assert minima is not None
+    raw[..., :16] = _byte(scales | minima << 4)
+
+
+def _put_scales_q3_k(raw: Tensor, scales: Tensor, minima: Tensor | None) -> None:
+    shifts = torch.tensor([0, 2, 4, 6], device=raw.device, dtype=torch.int16)
+    whole = scales + 32
+    raw[..., 96:104] = _byte((whole[..., :8] & 15) | (whole[..., 8:] & 15) << 4)
+    raw[..., 104:108] = _byte((torch.unflatten(whole >> 4, -1, (4, 4)) << shifts[:, None]).sum(-2))
+
+
+def _put_scales_q4_k(raw: Tensor, scales: Tensor, minima: Tensor | None) -> None:
+    assert minima is not None
+    raw[..., 4:8] = _byte((scales[..., :4] & 63) | (scales[..., 4:] >> 4) << 6)
+    raw[..., 8:12] = _byte((minima[..., :4] & 63) | (minima[..., 4:] >> 4) << 6)
+    raw[..., 12:16] = _byte((scales[..., 4:] & 15) | (minima[..., 4:] & 15) << 4)
+
+
+def _put_scales_q6_k(raw: Tensor, scales: Tensor, minima: Tensor | None) -> None:
+    raw[..., 192:208] = scales.to(torch.int8).view(torch.uint8)
+
+
 def _read_q5_k(raw: Tensor) -> Tensor:
     return _by_32(raw, 48) | _planes(raw, 16) << 4
 
@@ -284,6 +373,18 @@ def _put_iq4_xs(raw: Tensor, codes: Tensor) -> None:
     raw[..., 8:] = _byte((parts[..., :16] | parts[..., 16:] << 4).flatten(-2))
 
 
+_Q2_K, _Q3_K = Scales(16, 0, 15, 80, 82, _put_scales_q2_k), Scales(16, -32, 31, 108, None, _put_scales_q3_k)
+_Q4_K, _Q6_K = Scales(8, 0, 63, 0, 2, _put_scales_q4_k), Scales(16, -128, 127, 208, None, _put_scales_q6_k)
+
+
+def _put_q2_k(raw: Tensor, codes: Tensor) -> None:
+    _put_crumbs(raw, 16, codes)
+
+
+def _put_q4_k(raw: Tensor, codes: Tensor) -> None:
+    _put_by_32(raw, 16, codes)
+
+
 LAYOUTS: dict[str, Layout] = {
     "q8_0": Layout(32, 34, -128, 127, _read_q8_0, _put_q8_0, _scale_alone),
     "q4_0": Layout(32, 18, -8, 7, *_plain_4(2, 8), _scale_alone),
@@ -291,10 +392,10 @@ LAYOUTS: dict[str, Layout] = {
     "q5_0": Layout(32, 22, -16, 15, *_plain_5(2, 16), _scale_alone),
     "q5_1": Layout(32, 24, 0, 31, *_plain_5(4, 0), _scale_and_minimum),
     "iq4_nl": Layout(32, 18, 0, 15, *_plain_4(2, 0), _scale_alone, IQ4),
-    "q2_k": Layout(256, 84, 0, 3, lambda raw: _crumbs(raw, 16), lambda raw, c: _put_crumbs(raw, 16, c), _grid_q2_k),
-    "q3_k": Layout(256, 110, -4, 3, _read_q3_k, _put_q3_k, _grid_q3_k),
-    "q4_k": Layout(256, 144, 0, 15, lambda raw: _by_32(raw, 16), lambda raw, c: _put_by_32(raw, 16, c), _grid_q4_k),
-    "q5_k": Layout(256, 176, 0, 31, _read_q5_k, _put_q5_k, _grid_q4_k),
-    "q6_k": Layout(256, 210, -32, 31, _read_q6_k, _put_q6_k, _grid_q6_k),
+    "q2_k": Layout(256, 84, 0, 3, lambda raw: _crumbs(raw, 16), _put_q2_k, _grid_q2_k, None, _Q2_K),
+    "q3_k": Layout(256, 110, -4, 3, _read_q3_k, _put_q3_k, _grid_q3_k, None, _Q3_K),
+    "q4_k": Layout(256, 144, 0, 15, lambda raw: _by_32(raw, 16), _put_q4_k, _grid_q4_k, None, _Q4_K),
+    "q5_k": Layout(256, 176, 0, 31, _read_q5_k, _put_q5_k, _grid_q4_k, None, _Q4_K),
+    "q6_k": Layout(256, 210, -32, 31, _read_q6_k, _put_q6_k, _grid_q6_k, None, _Q6_K),
     "iq4_xs": Layout(256, 136, 0, 15, _read_iq4_xs, _put_iq4_xs, _grid_iq4_xs, IQ4),
 }
