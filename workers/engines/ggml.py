@@ -79,7 +79,7 @@ class GgmlMaker(Maker):
             if key not in self._kinds:
                 self.copy({key: work.tensors[key]})
             elif key not in self._weights:
-                self.outside(key, work.tensors[key])
+                self._uncalibrated(key, work.tensors[key])
             else:
                 matrices.append(self._matrix(work, self._weights[key]))
         for blocks in ggml.code_layer(self._recipe.options, matrices, work.factors):
@@ -93,7 +93,11 @@ class GgmlMaker(Maker):
         statistics = None if work.observer is None else work.observer.of(weight.input)
         return ggml.Matrix(weight, self._kinds[weight.key], matrix_OI, statistics)
 
-    def outside(self, key: str, tensor: Tensor) -> None:
+    def outside(self, key: str) -> None:
+        """Write one of the tensors outside of the layers that the file has a place for."""
+        self._uncalibrated(key, self._source.read(key))
+
+    def _uncalibrated(self, key: str, tensor: Tensor) -> None:
         """Encode a matrix that nothing is calibrated for, by least squared error, or copy a tensor."""
         piece, kind = self._pieces.get(key), self._kinds.get(key)
         if piece is None:

@@ -117,7 +117,7 @@ class Maker(ABC):
         unused = frozenset(self._streamed.unused)
         for key in self._streamed.outside_keys:
             if key not in unused:
-                self.outside(key, self._source.read(key))
+                self.outside(key)
         if unused:
             name = type(self._streamed.model).__name__
             note = f"left out, for {name} has no place for them: {len(unused)} of the source's tensors"
@@ -139,9 +139,9 @@ class Maker(ABC):
         put_in_place(self._partial, self.target, artifact, self.layout())
         return artifact
 
-    def outside(self, key: str, tensor: Tensor) -> None:
-        """Write a tensor that belongs to no layer: unchanged, unless the engine quantizes it."""
-        self.copy({key: tensor})
+    def outside(self, key: str) -> None:
+        """Write one of the tensors outside of the layers."""
+        self.copy({key: self._source.read(key)})
 
     def release(self) -> None:
         """Close open files; written files stay for the next attempt."""

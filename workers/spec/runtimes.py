@@ -59,6 +59,7 @@ class Runtime:
     distribution, and ``extras`` quantmill's extra that installs one of them. ``environment`` names the prebuilt
     environment that its check runs in; None: the one that the artifact is verified in. ``snippet`` is the Python code
     in the card for a repository; ``tried`` is what the rules of a runtime without ``entry`` were observed with.
+    ``library`` is the Hub's name for the library that loads such files, for the card's metadata.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Runtime:
     packages: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     extras: Mapping[str, str] = field(default_factory=dict)
     tried: str = ""
+    library: str = "transformers"
 
     def reads(self, fmt: str, scheme: Scheme, kinds: LayerKinds) -> str | None:
         """Why it doesn't read layers of these kinds; None if it does."""
@@ -287,6 +289,7 @@ LLAMA_CPP = Runtime(
     snippet=_with_llama_cpp,
     entry="workers.verify.runtimes.llama_cpp:answer",
     environment="llama-cpp",
+    library="gguf",
 )
 
 RUNTIMES: dict[str, Runtime] = {row.name: row for row in (TRANSFORMERS, VLLM, LLAMA_CPP)}
