@@ -23,7 +23,7 @@ from workers.machine.failures import of_a_process
 from workers.machine.warm import VERIFY_MODULES, Parents
 from workers.spec.formats import BITSANDBYTES, recognised
 from workers.spec.job import Dataset, Failure, ModelPin, ReasonCode, Thresholds, Verification
-from workers.transfer import hub
+from workers.transfer import from_hub, hub
 
 # Default text to compare on: the test split of WikiText-2.
 WIKITEXT = Dataset(path="Salesforce/wikitext", name="wikitext-2-raw-v1", split="test")
@@ -80,7 +80,7 @@ def _check(request: VerifyRequest, out: Path, warm: str | None) -> tuple[dict[st
     thresholds = _thresholds(family, request.gates)
     pin = sources.resolve(entry, Path.cwd()).pin
     if pin.folder is None:
-        fetched = hub.fetch(hub.connect(pin.endpoint), pin.id, pin.revision, pin.allow_pickle)
+        fetched = from_hub.fetch(hub.connect(pin.endpoint), pin.id, pin.revision, pin.allow_pickle)
         pin = pin.model_copy(update={"folder": str(fetched)})
     text = Dataset(path="text", data_files=(str(request.text),)) if request.text else WIKITEXT
     dataset, data = sources.pin_dataset(text, Path.cwd(), "--text")
@@ -145,7 +145,7 @@ def _checkpoint(checkpoint: str) -> Path:
         raise ModelNotFound(
             f"verify: no such folder, got {checkpoint!r}; give a folder, or a Hub repository as org/name"
         )
-    return hub.fetch(hub.connect(), name, revision or "main", allow_pickle=False)
+    return from_hub.fetch(hub.connect(), name, revision or "main", allow_pickle=False)
 
 
 def _quantization(folder: Path) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import secrets
 import signal
+import sqlite3
 import sys
 import tempfile
 import threading
@@ -179,7 +180,11 @@ def _message(error: BaseException) -> str:
 def _sentence(error: BaseException) -> str:
     """An error in one sentence; one that isn't ours is a fault of quantmill, its traceback is in the log."""
     told = f"{type(error).__name__}: {' '.join(_message(error).split())}"
-    return told if isinstance(error, QuantmillError | OSError) else f"{told} (not expected; {LOG} has the traceback)"
+    return (
+        told
+        if isinstance(error, QuantmillError | OSError | sqlite3.Error)
+        else f"{told} (not expected; {LOG} has the traceback)"
+    )
 
 
 def _write_results(path: Path, results: contract.Results) -> None:
@@ -276,8 +281,12 @@ class Snapshots:
         begun = time.monotonic()
         path = self._run.folder / UNFINISHED
         partial = path.with_suffix(".partial")
-        partial.write_text(self._run.results(KILLED).model_dump_json(indent=1) + "\n")
-        partial.replace(path)
+        try:
+            partial.write_text(self._run.results(KILLED).model_dump_json(indent=1) + "\n")
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
         self._spent += time.monotonic() - begun
 
 

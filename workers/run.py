@@ -18,7 +18,7 @@ from workers.machine.files import checkpoint_sha256, open_checkpoint
 from workers.spec.base import Frozen
 from workers.spec.job import Job, ModelPin, Part, PeakMemory, Stage, StageResult, stage_label
 from workers.spec.workspace import artifact_folder, is_made
-from workers.transfer import destinations, hub
+from workers.transfer import destinations, from_hub, hub
 from workers.transfer.pace import LocalPace, Pace
 from workers.transfer.storage import Storage
 
@@ -81,7 +81,7 @@ def _fetch(job: Job, recipe: str | None, pace: Pace) -> StageResult:
     model = job.model
     if model.folder is None:
         api = hub.connect(model.endpoint, pace)
-        hub.fetch(api, model.id, model.revision, model.allow_pickle, variant=model.variant)
+        from_hub.fetch(api, model.id, model.revision, model.allow_pickle, variant=model.variant)
     elif _revision(model, Path(model.folder)) != model.revision:
         raise CheckpointError(f"models: {model.id!r} changed since it was planned; run the zoo again")
     texts = {"verify.dataset": job.verification.dataset}
@@ -163,7 +163,7 @@ def model_folder(job: Job) -> Path:
     model = job.model
     if model.folder is not None:
         return Path(model.folder)
-    return hub.fetch(hub.connect(model.endpoint), model.id, model.revision, model.allow_pickle, offline=True)
+    return from_hub.fetch(hub.connect(model.endpoint), model.id, model.revision, model.allow_pickle, offline=True)
 
 
 _STAGES = {

@@ -23,7 +23,7 @@ from pipeline.fleet.placement import Claim, Node
 from pipeline.fleet.steps import NETWORK_STAGES, Step
 from workers.errors import ClusterLost, OutOfMemory, PreflightError, WorkerDied
 from workers.machine import child
-from workers.machine.failures import of_a_process
+from workers.machine.failures import describe, of_a_process
 from workers.machine.memory import MemoryWatch, host_memory
 from workers.machine.preflight import MachineFacts
 from workers.machine.warm import Parents
@@ -37,7 +37,7 @@ STAGES_OF_A_PROCESS, TRANSFERS_OF_A_PROCESS = 1000, 32
 LOOK_SECONDS = 5.0
 # Timeouts of calls to actors, of probing a node (an environment's first start takes a while), of closing parents, and
 # of leaving a cluster whose head is gone.
-ACTOR_SECONDS, PROBE_SECONDS, CLOSE_SECONDS, LOST_CLOSE_SECONDS = 60.0, 300.0, 5.0, 20.0
+ACTOR_SECONDS, PROBE_SECONDS, CLOSE_SECONDS, LOST_CLOSE_SECONDS = 60.0, 300.0, 5.0, 15.0
 # Timeouts of the embedded Ray, about ten times Ray's defaults, which fit an idle machine: it shares its cores with
 # other programs. A value that the operator has set in the environment takes precedence.
 SLOW_START = {
@@ -118,7 +118,7 @@ class Cluster:
         Raises:
             ClusterLost: Ray's head is gone.
         """
-        self._head.check()
+        self._head.check(at_once=True)
         if self._head.answers:
             self._nodes = self._list_nodes()
         return self._nodes
@@ -185,7 +185,12 @@ class Cluster:
         return {"runtime_env": {"py_executable": shlex.quote(self._interpreters[node.id, environment])}}
 
     def start(self, step: Step, job: Job, node: Node, claim: Claim, seconds: float) -> None:
-        """Start a stage on a node, with a deadline in seconds; Ray never retries it."""
+        """Start a stage on a node, with a deadline in seconds; Ray never retries it.
+
+        Raises:
+            ClusterLost: Ray's head is gone.
+        """
+        self._head.wait()
         if self._pace is None:
             # One pace (rate limiter) for the run: the Hub's limits apply to the account, over all processes.
             limits = job.destination.limits if job.destination else None
@@ -256,7 +261,7 @@ class Cluster:
             message = f"{step.stage}: the node ran out of host memory; use a larger one, or lower calibration.samples"
             failure = Failure(kind=OutOfMemory.__name__, message=message, traceback=str(error))
         except exceptions.RayTaskError as error:
-            failure = Failure(kind=type(error.cause).__name__, message=str(error.cause), traceback=str(error))
+            failure = describe(error.cause or error).model_copy(update={"traceback": str(error)[-8000:]})
         except exceptions.RayError as error:
             failure = self._lost(step, error)
         except ValueError as error:

@@ -17,8 +17,8 @@ from workers.errors import ClusterLost, ZooError
 
 # Seconds in which a cluster must answer, of one attempt, and between two looks at the head of a running one.
 ANSWER_SECONDS, ATTEMPT_SECONDS, LOOK_SECONDS = 20.0, 3.0, 5.0
-# Silence in seconds after which a head counts as gone; Ray ends this process after 60.
-SILENT_SECONDS = 25.0
+# Silence in seconds after which a head counts as gone; Ray ends this process after 60, results have to be written then.
+SILENT_SECONDS = 20.0
 # Processes of an embedded Ray without which it doesn't work.
 VITAL = frozenset({"gcs_server", "raylet"})
 HOST_AND_PORT = re.compile(r"(?:ray://)?(?P<host>\[[^\]]+\]|[^:/\[\]]+):(?P<port>\d+)/?")
@@ -87,8 +87,19 @@ class Head:
         self._heard = self._looked = time.monotonic()
         self.answers, self.lost = True, False
 
-    def check(self) -> None:
-        """Look at the head, at a cluster's every few seconds; ``answers`` says what was found.
+    def wait(self) -> None:
+        """Wait until the head answers, before a call that Ray would end this process over.
+
+        Raises:
+            ClusterLost: see ``check``.
+        """
+        self.check(at_once=True)
+        while not self.answers:
+            time.sleep(1.0)
+            self.check(at_once=True)
+
+    def check(self, at_once: bool = False) -> None:
+        """Look at the head, at a cluster's every few seconds or ``at_once``; ``answers`` says what was found.
 
         Raises:
             ClusterLost: a vital process of the embedded Ray ended, or a cluster's head has been silent for long.
@@ -98,7 +109,7 @@ class Head:
                 self.lost, self.answers = True, False
                 raise ClusterLost(f"Ray's head on this machine died ({ended} ended)")
             return
-        if self._address is None or time.monotonic() - self._looked < LOOK_SECONDS:
+        if self._address is None or (not at_once and time.monotonic() - self._looked < LOOK_SECONDS):
             return
         self._looked = time.monotonic()
         problem = _unreachable(*self._address)

@@ -7,10 +7,11 @@ import sqlite3
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from workers.errors import ZooError
+from workers.errors import QuantmillError, ZooError
 from workers.machine.database import open_database
 from workers.spec.job import Job, Manifest, Order
 
@@ -135,8 +136,17 @@ class Holder:
             return None
 
     def existing(self, job: Job) -> dict[str, tuple[Manifest, str | None]]:
-        """The artifacts of a job that exist at its destination now: manifest and commit, by recipe."""
-        standing = {order.recipe.name: self._standing(job, order) for order in job.orders}
+        """The artifacts of a job that exist at its destination now: manifest and commit, by recipe.
+
+        One that the destination refuses to show is as good as missing: its own stage will say why.
+        """
+
+        def find(order: Order) -> tuple[Manifest, str | None] | None:
+            with suppress(QuantmillError):
+                return self._standing(job, order)
+            return None
+
+        standing = {order.recipe.name: find(order) for order in job.orders}
         return {recipe: artifact for recipe, artifact in standing.items() if artifact is not None}
 
 

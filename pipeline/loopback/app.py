@@ -115,12 +115,11 @@ class Api:
     def create_repo(self, call: Call) -> Response:
         body = call.json()
         repo_id = _named_repo(body)
-        url = f"{call.base}/{repo_id}"
         try:
-            self._store.create_repo(repo_id, private=_is_private(body))
+            repo_id = self._store.create_repo(repo_id, private=_is_private(body)).id
         except AlreadyExists as error:
-            return JSONResponse({"error": str(error), "url": url}, 409)
-        return JSONResponse({"url": url, "name": repo_id, "id": repo_id})
+            return JSONResponse({"error": str(error), "url": f"{call.base}/{self._store.repo(repo_id).id}"}, 409)
+        return JSONResponse({"url": f"{call.base}/{repo_id}", "name": repo_id, "id": repo_id})
 
     def delete_repo(self, call: Call) -> Response:
         self._store.delete_repo(_named_repo(call.json()))
@@ -147,7 +146,7 @@ class Api:
             (repo, self._store.resolve(repo.id, "main"))
             for repo in self._store.repos()
             if (call.trusted or not repo.private)
-            and author in ("", repo.id.split("/")[0])
+            and author.lower() in ("", repo.id.split("/")[0].lower())
             and search in repo.id.lower()
         ]
         matches.sort(key=lambda pair: pair[1].date, reverse=True)
@@ -257,7 +256,7 @@ class Api:
         repo_id, kind = take(item, "id", str), take(item, "type", str)
         if kind != "model":
             raise InvalidRequest(f"this Hub's collections hold models, got an item of type {kind!r}")
-        self._store.repo(repo_id)
+        repo_id = self._store.repo(repo_id).id
         key = hashlib.sha256(repo_id.encode()).hexdigest()[:24]
         note = {"text": take(body, "note", str)} if body.get("note") else None
         self._store.add_to_collection(slug, {"_id": key, "id": repo_id, "type": kind, "note": note})

@@ -23,16 +23,22 @@ from pipeline.loopback.errors import (
     NotFound,
     RepoNotFound,
     RevisionNotFound,
+    TooLarge,
     Unauthorized,
 )
 from pipeline.loopback.store import Repo, Store
 
 # The page size of the real Hub's tree listing.
 PAGE_ENTRIES = 1000
+# Largest body of a request in bytes; files that go through LFS are streamed, and have their own limit.
+BODY_BYTES = 8 * 2**20
+# A body is read on up to this many times its limit.
+READ_ON = 4
 
 # Status and X-Error-Code; the client chooses its exception class by the code.
 _ANSWERS: dict[type[HubError], tuple[int, str | None]] = {
     InvalidRequest: (400, None),
+    TooLarge: (413, None),
     Unauthorized: (401, None),
     NotFound: (404, None),
     RepoNotFound: (404, "RepoNotFound"),
@@ -80,14 +86,14 @@ class Call:
 
     def form(self, name: str) -> list[str]:
         """The values of a field of a form-encoded body."""
-        return parse_qs(self.body.decode(), keep_blank_values=True).get(name, [])
+        return parse_qs(self.body.decode(errors="replace"), keep_blank_values=True).get(name, [])
 
 
 def json_object(data: bytes) -> dict[str, Any]:
     """Parse a JSON object; InvalidRequest for anything else."""
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"expected a JSON object, got {data[:80]!r}: {error}") from error
     if not isinstance(value, dict):
         raise InvalidRequest(f"expected a JSON object, got {data[:80]!r}")
@@ -147,10 +153,11 @@ def answer_error(error: HubError, *, trusted: bool) -> Response:
 def page(call: Call, items: Sequence[Any]) -> Response:
     """One page of a listing, with a Link header to the next one (RFC 8288) if there is more."""
     cursor = call.query("cursor") or "0"
-    if not cursor.isdigit():
+    if not (cursor.isascii() and cursor.isdecimal()):
         raise InvalidRequest(f"the cursor must be a number, got {cursor!r}")
     start = int(cursor)
-    limit = int(call.query("limit")) if call.query("limit").isdigit() else PAGE_ENTRIES
+    asked = call.query("limit")
+    limit = int(asked) if asked.isascii() and asked.isdecimal() else PAGE_ENTRIES
     stop = start + min(limit, PAGE_ENTRIES)
     headers = {}
     if stop < len(items):
@@ -159,24 +166,54 @@ def page(call: Call, items: Sequence[Any]) -> Response:
     return JSONResponse(list(items[start:stop]), headers=headers)
 
 
-def route(method: str, path: str, work: Callable[[Call], Response], *, token: str | None, write: bool = False) -> Route:
-    """A route that reads the body, checks the token, and runs the handler `work` in a worker thread."""
+def route(
+    method: str,
+    path: str,
+    work: Callable[[Call], Response],
+    *,
+    token: str | None,
+    write: bool = False,
+    body_bytes: int = BODY_BYTES,
+) -> Route:
+    """A route that reads a body of limited size, checks the token, and runs the handler `work` in a worker thread."""
 
     async def endpoint(request: Request) -> Response:
-        try:
-            body = await request.body()
-        except ClientDisconnect:
-            return Response(status_code=400)  # nobody receives it: the client disconnected while sending
         trusted = False
         try:
+            try:
+                body = await _body(request, body_bytes)
+            except ClientDisconnect:
+                return Response(status_code=400)  # nobody receives it: the client disconnected while sending
             trusted = trusts(request, token)
             if write:
                 _require_writer(request, trusted)
             return await run_in_threadpool(work, Call(request, body, trusted))
         except HubError as error:
             return answer_error(error, trusted=trusted)
+        except UnicodeError as error:  # lone surrogates, which JSON may hold and no file can
+            return answer_error(InvalidRequest(f"text that is no Unicode: {error}"), trusted=trusted)
 
     return Route(path, endpoint, methods=[method])
+
+
+async def _body(request: Request, most: int) -> bytes:
+    """The whole body; what is above the limit is read, so that the client sees the answer, and thrown away.
+
+    Raises:
+        TooLarge: it has more than ``most`` bytes.
+    """
+    body, size = bytearray(), 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size <= most:
+            body += chunk
+        else:
+            body.clear()
+        if size > READ_ON * most:
+            break
+    if size > most:
+        raise TooLarge(f"the body has {size} bytes or more, expected at most {most}")
+    return bytes(body)
 
 
 def _require_writer(request: Request, trusted: bool) -> None:

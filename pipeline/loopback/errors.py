@@ -2,6 +2,7 @@
 
 HubError
 ├── InvalidRequest      the request itself is wrong
+├── TooLarge            a body, or what it announces, is above the Hub's limits
 ├── Unauthorized        no token where one is needed, or the wrong one
 ├── NotFound
 │   ├── RepoNotFound
@@ -20,6 +21,10 @@ class HubError(Exception):
 
 class InvalidRequest(HubError):
     """The request is invalid; repeating it fails again."""
+
+
+class TooLarge(HubError):
+    """The body, or the file that it announces, is above the Hub's limits."""
 
 
 class Unauthorized(HubError):

@@ -115,17 +115,16 @@ class Store:
             data = json.loads((self._folder(repo_id) / "repo.json").read_bytes())
         except FileNotFoundError as error:
             raise _no_repo(repo_id) from error
-        return Repo(id=repo_id, **data)
+        return Repo(id=self._standing_id(repo_id), **data)
 
     def create_repo(self, repo_id: str, *, private: bool) -> Repo:
         """Create a repository with one commit that holds .gitattributes, as on the Hub; raises AlreadyExists."""
-        folder = self._folder(repo_id)
-        if _is_reserved(repo_id):
-            raise InvalidRequest(f"the namespace of {repo_id!r} is reserved; choose another")
+        _check_name(repo_id)
         with self._changing:
+            folder = self._folder(repo_id)
             if folder.exists():
-                raise AlreadyExists(f"the repository {repo_id} exists already")
-            repo = Repo(repo_id, private, _now())
+                raise AlreadyExists(f"the repository {self._standing_id(repo_id)} exists already")
+            repo = Repo("/".join(folder.parts[-2:]), private, _now())
             partial = self._scratch / secrets.token_hex(8)
             self._write_repo(partial, repo)
             self.objects.put(trees.GITATTRIBUTES)
@@ -157,14 +156,14 @@ class Store:
 
     def move_repo(self, repo_id: str, new_id: str) -> None:
         """Rename a repository; raises AlreadyExists."""
-        target = self._folder(new_id)
-        if _is_reserved(new_id):
-            raise InvalidRequest(f"the namespace of {new_id!r} is reserved; choose another")
+        _check_name(new_id)
         with self._changing:
-            self.repo(repo_id)
-            if target.exists():
-                raise AlreadyExists(f"the repository {new_id} exists already")
-            self._rename(self._folder(repo_id), target)
+            source, target = self._folder(self.repo(repo_id).id), self._folder(new_id)
+            if target == source:  # the same name, perhaps in another case
+                target = source.with_name(new_id.split("/")[1])
+            elif target.exists():
+                raise AlreadyExists(f"the repository {self._standing_id(new_id)} exists already")
+            self._rename(source, target)
 
     # Revisions
 
@@ -192,7 +191,7 @@ class Store:
 
     def create_ref(self, repo_id: str, kind: RefKind, name: str, revision: str, message: str = "") -> None:
         """Create a branch or tag at a revision; raises AlreadyExists."""
-        if not _REF.fullmatch(name) or ".." in name or "//" in name or name.endswith(("/", ".", ".lock")):
+        if not _is_ref(name) or ".." in name or "//" in name or name.endswith(("/", ".", ".lock")):
             raise InvalidRequest(
                 f"got {name!r} as the name of a branch or tag: expected letters, digits and any of _ . + - /"
             )
@@ -296,7 +295,12 @@ class Store:
         parts = repo_id.split("/")
         if len(parts) != 2 or not all(_NAME.fullmatch(part) for part in parts) or ".." in repo_id:
             raise _no_repo(repo_id)
-        return self.root / "models" / parts[0] / parts[1]
+        namespace = _alike(self.root / "models", parts[0])
+        return _alike(namespace, parts[1])
+
+    def _standing_id(self, repo_id: str) -> str:
+        """The id as it is written where the repository stands: names don't differ by case alone, as on the Hub."""
+        return "/".join(self._folder(repo_id).parts[-2:])
 
     def _collection_path(self, slug: str) -> Path:
         namespace, _, name = slug.partition("/")
@@ -315,7 +319,7 @@ class Store:
                     )
 
     def _read_ref(self, repo_id: str, kind: str, name: str) -> str | None:
-        if not _REF.fullmatch(name):
+        if not _is_ref(name):
             return None
         try:
             return _ref_path(self._folder(repo_id), kind, name).read_text().split("\n", 1)[0]
@@ -376,6 +380,32 @@ def _refuse_foreign(root: Path) -> None:
         )
 
 
+def _alike(folder: Path, name: str) -> Path:
+    """The entry of a folder with this name, or with one that differs by case alone; else the name's own path."""
+    path = folder / name
+    if path.exists() or not folder.is_dir():
+        return path
+    return next((entry for entry in sorted(folder.iterdir()) if entry.name.lower() == name.lower()), path)
+
+
+def _check_name(repo_id: str) -> None:
+    """Refuse a name that the Hub gives no repository."""
+    parts = repo_id.split("/")
+    if len(parts) != 2 or not all(_NAME.fullmatch(part) for part in parts) or ".." in repo_id or "--" in repo_id:
+        raise InvalidRequest(
+            f"no repository can have the name {repo_id[:300]!r}: expected namespace/name of letters, digits and _ . -, "
+            "at most 96 each, without '--' and '..'"
+        )
+    if parts[0].lower() in _RESERVED:
+        raise InvalidRequest(f"the namespace of {repo_id!r} is reserved; choose another")
+    if parts[1].lower().endswith((".git", ".ipynb")):
+        raise InvalidRequest(f"no repository can have the name {repo_id!r}: it ends as a clone's or a notebook's does")
+
+
+def _is_ref(name: str) -> bool:
+    return bool(_REF.fullmatch(name)) and len(quote(name, safe="")) <= trees.MAX_PART_BYTES
+
+
 def _ref_path(folder: Path, kind: str, name: str) -> Path:
     return folder / "refs" / kind / quote(name, safe="")
 
@@ -386,10 +416,6 @@ def _ref_word(kind: RefKind) -> str:
 
 def _no_repo(repo_id: str) -> RepoNotFound:
     return RepoNotFound(f"no repository {repo_id!r} here; create it first")
-
-
-def _is_reserved(repo_id: str) -> bool:
-    return repo_id.split("/")[0] in _RESERVED
 
 
 def _now() -> str:

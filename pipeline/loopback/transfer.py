@@ -6,7 +6,6 @@ LFS: github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md, with the Hub's own 
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import hmac
 import math
@@ -23,7 +22,7 @@ from starlette.routing import Route
 
 from pipeline.loopback import tree as trees
 from pipeline.loopback.call import Call, answer_error, json_object, route, take, visible_repo
-from pipeline.loopback.errors import EntryNotFound, HubError, InvalidRequest
+from pipeline.loopback.errors import EntryNotFound, HubError, InvalidRequest, TooLarge
 from pipeline.loopback.objects import Incoming
 from pipeline.loopback.store import Store
 from pipeline.loopback.tree import Delete, Operation, Put
@@ -33,10 +32,15 @@ _WRITE_BYTES = 4 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Sizes in bytes: LFS files larger than `multipart_above` are uploaded in parts of `part_bytes`."""
+    """Sizes in bytes: LFS files larger than `multipart_above` are uploaded in parts of `part_bytes`.
+
+    An LFS file has `object_bytes` at most, as on the Hub; the body of a commit, with its regular files, `commit_bytes`.
+    """
 
     multipart_above: int = 5 * 10**9
     part_bytes: int = 512 * 2**20
+    object_bytes: int = 500 * 10**9
+    commit_bytes: int = 512 * 2**20
 
 
 class Transfer:
@@ -51,7 +55,7 @@ class Transfer:
         read, write = partial(route, token=token), partial(route, token=token, write=True)
         return [
             write("POST", "/api/models/{ns}/{name}/preupload/{rev}", self.preupload),
-            write("POST", "/api/models/{ns}/{name}/commit/{rev}", self.commit),
+            write("POST", "/api/models/{ns}/{name}/commit/{rev}", self.commit, body_bytes=self._limits.commit_bytes),
             write("POST", "/{ns}/{name}.git/info/lfs/objects/batch", self.batch),
             write("POST", "/lfs/verify", self.verify),
             Route("/lfs/objects/{sha256}", self.receive, methods=["PUT"]),
@@ -67,6 +71,7 @@ class Transfer:
         answers = []
         for file in _objects(call.json(), "files"):
             path, size = take(file, "path", str), take(file, "size", int)
+            trees.check_path(path)
             lfs = trees.is_lfs(path, size, _from_base64(take(file, "sample", str, "")))
             answer: dict[str, Any] = {"path": path, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
             if path in tree:
@@ -88,6 +93,8 @@ class Transfer:
         return JSONResponse({"transfer": "basic", "objects": objects})
 
     def _instruct(self, base: str, sha256: str, size: int) -> dict[str, Any]:
+        if not 0 <= size <= self._limits.object_bytes:
+            raise TooLarge(f"object {sha256}: got {size} bytes, expected 0 to {self._limits.object_bytes}")
         answer: dict[str, Any] = {"oid": sha256, "size": size}
         if self._store.objects.size(sha256) == size:
             return answer
@@ -158,7 +165,7 @@ class Transfer:
             [self._operation(line) for line in lines if line.get("key") != "header"],
             title=take(header, "summary", str),
             message=take(header, "description", str, ""),
-            parent=header.get("parentCommit"),
+            parent=take(header, "parentCommit", str) if header.get("parentCommit") is not None else None,
         )
         return JSONResponse(
             {"success": True, "commitOid": commit.oid, "commitUrl": f"{call.base}/{call.repo_id}/commit/{commit.oid}"}
@@ -170,6 +177,9 @@ class Transfer:
         match line.get("key"):
             case "file":
                 data = _from_base64(take(value, "content", str))
+                trees.check_path(path)
+                if len(data) > (most := trees.MAX_REGULAR_BYTES):
+                    raise TooLarge(f"{path!r} has {len(data)} bytes: above {most} it goes through LFS")
                 self._store.objects.put(data)
                 return Put(path, trees.regular_file(data))
             case "lfsFile":
@@ -248,5 +258,5 @@ def _objects(body: Mapping[str, Any], name: str) -> Iterable[Mapping[str, Any]]:
 def _from_base64(text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         raise InvalidRequest(f"expected base64, got {text[:40]!r}: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from pipeline.loopback.errors import EntryNotFound, InvalidRequest
 
 # Files above this size are stored in LFS whatever their name, as on the Hub.
 MAX_REGULAR_BYTES = 10 * 2**20
+# Longest part of a path, and path, that file systems hold: UTF-8 bytes.
+MAX_PART_BYTES, MAX_PATH_BYTES = 255, 4095
 
 LFS_SUFFIXES = (
     ".safetensors", ".bin", ".gguf", ".pt", ".pth", ".onnx", ".h5", ".msgpack", ".npy", ".npz", ".parquet",
@@ -105,12 +108,17 @@ def apply(tree: Tree, operations: Iterable[Operation]) -> dict[str, File]:
 
 
 def check_path(path: str) -> None:
-    """Refuse a path that is absolute, has empty, '.', '..' or '.git' parts, or control characters."""
+    """Refuse a path that is absolute, has empty, '.', '..' or '.git' parts, control characters, or a part too long."""
     parts = path.split("/")
-    if any(part in ("", ".", "..", ".git") for part in parts) or any(ord(c) < 32 or ord(c) == 127 for c in path):
-        raise InvalidRequest(
-            f"a file can't have the path {path!r}: expected a relative path without empty, '.', '..' or '.git' parts"
-        )
+    problem = None
+    if any(part.lower() in ("", ".", "..", ".git") for part in parts):
+        problem = "empty, '.', '..' or '.git' parts"
+    elif any(unicodedata.category(character) in ("Cc", "Cs") for character in path):
+        problem = "control characters and surrogates"
+    elif any(len(part.encode()) > MAX_PART_BYTES for part in parts) or len(path.encode()) > MAX_PATH_BYTES:
+        problem = f"parts above {MAX_PART_BYTES} bytes, or more than {MAX_PATH_BYTES} in all"
+    if problem:
+        raise InvalidRequest(f"a file can't have the path {path[:300]!r}: expected a relative path without {problem}")
 
 
 def listing(tree: Tree, folder: str, *, recursive: bool) -> list[tuple[str, File | None]]:

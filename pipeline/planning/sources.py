@@ -25,7 +25,7 @@ from workers.spec.checkpoint_files import CONFIG, CheckpointFiles, checkpoint_fi
 from workers.spec.families import Family, family_of
 from workers.spec.job import Dataset, ModelPin
 from workers.spec.tensors import TensorHeader, parse_header
-from workers.transfer import hub
+from workers.transfer import from_hub, hub
 from workers.transfer.patience import Silence, insist
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ def _pinned(
     files: CheckpointFiles,
 ) -> PinnedModel:
     shared = {name: getattr(entry, name) for name in ("trust_remote_code", "allow_pickle", "variant")}
+    shared["mixture"] = any(".experts." in tensor.name or "mtp." in tensor.name for tensor in tensors)
     notes = []
     if files.other_checkpoints:
         taken = files.index or files.weights[0]
@@ -184,23 +185,24 @@ def read_header(path: Path) -> list[TensorHeader]:
 
 def _resolve_repository(entry: ModelEntry, api: HfApi, silence: Silence | None, calibrated: bool) -> PinnedModel:
     what = f"models: {entry.id!r}"
-    listed = insist(what, lambda: hub.list_files(api, entry.id, entry.revision), silence)
+    listed = insist(what, lambda: from_hub.list_files(api, entry.id, entry.revision), silence)
     if CONFIG not in listed.sizes and "adapter_config.json" not in listed.sizes:
         raise CheckpointError(f"{what} has no config.json; name a transformers checkpoint")
 
     def read(name: str) -> bytes:
-        found = insist(what, lambda: hub.read_file(api, entry.id, name, listed.commit, hub.limit_of(name)), silence)
+        limit = from_hub.limit_of(name)
+        found = insist(what, lambda: from_hub.read_file(api, entry.id, name, listed.commit, limit), silence)
         return found[0] if found else b""
 
     files = checkpoint_files(listed.sizes, read, what, variant=entry.variant, allow_pickle=entry.allow_pickle)
     config = parse_config(read(CONFIG), what)
     names = () if files.pickled else files.weights
-    tensors = hub.read_headers(api, entry.id, names, listed.commit, lambda action: insist(what, action, silence))
+    tensors = from_hub.read_headers(api, entry.id, names, listed.commit, lambda action: insist(what, action, silence))
 
     def head(name: str, count: int) -> bytes | None:
         if name not in files.companions:
             return None
-        return insist(what, lambda: hub.read_range(api, entry.id, name, listed.commit, count)[0], silence)
+        return insist(what, lambda: from_hub.read_range(api, entry.id, name, listed.commit, count)[0], silence)
 
     pin = {
         "id": entry.id,
@@ -258,7 +260,7 @@ def _pin_remote_dataset(dataset: Dataset, where: str, silence: Silence | None) -
 
     def find() -> str:
         with hub.hub_errors(thing):
-            return hub.checked_commit(api.dataset_info(dataset.path, revision=dataset.revision).sha, thing)
+            return from_hub.checked_commit(api.dataset_info(dataset.path, revision=dataset.revision).sha, thing)
 
     commit = insist(thing, find, silence)
     pinned = dataset.model_copy(update={"revision": commit})

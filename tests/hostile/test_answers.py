@@ -15,7 +15,7 @@ from pipeline.zoo.zoo import ModelEntry
 from tests.hostile import answers, base
 from workers import errors
 from workers.machine.memory import peak_host_bytes
-from workers.transfer import hub
+from workers.transfer import from_hub, hub
 
 WRONG = [*answers.of_the_listing(), *answers.of_files()]
 SECONDS, MEMORY = 10.0, 500_000_000
@@ -115,7 +115,7 @@ def fetched(tmp_path: Path) -> Iterator[tuple[answers.HostileHub, str]]:
 
 
 def fetch(address: str) -> Path:
-    return hub.fetch(hub.connect(address), "org/model", answers.COMMIT, allow_pickle=False)
+    return from_hub.fetch(hub.connect(address), "org/model", answers.COMMIT, allow_pickle=False)
 
 
 def flipped(body: bytes) -> bytes:

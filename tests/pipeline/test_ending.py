@@ -22,9 +22,11 @@ from hypothesis import strategies as st
 
 from pipeline import ending, session
 from pipeline.cli.main import main
+from pipeline.fleet.cluster import SLOW_START
 from pipeline.fleet.head import connect
 from pipeline.report.results import Results
-from tests.limits import AGENTS_SECONDS, RUN_SECONDS, SOON_SECONDS
+from tests.limits import AGENTS_SECONDS, GONE_SECONDS, RUN_SECONDS, SOON_SECONDS
+from tests.pipeline.fleet.test_cluster import START as CLUSTER
 from tests.pipeline.report.test_notify import Receiver
 from tests.pipeline.runs import MARK, MODELS, ROOT, command, marked_processes, wait_for, write_zoo
 from tests.pipeline.simulated import SimulatedFleet, node, plan_of, size
@@ -358,6 +360,39 @@ def test_a_head_that_dies_ends_the_run_with_its_results(tmp_path: Path, receiver
     assert results.error.kind == "ClusterLost"
     assert receiver.got[0]["text"].splitlines()[1].startswith("ClusterLost")
     assert wait_for(lambda: not marked_processes(mark), AGENTS_SECONDS), marked_processes(mark)
+
+
+@pytest.mark.slow
+def test_the_head_of_a_cluster_that_dies_ends_the_run_before_ray_ends_the_driver(tmp_path: Path) -> None:
+    """Ray ends a driver's process, without a word to Python, once its head was silent for a minute."""
+    zoo = write_zoo(tmp_path, [str(MODELS / "llama-tiny")], "bnb-nf4")
+    zoo.write_text("\n".join(line for line in zoo.read_text().splitlines() if not line.startswith("publish:")))
+    mark = uuid.uuid4().hex
+    environment = {**os.environ, **SLOW_START, "RAY_AUTH_MODE": "disabled"}
+    head = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**environment, MARK: mark},
+    )  # fmt: skip
+    assert head.stdin is not None
+    assert head.stdout is not None
+    try:
+        address = next(line.strip() for line in head.stdout if ":" in line and " " not in line.strip())
+        run = [*command(zoo, tmp_path / "runs"), "--address", address]
+        process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "quantizing" in line:
+                names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in marked_processes(mark)}
+                os.kill(next(pid for pid, name in names.items() if name == "gcs_server"), signal.SIGKILL)
+                break
+        said, complaints = process.communicate(timeout=RUN_SECONDS)
+        assert process.returncode == 1, said + complaints
+        assert f"quantmill: ClusterLost: Ray's head at {address} doesn't answer any more" in complaints
+        assert Results.model_validate_json(Path(said.strip().splitlines()[-2]).read_text()).error is not None
+    finally:
+        head.stdin.close()
+        head.stdout.close()
+        head.wait(GONE_SECONDS)
 
 
 # ------------------------------------------------------------------------------- addresses where nothing answers

@@ -159,7 +159,8 @@ def connect_card(endpoint: str, artifact: str) -> dict[str, Any]:
     import httpx2
     import yaml
 
-    from workers.transfer.hub import connect, read_file
+    from workers.transfer.from_hub import read_file
+    from workers.transfer.hub import connect
 
     found = read_file(connect(endpoint), f"acme/{artifact}", "README.md")
     assert found is not None

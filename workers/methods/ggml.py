@@ -19,7 +19,6 @@ from workers.methods.linear import STACKED_ELEMENTS
 from workers.model.loading import QuantizableWeight
 from workers.model.statistics import InputStatistics
 from workers.numerics import ggml, gptq, grid_fit, refine
-from workers.numerics.rounding import code_range
 from workers.spec.ggml import TYPES
 from workers.spec.recipes import GgufOptions
 
@@ -91,7 +90,7 @@ def least_squares(options: GgufOptions, kind: str, key: str, matrix_OI: Tensor) 
     Raises:
         NumericalError: the weight contains NaN or Inf.
     """
-    if options.codes != "solved" or ggml.LAYOUTS[kind].table is not None:
+    if options.codes != "solved":
         return encoded(kind, key, matrix_OI)
     pieces = torch.split(matrix_OI, max(PIECE_ELEMENTS // matrix_OI.shape[1], 1))
     return torch.cat([_least_squares(options, kind, key, piece) for piece in pieces])
@@ -100,12 +99,11 @@ def least_squares(options: GgufOptions, kind: str, key: str, matrix_OI: Tensor) 
 def _least_squares(options: GgufOptions, kind: str, key: str, matrix_OI: Tensor) -> Tensor:
     """Each group is a problem of its own, so that all are solved at once, as rows with one group."""
     raw_OR = encoded(kind, key, matrix_OI, torch.ones(matrix_OI.shape[1]))
-    layout, grids = ggml.LAYOUTS[kind], _Grids(kind, raw_OR, 1, torch.device("cpu"))
+    grids = _Grids(kind, raw_OR, 1, torch.device("cpu"))
     w_1OI = matrix_OI.detach().to("cpu", torch.float32)[None]
     for _ in range(options.refine):
-        codes_1OI = grids.rounded(w_1OI, layout.bits)
-        grids.fit_alone(w_1OI, codes_1OI)
-    return grids.blocks(grids.rounded(w_1OI, layout.bits))[0]
+        grids.fit_alone(w_1OI, grids.rounded(w_1OI))
+    return grids.blocks(grids.rounded(w_1OI))[0]
 
 
 def importance(statistics: InputStatistics | None) -> Tensor | None:
@@ -129,7 +127,7 @@ def code_layer(options: GgufOptions, matrices: Sequence[Matrix], factors: Factor
         if each.statistics is None or weights_I is None:
             note = f"rounded without importances, for no calibration token came to it: {each.weight.module}"
             yield Blocks(each.weight, each.kind, raw_OR, (note,))
-        elif options.codes != "solved" or ggml.LAYOUTS[each.kind].table is not None:
+        elif options.codes != "solved":
             yield Blocks(each.weight, each.kind, raw_OR)
         else:
             # Experts that share statistics stay problems of their own, which are stacked as far as memory allows.
@@ -161,15 +159,15 @@ def _batches(problems: Iterable[_Problem]) -> Iterator[list[_Problem]]:
 
 
 class _Grids:
-    """The grids of stacked problems of one type, as the solver takes them: its codes are centred around zero.
+    """The grids of stacked problems of one type, as the solver takes them.
 
     ``scales`` [B, O, G] are never zero; ``zeros`` are the minima in steps of the scale, and needn't be whole.
     """
 
     def __init__(self, kind: str, raw_OR: Tensor, problems: int, device: torch.device) -> None:
         self._kind, self._raw_OR, self._problems, self._device = kind, raw_OR, problems, device
-        layout, grid, units = ggml.LAYOUTS[kind], ggml.grid(kind, raw_OR), ggml.units(kind, raw_OR)
-        self._centre = layout.low + (1 << layout.bits - 1)
+        self.nearest = ggml.nearest(kind)
+        grid, units = ggml.grid(kind, raw_OR), ggml.units(kind, raw_OR)
         self._scale_BOG = self._stacked(grid.scale_OG)
         self._minimum_BOG = None if grid.minimum_OG is None else self._stacked(grid.minimum_OG)
         free = grid_fit.Steps(None)
@@ -187,59 +185,55 @@ class _Grids:
 
     @property
     def zeros(self) -> Tensor | None:
-        return None if self._minimum_BOG is None else self._minimum_BOG / self.scales - self._centre
+        return None if self._minimum_BOG is None else self._minimum_BOG / self.scales
 
-    def fit(self, w_BOI: Tensor, h_BII: Tensor, codes_BOI: Tensor, damping: float) -> None:
-        """Move scales and minima to where the loss of these codes is least."""
+    def fit(self, w_BOI: Tensor, h_BII: Tensor, numbers_BOI: Tensor, damping: float) -> None:
+        """Move scales and minima to where the loss of these numbers is least."""
         self._scale_BOG, self._minimum_BOG = grid_fit.fit(
-            w_BOI, h_BII, codes_BOI.to(torch.int16) + self._centre, self._scale_BOG, self._minimum_BOG, self._steps,
-            self._minimum_steps, damping=damping,
+            w_BOI, h_BII, numbers_BOI, self._scale_BOG, self._minimum_BOG, self._steps, self._minimum_steps,
+            damping=damping,
         )  # fmt: skip
 
-    def rounded(self, w_BOI: Tensor, bits: int) -> Tensor:
-        """The codes nearest to weights, int8 [B, O, I]."""
-        w_BOGg = torch.unflatten(w_BOI, 2, (self._scale_BOG.shape[2], -1))
-        codes_BOGg = w_BOGg / self.scales[..., None]
-        zeros = self.zeros
-        codes_BOGg = codes_BOGg if zeros is None else codes_BOGg + zeros[..., None]
-        low, high = code_range(bits)
-        return codes_BOGg.round().clamp(low, high).to(torch.int8).flatten(2)
-
-    def fit_alone(self, w_BOI: Tensor, codes_BOI: Tensor) -> None:
+    def fit_alone(self, w_BOI: Tensor, numbers_BOI: Tensor) -> None:
         """Like ``fit`` with H = 1, under which groups don't depend on each other."""
         shape, size = self._scale_BOG.shape, w_BOI.shape[2] // self._scale_BOG.shape[2]
         minimum = None if self._minimum_BOG is None else self._minimum_BOG.reshape(1, -1, 1)
         scale, minimum = grid_fit.fit(
-            w_BOI.reshape(1, -1, size), torch.eye(size)[None],
-            codes_BOI.to(torch.int16).reshape(1, -1, size) + self._centre, self._scale_BOG.reshape(1, -1, 1), minimum,
-            self._steps.alone, self._minimum_steps.alone, damping=0.0,
+            w_BOI.reshape(1, -1, size), torch.eye(size)[None], numbers_BOI.reshape(1, -1, size),
+            self._scale_BOG.reshape(1, -1, 1), minimum, self._steps.alone, self._minimum_steps.alone, damping=0.0,
         )  # fmt: skip
         self._scale_BOG, self._minimum_BOG = scale.view(shape), None if minimum is None else minimum.view(shape)
 
-    def blocks(self, codes_BOI: Tensor) -> Tensor:
-        """The blocks uint8 [B, O, R] with these codes, on the CPU."""
+    def rounded(self, w_BOI: Tensor) -> Tensor:
+        """The numbers nearest to weights, float32 [B, O, I]."""
+        steps_BOGg = torch.unflatten(w_BOI, 2, (self._scale_BOG.shape[2], -1)) / self.scales[..., None]
+        zeros = self.zeros
+        return self.nearest(steps_BOGg if zeros is None else steps_BOGg + zeros[..., None]).flatten(2)
+
+    def blocks(self, numbers_BOI: Tensor) -> Tensor:
+        """The blocks uint8 [B, O, R] with codes of these numbers, on the CPU."""
         minimum_OG = None if self._minimum_BOG is None else self._minimum_BOG.flatten(0, 1).cpu()
         raw_OR = ggml.with_grid(self._kind, self._raw_OR, ggml.Grid(self._scale_BOG.flatten(0, 1).cpu(), minimum_OG))
-        raw_OR = ggml.with_codes(self._kind, raw_OR, codes_BOI.flatten(0, 1).to("cpu", torch.int16) + self._centre)
+        raw_OR = ggml.with_numbers(self._kind, raw_OR, numbers_BOI.flatten(0, 1).cpu())
         return raw_OR.view(self._problems, -1, raw_OR.shape[1])
 
 
 def _solved(options: GgufOptions, batch: Sequence[_Problem], factors: Factors) -> Iterator[Blocks]:
     """The blocks with codes by GPTQ on their own scales."""
-    layout, device = ggml.LAYOUTS[batch[0].kind], batch[0].matrices[0].matrix_OI.device
+    device = batch[0].matrices[0].matrix_OI.device
     h_BII = torch.stack([problem.statistics.gram_II for problem in batch])
     factor = _factor(options, batch, h_BII, factors)
     w_BOI = torch.stack([torch.cat([each.matrix_OI.float() for each in problem.matrices]) for problem in batch])
     raw_OR = torch.cat([problem.raw_OR for problem in batch])
     grids = _Grids(batch[0].kind, raw_OR, len(batch), device)
-    codes_BOI = gptq.solve(w_BOI, factor, grids.scales, grids.zeros, bits=layout.bits)
+    numbers_BOI = gptq.solve_values(w_BOI, factor, grids.scales, grids.nearest, grids.zeros)
     for _ in range(options.refine):
-        grids.fit(w_BOI, h_BII, codes_BOI, options.damping)
-        codes_BOI = refine.descend(
-            w_BOI, h_BII, codes_BOI, grids.scales, grids.zeros, bits=layout.bits, rounds=1,
-            damping=options.damping,
+        grids.fit(w_BOI, h_BII, numbers_BOI, options.damping)
+        numbers_BOI = refine.descend(
+            w_BOI, h_BII, numbers_BOI, grids.scales, grids.nearest, rounds=1, damping=options.damping,
+            zero_BOG=grids.zeros,
         )  # fmt: skip
-    raw_BOR = grids.blocks(codes_BOI)
+    raw_BOR = grids.blocks(numbers_BOI)
     for problem, raw_OR, damping in zip(batch, raw_BOR, factor.damping_B, strict=True):
         raised = f"damping raised from {options.damping:g} to {damping:g} for {problem.matrices[0].weight.module}"
         notes = (f"{raised}: H wasn't positive definite",) if damping > options.damping else ()

@@ -92,16 +92,11 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Stack:
-    """Problems of one shape and one integer scheme, solved together; ``w_BOI`` is float.
-
-    Scales are rounded to ``scale_dtype``; ``factors`` are the layer's.
-    """
+class Stacked:
+    """Problems of one shape, solved together; ``w_BOI`` is float, ``factors`` are the layer's."""
 
     problems: Sequence[Problem]
-    scheme: IntScheme
     w_BOI: Tensor
-    scale_dtype: torch.dtype
     factors: Factors
 
     @property
@@ -113,6 +108,14 @@ class Stack:
         width = first.matrix_OI.shape[1]
         unseen = first.matrix_OI.new_zeros(width, width, dtype=torch.float32)
         return torch.stack([unseen if p.statistics is None else p.statistics.gram_II for p in self.problems])
+
+
+@dataclass(frozen=True)
+class Stack(Stacked):
+    """Problems of one integer scheme; scales are rounded to ``scale_dtype``."""
+
+    scheme: IntScheme
+    scale_dtype: torch.dtype
 
 
 @dataclass(frozen=True)

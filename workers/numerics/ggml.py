@@ -69,19 +69,39 @@ class Layout:
     table: tuple[int, ...] | None = None
     scales: Scales | None = None
 
-    @property
-    def bits(self) -> int:
-        """Bits of a code."""
-        return (self.high - self.low).bit_length()
-
 
 def decode(kind: str, raw_OR: Tensor) -> Tensor:
     """The weight, float32 (O, I), of blocks uint8 (O, R)."""
+    return on_grid(numbers(kind, raw_OR), grid(kind, raw_OR))
+
+
+def nearest(kind: str) -> Callable[[Tensor], Tensor]:
+    """Rounds a tensor in place to the numbers that the type's codes stand for."""
     layout = LAYOUTS[kind]
-    codes_OI = codes(kind, raw_OR)
-    if layout.table is not None:
-        codes_OI = torch.tensor(layout.table, dtype=torch.int16, device=raw_OR.device)[codes_OI.long()]
-    return on_grid(codes_OI, grid(kind, raw_OR))
+    if layout.table is None:
+        return lambda value: value.round_().clamp_(layout.low, layout.high)
+    values = torch.tensor(layout.table, dtype=torch.float32)
+    bounds = (values[1:] + values[:-1]) / 2
+    return lambda value: value.copy_(
+        values.to(value.device)[torch.bucketize(value.contiguous(), bounds.to(value.device))]
+    )
+
+
+def numbers(kind: str, raw_OR: Tensor) -> Tensor:
+    """The numbers that the codes of blocks stand for, float32 (O, I): a weight less its minimum, in steps."""
+    layout, codes_OI = LAYOUTS[kind], codes(kind, raw_OR)
+    if layout.table is None:
+        return codes_OI.float()
+    return torch.tensor(layout.table, dtype=torch.float32, device=raw_OR.device)[codes_OI.long()]
+
+
+def with_numbers(kind: str, raw_OR: Tensor, numbers_OI: Tensor) -> Tensor:
+    """The blocks with codes that stand for other numbers (``nearest``) on the same scales."""
+    layout = LAYOUTS[kind]
+    if layout.table is None:
+        return with_codes(kind, raw_OR, numbers_OI.to(torch.int16))
+    table = torch.tensor(layout.table, dtype=torch.float32, device=raw_OR.device)
+    return with_codes(kind, raw_OR, torch.bucketize(numbers_OI.contiguous(), table).to(torch.int16))
 
 
 def on_grid(codes_OI: Tensor, grid: Grid) -> Tensor:
@@ -373,6 +393,15 @@ def _put_iq4_xs(raw: Tensor, codes: Tensor) -> None:
     raw[..., 8:] = _byte((parts[..., :16] | parts[..., 16:] << 4).flatten(-2))
 
 
+def _put_scales_iq4_xs(raw: Tensor, scales: Tensor, minima: Tensor | None) -> None:
+    whole = (scales + 32).int()
+    places = torch.arange(8, device=raw.device, dtype=torch.int32)
+    high = (whole >> 4 << 2 * places).sum(-1)
+    raw[..., 2], raw[..., 3] = _byte(high), _byte(high >> 8)
+    raw[..., 4:8] = _byte((whole[..., ::2] & 15) | (whole[..., 1::2] & 15) << 4)
+
+
+_IQ4_XS = Scales(8, -32, 31, 0, None, _put_scales_iq4_xs)
 _Q2_K, _Q3_K = Scales(16, 0, 15, 80, 82, _put_scales_q2_k), Scales(16, -32, 31, 108, None, _put_scales_q3_k)
 _Q4_K, _Q6_K = Scales(8, 0, 63, 0, 2, _put_scales_q4_k), Scales(16, -128, 127, 208, None, _put_scales_q6_k)
 
@@ -397,5 +426,5 @@ LAYOUTS: dict[str, Layout] = {
     "q4_k": Layout(256, 144, 0, 15, lambda raw: _by_32(raw, 16), _put_q4_k, _grid_q4_k, None, _Q4_K),
     "q5_k": Layout(256, 176, 0, 31, _read_q5_k, _put_q5_k, _grid_q4_k, None, _Q4_K),
     "q6_k": Layout(256, 210, -32, 31, _read_q6_k, _put_q6_k, _grid_q6_k, None, _Q6_K),
-    "iq4_xs": Layout(256, 136, 0, 15, _read_iq4_xs, _put_iq4_xs, _grid_iq4_xs, IQ4),
+    "iq4_xs": Layout(256, 136, 0, 15, _read_iq4_xs, _put_iq4_xs, _grid_iq4_xs, IQ4, _IQ4_XS),
 }

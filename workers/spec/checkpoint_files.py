@@ -256,8 +256,8 @@ def _indexed(text: bytes, index: str, sizes: Mapping[str, int], what: str, pickl
     missing = [name for name in shards if name not in sizes]
     if missing:
         raise CheckpointError(
-            f"{what}: {index} names {[name[:80] for name in missing[:3]]}; {len(missing)} of its {len(shards)} shards "
-            "aren't there, complete the download"
+            f"{what}: {index} names {[name[:80] for name in missing[:3]]}, but {len(missing)} of its {len(shards)} "
+            "shards aren't there; complete the download"
         )
     return shards
 

@@ -49,6 +49,7 @@ class Format:
     distributions for writing and decoding. ``only_method`` is the one method that writes the format, if others can't.
     ``file_bytes`` is the planned size of a whole file, for formats that store more than tensors one by one, from a
     scheme, all matrices (key, outputs and inputs, bytes in the source) and config.json.
+    ``lists_unquantized``: config.json names the modules that stay in half precision.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Format:
     needs: tuple[str, ...] = ()
     only_method: str | None = None
     file_bytes: Callable[[Scheme, Iterable[tuple[str, tuple[int, int], int]], Mapping[str, Any]], int] | None = None
+    lists_unquantized: bool = False
 
 
 # ------------------------------------------------------------------------------------- compressed-tensors
@@ -143,6 +145,7 @@ COMPRESSED_TENSORS = Format(
     family=_ct_family,
     per_layer_schemes=True,
     without_weight=_ct_without_weight,
+    lists_unquantized=True,
     # The library decodes fp4 to bfloat16 at run time, whatever dtype the model computes in.
     arithmetic=lambda config: "own" if "fp4" in str(config.get("format")) else "any",
     needs=("compressed-tensors",),
@@ -224,6 +227,7 @@ AWQ = Format(
     multiple_OI=(8, 1),
     # Supported by the kernels of gptqmodel 7.6.
     group_sizes=(16, 32, 64, 128),
+    lists_unquantized=True,
 )
 
 
@@ -246,6 +250,7 @@ FP8 = Format(
     declares=lambda config: config.get("quant_method") == "fp8",
     family=lambda config: ["fp8"],
     arithmetic=lambda config: "decoded",
+    lists_unquantized=True,
 )
 
 

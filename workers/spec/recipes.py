@@ -19,9 +19,11 @@ from workers.spec.schemes import (
     Float8Scheme,
     FourBitFloatScheme,
     GgufScheme,
+    GridScheme,
     IntScheme,
     LinearScheme,
     LlmInt8Scheme,
+    MicroscalingScheme,
 )
 
 # ------------------------------------------------------------------------------------------ methods
@@ -126,6 +128,11 @@ class RecipeBase(Frozen):
     numerics: ClassVar[int] = 1
     engine: ClassVar[str] = "linear"
 
+    @property
+    def revision(self) -> int:
+        """The numerics of this recipe: ``numerics``, raised where they changed for its scheme alone."""
+        return self.numerics
+
     name: str = Field(pattern=SLUG.pattern, max_length=64)
     description: str = ""
     environment: str | None = Field(
@@ -182,10 +189,10 @@ class Override(Frozen):
         return _compiled("modules", value)
 
 
-class IntRecipe(RecipeBase):
-    """A recipe with codes on an integer grid."""
+class GridRecipe(RecipeBase):
+    """A recipe with codes on a grid of integers, or of E2M1 numbers."""
 
-    scheme: IntScheme
+    scheme: GridScheme
     overrides: tuple[Override, ...] = Field((), description="Schemes of their own; the first whose pattern fits.")
     format: FormatName
 
@@ -205,7 +212,7 @@ class IntRecipe(RecipeBase):
         """All patterns of module names in the recipe."""
         return (*self.ignore, *(pattern for override in self.overrides for pattern in override.modules))
 
-    def scheme_of(self, module: str) -> IntScheme:
+    def scheme_of(self, module: str) -> IntScheme | MicroscalingScheme:
         """The recipe's scheme for a module."""
         for override in self.overrides:
             if any(matches(pattern, module) for pattern in override.modules):
@@ -213,8 +220,14 @@ class IntRecipe(RecipeBase):
         return self.scheme
 
 
-class GptqRecipe(IntRecipe):
-    """GPTQ: second-order error compensation from the calibration Hessian."""
+class IntRecipe(GridRecipe):
+    """A recipe with codes on an integer grid."""
+
+    scheme: IntScheme
+
+
+class GptqRecipe(GridRecipe):
+    """GPTQ: second-order error compensation from the calibration Hessian; on integers, or on E2M1 numbers."""
 
     numerics: ClassVar[int] = 2
 
@@ -280,6 +293,12 @@ class RtnRecipe(RecipeBase):
     scheme: AnyLinearScheme
     format: FormatName
     options: RtnOptions = RtnOptions()
+
+    @property
+    def revision(self) -> int:
+        """Raised by one for nvfp4, whose global scales are shared by what runtimes fuse since then."""
+        nvfp4 = isinstance(self.scheme, MicroscalingScheme) and self.scheme.type == "nvfp4"
+        return self.numerics + nvfp4
 
     @model_validator(mode="after")
     def _readable(self) -> Self:

@@ -177,6 +177,9 @@ AnyLinearScheme = Annotated[
     | Annotated[MicroscalingScheme, Tag("microscaling")],
     Discriminator(_kind),
 ]
+GridScheme = Annotated[
+    Annotated[IntScheme, Tag("int")] | Annotated[MicroscalingScheme, Tag("microscaling")], Discriminator(_kind)
+]
 Scheme = LinearScheme | FourBitFloatScheme | LlmInt8Scheme | GgufScheme | GgmlScheme
 
 AnyScheme = Annotated[

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from workers.errors import HubRefused, HubUnavailable, ModelNotFound
 from workers.spec.job import Destination, Manifest
 from workers.spec.workspace import MANIFEST
-from workers.transfer import hub
+from workers.transfer import from_hub, hub
 from workers.transfer.artifact import Artifact, PublishedFiles, published_files
-from workers.transfer.hub import hub_errors, read_file
+from workers.transfer.from_hub import read_file
+from workers.transfer.hub import hub_errors
 from workers.transfer.pace import Pace
 from workers.transfer.patience import PUBLISH_SECONDS, Patience, transfer_seconds
 from workers.transfer.revisions import OF_A_DAY, day_tag, stale, tag_name
@@ -370,8 +371,8 @@ def standing(endpoint: str, repo_id: str, fingerprint: str) -> tuple[Manifest, s
     It is complete once it has the tag that is set after the commit; later changes on ``main`` don't count.
     """
     api = hub.connect(endpoint)
-    current = hub.read_manifest(api, repo_id)
+    current = from_hub.read_manifest(api, repo_id)
     if current is None or current[0].fingerprint != fingerprint:
         return None
-    tagged = hub.read_manifest(api, repo_id, tag_name(fingerprint))
+    tagged = from_hub.read_manifest(api, repo_id, tag_name(fingerprint))
     return tagged if tagged and tagged[0].fingerprint == fingerprint else None

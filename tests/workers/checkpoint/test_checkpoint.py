@@ -78,7 +78,10 @@ def repeat_a_key(folder: Path) -> None:
         (cut, r"model-00002-of-00002\.safetensors: truncated"),
         (lambda folder: (folder / "model-00001-of-00002.safetensors").write_bytes(b""), "model-00001.*truncated"),
         (lambda folder: (folder / "model-00001-of-00002.safetensors").write_bytes(b"\xff" * 64), "truncated or no"),
-        (lambda folder: (folder / "model-00002-of-00002.safetensors").unlink(), r"names \['model-00002.*isn't there"),
+        (
+            lambda folder: (folder / "model-00002-of-00002.safetensors").unlink(),
+            r"names \['model-00002.*1 of its 2 shards aren't there",
+        ),
         (repeat_a_key, "'a' stands in two shards"),
         (spoil_index("{"), "not readable JSON"),
         (spoil_index("[]"), "weight_map must map"),

@@ -13,7 +13,7 @@ from pipeline.loopback.faults import Fault
 from tests.workers.published import Faults
 from workers.errors import CheckpointError, DiskFull, HubRefused, HubUnavailable, QuantmillError
 from workers.spec.job import HubLimits
-from workers.transfer import hub
+from workers.transfer import from_hub, hub
 from workers.transfer.pace import LocalPace
 
 
@@ -34,7 +34,7 @@ def api(server: LoopbackHub) -> Any:
 
 
 def test_what_is_not_there_is_none(api: Any) -> None:
-    assert hub.read_manifest(api, "acme/nothing") is None
+    assert from_hub.read_manifest(api, "acme/nothing") is None
 
 
 def test_no_read_waits_for_ever(api: Any, faults: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +44,7 @@ def test_no_read_waits_for_ever(api: Any, faults: Faults, monkeypatch: pytest.Mo
     close_session()  # the next client gets the new deadline
     faults.plan = [("/config.json", 1, Fault(delay=5.0))]
     with pytest.raises(HubUnavailable, match="Timeout"):
-        hub.read_file(api, "acme/model", "config.json")
+        from_hub.read_file(api, "acme/model", "config.json")
     monkeypatch.undo()
     close_session()
 
@@ -58,7 +58,7 @@ def test_what_a_hub_asks_to_wait_is_told_within_a_bound(
 ) -> None:
     faults.plan = [("/config.json", 1, Fault(status=429, headers=headers))]
     with pytest.raises(HubUnavailable, match="429") as caught:
-        hub.read_file(api, "acme/model", "config.json")
+        from_hub.read_file(api, "acme/model", "config.json")
     assert caught.value.retry_after == seconds
 
 
@@ -67,11 +67,11 @@ def test_a_429_pauses_whoever_shares_the_pace(server: LoopbackHub, faults: Fault
     api = hub.connect(server.endpoint, pace)
     faults.plan = [("/config.json", 1, Fault(status=429, headers={"Retry-After": "40"}))]
     with pytest.raises(HubUnavailable):
-        hub.read_file(api, "acme/model", "config.json")
+        from_hub.read_file(api, "acme/model", "config.json")
     assert 10 < pace.ask(server.endpoint, None) <= 40
     seen = len(faults.seen)
     with pytest.raises(HubUnavailable, match="asked to wait") as caught:
-        hub.read_file(api, "acme/other", "config.json")
+        from_hub.read_file(api, "acme/other", "config.json")
     assert caught.value.retry_after == pytest.approx(40, abs=30)
     assert len(faults.seen) == seen, "nothing was sent"
 
@@ -86,11 +86,11 @@ def test_requests_and_commits_are_counted(server: LoopbackHub) -> None:
     assert caught.value.retry_after == pytest.approx(3600, abs=60)
     while pace.ask(server.endpoint, None) == 0:
         pass
-    assert hub.read_file(api, "acme/model", "a.txt"), "files are counted apart"
+    assert from_hub.read_file(api, "acme/model", "a.txt"), "files are counted apart"
     while pace.ask(server.endpoint, None, file=True) == 0:
         pass
     with pytest.raises(HubUnavailable, match="limit is used up"):
-        hub.read_file(api, "acme/model", "a.txt")
+        from_hub.read_file(api, "acme/model", "a.txt")
 
 
 @pytest.mark.parametrize(
@@ -119,4 +119,4 @@ def test_an_upload_tells_what_is_inside_its_error() -> None:
 def test_offline_is_said_to_be_so(api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: True)
     with pytest.raises(HubRefused, match="HF_HUB_OFFLINE"):
-        hub.read_file(api, "acme/model", "config.json")
+        from_hub.read_file(api, "acme/model", "config.json")

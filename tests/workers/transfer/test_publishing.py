@@ -16,7 +16,7 @@ from tests.workers.transfer.test_pace import Clock
 from workers.errors import CheckpointError, HubRefused, HubUnavailable
 from workers.spec.job import Destination
 from workers.spec.workspace import MANIFEST
-from workers.transfer import hub, to_hub
+from workers.transfer import from_hub, hub, to_hub
 from workers.transfer.artifact import open_accepted
 from workers.transfer.pace import LocalPace
 from workers.transfer.patience import Patience
@@ -59,7 +59,7 @@ def test_one_commit_then_its_tags_and_the_manifest_can_be_read(api: Any, tmp_pat
     assert set(api.list_repo_files(REPO)) == {*(p.name for p in folder.iterdir()), ".gitattributes"}
     assert tags(api) == {OURS: commit, DATED: commit}
     assert commits(api) == 1
-    found = hub.read_manifest(api, REPO)
+    found = from_hub.read_manifest(api, REPO)
     assert found is not None
     assert (found[0].fingerprint, found[1]) == ("f" * 64, commit)
     assert api.model_info(REPO).private
@@ -154,7 +154,8 @@ def test_a_head_that_moved_is_looked_at_again(api: Any, tmp_path: Path) -> None:
         publisher._act(change, repo.head)
     publisher.run(lambda: DAY)
     assert commits(api) == 3
-    assert hub.read_file(api, REPO, "model.safetensors") == (b"three" * 1000, api.list_repo_commits(REPO)[0].commit_id)
+    newest = api.list_repo_commits(REPO)[0].commit_id
+    assert from_hub.read_file(api, REPO, "model.safetensors") == (b"three" * 1000, newest)
 
 
 def test_a_hub_whose_answers_lag_is_waited_for(api: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
