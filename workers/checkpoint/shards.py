@@ -238,7 +238,3 @@ def _copy(source: BinaryIO, target: BinaryIO, start: int, size: int) -> None:
         if copied == 0:
             raise OSError(f"{source.name}: ends {size} bytes early")
         start, size = start + copied, size - copied
-
-
-# Weight writers by the container of a format.
-WRITERS: dict[str, type[ShardWriter]] = {"shards": ShardWriter}

@@ -20,6 +20,7 @@ from workers.spec.formats import (
     COMPRESSED_TENSORS,
     FORMATS,
     FP8,
+    GGUF,
     GPTQ,
     GPTQ_V2,
     Arithmetic,
@@ -58,6 +59,7 @@ class Runtime:
     distribution, and ``extras`` quantmill's extra that installs one of them. ``environment`` names the prebuilt
     environment that its check runs in; None: the one that the artifact is verified in. ``snippet`` is the Python code
     in the card for a repository; ``tried`` is what the rules of a runtime without ``entry`` were observed with.
+    ``library`` is the Hub's name for the library that loads such files, for the card's metadata.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Runtime:
     packages: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     extras: Mapping[str, str] = field(default_factory=dict)
     tried: str = ""
+    library: str = "transformers"
 
     def reads(self, fmt: str, scheme: Scheme, kinds: LayerKinds) -> str | None:
         """Why it doesn't read layers of these kinds; None if it does."""
@@ -269,7 +272,29 @@ VLLM = Runtime(
     tried="vLLM 0.32 on a CPU, with small models",
 )
 
-RUNTIMES: dict[str, Runtime] = {row.name: row for row in (TRANSFORMERS, VLLM)}
+# --------------------------------------------------------------------------------------------- llama.cpp
+
+
+def _with_llama_cpp(repo: str, loader: str) -> str:
+    return (
+        "from llama_cpp import Llama\n\n"
+        f'llm = Llama.from_pretrained("{repo}", filename="*.gguf")\n'
+        'llm("Once upon a time", max_tokens=64)\n\n'
+        f"# or in a shell: llama-cli -hf {repo}\n"
+    )
+
+
+LLAMA_CPP = Runtime(
+    name="llama.cpp",
+    distribution="llama-cpp-python",
+    rules={GGUF.name: lambda scheme, kinds: None},
+    snippet=_with_llama_cpp,
+    entry="workers.verify.runtimes.llama_cpp:answer",
+    environment="llama-cpp",
+    library="gguf",
+)
+
+RUNTIMES: dict[str, Runtime] = {row.name: row for row in (TRANSFORMERS, VLLM, LLAMA_CPP)}
 
 
 # --------------------------------------------------------------------------------------------- look-ups
