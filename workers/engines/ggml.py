@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from workers.checkpoint.gguf_file import GgufWriter, Piece
@@ -22,6 +23,16 @@ from workers.spec.layers import Layout
 from workers.spec.recipes import GgufRecipe
 from workers.spec.schemes import GgmlScheme
 
+# Weight of the plain sum of squares beside what the first layer sees, as a share of its mean diagonal: the residual
+# stream carries the error on. 0 and 0.3 were tried on llama-tiny (tests/bench/RESULTS.md).
+RESIDUAL = 0.15
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+# Norms of the first layer, and the weights that multiply what they give.
+FIRST_LAYER = {
+    "blk.0.attn_norm.weight": tuple(f"blk.0.attn_{part}.weight" for part in ("q", "k", "v", "qkv")),
+    "blk.0.ffn_norm.weight": tuple(f"blk.0.ffn_{part}.weight" for part in ("gate", "up", "gate_exps", "up_exps")),
+}
+
 
 class GgmlMaker(Maker):
     """Quantizes matrices to ggml's blocks, and writes one file."""
@@ -34,6 +45,7 @@ class GgmlMaker(Maker):
         self._file = gguf.file_name(name, self._mix)
         self._skeleton, notes = gguf.skeleton_of(source.folder, name, source.headers)
         self._pieces = {piece.key: piece for place in self._skeleton.places for piece in place.pieces}
+        self._names = {piece.key: place.name for place in self._skeleton.places for piece in place.pieces}
         self._check_pieces()
         self._weights = {weight.key: weight for weight in streamed.weights}
         self._kinds = self._chosen()
@@ -95,7 +107,36 @@ class GgmlMaker(Maker):
 
     def outside(self, key: str) -> None:
         """Write one of the tensors outside of the layers that the file has a place for."""
-        self._uncalibrated(key, self._source.read(key))
+        tensor, kind = self._source.read(key), self._kinds.get(key)
+        if kind is None or self._names.get(key) != EMBEDDING or HEAD not in self._names.values():
+            self._uncalibrated(key, tensor)
+            return
+        gram_II = self._first_layer(tensor.shape[1])
+        if gram_II is None:
+            self._uncalibrated(key, tensor)
+        else:
+            self._put(self._pieces[key], kind, ggml.under(self._recipe.options, kind, key, tensor, gram_II))
+
+    def _first_layer(self, width: int) -> Tensor | None:
+        """W^T W of all that the first layer multiplies its normed inputs with, float32 (I, I).
+
+        The embedding's error counts as the first layer sees it, and a little for itself. None: the layer has no norms
+        of that width with the usual names.
+        """
+        places = {place.name: place for place in self._skeleton.places}
+        gram_II, found = torch.zeros(width, width), False
+        for norm, inputs in FIRST_LAYER.items():
+            if norm not in places or places[norm].shape != (width,):
+                continue
+            norm_I = self._source.read(places[norm].pieces[0].key).float()
+            for place in (places[name] for name in inputs if name in places):
+                for piece in place.pieces:
+                    stored = self._source.read(piece.key).float()
+                    matrix_OI = (stored.T if piece.transposed else stored) * norm_I
+                    gram_II += matrix_OI.T @ matrix_OI / len(place.pieces)
+                    found = True
+        gram_II.diagonal().add_(RESIDUAL * gram_II.diagonal().mean())
+        return gram_II if found else None
 
     def _uncalibrated(self, key: str, tensor: Tensor) -> None:
         """Encode a matrix that nothing is calibrated for, by least squared error, or copy a tensor."""

@@ -16,7 +16,7 @@ from workers.errors import NumericalError
 from workers.machine import ggml_library
 from workers.methods.layer import Factors, require_finite
 from workers.methods.linear import STACKED_ELEMENTS
-from workers.model.loading import QuantizableWeight
+from workers.model.loading import InputName, QuantizableWeight
 from workers.model.statistics import InputStatistics
 from workers.numerics import ggml, gptq, grid_fit, refine
 from workers.spec.ggml import TYPES
@@ -94,6 +94,24 @@ def least_squares(options: GgufOptions, kind: str, key: str, matrix_OI: Tensor) 
         return encoded(kind, key, matrix_OI)
     pieces = torch.split(matrix_OI, max(PIECE_ELEMENTS // matrix_OI.shape[1], 1))
     return torch.cat([_least_squares(options, kind, key, piece) for piece in pieces])
+
+
+def under(options: GgufOptions, kind: str, key: str, matrix_OI: Tensor, gram_II: Tensor) -> Tensor:
+    """Blocks uint8 (O, R) of a weight outside of the layers, solved under a given H (float32).
+
+    Raises:
+        NumericalError: the weight contains NaN or Inf, or H stays indefinite under any damping.
+    """
+    if options.codes != "solved":
+        return encoded(kind, key, matrix_OI)
+    statistics, factors = InputStatistics.empty(len(gram_II), "cpu"), Factors()
+    statistics.gram_II, statistics.count = gram_II, 1
+    pieces = []
+    for piece in torch.split(matrix_OI, max(PIECE_ELEMENTS // matrix_OI.shape[1], 1)):
+        rows, columns = piece.shape
+        weight = QuantizableWeight(key, 0, InputName(key, None), (rows, columns), False)
+        pieces += [b.raw_OR for b in code_layer(options, [Matrix(weight, kind, piece, statistics)], factors)]
+    return torch.cat(pieces)
 
 
 def _least_squares(options: GgufOptions, kind: str, key: str, matrix_OI: Tensor) -> Tensor:
