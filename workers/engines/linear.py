@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterable
+from functools import partial as partial_function
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from workers.checkpoint.source import Source
 from workers.engines.maker import Maker
+from workers.errors import UnsupportedRecipe
 from workers.formats.table import CODECS
 from workers.methods import linear, schemes
 from workers.methods.layer import Coded, Layer, LayerWork
@@ -19,6 +22,7 @@ from workers.methods.scaling import Scaling, some
 from workers.model.loading import QuantizableWeight, StreamedModel
 from workers.model.statistics import InputStatistics
 from workers.numerics.precision import coarse_products
+from workers.spec.formats import FORMATS
 from workers.spec.job import ArtifactMade, Job, Order
 from workers.spec.layers import Layout
 from workers.spec.recipes import BitsAndBytesRecipe
@@ -39,6 +43,9 @@ class LinearMaker(Maker):
         self._encode, self._config = codec.encode, codec.config
         self._schemes = schemes.schemes_of(self._recipe, streamed)
         self._weights = {weight.key: weight for weight in streamed.weights}
+        self._place = partial_function(FORMATS[order.recipe.format].place, str(streamed.model.config.model_type))
+        # Tensors of a layer's experts that the format stacks, by the stack's name and the expert.
+        self._stacks: dict[str, dict[int, Tensor]] = {}
         self.quantization_config()  # raises if the format can't store the schemes
         self.fallbacks = dict.fromkeys(schemes.deviations(self._recipe, streamed.weights, self._schemes))
         unknown = self._other_matrices()
@@ -69,7 +76,25 @@ class LinearMaker(Maker):
     def quantization_config(self) -> dict[str, Any]:
         """The quantization config as the format defines it."""
         conv1d = [self._weights[key].module for key in self._schemes if self._weights[key].transposed]
-        return self._config(self._by_module(), self._unquantized_modules(), conv1d)
+        return self._config(self._by_stored_module(), self._unquantized_modules(), conv1d)
+
+    def _by_stored_module(self) -> dict[str, LinearScheme]:
+        """The schemes by the modules' names in the artifact.
+
+        Raises:
+            UnsupportedRecipe: experts that are stored as one tensor have different schemes.
+        """
+        stored: dict[str, LinearScheme | None] = {}
+        for weight in self._weights.values():
+            place, scheme = self._place(weight.module), self._schemes.get(weight.key)
+            name = place.name if place else weight.module
+            if stored.setdefault(name, scheme) != scheme:
+                raise UnsupportedRecipe(
+                    f"recipe {self._recipe.name!r}: format {self._recipe.format} stores the experts of a layer as one "
+                    f"tensor, {name}, and {weight.module} has another scheme than those before it; give a layer's "
+                    "experts one scheme, and ignore all or none"
+                )
+        return {name: scheme for name, scheme in stored.items() if scheme is not None}
 
     def _unquantized_modules(self) -> list[str]:
         """Linear modules that aren't quantized, by their names in the model and in the checkpoint."""
@@ -81,6 +106,7 @@ class LinearMaker(Maker):
 
     def layer(self, work: LayerWork) -> None:
         """Quantize one layer's weights, and copy its other tensors."""
+        self._stacks = {}
         keys = self._streamed.keys_of_layer(work.index)
         chosen = [(self._weights[key], self._schemes[key]) for key in keys if key in self._schemes]
         scaling = self._scaling(work)
@@ -94,9 +120,24 @@ class LinearMaker(Maker):
         for coded in linear.code_layer(self._recipe, chosen, layer):
             self._put(coded, layer)
         self.copy({key: scaling.replaced.get(key, work.tensors[key]) for key in keys if key not in self._schemes})
+        self._write_stacks()
         self._note_borrowing(work, [weight for weight, _ in chosen])
         if scaling.changed:
             scaling.save(self._folds / f"{work.index:05d}.safetensors")
+
+    def _write(self, key: str, tensor: Tensor) -> None:
+        """Write a tensor, or keep it until all of its stack are there."""
+        if place := self._place(key):
+            self._stacks.setdefault(place.name, {})[place.expert] = tensor.to("cpu")
+        else:
+            super()._write(key, tensor)
+
+    def _write_stacks(self) -> None:
+        """Write the layer's stacked experts, each stack as one tensor."""
+        while self._stacks:
+            name, experts = self._stacks.popitem()
+            parts = [experts.pop(expert) for expert in range(len(experts))]
+            super()._write(name, torch.stack([part.view(torch.uint8) for part in parts]).view(parts[0].dtype))
 
     def _put(self, coded: Coded, layer: Layer) -> None:
         weight = coded.weight

@@ -126,6 +126,7 @@ class Maker(ABC):
         config = json.loads((folder / "config.json").read_text())
         config.pop("transformers_weights", None)  # the artifact's weights have the usual names
         config["quantization_config"] = self.quantization_config()
+        config |= FORMATS[self.order.recipe.format].settings(config)
         write_text(self._partial / "config.json", json.dumps(config, indent=2) + "\n")
         self.fallbacks.update(dict.fromkeys(copy_beside(self._source.files, folder, self._partial)))
         artifact = ArtifactMade(

@@ -35,6 +35,7 @@ class LayerKinds(NamedTuple):
     mixed: bool = False
     mixture: bool = False
     dtype: str = ""
+    model_type: str = ""
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,9 @@ def loaded_dtype(config: Mapping[str, object], tensors: Iterable[TensorHeader]) 
     return max(set(matrices), key=lambda dtype: (matrices.count(dtype), dtype), default="")
 
 
-def kinds_of(recipe: Recipe, tensors: Iterable[TensorHeader], *, conv1d: bool, dtype: str = "") -> LayerKinds:
+def kinds_of(
+    recipe: Recipe, tensors: Iterable[TensorHeader], *, conv1d: bool, dtype: str = "", model_type: str = ""
+) -> LayerKinds:
     """The kinds of layers that a recipe quantizes among a checkpoint's tensors; ``conv1d`` is the family's."""
     experts = mixture = False
     schemes: set[Scheme] = set()
@@ -145,4 +148,4 @@ def kinds_of(recipe: Recipe, tensors: Iterable[TensorHeader], *, conv1d: bool, d
             chosen = scheme_for(recipe, tensor.name.removesuffix(".weight"), out_in_shape(tensor, conv1d=conv1d))
             if chosen.scheme is not None:
                 schemes.add(chosen.scheme)
-    return LayerKinds(experts=experts, conv1d=conv1d, mixed=len(schemes) > 1, mixture=mixture, dtype=dtype)
+    return LayerKinds(experts, conv1d, len(schemes) > 1, mixture, dtype, model_type)
