@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial as partial_function
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from workers.engines.maker import Maker
 from workers.errors import UnsupportedRecipe
 from workers.formats.table import CODECS
 from workers.methods import linear, schemes
-from workers.methods.layer import Coded, Layer, LayerWork
+from workers.methods.layer import Coded, Factors, Layer, LayerWork
 from workers.methods.scaling import Scaling, some
 from workers.model.loading import QuantizableWeight, StreamedModel
 from workers.model.statistics import InputStatistics
@@ -28,6 +29,9 @@ from workers.spec.layers import Layout
 from workers.spec.recipes import BitsAndBytesRecipe
 from workers.spec.schemes import LinearScheme
 from workers.spec.workspace import folds_folder
+
+# Elements of embeddings or head that are quantized at a time: bounds the memory of a large vocabulary.
+OUTSIDE_ELEMENTS = 1 << 24
 
 
 class LinearMaker(Maker):
@@ -41,8 +45,10 @@ class LinearMaker(Maker):
         assert codec.encode is not None, "the recipe names a format that linear layers are stored in"
         assert codec.config is not None, "the recipe names a format that linear layers are stored in"
         self._encode, self._config = codec.encode, codec.config
+        outside = schemes.outside_weights(self._recipe, streamed)
         self._schemes = schemes.schemes_of(self._recipe, streamed)
-        self._weights = {weight.key: weight for weight in streamed.weights}
+        self._schemes |= {key: schemes.scheme_outside(self._recipe, weight) for key, weight in outside.items()}
+        self._weights = {weight.key: weight for weight in streamed.weights} | outside
         self._place = partial_function(FORMATS[order.recipe.format].place, str(streamed.model.config.model_type))
         # Tensors of a layer's experts that the format stacks, by the stack's name and the expert.
         self._stacks: dict[str, dict[int, Tensor]] = {}
@@ -147,6 +153,40 @@ class LinearMaker(Maker):
             matrix_OI = coded.codes.dequantize().to("cpu", layer.dtype)
             self.decoded[weight.key] = matrix_OI.T.contiguous() if weight.transposed else matrix_OI
 
+    def outside(self, key: str) -> None:
+        """Quantize embeddings or head if the recipe says so, in pieces of their rows; copy any other tensor."""
+        scheme = self._schemes.get(key)
+        if scheme is None:
+            super().outside(key)
+            return
+        weight, matrix_OI = self._weights[key], self._source.read(key)
+        layer = Layer(
+            read=lambda piece: rows_OI,
+            statistics=lambda piece: statistics,
+            dtype=matrix_OI.dtype,
+            factors=Factors(),
+        )
+        statistics, stored = self._statistics_outside(weight), list[dict[str, Tensor]]()
+        for rows in torch.split(matrix_OI, max(OUTSIDE_ELEMENTS // matrix_OI.shape[1], 1)):
+            rows_OI = rows.to(self._streamed.device)
+            piece = replace(weight, shape_OI=(len(rows), matrix_OI.shape[1]))
+            for coded in linear.code_layer(self._recipe, [(piece, scheme)], layer):
+                stored.append({name: tensor.to("cpu") for name, tensor in self._encode(coded.codes, scheme).items()})
+                self.fallbacks.update(dict.fromkeys(coded.fallbacks))
+        self.put(weight.module, {name: _joined([part[name] for part in stored]) for name in stored[0]})
+
+    def _statistics_outside(self, weight: QuantizableWeight) -> InputStatistics | None:
+        """The statistics that a matrix outside of the layers is quantized under: the head's input; for embeddings the
+        weight's own squared error, and both if one matrix serves for both."""
+        if self.final is None:
+            return None
+        model, width = self._streamed.model, weight.shape_OI[1]
+        is_embeddings = model.get_submodule(weight.input.module) is model.get_input_embeddings()
+        even = InputStatistics.even(width, self._streamed.device)
+        if not is_embeddings:
+            return self.final
+        return InputStatistics.sum([even, self.final.normalized()]) if schemes.is_tied(model) else even
+
     def _scaling(self, work: LayerWork) -> Scaling:
         """Choose and fold the scales of the layer's inputs, if the method uses any."""
         scaling = Scaling(self._streamed, work, {key: s for key, s in self._schemes.items() if key in work.tensors})
@@ -197,3 +237,8 @@ class LinearMaker(Maker):
         """Remove everything written so far."""
         super().discard()
         shutil.rmtree(self._folds, ignore_errors=True)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Tensors of any dtype, one below the other."""
+    return torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)

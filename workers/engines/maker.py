@@ -20,6 +20,7 @@ from workers.methods.layer import LayerWork
 from workers.methods.scaling import some
 from workers.model.generation import GENERATION_CONFIG, unreadable
 from workers.model.loading import StreamedModel
+from workers.model.statistics import InputStatistics
 from workers.spec.base import Frozen
 from workers.spec.checkpoint_files import CheckpointFiles
 from workers.spec.formats import FORMATS
@@ -58,6 +59,8 @@ class Maker(ABC):
         self.fallbacks: dict[str, None] = {}
         # The layer's dequantized weights by checkpoint key: for recipes that calibrate on their own activations.
         self.decoded: dict[str, Tensor] = {}
+        # Statistics of the decoder's output, set before ``finish`` for recipes that need them.
+        self.final: InputStatistics | None = None
         self._streamed = streamed
         self._source = source
         self.target = artifact_folder(job.workspace, order)
@@ -116,7 +119,7 @@ class Maker(ABC):
         unused = frozenset(self._streamed.unused)
         for key in self._streamed.outside_keys:
             if key not in unused:
-                self.copy({key: self._source.read(key)})
+                self.outside(key)
         if unused:
             name = type(self._streamed.model).__name__
             note = f"left out, for {name} has no place for them: {len(unused)} of the source's tensors"
@@ -138,6 +141,10 @@ class Maker(ABC):
         )
         put_in_place(self._partial, self.target, artifact, self.layout())
         return artifact
+
+    def outside(self, key: str) -> None:
+        """Write one of the tensors outside of the layers."""
+        self.copy({key: self._source.read(key)})
 
     def release(self) -> None:
         """Close open files; written files stay for the next attempt."""

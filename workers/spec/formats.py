@@ -47,8 +47,8 @@ class Format:
     distributions for writing and decoding. ``only_method`` is the one method that writes the format, if others can't.
 
     ``settings`` are the keys of config.json that its readers need beside the source's and ``quantization_config``, from
-    all of those. ``place`` says of a model_type and the name of a tensor or module in the source where it is stored, if
-    it is one of several in a stack.
+    all of those. ``outside``: embeddings and head can be quantized. ``place`` says of a model_type and the name of a
+    tensor or module in the source where it is stored, if it is one of several in a stack.
     """
 
     name: str
@@ -68,6 +68,7 @@ class Format:
     arithmetic: Callable[[Mapping[str, Any]], Arithmetic] = lambda config: "any"
     needs: tuple[str, ...] = ()
     only_method: str | None = None
+    outside: bool = False
     settings: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
     place: Callable[[str, str], mlx.Place | None] = lambda model_type, name: None
 
@@ -343,6 +344,7 @@ MLX = Format(
     per_layer_schemes=True,
     container="mlx-shards",
     group_sizes=(32, 64, 128),
+    outside=True,
     settings=mlx.settings,
     place=mlx.place,
 )

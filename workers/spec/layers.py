@@ -78,8 +78,17 @@ def is_matrix_of_a_layer(tensor: TensorHeader) -> bool:
     return tensor.name.endswith(".weight") and len(tensor.shape) == 2 and LAYER.search(tensor.name) is not None
 
 
+def is_quantized_outside(tensor: TensorHeader, recipe: Recipe) -> bool:
+    """Whether a tensor is the matrix of embeddings or head, and the recipe quantizes it."""
+    module = tensor.name.removesuffix(".weight")
+    inside = LAYER.search(tensor.name) is not None
+    return not inside and len(tensor.shape) == 2 and recipe.scheme_outside(module) is not None
+
+
 def quantizable(tensor: TensorHeader, recipe: Recipe) -> bool:
-    """Whether the recipe quantizes this tensor: a matrix inside a decoder layer that isn't ignored."""
+    """Whether the recipe quantizes this tensor: a matrix inside a decoder layer that isn't ignored, or one outside."""
+    if is_quantized_outside(tensor, recipe):
+        return True
     if not is_matrix_of_a_layer(tensor):
         return False
     module = tensor.name.removesuffix(".weight")
