@@ -7,6 +7,7 @@ The held-out text, its tokens and the reference's logits are those of a verifica
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from workers.checkpoint.source import Source
 from workers.machine.environments import interpreter
 from workers.model.forward import LogitsHead, stream
 from workers.quantize.one_pass import quantize
+from workers.spec.mlx import settings
 from workers.spec.runtimes import MLX_LM, RuntimeRequest
 from workers.verify.comparison import Comparison
 from workers.verify.runtimes.ask import ask
@@ -64,7 +66,7 @@ def rows(model: str, pairs: dict[str, dict[str, Any]]) -> Iterator[str]:
         for order, ours in zip(job.orders, made, strict=True):
             assert ours.error is None, ours.error
             name = order.recipe.name
-            theirs, theirs_seconds = _converted(source, folder / f"{name}-convert", pairs[name])
+            theirs, theirs_seconds = _converted(_readable(source, folder / "source"), folder / f"{name}-convert", pairs[name])
             kl = [_kl(reference, _logits(path, tokens, folder)) for path in (Path(ours.path), theirs)]
             size = sum(path.stat().st_size for path in theirs.glob("*.safetensors"))
             yield (
@@ -72,6 +74,16 @@ def rows(model: str, pairs: dict[str, dict[str, Any]]) -> Iterator[str]:
                 f"{size / 1e6:.2f} | {ours.seconds:.1f} | {theirs_seconds:.1f} |"
             )
         yield f"| {model} | the whole pass | | | | | | {seconds:.1f} | |"
+
+
+def _readable(source: Path, copy: Path) -> Path:
+    """The source with the keys of config.json that mlx-lm needs, and transformers 5 doesn't save."""
+    shutil.copytree(source, copy, dirs_exist_ok=True)
+    config = json.loads((source / "config.json").read_text())
+    added = settings({**config, "quantization_config": {}})
+    del added["quantization"]
+    (copy / "config.json").write_text(json.dumps(config | added))
+    return copy
 
 
 def _converted(source: Path, out: Path, settings: dict[str, Any]) -> tuple[Path, float]:

@@ -15,7 +15,7 @@ from workers.errors import NumericalError
 from workers.model.folding import Fold
 from workers.model.loading import QuantizableWeight
 from workers.model.statistics import InputStatistics, Observer
-from workers.numerics import gptq
+from workers.numerics import gptq, rounding
 from workers.numerics.codes import CodedWeight
 from workers.spec.schemes import IntScheme, LinearScheme
 
@@ -95,7 +95,8 @@ class Layer:
 class Stack:
     """Problems of one shape and one integer scheme, solved together; ``w_BOI`` is float.
 
-    Scales are rounded to ``scale_dtype``; ``factors`` are the layer's.
+    Scales are rounded to ``scale_dtype``; ``factors`` are the layer's. ``real_zeros``: zero points are stored as biases
+    in that dtype, and needn't be integers.
     """
 
     problems: Sequence[Problem]
@@ -103,6 +104,13 @@ class Stack:
     w_BOI: Tensor
     scale_dtype: torch.dtype
     factors: Factors
+    real_zeros: bool = False
+
+    def as_stored(self, scale_BOG: Tensor, zero_BOG: Tensor | None) -> Tensor | None:
+        """The zero points that are read back once these are stored."""
+        if zero_BOG is None or not self.real_zeros:
+            return zero_BOG
+        return rounding.stored_zero(scale_BOG, zero_BOG, self.scheme.bits)
 
     @property
     def hessians(self) -> Tensor:

@@ -103,6 +103,12 @@ def biases(scale_OG: Tensor, zero_OG: Tensor | None, bits: int) -> Tensor:
     return (scale_OG.float() * -zero).to(scale_OG.dtype)
 
 
+def stored_zero(scale_OG: Tensor, zero_OG: Tensor, bits: int) -> Tensor:
+    """The zero point that a bias in the dtype of the scales stands for, float32: what ``zero_OG`` becomes by storing."""
+    bias_OG = biases(scale_OG, zero_OG, bits).float()
+    return -bias_OG / scale_OG.float() - float(1 << (bits - 1))
+
+
 def dequantize_biased(codes_OI: Tensor, scale_OG: Tensor, bias_OG: Tensor) -> Tensor:
     """The decoded weights, float32 [O, I], of unsigned codes with a scale and a bias for each group."""
     groups = _grouped(codes_OI.float(), codes_OI.shape[-1] // scale_OG.shape[-1])

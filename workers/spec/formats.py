@@ -47,7 +47,7 @@ class Format:
     distributions for writing and decoding. ``only_method`` is the one method that writes the format, if others can't.
 
     ``settings`` are the keys of config.json that its readers need beside the source's and ``quantization_config``, from
-    all of those. ``outside``: embeddings and head can be quantized. ``place`` says of a model_type and the name of a
+    all of those. ``real_zeros``: zero points are stored as biases. ``outside``: embeddings and head can be quantized. ``place`` says of a model_type and the name of a
     tensor or module in the source where it is stored, if it is one of several in a stack.
     """
 
@@ -68,6 +68,7 @@ class Format:
     arithmetic: Callable[[Mapping[str, Any]], Arithmetic] = lambda config: "any"
     needs: tuple[str, ...] = ()
     only_method: str | None = None
+    real_zeros: bool = False
     outside: bool = False
     settings: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
     place: Callable[[str, str], mlx.Place | None] = lambda model_type, name: None
@@ -344,6 +345,7 @@ MLX = Format(
     per_layer_schemes=True,
     container="mlx-shards",
     group_sizes=(32, 64, 128),
+    real_zeros=True,
     outside=True,
     settings=mlx.settings,
     place=mlx.place,
