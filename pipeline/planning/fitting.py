@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pipeline.planning.sources import PinnedModel
 from workers.spec.formats import FORMATS, group_size_held
 from workers.spec.layers import EXPERT, LayerKinds, LayerScheme, loaded_dtype, out_in_shape, quantizable, scheme_for
-from workers.spec.recipes import IntRecipe, Recipe
+from workers.spec.recipes import GridRecipe, Recipe
 from workers.spec.runtimes import misfit
 from workers.spec.schemes import IntScheme, MicroscalingScheme, Scheme
 from workers.spec.tensors import TensorHeader
@@ -122,7 +122,7 @@ def _readable(recipe: Recipe, scheme: IntScheme, group_size: int | None) -> bool
 
 def _where(recipe: Recipe, scheme: IntScheme) -> str:
     """The key of the recipe that sets a scheme."""
-    if scheme == recipe.scheme or not isinstance(recipe, IntRecipe):
+    if scheme == recipe.scheme or not isinstance(recipe, GridRecipe):
         return "scheme"
     override_index = next(
         override_index for override_index, override in enumerate(recipe.overrides) if override.scheme == scheme

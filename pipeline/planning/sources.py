@@ -108,6 +108,7 @@ def _pinned(
     files: CheckpointFiles,
 ) -> PinnedModel:
     shared = {name: getattr(entry, name) for name in ("trust_remote_code", "allow_pickle", "variant")}
+    shared["mixture"] = any(".experts." in tensor.name or "mtp." in tensor.name for tensor in tensors)
     notes = []
     if files.other_checkpoints:
         taken = files.index or files.weights[0]

@@ -44,6 +44,17 @@ class Logbook:
             reasons=list(verdict.reasons) if verdict and verdict.reasons else None,
             commit=result.commit,
             error=f"{failure.kind}: {failure.message}" if failure else None,
+            traceback=(failure.traceback or None) if failure else None,
+            failed=[
+                {
+                    "recipe": made.recipe,
+                    "error": f"{made.error.kind}: {made.error.message}",
+                    "traceback": made.error.traceback,
+                }
+                for made in result.artifacts
+                if made.error
+            ]
+            or None,
             retry_in=retry_in,
             notes=list(result.notes) or None,
         )

@@ -66,7 +66,9 @@ def rows(model: str, pairs: dict[str, dict[str, Any]]) -> Iterator[str]:
         for order, ours in zip(job.orders, made, strict=True):
             assert ours.error is None, ours.error
             name = order.recipe.name
-            theirs, theirs_seconds = _converted(_readable(source, folder / "source"), folder / f"{name}-convert", pairs[name])
+            theirs, theirs_seconds = _converted(
+                _readable(source, folder / "source"), folder / f"{name}-convert", pairs[name]
+            )
             kl = [_kl(reference, _logits(path, tokens, folder)) for path in (Path(ours.path), theirs)]
             size = sum(path.stat().st_size for path in theirs.glob("*.safetensors"))
             yield (

@@ -103,11 +103,23 @@ class LinearMaker(Maker):
         return {name: scheme for name, scheme in stored.items() if scheme is not None}
 
     def _unquantized_modules(self) -> list[str]:
-        """Linear modules that aren't quantized, by their names in the model and in the checkpoint."""
-        weights = self._weights
+        """Modules that aren't quantized and that a runtime may take for linear layers, by their names in the model and
+        in the checkpoint.
+
+        A router is a module of its own in transformers and a linear layer in vLLM; so are the layers of prediction
+        heads, which transformers doesn't build at all. So every matrix of the checkpoint counts that is no embedding.
+        """
+        weights, modules = self._weights, dict(self._streamed.model.named_modules())
         coded = {weights[key].input.module for key in self._schemes}
-        linears = [name for name, module in self._streamed.model.named_modules() if isinstance(module, nn.Linear)]
-        in_checkpoint = [weight.module for key, weight in weights.items() if key not in self._schemes]
+        linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+        in_checkpoint = []
+        for key, header in self._source.headers.items():
+            matrix = key.endswith(".weight") and len(header.shape) == 2
+            if not matrix or key in self._schemes or key in self._streamed.unused:
+                continue
+            owner = self._streamed.owners.get(key, key).rpartition(".")[0]
+            if not isinstance(modules.get(owner), nn.Embedding):
+                in_checkpoint.append(key.rpartition(".")[0])
         return [*(name for name in linears if name not in coded), *in_checkpoint]
 
     def layer(self, work: LayerWork) -> None:

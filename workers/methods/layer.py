@@ -92,25 +92,12 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Stack:
-    """Problems of one shape and one integer scheme, solved together; ``w_BOI`` is float.
-
-    Scales are rounded to ``scale_dtype``; ``factors`` are the layer's. ``real_zeros``: zero points are stored as biases
-    in that dtype, and needn't be integers.
-    """
+class Stacked:
+    """Problems of one shape, solved together; ``w_BOI`` is float, ``factors`` are the layer's."""
 
     problems: Sequence[Problem]
-    scheme: IntScheme
     w_BOI: Tensor
-    scale_dtype: torch.dtype
     factors: Factors
-    real_zeros: bool = False
-
-    def as_stored(self, scale_BOG: Tensor, zero_BOG: Tensor | None) -> Tensor | None:
-        """The zero points that are read back once these are stored."""
-        if zero_BOG is None or not self.real_zeros:
-            return zero_BOG
-        return rounding.stored_zero(scale_BOG, zero_BOG, self.scheme.bits)
 
     @property
     def hessians(self) -> Tensor:
@@ -121,6 +108,24 @@ class Stack:
         width = first.matrix_OI.shape[1]
         unseen = first.matrix_OI.new_zeros(width, width, dtype=torch.float32)
         return torch.stack([unseen if p.statistics is None else p.statistics.gram_II for p in self.problems])
+
+
+@dataclass(frozen=True)
+class Stack(Stacked):
+    """Problems of one integer scheme; scales are rounded to ``scale_dtype``.
+
+    ``real_zeros``: zero points are stored as biases in that dtype, and needn't be integers.
+    """
+
+    scheme: IntScheme
+    scale_dtype: torch.dtype
+    real_zeros: bool = False
+
+    def as_stored(self, scale_BOG: Tensor, zero_BOG: Tensor | None) -> Tensor | None:
+        """The zero points that are read back once these are stored."""
+        if zero_BOG is None or not self.real_zeros:
+            return zero_BOG
+        return rounding.stored_zero(scale_BOG, zero_BOG, self.scheme.bits)
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from workers.methods.layer import Coded, Layer, Problem, Solved, Stack, require_finite
+from workers.methods.layer import Coded, Layer, Problem, Solved, Stack, Stacked, require_finite
 from workers.methods.table import METHODS
 from workers.model.loading import QuantizableWeight
 from workers.numerics import fp4, fp8
 from workers.numerics.codes import Float4Weight, Float8Weight, IntWeight
 from workers.spec.formats import FORMATS
+from workers.spec.fusion import fused_group, together
 from workers.spec.recipes import LinearRecipe
 from workers.spec.schemes import Float8Scheme, IntScheme, LinearScheme, MicroscalingScheme
 
@@ -41,7 +42,11 @@ def _problems(weights: Sequence[tuple[QuantizableWeight, LinearScheme]], layer: 
     for weight, scheme in weights:
         statistics = layer.statistics(weight)
         # Experts that share statistics stay separate problems: they are stacked as far as memory allows.
-        name: object = weight.key if statistics is None else (id(statistics), weight.input.expert)
+        name: object = (id(statistics), weight.input.expert)
+        if statistics is None:
+            # What runtimes fuse shares a global scale, and is coded together.
+            shared = isinstance(scheme, MicroscalingScheme) and scheme.type == "nvfp4"
+            name = (fused_group(weight.module) if shared else None) or weight.key
         together.setdefault((name, scheme), []).append(weight)
     for (_, scheme), group in together.items():
         matrices = [require_finite(weight.key, layer.read(weight)) for weight in group]
@@ -76,8 +81,7 @@ def _code(recipe: LinearRecipe, batch: list[Problem], layer: Layer) -> Iterator[
             for problem in batch:
                 yield from _code_fp8(scheme, problem, layer)
         case MicroscalingScheme() as scheme:
-            for problem in batch:
-                yield from _code_fp4(scheme, problem)
+            yield from _code_fp4(recipe, scheme, batch, layer)
 
 
 # ------------------------------------------------------------------------------------------- integers
@@ -87,7 +91,7 @@ def _code_int(recipe: LinearRecipe, scheme: IntScheme, batch: list[Problem], lay
     w_BOI = torch.stack([problem.matrix_OI for problem in batch])
     row = FORMATS[recipe.format]
     scale_dtype = torch.float16 if row.scale_dtype == "float16" else layer.dtype
-    stack = Stack(batch, scheme, w_BOI, scale_dtype, layer.factors, row.real_zeros)
+    stack = Stack(batch, w_BOI, layer.factors, scheme, scale_dtype, row.real_zeros)
     solved = METHODS[recipe.method].solve(recipe, stack)
     for index, problem in enumerate(batch):
         yield from _split(problem, scheme, solved, index)
@@ -130,13 +134,45 @@ def _input_scale(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, tuple[st
     return fp8.input_scale(statistics.abs_max_I.amax().reshape(1)).to(dtype), ()
 
 
-def _code_fp4(scheme: MicroscalingScheme, problem: Problem) -> Iterator[Coded]:
-    for weight, matrix_OI in zip(problem.weights, _matrices(problem), strict=True):
-        if scheme.type == "mxfp4":
-            codes_OI, exponent_OG = fp4.mxfp4(matrix_OI)
-            yield Coded(weight, Float4Weight(codes_OI, exponent_OG, None))
-        else:
-            yield Coded(weight, Float4Weight(*fp4.nvfp4(matrix_OI)))
+def _code_fp4(recipe: LinearRecipe, scheme: MicroscalingScheme, batch: list[Problem], layer: Layer) -> Iterator[Coded]:
+    solver = METHODS[recipe.method].values
+    stack = Stacked(batch, torch.stack([problem.matrix_OI for problem in batch]), layer.factors)
+    importances = stack.hessians.diagonal(dim1=1, dim2=2) if solver else [None] * len(batch)
+    rounded = [_rounded(scheme, problem, i_I) for problem, i_I in zip(batch, importances, strict=True)]
+    if solver is None:
+        for problem, weights in zip(batch, rounded, strict=True):
+            for weight, coded in zip(problem.weights, weights, strict=True):
+                yield Coded(weight, coded)
+        return
+    scale_BOG = torch.stack(
+        [torch.cat([fp4.effective_scales(c.scale_OG, c.global_scale) for c in weights]) for weights in rounded]
+    )
+    values_BOI, notes = solver(recipe, stack, scale_BOG)
+    for index, (problem, weights) in enumerate(zip(batch, rounded, strict=True)):
+        rows = torch.split(fp4.encode(values_BOI[index]), [weight.shape_OI[0] for weight in problem.weights])
+        for number, (weight, coded, codes_OI) in enumerate(zip(problem.weights, weights, rows, strict=True)):
+            solved = Float4Weight(codes_OI, coded.scale_OG, coded.global_scale)
+            yield Coded(weight, solved, notes[index] if number == 0 else ())
+
+
+def _rounded(scheme: MicroscalingScheme, problem: Problem, importance_I: Tensor | None) -> list[Float4Weight]:
+    """Each weight of a problem rounded to nearest, with searched scales.
+
+    nvfp4 shares a global scale where runtimes fuse weights.
+    """
+    if importance_I is not None and not bool((importance_I > 0).any()):
+        importance_I = None  # no token came to it
+    matrices = {weight.module: matrix_OI for weight, matrix_OI in zip(problem.weights, _matrices(problem), strict=True)}
+    if scheme.type == "mxfp4":
+        return [Float4Weight(*fp4.mxfp4(matrix_OI, importance_I), None) for matrix_OI in matrices.values()]
+    global_scales: dict[str, Tensor] = {}
+    for members in together(matrices):
+        largest = torch.stack([matrices[module].abs().amax() for module in members]).amax()
+        global_scales.update(dict.fromkeys(members, fp4.nvfp4_global_scale(largest)))
+    return [
+        Float4Weight(*fp4.nvfp4(matrix_OI, global_scales[module], importance_I))
+        for module, matrix_OI in matrices.items()
+    ]
 
 
 def _matrices(problem: Problem) -> Sequence[Tensor]:

@@ -5,28 +5,31 @@ To add a method, add a recipe class (``spec.recipes``), its numerics, a module h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from workers.methods import awq, gptq, hqq, rtn, smoothquant
-from workers.methods.layer import FoldableInput, Solved, Stack
+from workers.methods.layer import FoldableInput, Solved, Stack, Stacked
 from workers.spec.recipes import AwqRecipe, GptqRecipe, HqqRecipe, RecipeBase, RtnRecipe, SmoothQuantRecipe
 
 
 @dataclass(frozen=True)
 class Method:
-    """One method: its recipe, its solver, and the function that chooses the scales of foldable inputs, if any."""
+    """One method: its recipe, its solver on integer grids, and the function that chooses the scales of foldable inputs,
+    if any. ``values`` solves on the E2M1 grid, with scales [B, O, G] given (None: values are rounded to nearest).
+    """
 
     recipe: type[RecipeBase]
     solve: Callable[[Any, Stack], Solved]
     input_scales: Callable[[Any, FoldableInput], Tensor] | None = None
+    values: Callable[[Any, Stacked, Tensor], tuple[Tensor, Sequence[tuple[str, ...]]]] | None = None
 
 
 METHODS: dict[str, Method] = {
-    "gptq": Method(GptqRecipe, gptq.solve),
+    "gptq": Method(GptqRecipe, gptq.solve, values=gptq.values),
     "rtn": Method(RtnRecipe, rtn.solve),
     "awq": Method(AwqRecipe, awq.solve, awq.input_scales),
     "smoothquant": Method(SmoothQuantRecipe, rtn.solve, smoothquant.input_scales),

@@ -23,8 +23,10 @@ MXFP4_STEPS = (0, 1)
 NVFP4_STEPS = (0, -2, -1, 1, 2, 3, 4, 5, 6)
 
 
-def mxfp4(w_OI: Tensor) -> tuple[Tensor, Tensor]:
+def mxfp4(w_OI: Tensor, importance_I: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes uint8 [O, I] and exponents uint8 [O, I / 32] with a bias of 127.
+
+    ``importance_I`` weighs the squared errors of the columns when scales are chosen (diag(H)); None: all alike.
 
     A group's exponent is the standard's, floor(log2(largest)) - 2, which may clip the largest weight, or the next one,
     which never clips: whichever has the smaller squared error. A group of zeros has the exponent 0.
@@ -35,16 +37,19 @@ def mxfp4(w_OI: Tensor) -> tuple[Tensor, Tensor]:
         _, exponent = torch.frexp(groups_RGg.abs().amax(-1))  # the largest is in [2^(exponent - 1), 2^exponent)
         start = torch.where(groups_RGg.any(-1), exponent - 3 + BIAS, 0)
         trials = [(start + step).clamp(0, 254) for step in MXFP4_STEPS]
-        return _best(groups_RGg, trials, lambda bits: torch.exp2(bits.float() - BIAS))
+        return _best(groups_RGg, trials, lambda bits: torch.exp2(bits.float() - BIAS), importance_I)
 
     return _by_rows(w_OI, piece)
 
 
-def nvfp4(w_OI: Tensor, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def nvfp4(
+    w_OI: Tensor, global_scale: Tensor | None = None, importance_I: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Codes uint8 [O, I], scales float8_e4m3fn [O, I / 16] and the global scale float32 [1] that divides them.
 
     ``global_scale``: one shared with other weights (vLLM fuses q, k, v and gate, up, and needs one for all of them);
-    None: this weight's own. A group's scale is the E4M3 number around largest / 6 with the smallest squared error.
+    None: this weight's own. A group's scale is the E4M3 number around largest / 6 with the smallest squared error,
+    weighed by ``importance_I`` (diag(H)), if it is given.
     """
     divisor = nvfp4_global_scale(w_OI.abs().amax()) if global_scale is None else global_scale.float().reshape(1)
 
@@ -54,7 +59,7 @@ def nvfp4(w_OI: Tensor, global_scale: Tensor | None = None) -> tuple[Tensor, Ten
         # The bits of positive E4M3 count upwards from 0, which can't be a divisor, to 126; 127 is NaN.
         start = wanted.to(torch.float8_e4m3fn).view(torch.uint8).int()
         trials = [(start + step).clamp(1, 126) for step in NVFP4_STEPS]
-        return _best(groups_RGg, trials, lambda bits: _e4m3(bits).float() / divisor)
+        return _best(groups_RGg, trials, lambda bits: _e4m3(bits).float() / divisor, importance_I)
 
     codes_OI, bits_OG = _by_rows(w_OI, piece)
     return codes_OI, bits_OG.view(torch.float8_e4m3fn), divisor
@@ -68,15 +73,20 @@ def nvfp4_global_scale(abs_max: Tensor) -> Tensor:
 
 def encode(x: Tensor) -> Tensor:
     """The nearest codes, uint8, ties to even; clamped to 6. A zero keeps its sign."""
-    m = _nearest_(x.to(torch.float32, copy=True)).abs_()
+    m = nearest_(x.to(torch.float32, copy=True)).abs_()
     codes = torch.where(m < 2, 2 * m, torch.where(m < 4, m + 2, m / 2 + 4))
     return codes.to(torch.uint8) | (torch.signbit(x).to(torch.uint8) << 3)
+
+
+def effective_scales(scale_OG: Tensor, global_scale: Tensor | None) -> Tensor:
+    """What codes are multiplied with, float32 [O, G]; see ``codes.Float4Weight``."""
+    return torch.exp2(scale_OG.float() - BIAS) if global_scale is None else scale_OG.float() / global_scale
 
 
 def dequantize(codes_OI: Tensor, scale_OG: Tensor, global_scale: Tensor | None) -> Tensor:
     """The decoded weights, float32 [O, I]; see ``codes.Float4Weight``."""
     values = torch.tensor(VALUES + tuple(-value for value in VALUES), device=codes_OI.device)
-    scale = torch.exp2(scale_OG.float() - BIAS) if global_scale is None else scale_OG.float() / global_scale
+    scale = effective_scales(scale_OG, global_scale)
     groups_OGg = values[codes_OI.long()].view(*scale.shape, -1)
     return (groups_OGg * scale.unsqueeze(-1)).flatten(-2)
 
@@ -91,7 +101,7 @@ def unpack(pairs: Tensor) -> Tensor:
     return torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2)
 
 
-def _nearest_(x: Tensor) -> Tensor:
+def nearest_(x: Tensor) -> Tensor:
     """Round float32 ``x`` in place to the nearest E2M1 numbers.
 
     Even codes are even multiples of the step between neighbours, so rounding half to even is a tie to the even code.
@@ -111,7 +121,12 @@ def _by_rows(w_OI: Tensor, piece: Callable[[Tensor], tuple[Tensor, Tensor]]) -> 
     return torch.cat([codes for codes, _ in pieces]), torch.cat([bits for _, bits in pieces])
 
 
-def _best(groups_OGg: Tensor, trials_OG: list[Tensor], scale_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def _best(
+    groups_OGg: Tensor,
+    trials_OG: list[Tensor],
+    scale_of: Callable[[Tensor], Tensor],
+    importance_I: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """Each group's trial scale (given by its bits) with the least squared error: codes [O, I], bits [O, G], uint8."""
     best = trials_OG[0]
     least = torch.full(best.shape, torch.inf, device=best.device)
@@ -119,7 +134,10 @@ def _best(groups_OGg: Tensor, trials_OG: list[Tensor], scale_of: Callable[[Tenso
     for trial in trials_OG:
         scale = scale_of(trial).unsqueeze(-1)
         torch.div(groups_OGg, scale, out=scratch)
-        error = _nearest_(scratch).mul_(scale).sub_(groups_OGg).square_().sum(-1)
+        squares_OGg = nearest_(scratch).mul_(scale).sub_(groups_OGg).square_()
+        if importance_I is not None:
+            squares_OGg.mul_(importance_I.view(groups_OGg.shape[1:]))
+        error = squares_OGg.sum(-1)
         better = error < least
         best, least = torch.where(better, trial, best), torch.where(better, error, least)
     codes_OI = encode(groups_OGg / scale_of(best).unsqueeze(-1)).flatten(-2)

@@ -10,7 +10,7 @@ W is kept transposed, so that columns are contiguous.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,8 @@ from workers.numerics.precision import add_product
 from workers.numerics.rounding import code_range
 
 OUTER, INNER = 256, 8
+# Rounds a tensor in place to the numbers of a grid.
+Nearest = Callable[[Tensor], Tensor]
 SMALLEST_RAISED, LARGEST_DAMPING = 1e-4, 1.0
 
 
@@ -60,6 +62,24 @@ def factorize(h_BII: Tensor, *, activation_order: bool, damping: float) -> Facto
 
 def solve(w_BOI: Tensor, factor: Factor, scale_BOG: Tensor, zero_BOG: Tensor | None, *, bits: int) -> Tensor:
     """Codes, int8 [B, O, I], for weights on given grids (``rounding``: scale and zero point of each group)."""
+    return _solved(w_BOI, factor, scale_BOG, zero_BOG, integers(*code_range(bits))).to(torch.int8)
+
+
+def solve_values(w_BOI: Tensor, factor: Factor, scale_BOG: Tensor, nearest: Nearest) -> Tensor:
+    """Values of a grid, float32 [B, O, I], whose products with the groups' scales are the quantized weights.
+
+    ``nearest`` rounds a tensor in place to the grid.
+    """
+    return _solved(w_BOI, factor, scale_BOG, None, nearest)
+
+
+def integers(low: int, high: int) -> Nearest:
+    """Rounds in place to the whole numbers from ``low`` to ``high``."""
+    return lambda code: code.round_().clamp_(low, high)
+
+
+def _solved(w_BOI: Tensor, factor: Factor, scale_BOG: Tensor, zero_BOG: Tensor | None, nearest: Nearest) -> Tensor:
+    """Codes, as floats [B, O, I]."""
     order_BI, width = factor.order_BI, w_BOI.shape[-1]
     wt_BIO = _rows(transposed(w_BOI.float()), order_BI)
     columns_BI = torch.arange(width).expand(len(w_BOI), -1) if order_BI is None else order_BI
@@ -67,11 +87,10 @@ def solve(w_BOI: Tensor, factor: Factor, scale_BOG: Tensor, zero_BOG: Tensor | N
     scales = each_column(scale_BOG, group_BI)
     zeros = None if zero_BOG is None else each_column(zero_BOG, group_BI)
     if len(wt_BIO) == 1:
-        codes_BIO = _round_columns(wt_BIO[0], factor.mixing_BII[0], scales, zeros, *code_range(bits))[None]
+        codes_BIO = _round_columns(wt_BIO[0], factor.mixing_BII[0], scales, zeros, nearest)[None]
     else:
-        codes_BIO = _round_columns(wt_BIO, factor.mixing_BII, scales, zeros, *code_range(bits))
-    restored_BIO = _rows(codes_BIO.to(torch.int8), None if order_BI is None else order_BI.argsort(1))
-    return transposed(restored_BIO)
+        codes_BIO = _round_columns(wt_BIO, factor.mixing_BII, scales, zeros, nearest)
+    return transposed(_rows(codes_BIO, None if order_BI is None else order_BI.argsort(1)))
 
 
 def _falling(h_BII: Tensor) -> Tensor:
@@ -183,14 +202,14 @@ def cholesky(h_BII: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
 
 
 def _round_columns(
-    wt_BIO: Tensor, mixing_BII: Tensor, scales: Sequence[Tensor], zeros: Sequence[Tensor] | None, low: int, high: int
+    wt_BIO: Tensor, mixing_BII: Tensor, scales: Sequence[Tensor], zeros: Sequence[Tensor] | None, nearest: Nearest
 ) -> Tensor:
     """Codes [B, I, O] as floats; scales and zeros are [B, O] for each column.
 
     A single problem may come without B: its small operations then take two thirds of the time.
     """
     errors_BIO = torch.zeros_like(wt_BIO)
-    return sweep_columns(wt_BIO, mixing_BII, errors_BIO, scales, zeros, low, high, lower=True)
+    return sweep_columns(wt_BIO, mixing_BII, errors_BIO, scales, zeros, nearest, lower=True)
 
 
 def sweep_columns(
@@ -199,12 +218,11 @@ def sweep_columns(
     error_BIO: Tensor,
     scales: Sequence[Tensor],
     zeros: Sequence[Tensor] | None,
-    low: int,
-    high: int,
+    nearest: Nearest,
     *,
     lower: bool,
 ) -> Tensor:
-    """Round column after column to the code nearest to ``w_j + sum_k mixing[j, k] e_k``; codes [B, I, O] as floats.
+    """Round column after column to the code ``nearest`` to ``w_j + sum_k mixing[j, k] e_k``; codes [B, I, O] as floats.
 
     ``error_BIO`` is e, the current codes' error; each column's is updated as soon as it is rounded. ``mixing_BII`` has
     a zero diagonal; ``lower``: nothing above the diagonal is read. A single problem may come without B.
@@ -238,9 +256,9 @@ def sweep_columns(
                 add((j, j + 1), inner)
                 code = torch.div(targets[j], scales[j], out=codes[j])
                 if zeros is None:
-                    code.round_().clamp_(low, high)
+                    nearest(code)
                     torch.addcmul(weights[j], code, scales[j], value=-1, out=errors[j])
                 else:
-                    code.add_(zeros[j]).round_().clamp_(low, high)
+                    nearest(code.add_(zeros[j]))
                     torch.addcmul(weights[j], code - zeros[j], scales[j], value=-1, out=errors[j])
     return codes_BIO

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from workers.numerics.gptq import damped, each_column, sweep_columns, transposed
+from workers.numerics.gptq import Nearest, damped, each_column, integers, sweep_columns, transposed
 from workers.numerics.precision import add_product
 from workers.numerics.rounding import code_range, stored_zero
 
@@ -48,6 +48,35 @@ def refine(
         scale_BOG = _scales(problem.h_BII, problem.hw_BIO, codes_BIO, scale_BOG, zero_BOG)
         codes_BIO = _codes(problem.wt_BIO, problem.mixing_BII, codes_BIO, scale_BOG, zero_BOG, bits)
     return transposed(codes_BIO), scale_BOG
+
+
+def descend(
+    w_BOI: Tensor,
+    h_BII: Tensor,
+    values_BOI: Tensor,
+    scale_BOG: Tensor,
+    nearest: Nearest,
+    *,
+    rounds: int,
+    damping: float,
+) -> Tensor:
+    """Values of a grid, float32 [B, O, I], with at most the given ones' loss; the scales stay.
+
+    ``nearest`` rounds a tensor in place to the grid; ``rounds`` are sweeps of coordinate descent over the columns.
+    """
+    _, mixing_BII = _mixing(h_BII, damping)
+    wt_BIO, values_BIO = transposed(w_BOI.float()), transposed(values_BOI)
+    for _ in range(rounds):
+        values_BIO = _swept(wt_BIO, mixing_BII, values_BIO, scale_BOG, None, nearest)
+    return transposed(values_BIO)
+
+
+def _mixing(h_BII: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """H damped, and H_kj / H_jj with a zero diagonal."""
+    damped_BII = damped(h_BII, damping)
+    mixing_BII = damped_BII / damped_BII.diagonal(dim1=1, dim2=2)[..., None]
+    mixing_BII.diagonal(dim1=1, dim2=2).zero_()
+    return damped_BII, mixing_BII
 
 
 def refine_biased(
@@ -83,9 +112,7 @@ class _Problem(NamedTuple):
 
     @classmethod
     def of(cls, w_BOI: Tensor, h_BII: Tensor, damping: float) -> _Problem:
-        damped_BII = damped(h_BII, damping)
-        mixing_BII = damped_BII / damped_BII.diagonal(dim1=1, dim2=2)[..., None]
-        mixing_BII.diagonal(dim1=1, dim2=2).zero_()
+        damped_BII, mixing_BII = _mixing(h_BII, damping)
         wt_BIO = transposed(w_BOI.float())
         hw_BIO = torch.zeros_like(wt_BIO)
         add_product(hw_BIO, damped_BII, wt_BIO)
@@ -203,6 +230,19 @@ def _codes(
     bits: int,
 ) -> Tensor:
     """One sweep of coordinate descent over the columns: int8 [B, I, O]."""
+    nearest = integers(*code_range(bits))
+    return _swept(wt_BIO, mixing_BII, codes_BIO, scale_BOG, zero_BOG, nearest).to(torch.int8)
+
+
+def _swept(
+    wt_BIO: Tensor,
+    mixing_BII: Tensor,
+    codes_BIO: Tensor,
+    scale_BOG: Tensor,
+    zero_BOG: Tensor | None,
+    nearest: Nearest,
+) -> Tensor:
+    """One sweep over the columns, on any grid: float32 [B, I, O]."""
     batch, width, _ = wt_BIO.shape
     groups = scale_BOG.shape[2]
     steps_BGgO = _steps(codes_BIO, groups, zero_BOG)
@@ -211,4 +251,4 @@ def _codes(
     scales = each_column(scale_BOG, group_BI)
     zeros: Sequence[Tensor] | None = None if zero_BOG is None else each_column(zero_BOG, group_BI)
     alone = (wt_BIO[0], mixing_BII[0], error_BIO[0]) if batch == 1 else (wt_BIO, mixing_BII, error_BIO)
-    return sweep_columns(*alone, scales, zeros, *code_range(bits), lower=False).to(torch.int8).view_as(wt_BIO)
+    return sweep_columns(*alone, scales, zeros, nearest, lower=False).view_as(wt_BIO)

@@ -104,7 +104,7 @@ def biases(scale_OG: Tensor, zero_OG: Tensor | None, bits: int) -> Tensor:
 
 
 def stored_zero(scale_OG: Tensor, zero_OG: Tensor, bits: int) -> Tensor:
-    """The zero point that a bias in the dtype of the scales stands for, float32: what ``zero_OG`` becomes by storing."""
+    """The zero point that a bias in the dtype of the scales stands for: what storing makes of ``zero_OG``, float32."""
     bias_OG = biases(scale_OG, zero_OG, bits).float()
     return -bias_OG / scale_OG.float() - float(1 << (bits - 1))
 

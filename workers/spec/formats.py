@@ -45,10 +45,12 @@ class Format:
     ``scale_dtype``: dtype that scales are rounded to. ``container``: what the weights are written as
     (``checkpoint.shards.WRITERS``). ``arithmetic`` says how runtimes compute with such a config. ``needs``:
     distributions for writing and decoding. ``only_method`` is the one method that writes the format, if others can't.
+    ``lists_unquantized``: config.json names the modules that stay in half precision.
 
     ``settings`` are the keys of config.json that its readers need beside the source's and ``quantization_config``, from
-    all of those. ``real_zeros``: zero points are stored as biases. ``outside``: embeddings and head can be quantized. ``place`` says of a model_type and the name of a
-    tensor or module in the source where it is stored, if it is one of several in a stack.
+    all of those. ``outside``: embeddings and head can be quantized. ``real_zeros``: zero points are stored as biases.
+    ``place`` says of a model_type and the name of a tensor or module in the source where it is stored, if it is one of
+    several in a stack.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Format:
     arithmetic: Callable[[Mapping[str, Any]], Arithmetic] = lambda config: "any"
     needs: tuple[str, ...] = ()
     only_method: str | None = None
+    lists_unquantized: bool = False
     real_zeros: bool = False
     outside: bool = False
     settings: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
@@ -146,6 +149,7 @@ COMPRESSED_TENSORS = Format(
     family=_ct_family,
     per_layer_schemes=True,
     without_weight=_ct_without_weight,
+    lists_unquantized=True,
     # The library decodes fp4 to bfloat16 at run time, whatever dtype the model computes in.
     arithmetic=lambda config: "own" if "fp4" in str(config.get("format")) else "any",
     needs=("compressed-tensors",),
@@ -227,6 +231,7 @@ AWQ = Format(
     multiple_OI=(8, 1),
     # Supported by the kernels of gptqmodel 7.6.
     group_sizes=(16, 32, 64, 128),
+    lists_unquantized=True,
 )
 
 
@@ -249,6 +254,7 @@ FP8 = Format(
     declares=lambda config: config.get("quant_method") == "fp8",
     family=lambda config: ["fp8"],
     arithmetic=lambda config: "decoded",
+    lists_unquantized=True,
 )
 
 

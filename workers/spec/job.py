@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from workers.spec.base import Frozen, canonical_json
+from workers.spec.formats import FORMATS
 from workers.spec.recipes import Recipe
 
 # ----------------------------------------------------------------------------- data, gates, destination
@@ -131,6 +132,10 @@ class ModelPin(Frozen):
         False, description="Its tokenizer begins texts with special tokens, or may: part of what calibration sees."
     )
     variant: str | None = Field(None, description="Of the weight files' names: model.VARIANT.safetensors.")
+    mixture: bool = Field(
+        False,
+        description="A mixture of experts, or with prediction heads: its artifacts declare matrices of no Linear.",
+    )
 
 
 class Order(Frozen):
@@ -405,8 +410,10 @@ def fingerprint(model: ModelPin, recipe: Recipe, calibration: Calibration | None
             **({"variant": model.variant} if model.variant else {}),
         },
         "recipe": _what_determines_bytes(recipe),
-        "numerics": recipe.numerics,
+        "numerics": recipe.revision,
     }
+    if model.mixture and FORMATS[recipe.format].lists_unquantized:
+        content["model"]["declares"] = "routers and heads"
     if recipe.calibrated:
         assert calibration is not None, "the plan refuses calibrated recipes without calibration data"
         content["calibration"] = {

@@ -9,6 +9,7 @@ from typing import NamedTuple, Self
 
 from workers.spec.base import Frozen
 from workers.spec.formats import FORMATS
+from workers.spec.fusion import split_groups
 from workers.spec.recipes import Recipe
 from workers.spec.schemes import FP8_BLOCK, AnyScheme, Float8Scheme, IntScheme, MicroscalingScheme, Scheme
 from workers.spec.tensors import FLOATS, TensorHeader
@@ -27,7 +28,7 @@ class LayerKinds(NamedTuple):
 
     ``conv1d``: stored (in, out), as in GPT-2. ``mixed``: more than one scheme. ``mixture``: the model is a mixture of
     experts, whether its experts are quantized (``experts``) or not. ``dtype`` is that of the model once it's loaded, by
-    the name of safetensors headers; empty if unknown.
+    the name of safetensors headers; empty if unknown. ``split``: parts of what runtimes fuse have several schemes.
     """
 
     experts: bool = False
@@ -35,6 +36,7 @@ class LayerKinds(NamedTuple):
     mixed: bool = False
     mixture: bool = False
     dtype: str = ""
+    split: bool = False
     model_type: str = ""
 
 
@@ -149,12 +151,21 @@ def kinds_of(
 ) -> LayerKinds:
     """The kinds of layers that a recipe quantizes among a checkpoint's tensors; ``conv1d`` is the family's."""
     experts = mixture = False
-    schemes: set[Scheme] = set()
+    schemes: dict[str, Scheme | None] = {}
     for tensor in tensors:
         mixture = mixture or ".experts." in tensor.name
         if quantizable(tensor, recipe):
             experts = experts or EXPERT.search(tensor.name) is not None
-            chosen = scheme_for(recipe, tensor.name.removesuffix(".weight"), out_in_shape(tensor, conv1d=conv1d))
-            if chosen.scheme is not None:
-                schemes.add(chosen.scheme)
-    return LayerKinds(experts, conv1d, len(schemes) > 1, mixture, dtype, model_type)
+            module = tensor.name.removesuffix(".weight")
+            schemes[module] = scheme_for(recipe, module, out_in_shape(tensor, conv1d=conv1d)).scheme
+        elif is_matrix_of_a_layer(tensor):
+            schemes[tensor.name.removesuffix(".weight")] = None
+    return LayerKinds(
+        experts=experts,
+        conv1d=conv1d,
+        mixed=len(set(schemes.values()) - {None}) > 1,
+        mixture=mixture,
+        dtype=dtype,
+        split=bool(split_groups(schemes)),
+        model_type=model_type,
+    )

@@ -18,9 +18,11 @@ from workers.spec.schemes import (
     AnyLinearScheme,
     Float8Scheme,
     FourBitFloatScheme,
+    GridScheme,
     IntScheme,
     LinearScheme,
     LlmInt8Scheme,
+    MicroscalingScheme,
 )
 
 # ------------------------------------------------------------------------------------------ methods
@@ -130,6 +132,11 @@ class RecipeBase(Frozen):
     numerics: ClassVar[int] = 1
     engine: ClassVar[str] = "linear"
 
+    @property
+    def revision(self) -> int:
+        """The numerics of this recipe: ``numerics``, raised where they changed for its scheme alone."""
+        return self.numerics
+
     name: str = Field(pattern=SLUG.pattern, max_length=64)
     description: str = ""
     environment: str | None = Field(
@@ -218,10 +225,10 @@ class CodedRecipe(RecipeBase):
         return self.outside.head if HEAD.search(module) else None
 
 
-class IntRecipe(CodedRecipe):
-    """A recipe with codes on an integer grid."""
+class GridRecipe(CodedRecipe):
+    """A recipe with codes on a grid of integers, or of E2M1 numbers."""
 
-    scheme: IntScheme
+    scheme: GridScheme
     overrides: tuple[Override, ...] = Field((), description="Schemes of their own; the first whose pattern fits.")
 
     @model_validator(mode="after")
@@ -250,8 +257,14 @@ class IntRecipe(CodedRecipe):
         return self.scheme
 
 
-class GptqRecipe(IntRecipe):
-    """GPTQ: second-order error compensation from the calibration Hessian."""
+class IntRecipe(GridRecipe):
+    """A recipe with codes on an integer grid."""
+
+    scheme: IntScheme
+
+
+class GptqRecipe(GridRecipe):
+    """GPTQ: second-order error compensation from the calibration Hessian; on integers, or on E2M1 numbers."""
 
     numerics: ClassVar[int] = 2
 
@@ -317,6 +330,12 @@ class RtnRecipe(CodedRecipe):
     method: Literal["rtn"]
     scheme: AnyLinearScheme
     options: RtnOptions = RtnOptions()
+
+    @property
+    def revision(self) -> int:
+        """Raised by one for nvfp4, whose global scales are shared by what runtimes fuse since then."""
+        nvfp4 = isinstance(self.scheme, MicroscalingScheme) and self.scheme.type == "nvfp4"
+        return self.numerics + nvfp4
 
     @model_validator(mode="after")
     def _readable(self) -> Self:

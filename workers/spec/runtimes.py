@@ -212,16 +212,18 @@ _NOT_COMPARED = "their logits weren't compared, for the CPU lacked the kernel"
 
 def _ct_by_vllm(scheme: Scheme, kinds: LayerKinds) -> str | None:
     match scheme:
+        case _ if kinds.split:
+            return "have several schemes within q, k and v, or gate and up, which vLLM fuses into one layer"
         case _ if kinds.mixture:
-            return "are of a mixture of experts, whose routers are linear layers in vLLM that config.json doesn't name"
+            return f"are of a mixture of experts: integers of 4 and 8 bits were loaded, but {_NOT_COMPARED}"
         case _ if kinds.mixed:
-            return "have several schemes, and vLLM fuses q, k and v, and gate and up, which must have one"
+            return "have several schemes, which weren't tried"
         case IntScheme(bits=bits, activations="none") if bits not in (4, 8):
             return f"have {bits} bits, and vLLM has kernels for 4 and 8"
         case Float8Scheme(activations="static"):
             return f"have static scales of activations: they were loaded, but {_NOT_COMPARED}"
         case MicroscalingScheme(type="nvfp4"):
-            return "have a global scale each, and vLLM keeps one for what it fuses: it computes with wrong weights"
+            return "share a global scale where vLLM fuses them, as it needs; that wasn't tried since"
     return _not_conv1d(scheme, kinds)
 
 
@@ -233,7 +235,7 @@ def _gptq_by_vllm(scheme: Scheme, kinds: LayerKinds) -> str | None:
 
 def _fp8_by_vllm(scheme: Scheme, kinds: LayerKinds) -> str | None:
     if kinds.mixture:
-        return "are of a mixture of experts, whose routers vLLM takes for quantized: it computes with wrong weights"
+        return "are of a mixture of experts, whose routers are declared, as vLLM needs; that wasn't tried since"
     return f"were loaded, but {_NOT_COMPARED}"
 
 

@@ -146,6 +146,9 @@ AnyLinearScheme = Annotated[
     | Annotated[MicroscalingScheme, Tag("microscaling")],
     Discriminator(_kind),
 ]
+GridScheme = Annotated[
+    Annotated[IntScheme, Tag("int")] | Annotated[MicroscalingScheme, Tag("microscaling")], Discriminator(_kind)
+]
 Scheme = LinearScheme | FourBitFloatScheme | LlmInt8Scheme
 
 AnyScheme = Annotated[

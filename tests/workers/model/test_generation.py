@@ -106,7 +106,7 @@ def test_peculiarities_change_no_token(name: str, model: Path, plain: list[list[
     check(tmp_path, PECULIAR, plain)
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(st.dictionaries(st.sampled_from(KEYS), ODD, min_size=1, max_size=6))
 def test_odd_settings_change_no_token(model: Path, plain: list[list[int]], said: dict[str, Any]) -> None:
     (model / GENERATION_CONFIG).write_text(json.dumps(said))

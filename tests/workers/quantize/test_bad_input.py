@@ -92,7 +92,7 @@ def test_inputs_that_never_come_and_rows_of_zeros(tmp_path: Path) -> None:
 def test_broken_weights_are_named_by_every_method(bad: float, tmp_path: Path) -> None:
     model = small(LLAMA, tmp_path / "model", 2)
     changed(model, "model.layers.0.mlp.up_proj.weight", lambda tensor: tensor[2, 3].fill_(bad))
-    made, _ = quantize(job(model, tmp_path, "hqq-w4-g64", "fp8-dynamic", "fp8-block", "mxfp4", "nvfp4"), model)
+    made, _ = quantize(job(model, tmp_path, "hqq-w4-g64", "fp8-dynamic", "fp8-block", "mxfp4-rtn", "nvfp4-rtn"), model)
     for artifact in made:
         assert artifact.error is not None
         assert artifact.error.kind == "NumericalError"

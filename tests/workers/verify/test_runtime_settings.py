@@ -146,6 +146,7 @@ def save_adapter(folder: Path) -> None:
     save_file({"base_model.model.lm_head.lora_A.weight": torch.zeros(8, 8)}, folder / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("peft")
 def test_artifacts_load_beside_peft(tmp_path: Path) -> None:
     seen = child.run("tests.workers.verify.test_runtime_settings:peft_is_available", "{}")
