@@ -54,7 +54,9 @@ def rows(model: str, pairs: dict[str, dict[str, Any]]) -> Iterator[str]:
     source = jobs.ZOO / "models" / model
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        job = jobs.job(source, folder / "runs", *(shipped.recipe(name) for name in pairs), samples=32)
+        job = jobs.job(source, folder / "runs", *(shipped.recipe(name) for name in pairs), samples=128)
+        text = job.verification.model_copy(update={"tokens": 2048, "sequence_length": 256})
+        job = job.model_copy(update={"verification": text})
         with Source(source) as opened:
             comparison = Comparison.of_job(job, opened)
             comparison.load()

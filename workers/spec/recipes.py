@@ -378,9 +378,12 @@ Recipe = Annotated[LinearRecipe | BitsAndBytesRecipe, Field(discriminator="metho
 
 
 def words(recipe: Recipe) -> str:
-    """A recipe's scheme in words, with the bit widths of its overrides."""
-    others = {override.scheme.bits for override in recipe.overrides} if isinstance(recipe, IntRecipe) else set()
-    return recipe.scheme.words(others) if isinstance(recipe.scheme, IntScheme) else recipe.scheme.words()
+    """A recipe's scheme in words, with the bit widths of its overrides, and whether embeddings and head have one."""
+    overrides = recipe.overrides if isinstance(recipe, GridRecipe) else ()
+    outside = ", embeddings and head too" if isinstance(recipe, CodedRecipe) and recipe.outside else ""
+    others = {override.scheme.bits for override in overrides}
+    scheme = recipe.scheme.words(others) if isinstance(recipe.scheme, IntScheme) else recipe.scheme.words()
+    return f"{scheme}{outside}"
 
 
 def matches(pattern: str, name: str) -> bool:

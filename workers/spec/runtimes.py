@@ -59,7 +59,8 @@ class Runtime:
     ``rules`` are keyed by the formats that it reads; ``packages`` are those that a format needs besides its own
     distribution, and ``extras`` quantmill's extra that installs one of them. ``environment`` names the prebuilt
     environment that its check runs in; None: the one that the artifact is verified in. ``snippet`` is the Python code
-    in the card for a repository; ``tried`` is what the rules of a runtime without ``entry`` were observed with.
+    in the card for a repository, and ``library`` the Hub's name for the library that it's of; ``tried`` is what the
+    rules of a runtime without ``entry`` were observed with.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Runtime:
     packages: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     extras: Mapping[str, str] = field(default_factory=dict)
     tried: str = ""
+    library: str = "transformers"
 
     def reads(self, fmt: str, scheme: Scheme, kinds: LayerKinds) -> str | None:
         """Why it doesn't read layers of these kinds; None if it does."""
@@ -278,10 +280,12 @@ def _mlx_by_mlx_lm(scheme: Scheme, kinds: LayerKinds) -> str | None:
     if kinds.model_type and kinds.model_type not in mlx.FAMILIES:
         return (
             f"are of the family {kinds.model_type}, for which mlx-lm {mlx.VERSION} has no model; choose "
-            f"{_formats([name for name in formats_that_hold(scheme) if name != MLX.name] or ['compressed-tensors'])}"
+            f"{_formats([name for name in formats_that_hold(scheme) if name != MLX.name] or [COMPRESSED_TENSORS.name])}"
         )
     if kinds.conv1d:
-        return f"are Conv1D, whose packed weights mlx-lm {mlx.VERSION} transposes; choose {_formats(['bitsandbytes'])}"
+        return (
+            f"are Conv1D, whose packed weights mlx-lm {mlx.VERSION} transposes; choose {_formats([BITSANDBYTES.name])}"
+        )
     if kinds.experts and kinds.model_type and kinds.model_type not in mlx.STACKS:
         return (
             f"are experts of the family {kinds.model_type}, and how mlx-lm stacks those wasn't tried; ignore them "
@@ -305,6 +309,7 @@ MLX_LM = Runtime(
     snippet=_with_mlx_lm,
     entry="workers.verify.runtimes.mlx_lm:answer",
     environment="mlx",
+    library="mlx",
 )
 
 RUNTIMES: dict[str, Runtime] = {row.name: row for row in (TRANSFORMERS, VLLM, MLX_LM)}

@@ -79,7 +79,7 @@ def card_metadata(job: Job, order: Order, source: Mapping[str, Any], verdict: Ve
     base = {} if job.model.folder else {"base_model": job.model.id, "base_model_relation": "quantized"}
     metadata = {
         **base,
-        "library_name": "transformers",
+        "library_name": checking(order.recipe.format).library,
         "pipeline_tag": "text-generation",
         **inherited,
         "tags": list(dict.fromkeys(tags)),
