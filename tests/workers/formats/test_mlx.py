@@ -287,6 +287,7 @@ def random_source(name: str, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_mlx_lm_computes_what_the_streamed_artifact_computes(name: str, tmp_path: Path) -> None:
     environment()

@@ -125,7 +125,7 @@ def test_no_other_place_names_a_format() -> None:
         "fp8": {"workers/spec/schemes.py"},
         "bitsandbytes": {"workers/spec/recipes.py", "workers/spec/engines.py", "workers/machine/warm.py"},
         # Also an environment, and the library that files of tensors name.
-        "mlx": {"workers/spec/runtimes.py", "workers/checkpoint/shards.py"},
+        "mlx": {"workers/spec/runtimes.py", "workers/checkpoint/shards.py", "workers/spec/checkpoint_files.py"},
     }
     for path in [*ROOT.glob("workers/**/*.py"), *ROOT.glob("pipeline/**/*.py")]:
         place = str(path.relative_to(ROOT))
