@@ -42,6 +42,8 @@ LOG = "pip.log"
 BUILT = ".built"
 # Workers need the driver's version of Ray, and the build of torch installed on this machine.
 PINNED = ("ray", "torch")
+# quantmill's requirements that a runtime's check imports, in an environment without torch and Ray.
+CHECKING = ("pydantic", "numpy", "safetensors")
 
 Say = Callable[[str], object]
 
@@ -57,6 +59,11 @@ class Definition(Frozen):
         False,
         description="Take what is installed beside this quantmill as it is, and install only what isn't, or is wanted "
         "in another version. Small and quick; usable as long as that installation stands.",
+    )
+    stages: bool = Field(
+        True,
+        description="false: only a runtime's check runs there, not the stages of a recipe: the environment has neither "
+        "torch nor Ray, unless its packages bring them.",
     )
 
     @field_validator("packages")
@@ -214,9 +221,12 @@ def _check_python(name: str, wanted: Definition) -> None:
 
 
 def _record(name: str, wanted: Definition) -> Built:
-    packages = {p: v for p in (*PINNED, "quantmill") if (v := environments.version(p))}
+    pinned = PINNED if wanted.stages else ()
+    packages = {p: v for p in (*pinned, "quantmill") if (v := environments.version(p))}
+    # Left out where it's the default, so that environments built before the field stay up to date.
+    left_out = {"description", "stages"} if wanted.stages else {"description"}
     content = {
-        "definition": wanted.model_dump(mode="json", exclude={"description"}),
+        "definition": wanted.model_dump(mode="json", exclude=left_out),
         "python": environments.minor(platform.python_version()),
         "packages": packages,
         "beside": sys.prefix if wanted.inherit else None,
@@ -267,19 +277,20 @@ def _build(folder: Path, record: Built, wanted: Definition, say: Say) -> None:
         (site / "quantmill-beside.pth").write_text("".join(f"{path}\n" for path in _beside()))
     requested = {canonicalize_name(Requirement(package).name) for package in wanted.packages}
     pins = {name: pin for name in PINNED if name not in requested and (pin := record.packages.get(name))}
+    needs = _needs() if wanted.stages else [need for need in _needs() if Requirement(need).name in CHECKING]
     constraints = folder / "constraints.txt"
     constraints.write_text("".join(f"{name}=={pin}\n" for name, pin in pins.items()))
     pip = _Pip(record.name, folder, [f"--constraint={constraints}", *wanted.pip])
-    if not wanted.inherit:
+    if wanted.stages and not wanted.inherit:
         # Install torch first, alone: with other packages, the resolver may pick another build of several GB.
         torch = next((p for p in wanted.packages if canonicalize_name(Requirement(p).name) == "torch"), "torch")
         say(f"{record.name}: installing {torch}")
         pip.install(torch)
     say(f"{record.name}: installing {', '.join(wanted.packages)}, and what quantmill needs")
-    pip.install(*_needs(), *wanted.packages)
+    pip.install(*needs, *wanted.packages)
     _copy_quantmill(site)
     say(f"{record.name}: checking")
-    _check(record.name, folder)
+    _check(record.name, folder, wanted.stages)
     write_text(folder / LOCK_LIST, pip.freeze())
     write_text(folder / RECORD, record.model_dump_json(indent=1) + "\n")
 
@@ -347,9 +358,11 @@ def _copy_quantmill(site: Path) -> None:
             shutil.copy2(str(distribution.locate_file(path)), target)
 
 
-def _check(name: str, folder: Path) -> None:
-    """Check that a worker can start there: Ray, torch and quantmill import, as in a stage."""
-    code = "import ray, torch, transformers, workers.run, workers.machine.preflight"
+def _check(name: str, folder: Path, stages: bool) -> None:
+    """Check that a worker can start there: quantmill imports, and Ray and torch if stages run there."""
+    code = "import workers.machine.preflight, workers.machine.child, workers.verify.runtimes.reply"
+    if stages:
+        code = "import ray, torch, transformers, workers.run, workers.machine.preflight"
     ended = subprocess.run(
         [folder / "bin" / "python", "-c", code], cwd=folder, capture_output=True, text=True, check=False
     )

@@ -149,13 +149,16 @@ class Cluster:
         if named:
             # Check that each Python exists first: Ray retries one that doesn't start for minutes.
             task = self._ray.remote(max_calls=1, max_retries=0)(_interpreters)
-            interpreter_calls = [(node, task.options(num_cpus=0, **_pinned(node.id)).remote(named)) for node in nodes]
+            workspace = str(self._workspace)
+            interpreter_calls = [
+                (node, task.options(num_cpus=0, **_pinned(node.id)).remote(named, workspace)) for node in nodes
+            ]
             for node, call in interpreter_calls:
                 with suppress(self._ray.exceptions.RayError):
-                    paths, problems = self._probed(call)
-                    facts_by_node[node.id] = dict(problems)
+                    paths, answers = self._probed(call)
+                    facts_by_node[node.id] = dict(answers)
                     self._interpreters |= {(node.id, name): path for name, path in paths.items()}
-                    calls |= {(node.id, name): self._look(node, name) for name in paths}
+                    calls |= {(node.id, name): self._look(node, name) for name in paths if name not in answers}
         for (node_id, environment), call in calls.items():
             try:
                 facts_by_node.setdefault(node_id, {})[environment] = MachineFacts.model_validate_json(
@@ -341,10 +344,21 @@ def _whole_machine() -> dict[str, Any]:
     return {"object_store_memory": store, "_memory": max(host_memory() - store, 1)}
 
 
-def _interpreters(names: list[str]) -> tuple[dict[str, str], dict[str, str]]:
-    from workers.machine.environments import interpreters
+def _interpreters(names: list[str], workspace: str) -> tuple[dict[str, str], dict[str, MachineFacts | str]]:
+    """Interpreters of the usable environments, and the answers known without Ray: why one isn't usable, or the facts of
+    one that has no Ray, for only a runtime's check runs there."""
+    from pipeline.doctor import facts
+    from workers.machine.environments import interpreters, runs_stages
 
-    return interpreters(names)
+    usable, problems = interpreters(names)
+    answers: dict[str, MachineFacts | str] = dict(problems)
+    for name, python in usable.items():
+        if not runs_stages(name):
+            try:
+                answers[name] = facts(python, Path(workspace))
+            except PreflightError as error:
+                answers[name] = str(error)
+    return usable, answers
 
 
 def _does_not_start(environment: str, error: Exception) -> str:

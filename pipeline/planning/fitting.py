@@ -52,10 +52,10 @@ def _layer(source: PinnedModel, recipe: Recipe, tensor: TensorHeader) -> _Layer:
 def _format_problem(source: PinnedModel, recipe: Recipe, layers: Iterable[_Layer]) -> str | None:
     """The first layer that the runtime which checks the recipe's format can't read, as a message; or None."""
     first: dict[tuple[Scheme, LayerKinds], str] = {}
-    dtype = loaded_dtype(source.config, source.tensors)
+    dtype, model_type = loaded_dtype(source.config, source.tensors), str(source.config.get("model_type") or "")
     for layer in layers:
         experts = EXPERT.search(layer.name) is not None
-        kinds = LayerKinds(experts=experts, conv1d=source.family.conv1d, dtype=dtype)
+        kinds = LayerKinds(experts=experts, conv1d=source.family.conv1d, dtype=dtype, model_type=model_type)
         first.setdefault((layer.fit.wanted, kinds), layer.name)
     for (scheme, kinds), name in first.items():
         why = misfit(recipe.format, scheme, kinds)

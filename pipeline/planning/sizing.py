@@ -179,7 +179,10 @@ def _in_one_file(tensor: TensorHeader, source: PinnedModel) -> tuple[str, tuple[
 
 def _stored_bytes(tensor: TensorHeader, source: PinnedModel, recipe: Recipe) -> int:
     """Bytes of a tensor in the artifact, including its entries in the safetensors header."""
-    unquantized = tensor.bytes + tensor.header_bytes
+    place = FORMATS[recipe.format].place(str(source.config.get("model_type")), tensor.name)
+    # Of the tensors of a stack, the first alone has an entry.
+    entries = 0 if place is not None and place.expert else 1
+    unquantized = tensor.bytes + entries * tensor.header_bytes
     if not quantizable(tensor, recipe):
         return unquantized
     module, shape_OI = tensor.name.removesuffix(".weight"), out_in_shape(tensor, conv1d=source.family.conv1d)
@@ -187,7 +190,7 @@ def _stored_bytes(tensor: TensorHeader, source: PinnedModel, recipe: Recipe) -> 
     if scheme is None:
         return unquantized
     stored = FORMATS[recipe.format].stored(scheme, tensor._replace(shape=shape_OI))
-    return sum(part.bytes + part.header_bytes + len(module) + 1 for part in stored)
+    return sum(part.bytes + entries * (part.header_bytes + len(module) + 1) for part in stored)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ def formats_table() -> str:
         packages = [f"`{name}`" for name in runtime.packages.get(row.name, ())]
         extra = sorted({runtime.extras[name] for name in runtime.packages.get(row.name, ()) if name in runtime.extras})
         needs = " and ".join(packages) or f"{runtime.name} alone"
+        if runtime.environment:
+            needs = f"{needs}; checked in the environment `{runtime.environment}`"
         rows.append((row.name, row.says, f"{needs} (`{extra[0]}`)" if extra else needs))
     return _table(("format", "holds", "loading needs"), rows)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from workers.numerics import gptq, rounding
-from workers.numerics.refine import refine
+from workers.numerics.refine import refine, refine_biased
 
 
 def problem(seed: int, batch: int = 1, rows: int = 20, columns: int = 96) -> tuple[Tensor, Tensor]:
@@ -128,3 +128,35 @@ def test_arguments_stay_as_they_were() -> None:
     before = [tensor.clone() for tensor in (w, h, codes, scale, zero)]
     refine(w, h, codes, scale, zero, bits=4, rounds=2, damping=0.01)
     assert all(torch.equal(a, b) for a, b in zip((w, h, codes, scale, zero), before, strict=True))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    bits=st.sampled_from([2, 3, 4, 6, 8]),
+    group=st.sampled_from([16, 32, None]),
+    batch=st.sampled_from([1, 2]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+def test_no_row_loses_by_its_biases(seed: int, bits: int, group: int | None, batch: int, dtype: torch.dtype) -> None:
+    w, h = problem(seed, batch)
+    scale, integer = rounding.mse_params(w, bits, group, symmetric=False, scale_dtype=dtype)
+    assert integer is not None
+    zero = rounding.stored_zero(scale, integer, bits)
+    codes = gptq.solve(w, gptq.factorize(h, activation_order=True, damping=0.01), scale, zero, bits=bits)
+    new_codes, new_scale, new_zero = refine_biased(w, h, codes, scale, zero, bits=bits, rounds=2, damping=0.01)
+    before, after = losses(w, h, codes, scale, zero), losses(w, h, new_codes, new_scale, new_zero)
+    assert new_scale.dtype == dtype
+    assert bool((after <= before * (1 + 1e-4)).all())
+    stored = rounding.stored_zero(new_scale, new_zero, bits)
+    torch.testing.assert_close(stored, new_zero, rtol=0, atol=1e-3)
+
+
+def test_free_biases_gain_over_integer_zero_points() -> None:
+    w, h = problem(4)
+    w = w + 0.7 * torch.randn(1, 20, 1, generator=torch.Generator().manual_seed(1))
+    codes, scale, zero = solved(w, h, 3, 32, False)
+    assert zero is not None
+    fixed_codes, fixed_scale = refine(w, h, codes, scale, zero, bits=3, rounds=3, damping=0.01)
+    free = refine_biased(w, h, codes, scale, zero.float(), bits=3, rounds=3, damping=0.01)
+    assert float(losses(w, h, *free).sum() / losses(w, h, fixed_codes, fixed_scale, zero).sum()) < 0.97

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from workers.checkpoint.gguf_file import GgufSource, GgufWriter
-from workers.checkpoint.shards import ShardWriter
+from workers.checkpoint.shards import MlxShardWriter, ShardWriter
 from workers.checkpoint.source import Source
 
-WRITERS: dict[str, type[ShardWriter]] = {"shards": ShardWriter, "file": GgufWriter}
-SOURCES: dict[str, Callable[[Path], Source | GgufSource]] = {"shards": Source, "file": GgufSource}
+WRITERS: dict[str, type[ShardWriter]] = {"shards": ShardWriter, "mlx-shards": MlxShardWriter, "file": GgufWriter}
+SOURCES: dict[str, Callable[[Path], Source | GgufSource]] = {"shards": Source, "mlx-shards": Source, "file": GgufSource}

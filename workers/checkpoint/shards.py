@@ -54,6 +54,9 @@ class ShardWriter:
     Leaving the context without ``close`` removes everything written.
     """
 
+    # The library whose tensors these are, in the files' metadata.
+    framework = "pt"
+
     def __init__(self, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES, journal: Journal | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         journal = journal or Journal()
@@ -178,7 +181,7 @@ class ShardWriter:
         entries = sorted(self._spooled, key=lambda entry: (-_itemsize(entry), entry.name))
         with ExitStack() as stack:
             target = stack.enter_context(self._partial(number).open("wb"))
-            target.write(_header(entries))
+            target.write(_header(entries, self.framework))
             target.flush()
             sources: dict[str | None, BinaryIO] = {}
             for entry in entries:
@@ -216,8 +219,8 @@ def _itemsize(entry: Spooled) -> int:
     return DTYPES[entry.dtype].itemsize
 
 
-def _header(entries: list[Spooled]) -> bytes:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def _header(entries: list[Spooled], framework: str) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": framework}}
     start = 0
     for entry in entries:
         header[entry.name] = {
@@ -238,3 +241,9 @@ def _copy(source: BinaryIO, target: BinaryIO, start: int, size: int) -> None:
         if copied == 0:
             raise OSError(f"{source.name}: ends {size} bytes early")
         start, size = start + copied, size - copied
+
+
+class MlxShardWriter(ShardWriter):
+    """Writes shards as mlx does."""
+
+    framework = "mlx"

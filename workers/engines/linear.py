@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
+from functools import partial as partial_function
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from workers.checkpoint.source import Source
 from workers.engines.maker import Maker
+from workers.errors import UnsupportedRecipe
 from workers.formats.table import CODECS
 from workers.methods import linear, schemes
-from workers.methods.layer import Coded, Layer, LayerWork
+from workers.methods.layer import Coded, Factors, Layer, LayerWork
 from workers.methods.scaling import Scaling, some
 from workers.model.loading import QuantizableWeight, StreamedModel
 from workers.model.statistics import InputStatistics
 from workers.numerics.precision import coarse_products
+from workers.spec.formats import FORMATS
 from workers.spec.job import ArtifactMade, Job, Order
 from workers.spec.layers import Layout
 from workers.spec.recipes import BitsAndBytesRecipe, GgufRecipe
 from workers.spec.schemes import LinearScheme
 from workers.spec.workspace import folds_folder
+
+# Elements of embeddings or head that are quantized at a time: bounds the memory of a large vocabulary.
+OUTSIDE_ELEMENTS = 1 << 24
 
 
 class LinearMaker(Maker):
@@ -36,8 +44,13 @@ class LinearMaker(Maker):
         assert codec.encode is not None, "the recipe names a format that linear layers are stored in"
         assert codec.config is not None, "the recipe names a format that linear layers are stored in"
         self._encode, self._config = codec.encode, codec.config
+        outside = schemes.outside_weights(self._recipe, streamed)
         self._schemes = schemes.schemes_of(self._recipe, streamed)
-        self._weights = {weight.key: weight for weight in streamed.weights}
+        self._schemes |= {key: schemes.scheme_outside(self._recipe, weight) for key, weight in outside.items()}
+        self._weights = {weight.key: weight for weight in streamed.weights} | outside
+        self._place = partial_function(FORMATS[order.recipe.format].place, str(streamed.model.config.model_type))
+        # Tensors of a layer's experts that the format stacks, by the stack's name and the expert.
+        self._stacks: dict[str, dict[int, Tensor]] = {}
         self.quantization_config()  # raises if the format can't store the schemes
         self.fallbacks = dict.fromkeys(schemes.deviations(self._recipe, streamed.weights, self._schemes))
         unknown = self._other_matrices()
@@ -68,7 +81,25 @@ class LinearMaker(Maker):
     def quantization_config(self) -> dict[str, Any]:
         """The quantization config as the format defines it."""
         conv1d = [self._weights[key].module for key in self._schemes if self._weights[key].transposed]
-        return self._config(self._by_module(), self._unquantized_modules(), conv1d)
+        return self._config(self._by_stored_module(), self._unquantized_modules(), conv1d)
+
+    def _by_stored_module(self) -> dict[str, LinearScheme]:
+        """The schemes by the modules' names in the artifact.
+
+        Raises:
+            UnsupportedRecipe: experts that are stored as one tensor have different schemes.
+        """
+        stored: dict[str, LinearScheme | None] = {}
+        for weight in self._weights.values():
+            place, scheme = self._place(weight.module), self._schemes.get(weight.key)
+            name = place.name if place else weight.module
+            if stored.setdefault(name, scheme) != scheme:
+                raise UnsupportedRecipe(
+                    f"recipe {self._recipe.name!r}: format {self._recipe.format} stores the experts of a layer as one "
+                    f"tensor, {name}, and {weight.module} has another scheme than those before it; give a layer's "
+                    "experts one scheme, and ignore all or none"
+                )
+        return {name: scheme for name, scheme in stored.items() if scheme is not None}
 
     def _unquantized_modules(self) -> list[str]:
         """Modules that aren't quantized and that a runtime may take for linear layers, by their names in the model and
@@ -92,6 +123,7 @@ class LinearMaker(Maker):
 
     def layer(self, work: LayerWork) -> None:
         """Quantize one layer's weights, and copy its other tensors."""
+        self._stacks = {}
         keys = self._streamed.keys_of_layer(work.index)
         chosen = [(self._weights[key], self._schemes[key]) for key in keys if key in self._schemes]
         scaling = self._scaling(work)
@@ -105,9 +137,24 @@ class LinearMaker(Maker):
         for coded in linear.code_layer(self._recipe, chosen, layer):
             self._put(coded, layer)
         self.copy({key: scaling.replaced.get(key, work.tensors[key]) for key in keys if key not in self._schemes})
+        self._write_stacks()
         self._note_borrowing(work, [weight for weight, _ in chosen])
         if scaling.changed:
             scaling.save(self._folds / f"{work.index:05d}.safetensors")
+
+    def _write(self, key: str, tensor: Tensor) -> None:
+        """Write a tensor, or keep it until all of its stack are there."""
+        if place := self._place(key):
+            self._stacks.setdefault(place.name, {})[place.expert] = tensor.to("cpu")
+        else:
+            super()._write(key, tensor)
+
+    def _write_stacks(self) -> None:
+        """Write the layer's stacked experts, each stack as one tensor."""
+        while self._stacks:
+            name, experts = self._stacks.popitem()
+            parts = [experts.pop(expert) for expert in range(len(experts))]
+            super()._write(name, torch.stack([part.view(torch.uint8) for part in parts]).view(parts[0].dtype))
 
     def _put(self, coded: Coded, layer: Layer) -> None:
         weight = coded.weight
@@ -116,6 +163,40 @@ class LinearMaker(Maker):
         if self._recipe.needs.own_stream:
             matrix_OI = coded.codes.dequantize().to("cpu", layer.dtype)
             self.decoded[weight.key] = matrix_OI.T.contiguous() if weight.transposed else matrix_OI
+
+    def outside(self, key: str) -> None:
+        """Quantize embeddings or head if the recipe says so, in pieces of their rows; copy any other tensor."""
+        scheme = self._schemes.get(key)
+        if scheme is None:
+            super().outside(key)
+            return
+        weight, matrix_OI = self._weights[key], self._source.read(key)
+        layer = Layer(
+            read=lambda piece: rows_OI,
+            statistics=lambda piece: statistics,
+            dtype=matrix_OI.dtype,
+            factors=Factors(),
+        )
+        statistics, stored = self._statistics_outside(weight), list[dict[str, Tensor]]()
+        for rows in torch.split(matrix_OI, max(OUTSIDE_ELEMENTS // matrix_OI.shape[1], 1)):
+            rows_OI = rows.to(self._streamed.device)
+            piece = replace(weight, shape_OI=(len(rows), matrix_OI.shape[1]))
+            for coded in linear.code_layer(self._recipe, [(piece, scheme)], layer):
+                stored.append({name: tensor.to("cpu") for name, tensor in self._encode(coded.codes, scheme).items()})
+                self.fallbacks.update(dict.fromkeys(coded.fallbacks))
+        self.put(weight.module, {name: _joined([part[name] for part in stored]) for name in stored[0]})
+
+    def _statistics_outside(self, weight: QuantizableWeight) -> InputStatistics | None:
+        """The statistics that a matrix outside of the layers is quantized under: the head's input; for embeddings the
+        weight's own squared error, and both if one matrix serves for both."""
+        if self.final is None:
+            return None
+        model, width = self._streamed.model, weight.shape_OI[1]
+        is_embeddings = model.get_submodule(weight.input.module) is model.get_input_embeddings()
+        even = InputStatistics.even(width, self._streamed.device)
+        if not is_embeddings:
+            return self.final
+        return InputStatistics.sum([even, self.final.normalized()]) if schemes.is_tied(model) else even
 
     def _scaling(self, work: LayerWork) -> Scaling:
         """Choose and fold the scales of the layer's inputs, if the method uses any."""
@@ -154,3 +235,8 @@ class LinearMaker(Maker):
         """Remove everything written so far."""
         super().discard()
         shutil.rmtree(self._folds, ignore_errors=True)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Tensors of any dtype, one below the other."""
+    return torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)

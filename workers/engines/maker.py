@@ -21,6 +21,7 @@ from workers.methods.layer import LayerWork
 from workers.methods.scaling import some
 from workers.model.generation import GENERATION_CONFIG, unreadable
 from workers.model.loading import QuantizableWeight, StreamedModel
+from workers.model.statistics import InputStatistics
 from workers.spec.base import Frozen
 from workers.spec.checkpoint_files import WEIGHTS, CheckpointFiles
 from workers.spec.formats import FORMATS
@@ -59,6 +60,8 @@ class Maker(ABC):
         self.fallbacks: dict[str, None] = {}
         # The layer's dequantized weights by checkpoint key: for recipes that calibrate on their own activations.
         self.decoded: dict[str, Tensor] = {}
+        # Statistics of the decoder's output, set before ``finish`` for recipes that need them.
+        self.final: InputStatistics | None = None
         self._streamed = streamed
         self._source = source
         self.target = artifact_folder(job.workspace, order)
@@ -127,6 +130,7 @@ class Maker(ABC):
         config = json.loads((folder / "config.json").read_text())
         config.pop("transformers_weights", None)  # the artifact's weights have the usual names
         config["quantization_config"] = self.quantization_config()
+        config |= FORMATS[self.order.recipe.format].settings(config)
         write_text(self._partial / "config.json", json.dumps(config, indent=2) + "\n")
         self.fallbacks.update(dict.fromkeys(copy_beside(self._source.files, folder, self._partial)))
         artifact = ArtifactMade(

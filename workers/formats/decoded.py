@@ -16,7 +16,7 @@ from torch import Tensor
 
 from workers.checkpoint.containers import SOURCES
 from workers.checkpoint.gguf_file import GgufSource
-from workers.checkpoint.source import Header, Source
+from workers.checkpoint.source import Header, Source, TensorSource
 from workers.errors import CheckpointError, UnsupportedRecipe
 from workers.formats.decoder import Decoder
 from workers.formats.table import CODECS
@@ -28,11 +28,12 @@ class Decoded:
 
     def __init__(self, source: Source | GgufSource, decoder: Decoder) -> None:
         self._source = source
+        self._tensors: TensorSource = decoder.view or source
         self._decoder = decoder
-        self._stored = _weights(source.headers, decoder)
+        self._stored = _weights(self._tensors.headers, decoder)
         owners = {key: module for module, names in self._stored.items() for key in names.values()}
         self.headers: dict[str, Header] = {}
-        for key, header in source.headers.items():
+        for key, header in self._tensors.headers.items():
             module = owners.get(key)
             if module is None:
                 self.headers[key] = header
@@ -57,9 +58,9 @@ class Decoded:
         """
         names = self._stored.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if names is None:
-            return self._source.read(name)
+            return self._tensors.read(name)
         module = name.removesuffix(".weight")
-        stored = {suffix: self._source.read(key) for suffix, key in names.items()}
+        stored = {suffix: self._tensors.read(key) for suffix, key in names.items()}
         try:
             return self._decoder.decode(module, stored)
         except CheckpointError as error:
@@ -69,7 +70,7 @@ class Decoded:
         """The rounding that transformers applies to a quantized module's input on a kind of device; None if none."""
         stored = self._stored[module]
         names = [name for name in self._decoder.activation_scales if name in stored]
-        scales = {name: self._source.read(stored[name]) for name in names}
+        scales = {name: self._tensors.read(stored[name]) for name in names}
         return self._decoder.rounding(module, scales, device)
 
     def __enter__(self) -> Self:
@@ -82,9 +83,9 @@ class Decoded:
 
     def _header(self, module: str) -> Header:
         names = self._stored[module]
-        headers = {suffix: self._source.headers[key] for suffix, key in names.items()}
+        headers = {suffix: self._tensors.headers[key] for suffix, key in names.items()}
         try:
-            return self._decoder.header(module, headers, lambda suffix: self._source.read(names[suffix]))
+            return self._decoder.header(module, headers, lambda suffix: self._tensors.read(names[suffix]))
         except CheckpointError as error:
             raise CheckpointError(f"{module}: {error}") from error
 

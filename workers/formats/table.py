@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from workers.checkpoint.source import Source
-from workers.formats import awq, fp8, gguf, gptq
+from workers.formats import awq, fp8, gguf, gptq, mlx
 from workers.formats.compressed_tensors import module as compressed_tensors
 from workers.formats.decoder import Decoder
 from workers.numerics.codes import CodedWeight
@@ -73,4 +73,5 @@ CODECS: dict[str, Codec] = {
     rows.FP8.name: Codec(fp8.open_, fp8.encode, fp8.quantization_config),
     rows.BITSANDBYTES.name: Codec(_open_bitsandbytes),
     rows.GGUF.name: Codec(gguf.open_),
+    rows.MLX.name: Codec(mlx.open_, mlx.encode, mlx.quantization_config),
 }

@@ -22,6 +22,8 @@ from workers.errors import PreflightError
 from workers.spec.base import SLUG, Frozen
 
 RECORD = "quantmill-environment.json"
+# Distributions that an environment must have in this process's version.
+SHARED, SHARED_WITHOUT_STAGES = ("ray", "quantmill"), ("quantmill",)
 
 
 class Built(Frozen):
@@ -31,8 +33,15 @@ class Built(Frozen):
     identity: str = Field(description="sha256 of the definition and of all that follows.")
     definition: dict[str, Any]
     python: str
-    packages: dict[str, str] = Field(description="Versions that are the driver's: ray, torch and quantmill.")
+    packages: dict[str, str] = Field(
+        description="Versions that are the driver's: ray, torch and quantmill; without stages, quantmill alone."
+    )
     created_at: str
+
+    @property
+    def stages(self) -> bool:
+        """Whether stages can run there; without, only a runtime's check."""
+        return bool(self.definition.get("stages", True))
 
 
 def root() -> Path:
@@ -71,7 +80,8 @@ def interpreter(name: str) -> Path:
     if record is None:
         remedy = f"install that into {environment}"
     python_and_packages = (record.python, record.packages) if record else _ask(name, python)
-    if differences := _differences(*python_and_packages):
+    shared = SHARED if record is None or record.stages else SHARED_WITHOUT_STAGES
+    if differences := _differences(*python_and_packages, shared):
         raise PreflightError(f"environment {name!r} on {platform.node()} has {', '.join(differences)}; {remedy}")
     return python
 
@@ -85,6 +95,12 @@ def interpreters(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
         except PreflightError as error:
             problems[name] = str(error)
     return usable, problems
+
+
+def runs_stages(name: str) -> bool:
+    """Whether stages can run in an environment, or only a runtime's check."""
+    record = built(name)
+    return record is None or record.stages
 
 
 def built(name: str) -> Built | None:
@@ -119,13 +135,13 @@ def _ask(name: str, python: Path) -> tuple[str, dict[str, str]]:
     return version, packages
 
 
-def _differences(python: str, packages: dict[str, str]) -> list[str]:
+def _differences(python: str, packages: dict[str, str], shared: Iterable[str]) -> list[str]:
     """Differences between an environment and this process that must agree, in words."""
     own_python = platform.python_version()
     differences = (
         [] if minor(python) == minor(own_python) else [f"Python {python}, expected {minor(own_python)} as here"]
     )
-    for name in ("ray", "quantmill"):
+    for name in shared:
         their_version, own_version = packages.get(name), version(name)
         # Code shipped with a Ray job takes precedence over installed code, both there and here.
         if own_version is not None and their_version != own_version:

@@ -25,6 +25,7 @@ def solve(recipe: AwqRecipe, stack: Stack) -> Solved:
         scale_BOG, zero_BOG = rounding.minmax_params(
             w_BOI, scheme.bits, scheme.group_size, symmetric=scheme.symmetric, scale_dtype=stack.scale_dtype
         )
+    zero_BOG = stack.as_stored(scale_BOG, zero_BOG)
     return Solved(rounding.quantize(w_BOI, scale_BOG, zero_BOG, scheme.bits), scale_BOG, zero_BOG)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -11,6 +12,12 @@ from workers.errors import NumericalError
 from workers.methods.layer import Problem, Solved, Stack, Stacked
 from workers.numerics import fp4, gptq, refine, rounding
 from workers.spec.recipes import GptqRecipe
+
+
+class _Refinement(TypedDict):
+    bits: int
+    rounds: int
+    damping: float
 
 
 def solve(recipe: GptqRecipe, stack: Stack) -> Solved:
@@ -26,13 +33,15 @@ def solve(recipe: GptqRecipe, stack: Stack) -> Solved:
     scale_BOG, zero_BOG = search(
         w_BOI, scheme.bits, scheme.group_size, symmetric=scheme.symmetric, scale_dtype=stack.scale_dtype, **weighing
     )
+    zero_BOG = stack.as_stored(scale_BOG, zero_BOG)
     factor = _factor(recipe, stack, h_BII)
     codes_BOI = gptq.solve(w_BOI, factor, scale_BOG, zero_BOG, bits=scheme.bits)
     if options.refine:
-        codes_BOI, scale_BOG = refine.refine(
-            w_BOI, h_BII, codes_BOI, scale_BOG, zero_BOG, bits=scheme.bits, rounds=options.refine,
-            damping=options.damping,
-        )  # fmt: skip
+        how: _Refinement = {"bits": scheme.bits, "rounds": options.refine, "damping": options.damping}
+        if zero_BOG is not None and stack.real_zeros:
+            codes_BOI, scale_BOG, zero_BOG = refine.refine_biased(w_BOI, h_BII, codes_BOI, scale_BOG, zero_BOG, **how)
+        else:
+            codes_BOI, scale_BOG = refine.refine(w_BOI, h_BII, codes_BOI, scale_BOG, zero_BOG, **how)
     notes = [_notes(recipe, problem, used) for problem, used in zip(stack.problems, factor.damping_B, strict=True)]
     return Solved(codes_BOI, scale_BOG, zero_BOG, notes)
 

@@ -14,4 +14,5 @@ def solve(recipe: HqqRecipe, stack: Stack) -> Solved:
         stack.w_BOI, scheme.bits, scheme.group_size, scale_dtype=stack.scale_dtype, iterations=options.iterations,
         norm=options.norm,
     )  # fmt: skip
-    return Solved(rounding.quantize(stack.w_BOI, scale_BOG, zero_BOG, scheme.bits), scale_BOG, zero_BOG)
+    stored_BOG = stack.as_stored(scale_BOG, zero_BOG)
+    return Solved(rounding.quantize(stack.w_BOI, scale_BOG, stored_BOG, scheme.bits), scale_BOG, stored_BOG)

@@ -15,7 +15,7 @@ from workers.errors import NumericalError
 from workers.model.folding import Fold
 from workers.model.loading import QuantizableWeight
 from workers.model.statistics import InputStatistics, Observer
-from workers.numerics import gptq
+from workers.numerics import gptq, rounding
 from workers.numerics.codes import CodedWeight
 from workers.spec.schemes import IntScheme, LinearScheme
 
@@ -112,10 +112,20 @@ class Stacked:
 
 @dataclass(frozen=True)
 class Stack(Stacked):
-    """Problems of one integer scheme; scales are rounded to ``scale_dtype``."""
+    """Problems of one integer scheme; scales are rounded to ``scale_dtype``.
+
+    ``real_zeros``: zero points are stored as biases in that dtype, and needn't be integers.
+    """
 
     scheme: IntScheme
     scale_dtype: torch.dtype
+    real_zeros: bool = False
+
+    def as_stored(self, scale_BOG: Tensor, zero_BOG: Tensor | None) -> Tensor | None:
+        """The zero points that are read back once these are stored."""
+        if zero_BOG is None or not self.real_zeros:
+            return zero_BOG
+        return rounding.stored_zero(scale_BOG, zero_BOG, self.scheme.bits)
 
 
 @dataclass(frozen=True)

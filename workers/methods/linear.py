@@ -89,8 +89,10 @@ def _code(recipe: LinearRecipe, batch: list[Problem], layer: Layer) -> Iterator[
 
 def _code_int(recipe: LinearRecipe, scheme: IntScheme, batch: list[Problem], layer: Layer) -> Iterator[Coded]:
     w_BOI = torch.stack([problem.matrix_OI for problem in batch])
-    scale_dtype = torch.float16 if FORMATS[recipe.format].scale_dtype == "float16" else layer.dtype
-    solved = METHODS[recipe.method].solve(recipe, Stack(batch, w_BOI, layer.factors, scheme, scale_dtype))
+    row = FORMATS[recipe.format]
+    scale_dtype = torch.float16 if row.scale_dtype == "float16" else layer.dtype
+    stack = Stack(batch, w_BOI, layer.factors, scheme, scale_dtype, row.real_zeros)
+    solved = METHODS[recipe.method].solve(recipe, stack)
     for index, problem in enumerate(batch):
         yield from _split(problem, scheme, solved, index)
 

@@ -14,4 +14,5 @@ def solve(recipe: RtnRecipe | SmoothQuantRecipe, stack: Stack) -> Solved:
     scale_BOG, zero_BOG = params(
         stack.w_BOI, scheme.bits, scheme.group_size, symmetric=scheme.symmetric, scale_dtype=stack.scale_dtype
     )
+    zero_BOG = stack.as_stored(scale_BOG, zero_BOG)
     return Solved(rounding.quantize(stack.w_BOI, scale_BOG, zero_BOG, scheme.bits), scale_BOG, zero_BOG)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import cast
+from typing import Any, cast
 
 from workers.errors import UnsupportedRecipe
-from workers.model.loading import QuantizableWeight, StreamedModel
+from workers.model.loading import InputName, QuantizableWeight, StreamedModel
 from workers.model.unpackable import unpackable_modules
 from workers.spec.formats import FORMATS, formats_that_hold
 from workers.spec.layers import LayerScheme, scheme_for
@@ -39,6 +39,44 @@ def schemes_of(recipe: LinearRecipe, streamed: StreamedModel) -> dict[str, Linea
             "fits no other layer; shorten ignore, or choose another scheme"
         )
     return schemes
+
+
+def outside_weights(recipe: LinearRecipe, streamed: StreamedModel) -> dict[str, QuantizableWeight]:
+    """Embeddings and head, if the recipe quantizes them, by checkpoint key.
+
+    A head that is stored though the model uses its embeddings' matrix isn't one of them: no reader uses it.
+
+    Raises:
+        UnsupportedRecipe: the scheme refuses a weight's shape.
+    """
+    model = streamed.model
+    tied = is_tied(model)
+    modules = {"embeddings": model.get_input_embeddings(), "head": None if tied else model.get_output_embeddings()}
+    names = {f"{name}.weight" for name, module in model.named_modules() if any(module is m for m in modules.values())}
+    found = {}
+    for key in streamed.outside_keys:
+        owner, module, header = streamed.owners.get(key), key.removesuffix(".weight"), streamed.source.headers[key]
+        if owner in names and len(header.shape) == 2 and recipe.scheme_outside(module) is not None:
+            rows, columns = header.shape
+            found[key] = QuantizableWeight(key, -1, InputName(owner, None), (rows, columns), False)
+    return found
+
+
+def is_tied(model: Any) -> bool:
+    """Whether the head's matrix is the embeddings'."""
+    return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+
+
+def scheme_outside(recipe: LinearRecipe, weight: QuantizableWeight) -> LinearScheme:
+    """The scheme of a weight outside of the layers.
+
+    Raises:
+        UnsupportedRecipe: it refuses the weight's shape.
+    """
+    chosen = _chosen(recipe, weight)
+    if chosen.scheme is None:
+        raise UnsupportedRecipe(f"recipe {recipe.name!r}: outside: {weight.module}: {chosen.why}; leave it out there")
+    return cast(LinearScheme, chosen.scheme)
 
 
 def _chosen(recipe: LinearRecipe, weight: QuantizableWeight) -> LayerScheme:

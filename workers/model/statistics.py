@@ -50,6 +50,28 @@ class InputStatistics:
             torch.maximum(total.abs_max_I, part.abs_max_I, out=total.abs_max_I)
         return total
 
+    @classmethod
+    def of(cls, batches: Iterable[Tensor], device: torch.device | str) -> InputStatistics:
+        """Statistics of the decoder's output, float [B, T, I] for each batch: the head's input."""
+        total: InputStatistics | None = None
+        for batch in batches:
+            total = total or cls.empty(batch.shape[-1], device)
+            total.add(batch.to(device))
+        assert total is not None, "a calibration has tokens"
+        total.complete()
+        return total
+
+    @classmethod
+    def even(cls, width: int, device: torch.device | str) -> InputStatistics:
+        """Statistics under which the output's error is the weight's squared error: of uncorrelated, equal inputs."""
+        ones = torch.ones(width, device=device)
+        return cls(width, torch.eye(width, device=device), ones.clone(), ones)
+
+    def normalized(self) -> InputStatistics:
+        """Statistics of the same tokens, divided so that the mean square of an input is one in sum."""
+        scale_I = self.gram_II.diagonal().mean().sqrt().clamp(min=1e-30).expand(len(self.abs_sum_I))
+        return self.divided(scale_I)
+
     def divided(self, scale_I: Tensor) -> InputStatistics:
         """Statistics of the same tokens with every input divided by ``scale_I`` (positive float32 [I])."""
         gram_II = self.gram_II / scale_I / scale_I[:, None]

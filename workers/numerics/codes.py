@@ -17,7 +17,7 @@ class IntWeight:
     """``weight_OI = (codes_OI - zero_OG) * scale_OG``.
 
     ``codes_OI`` int8 in [-2^(bits-1), 2^(bits-1) - 1]; ``scale_OG`` in its stored dtype; ``zero_OG`` int8 in the range
-    of the codes, None for symmetric.
+    of the codes, or float32 for formats that store biases, None for symmetric.
     """
 
     codes_OI: Tensor

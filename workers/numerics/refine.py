@@ -3,19 +3,22 @@
 B stacked problems, O output features, I input features, G groups, e = w - q, loss tr(E H E^T) with H damped as GPTQ's.
 Scales: with D_g the codes of group g minus their zero points (zero elsewhere), q = sum_g s_g D_g, and the best scales
 of a row solve its normal equations A s = b, A_gk = D_g H D_k^T, b_g = D_g H w^T.
+Zero points, where they are stored as biases: with m_g the group's value at its mean code, q = sum_g s_g D_g + m_g 1_g,
+the scales are solved with m fixed and then m with the scales fixed; about the mean the two hardly depend on each other.
 Codes: coordinate descent; the loss is minimal in column j at w_j + sum_{k != j} e_k H_kj / H_jj, rounded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from workers.numerics.gptq import Nearest, damped, each_column, integers, sweep_columns, transposed
 from workers.numerics.precision import add_product
-from workers.numerics.rounding import code_range
+from workers.numerics.rounding import code_range, stored_zero
 
 # Elements per piece of rows whose normal equations are built together: bounds the temporaries.
 PIECE_ELEMENTS = 1 << 22
@@ -39,14 +42,11 @@ def refine(
     ``h_BII`` float32: X^T X of the inputs, or any positive multiple; ``damping`` is added to its diagonal, as a share
     of its mean. Zero points don't change. Rows without an improvement don't change.
     """
-    damped_BII, mixing_BII = _mixing(h_BII, damping)
-    wt_BIO = transposed(w_BOI.float())
-    hw_BIO = torch.zeros_like(wt_BIO)
-    add_product(hw_BIO, damped_BII, wt_BIO)
+    problem = _Problem.of(w_BOI, h_BII, damping)
     codes_BIO = transposed(codes_BOI)
     for _ in range(rounds):
-        scale_BOG = _scales(damped_BII, hw_BIO, codes_BIO, scale_BOG, zero_BOG)
-        codes_BIO = _codes(wt_BIO, mixing_BII, codes_BIO, scale_BOG, zero_BOG, bits)
+        scale_BOG = _scales(problem.h_BII, problem.hw_BIO, codes_BIO, scale_BOG, zero_BOG)
+        codes_BIO = _codes(problem.wt_BIO, problem.mixing_BII, codes_BIO, scale_BOG, zero_BOG, bits)
     return transposed(codes_BIO), scale_BOG
 
 
@@ -78,6 +78,92 @@ def _mixing(h_BII: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     mixing_BII = damped_BII / damped_BII.diagonal(dim1=1, dim2=2)[..., None]
     mixing_BII.diagonal(dim1=1, dim2=2).zero_()
     return damped_BII, mixing_BII
+
+
+def refine_biased(
+    w_BOI: Tensor,
+    h_BII: Tensor,
+    codes_BOI: Tensor,
+    scale_BOG: Tensor,
+    zero_BOG: Tensor,
+    *,
+    bits: int,
+    rounds: int,
+    damping: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Like ``refine``, for zero points that are stored as biases in the dtype of the scales: they are solved, too.
+
+    The zero points, given and returned, are float32, those that stored biases stand for (``rounding.stored_zero``).
+    """
+    problem = _Problem.of(w_BOI, h_BII, damping)
+    codes_BIO = transposed(codes_BOI)
+    for _ in range(rounds):
+        scale_BOG, zero_BOG = _affine(problem, codes_BIO, scale_BOG, zero_BOG, bits)
+        codes_BIO = _codes(problem.wt_BIO, problem.mixing_BII, codes_BIO, scale_BOG, zero_BOG, bits)
+    return transposed(codes_BIO), scale_BOG, zero_BOG
+
+
+class _Problem(NamedTuple):
+    """What stays the same over all rounds: H damped, its rows over its diagonal without that, W transposed, and H W."""
+
+    h_BII: Tensor
+    mixing_BII: Tensor
+    wt_BIO: Tensor
+    hw_BIO: Tensor
+
+    @classmethod
+    def of(cls, w_BOI: Tensor, h_BII: Tensor, damping: float) -> _Problem:
+        damped_BII, mixing_BII = _mixing(h_BII, damping)
+        wt_BIO = transposed(w_BOI.float())
+        hw_BIO = torch.zeros_like(wt_BIO)
+        add_product(hw_BIO, damped_BII, wt_BIO)
+        return cls(damped_BII, mixing_BII, wt_BIO, hw_BIO)
+
+
+def _affine(
+    problem: _Problem, codes_BIO: Tensor, scale_BOG: Tensor, zero_BOG: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    """The best scales and real zero points of each row for its codes; the given ones where storing undoes the gain."""
+    batch, width, rows = codes_BIO.shape
+    h_BII, groups = problem.h_BII, scale_BOG.shape[2]
+    summed_BIG = torch.unflatten(h_BII, 2, (groups, -1)).sum(3)  # H 1_g
+    normal_BGG = torch.unflatten(summed_BIG, 1, (groups, -1)).sum(2)
+    own_BGg = torch.unflatten(summed_BIG, 1, (groups, -1)).diagonal(dim1=1, dim2=3).mT  # H_gg 1
+    ridge_BG = RIDGE * normal_BGG.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(batch, groups)
+    factor_BGG = torch.linalg.cholesky((normal_BGG + torch.diag_embed(ridge_BG)).double())
+    piece = max(PIECE_ELEMENTS // (batch * width), 1)
+    scales, zeros = [], []
+    for start in range(0, rows, piece):
+        part = slice(start, start + piece)
+        scale, zero, codes = scale_BOG[:, part], zero_BOG[:, part], codes_BIO[:, :, part]
+        weights, right = problem.wt_BIO[:, :, part], problem.hw_BIO[:, :, part]
+        codes_BGgO = torch.unflatten(codes, 1, (groups, -1)).float()
+        mean_BOG = ((own_BGg[..., None] * codes_BGgO).sum(2) / own_BGg.sum(2)[..., None]).mT
+        middle_BGO = ((mean_BOG - zero) * scale.float()).mT
+        new_scale = _scales(h_BII, right - summed_BIG @ middle_BGO, codes, scale, mean_BOG)
+        swing_BIO = _decoded(codes, new_scale, mean_BOG)
+        rest_BGO = torch.unflatten(right, 1, (groups, -1)).sum(2) - summed_BIG.mT @ swing_BIO
+        middle_BGO = torch.cholesky_solve(rest_BGO.double(), factor_BGG).float()
+        new_zero = stored_zero(new_scale, mean_BOG - middle_BGO.mT / new_scale.float(), bits)
+        before_BO = _loss(h_BII, weights - _decoded(codes, scale, zero))
+        after_BO = _loss(h_BII, weights - _decoded(codes, new_scale, new_zero))
+        better = (after_BO < before_BO)[..., None] & new_zero.isfinite().all(2, keepdim=True)
+        scales.append(torch.where(better, new_scale, scale))
+        zeros.append(torch.where(better, new_zero, zero.float()))
+    return torch.cat(scales, 1), torch.cat(zeros, 1)
+
+
+def _decoded(codes_BIO: Tensor, scale_BOG: Tensor, zero_BOG: Tensor) -> Tensor:
+    """The decoded weights, float32 [B, I, O]."""
+    steps_BGgO = _steps(codes_BIO, scale_BOG.shape[2], zero_BOG)
+    return (steps_BGgO * scale_BOG.float().mT[:, :, None, :]).flatten(1, 2)
+
+
+def _loss(h_BII: Tensor, error_BIO: Tensor) -> Tensor:
+    """e H e^T of each row, [B, O]."""
+    product_BIO = torch.zeros_like(error_BIO)
+    add_product(product_BIO, h_BII, error_BIO)
+    return (product_BIO * error_BIO).sum(1)
 
 
 def _scales(h_BII: Tensor, hw_BIO: Tensor, codes_BIO: Tensor, scale_BOG: Tensor, zero_BOG: Tensor | None) -> Tensor:

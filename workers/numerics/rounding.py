@@ -93,6 +93,28 @@ def dequantize_groups(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tens
     return steps * scale.float().unsqueeze(-1)
 
 
+def biases(scale_OG: Tensor, zero_OG: Tensor | None, bits: int) -> Tensor:
+    """The bias of each group for unsigned codes, ``weight = unsigned * scale + bias``, in the dtype of the scales.
+
+    Exact for a symmetric grid: a power of two times the scale.
+    """
+    offset = float(1 << (bits - 1))
+    zero = offset if zero_OG is None else zero_OG.float() + offset
+    return (scale_OG.float() * -zero).to(scale_OG.dtype)
+
+
+def stored_zero(scale_OG: Tensor, zero_OG: Tensor, bits: int) -> Tensor:
+    """The zero point that a bias in the dtype of the scales stands for: what storing makes of ``zero_OG``, float32."""
+    bias_OG = biases(scale_OG, zero_OG, bits).float()
+    return -bias_OG / scale_OG.float() - float(1 << (bits - 1))
+
+
+def dequantize_biased(codes_OI: Tensor, scale_OG: Tensor, bias_OG: Tensor) -> Tensor:
+    """The decoded weights, float32 [O, I], of unsigned codes with a scale and a bias for each group."""
+    groups = _grouped(codes_OI.float(), codes_OI.shape[-1] // scale_OG.shape[-1])
+    return (groups * scale_OG.float().unsqueeze(-1) + bias_OG.float().unsqueeze(-1)).flatten(-2)
+
+
 def _grouped(w_OI: Tensor, group_size: int | None) -> Tensor:
     width = w_OI.shape[-1]
     size = group_size or width

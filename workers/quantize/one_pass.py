@@ -17,7 +17,7 @@ from workers.model import batching, reference
 from workers.model.device import open_model
 from workers.model.folding import Fold
 from workers.model.forward import Lanes, LoadedLayer, Streaming
-from workers.model.statistics import Observer
+from workers.model.statistics import InputStatistics, Observer
 from workers.model.text import calibration_tokens, load_tokenizer
 from workers.numerics.precision import coarse_forwards
 from workers.quantize.attempts import (
@@ -160,6 +160,10 @@ class _Pass:
                         self._checkpoint(folder, layer.index + 1, size, groups)
             if REFERENCE in groups:
                 reference.store(self._tokens.reference, groups[REFERENCE].outputs())
+            if CALIBRATION in groups and any(maker.order.recipe.needs.final for maker in self._makers):
+                final = InputStatistics.of(groups[CALIBRATION].outputs(), self._streamed.device)
+                for maker in self._makers:
+                    maker.final = final
 
     def _groups(self, streaming: Streaming, size: int) -> dict[str, Lanes]:
         """The groups of lanes that run through the model, by name."""

@@ -35,7 +35,7 @@ from workers.model.device import open_model
 from workers.model.folding import Fold
 from workers.model.forward import Lanes, LoadedLayer, Streaming
 from workers.model.loading import StreamedModel
-from workers.model.statistics import Observer, inputs_of
+from workers.model.statistics import InputStatistics, Observer, inputs_of
 from workers.numerics.precision import coarse_forwards
 from workers.quantize.attempts import (
     CheckpointTimer,
@@ -188,9 +188,18 @@ class SpreadFolder:
         """Log file of a part's inputs of a layer; its tensors are beside it."""
         return self._path / "seen" / f"{layer:05d}.{part:05d}.json"
 
+    def final(self, part: int) -> reference.ReferenceFile:
+        """File of the decoder's outputs for a part of the calibration."""
+        return reference.ReferenceFile(self._path / "final" / f"{part:05d}.safetensors")
+
     def reference(self, part: int) -> reference.ReferenceFile:
         """File of a part's share of the reference."""
         return reference.ReferenceFile(self._path / "reference" / f"{part:05d}.safetensors")
+
+    def final_statistics(self, device: str) -> InputStatistics:
+        """Statistics of the decoder's outputs over all parts, in the order of the text."""
+        files = [file for part in range(self.parts) if (file := self.final(part)).exists]
+        return InputStatistics.of((batch for file in files for batch in reference.load(file)), device)
 
     def note_gathered(self, part: int, record: GatherRecord) -> None:
         """Record that a part has gathered."""
@@ -285,6 +294,8 @@ class _Gathering:
                         _checkpoint(folder, layer.index + 1, size, groups)
             if REFERENCE in groups:
                 reference.store(self._spread_folder.reference(self._part), groups[REFERENCE].outputs())
+            if CALIBRATION in groups and any(recipe.needs.final for recipe in self._recipes):
+                reference.store(self._spread_folder.final(self._part), groups[CALIBRATION].outputs())
         self._spread_folder.note_gathered(
             self._part, GatherRecord(micro_batch_tokens=size, full=self._full, notes=self._tokens.notes)
         )
@@ -438,18 +449,20 @@ def _joined(
         raise TransientError(f"recipe {order.recipe.name!r}: no part has made layers {lacking[:5]}; solve them")
     try:
         with maker.timed():
-            return _whole(maker, layers, spread_folder)
+            return _whole(maker, layers, spread_folder, streamed.device)
     except Exception as error:
         return failed_artifact(order, failure_alone(order, error), maker.seconds)
     finally:
         maker.release()
 
 
-def _whole(maker: Maker, layers: Sequence[SolvedLayer], spread_folder: SpreadFolder) -> ArtifactMade:
+def _whole(maker: Maker, layers: Sequence[SolvedLayer], spread_folder: SpreadFolder, device: str) -> ArtifactMade:
     maker.begin()
     spread_folder.note(maker)
     for layer in layers:
         maker.adopt(layer.tensors, layer.fallbacks, layer.seconds)
+    if maker.order.recipe.needs.final:
+        maker.final = spread_folder.final_statistics(device)
     return maker.finish()
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, WithJsonSchema
 
-from workers.spec import ggml
+from workers.spec import ggml, mlx
 from workers.spec.schemes import (
     FP8_BLOCK,
     Float8Scheme,
@@ -50,6 +50,11 @@ class Format:
     ``file_bytes`` is the planned size of a whole file, for formats that store more than tensors one by one, from a
     scheme, all matrices (key, outputs and inputs, bytes in the source) and config.json.
     ``lists_unquantized``: config.json names the modules that stay in half precision.
+
+    ``settings`` are the keys of config.json that its readers need beside the source's and ``quantization_config``, from
+    all of those. ``outside``: embeddings and head can be quantized. ``real_zeros``: zero points are stored as biases.
+    ``place`` says of a model_type and the name of a tensor or module in the source where it is stored, if it is one of
+    several in a stack.
     """
 
     name: str
@@ -62,7 +67,7 @@ class Format:
     conv1d: bool = False
     experts: Callable[[Scheme], str | None] = lambda scheme: None
     scale_dtype: Literal["float16", "checkpoint"] = "checkpoint"
-    container: Literal["shards", "file"] = "shards"
+    container: Literal["shards", "file", "mlx-shards"] = "shards"
     multiple_OI: tuple[int, int] = (1, 1)
     group_sizes: tuple[int | None, ...] | None = None
     without_weight: Callable[[Scheme], bool] = lambda scheme: False
@@ -71,6 +76,10 @@ class Format:
     only_method: str | None = None
     file_bytes: Callable[[Scheme, Iterable[tuple[str, tuple[int, int], int]], Mapping[str, Any]], int] | None = None
     lists_unquantized: bool = False
+    real_zeros: bool = False
+    outside: bool = False
+    settings: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
+    place: Callable[[str, str], mlx.Place | None] = lambda model_type, name: None
 
 
 # ------------------------------------------------------------------------------------- compressed-tensors
@@ -333,8 +342,60 @@ GGUF = Format(
     ),
 )
 
+# --------------------------------------------------------------------------------------------------- mlx
+
+
+def _mlx_holds(scheme: Scheme) -> bool:
+    if isinstance(scheme, MicroscalingScheme):
+        return scheme.type == "mxfp4"
+    plain = _plain_int(scheme)
+    return plain is not None and plain.bits in (2, 3, 4, 5, 6, 8)
+
+
+def _mlx_stored(scheme: Scheme, weight: TensorHeader) -> list[TensorHeader]:
+    rows, columns = weight.shape
+    if isinstance(scheme, MicroscalingScheme):
+        scales = TensorHeader("scales", (rows, columns // scheme.group_size), "U8")
+        return [TensorHeader("weight", (rows, columns // 8), "U32"), scales]
+    assert isinstance(scheme, IntScheme), "the format holds no other schemes"
+    assert scheme.group_size is not None, "the format has no scale for a whole row"
+    groups = columns // scheme.group_size
+    return [
+        TensorHeader("weight", (rows, columns * scheme.bits // 32), "U32"),
+        TensorHeader("scales", (rows, groups), weight.dtype),
+        TensorHeader("biases", (rows, groups), weight.dtype),
+    ]
+
+
+def _mlx_family(config: Mapping[str, Any]) -> list[str]:
+    all_settings = [config, *(value for value in config.values() if isinstance(value, dict))]
+    return [_mlx_mode_family(given) for given in all_settings if "bits" in given]
+
+
+def _mlx_mode_family(given: Mapping[str, Any]) -> str:
+    return f"w{given['bits']}" if given.get("mode", "affine") == "affine" else str(given["mode"])
+
+
+MLX = Format(
+    name="mlx",
+    says="int of 2, 3, 4, 5, 6 or 8 bits, symmetric or not, in groups of 32, 64 or 128, a scheme of its own for each "
+    "layer, and mxfp4",
+    holds=_mlx_holds,
+    stored=_mlx_stored,
+    # mlx-lm names no quantizer.
+    declares=lambda config: "quant_method" not in config and {"bits", "group_size"} <= set(config),
+    family=_mlx_family,
+    per_layer_schemes=True,
+    container="mlx-shards",
+    group_sizes=(32, 64, 128),
+    real_zeros=True,
+    outside=True,
+    settings=mlx.settings,
+    place=mlx.place,
+)
+
 FORMATS: dict[str, Format] = {
-    row.name: row for row in (COMPRESSED_TENSORS, GPTQ, GPTQ_V2, AWQ, FP8, BITSANDBYTES, GGUF)
+    row.name: row for row in (COMPRESSED_TENSORS, GPTQ, GPTQ_V2, AWQ, FP8, BITSANDBYTES, GGUF, MLX)
 }
 
 

@@ -391,6 +391,12 @@ StageResult.model_rebuild()
 # ---------------------------------------------------------------------------------------------- identity
 
 
+def _what_determines_bytes(recipe: Recipe) -> dict[str, Any]:
+    content = recipe.model_dump(mode="json", exclude={"name", "description", "environment", "labels"})
+    # Only where it's set: artifacts of earlier releases, which knew no such field, keep their identity.
+    return {key: value for key, value in content.items() if key != "outside" or value is not None}
+
+
 def fingerprint(model: ModelPin, recipe: Recipe, calibration: Calibration | None, data_sha256: str | None) -> str:
     """Identity of an artifact: sha256 of everything that determines its content.
 
@@ -403,7 +409,7 @@ def fingerprint(model: ModelPin, recipe: Recipe, calibration: Calibration | None
             **({} if model.folder else {"id": model.id}),
             **({"variant": model.variant} if model.variant else {}),
         },
-        "recipe": recipe.model_dump(mode="json", exclude={"name", "description", "environment", "labels"}),
+        "recipe": _what_determines_bytes(recipe),
         "numerics": recipe.revision,
     }
     if model.mixture and FORMATS[recipe.format].lists_unquantized:

@@ -37,6 +37,7 @@ class LayerKinds(NamedTuple):
     mixture: bool = False
     dtype: str = ""
     split: bool = False
+    model_type: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,17 @@ def is_matrix_of_a_layer(tensor: TensorHeader) -> bool:
     return tensor.name.endswith(".weight") and len(tensor.shape) == 2 and LAYER.search(tensor.name) is not None
 
 
+def is_quantized_outside(tensor: TensorHeader, recipe: Recipe) -> bool:
+    """Whether a tensor is the matrix of embeddings or head, and the recipe quantizes it."""
+    module = tensor.name.removesuffix(".weight")
+    inside = LAYER.search(tensor.name) is not None
+    return not inside and len(tensor.shape) == 2 and recipe.scheme_outside(module) is not None
+
+
 def quantizable(tensor: TensorHeader, recipe: Recipe) -> bool:
-    """Whether the recipe quantizes this tensor: a matrix inside a decoder layer that isn't ignored."""
+    """Whether the recipe quantizes this tensor: a matrix inside a decoder layer that isn't ignored, or one outside."""
+    if is_quantized_outside(tensor, recipe):
+        return True
     if not is_matrix_of_a_layer(tensor):
         return False
     module = tensor.name.removesuffix(".weight")
@@ -136,7 +146,9 @@ def loaded_dtype(config: Mapping[str, object], tensors: Iterable[TensorHeader]) 
     return max(set(matrices), key=lambda dtype: (matrices.count(dtype), dtype), default="")
 
 
-def kinds_of(recipe: Recipe, tensors: Iterable[TensorHeader], *, conv1d: bool, dtype: str = "") -> LayerKinds:
+def kinds_of(
+    recipe: Recipe, tensors: Iterable[TensorHeader], *, conv1d: bool, dtype: str = "", model_type: str = ""
+) -> LayerKinds:
     """The kinds of layers that a recipe quantizes among a checkpoint's tensors; ``conv1d`` is the family's."""
     experts = mixture = False
     schemes: dict[str, Scheme | None] = {}
@@ -155,4 +167,5 @@ def kinds_of(recipe: Recipe, tensors: Iterable[TensorHeader], *, conv1d: bool, d
         mixture=mixture,
         dtype=dtype,
         split=bool(split_groups(schemes)),
+        model_type=model_type,
     )

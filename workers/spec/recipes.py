@@ -109,13 +109,29 @@ class PassNeeds(NamedTuple):
 
     ``statistics``: X^T X of every layer's inputs, from the calibration text. ``magnitudes``: the inputs' mean and
     maximum magnitudes as well. ``folds``: the layers' folds, which move scales of inputs into the preceding module.
-    ``own_stream``: hidden states from the recipe's own quantized layers.
+    ``own_stream``: hidden states from the recipe's own quantized layers. ``final``: X^T X of the last hidden states.
     """
 
     statistics: bool = False
     magnitudes: bool = False
     folds: bool = False
     own_stream: bool = False
+    final: bool = False
+
+
+# Names of modules outside of the layers, without the model's prefix.
+EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|tok_embeddings|word_embeddings|embed_in|wte)$")
+HEAD = re.compile(r"(^|\.)(lm_head|embed_out)$")
+
+
+class Outside(Frozen):
+    """Schemes of the matrices outside of the layers; null: left as they are.
+
+    A model that uses one matrix for both has the embeddings' scheme.
+    """
+
+    embeddings: AnyLinearScheme | None = Field(None, description="The input embeddings'.")
+    head: AnyLinearScheme | None = Field(None, description="The head's, whatever `ignore` says.")
 
 
 class RecipeBase(Frozen):
@@ -172,6 +188,10 @@ class RecipeBase(Frozen):
         """All patterns of module names in the recipe."""
         return self.ignore
 
+    def scheme_outside(self, module: str) -> LinearScheme | None:
+        """The scheme of a module outside of the layers; None if it stays as it is."""
+        return None
+
     def ignores(self, module: str) -> bool:
         """Whether the module named ``module`` stays in half precision."""
         return any(matches(pattern, module) for pattern in self.ignore)
@@ -189,12 +209,39 @@ class Override(Frozen):
         return _compiled("modules", value)
 
 
-class GridRecipe(RecipeBase):
+class CodedRecipe(RecipeBase):
+    """A recipe whose codes are ours, and stored in a format."""
+
+    format: FormatName
+    outside: Outside | None = Field(None, description="Schemes of embeddings and head; null: left as they are.")
+
+    @model_validator(mode="after")
+    def _outside_readable(self) -> Self:
+        schemes = [scheme for scheme in (self.outside.embeddings, self.outside.head) if scheme] if self.outside else []
+        if schemes and not FORMATS[self.format].outside:
+            able = " or ".join(row.name for row in FORMATS.values() if row.outside)
+            raise ValueError(
+                f"recipe {self.name!r}: outside: embeddings and head stay as they are in the format {self.format!r}; "
+                f"choose format: {able}, or leave outside out"
+            )
+        for scheme in schemes:
+            check_holds(self.name, self.format, scheme)
+        return self
+
+    def scheme_outside(self, module: str) -> LinearScheme | None:
+        """The scheme of a module outside of the layers; None if it stays as it is."""
+        if self.outside is None:
+            return None
+        if EMBEDDINGS.search(module):
+            return self.outside.embeddings
+        return self.outside.head if HEAD.search(module) else None
+
+
+class GridRecipe(CodedRecipe):
     """A recipe with codes on a grid of integers, or of E2M1 numbers."""
 
     scheme: GridScheme
     overrides: tuple[Override, ...] = Field((), description="Schemes of their own; the first whose pattern fits.")
-    format: FormatName
 
     @model_validator(mode="after")
     def _readable(self) -> Self:
@@ -212,8 +259,10 @@ class GridRecipe(RecipeBase):
         """All patterns of module names in the recipe."""
         return (*self.ignore, *(pattern for override in self.overrides for pattern in override.modules))
 
-    def scheme_of(self, module: str) -> IntScheme | MicroscalingScheme:
+    def scheme_of(self, module: str) -> LinearScheme:
         """The recipe's scheme for a module."""
+        if outside := self.scheme_outside(module):
+            return outside
         for override in self.overrides:
             if any(matches(pattern, module) for pattern in override.modules):
                 return override.scheme
@@ -237,7 +286,8 @@ class GptqRecipe(GridRecipe):
     @property
     def needs(self) -> PassNeeds:
         """Statistics, from its own quantized layers if ``propagate`` is ``quantized``."""
-        return PassNeeds(statistics=True, own_stream=self.options.propagate == "quantized")
+        own_stream = self.options.propagate == "quantized"
+        return PassNeeds(statistics=True, own_stream=own_stream, final=self.outside is not None)
 
 
 class AwqRecipe(IntRecipe):
@@ -249,7 +299,7 @@ class AwqRecipe(IntRecipe):
     @property
     def needs(self) -> PassNeeds:
         """Statistics, magnitudes and folds."""
-        return PassNeeds(statistics=True, magnitudes=True, folds=True)
+        return PassNeeds(statistics=True, magnitudes=True, folds=True, final=self.outside is not None)
 
 
 class SmoothQuantRecipe(IntRecipe):
@@ -286,12 +336,11 @@ class HqqRecipe(IntRecipe):
         return self
 
 
-class RtnRecipe(RecipeBase):
+class RtnRecipe(CodedRecipe):
     """Round to nearest."""
 
     method: Literal["rtn"]
     scheme: AnyLinearScheme
-    format: FormatName
     options: RtnOptions = RtnOptions()
 
     @property
@@ -313,7 +362,7 @@ class RtnRecipe(RecipeBase):
 
     def scheme_of(self, module: str) -> LinearScheme:
         """The recipe's scheme for a module."""
-        return self.scheme
+        return self.scheme_outside(module) or self.scheme
 
 
 class BitsAndBytesRecipe(RecipeBase):
@@ -367,9 +416,12 @@ Recipe = Annotated[LinearRecipe | BitsAndBytesRecipe | GgufRecipe, Field(discrim
 
 
 def words(recipe: Recipe) -> str:
-    """A recipe's scheme in words, with the bit widths of its overrides."""
-    others = {override.scheme.bits for override in recipe.overrides} if isinstance(recipe, IntRecipe) else set()
-    return recipe.scheme.words(others) if isinstance(recipe.scheme, IntScheme) else recipe.scheme.words()
+    """A recipe's scheme in words, with the bit widths of its overrides, and whether embeddings and head have one."""
+    overrides = recipe.overrides if isinstance(recipe, GridRecipe) else ()
+    outside = ", embeddings and head too" if isinstance(recipe, CodedRecipe) and recipe.outside else ""
+    others = {override.scheme.bits for override in overrides}
+    scheme = recipe.scheme.words(others) if isinstance(recipe.scheme, IntScheme) else recipe.scheme.words()
+    return f"{scheme}{outside}"
 
 
 def matches(pattern: str, name: str) -> bool:

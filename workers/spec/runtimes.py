@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from pydantic import Field
 
+from workers.spec import mlx
 from workers.spec.base import Frozen
 from workers.spec.families import DEFAULT_LOADER
 from workers.spec.formats import (
@@ -23,6 +24,7 @@ from workers.spec.formats import (
     GGUF,
     GPTQ,
     GPTQ_V2,
+    MLX,
     Arithmetic,
     formats_that_hold,
 )
@@ -294,7 +296,46 @@ LLAMA_CPP = Runtime(
     library="gguf",
 )
 
-RUNTIMES: dict[str, Runtime] = {row.name: row for row in (TRANSFORMERS, VLLM, LLAMA_CPP)}
+# ------------------------------------------------------------------------------------------------ mlx-lm
+
+
+def _mlx_by_mlx_lm(scheme: Scheme, kinds: LayerKinds) -> str | None:
+    if kinds.model_type and kinds.model_type not in mlx.FAMILIES:
+        return (
+            f"are of the family {kinds.model_type}, for which mlx-lm {mlx.VERSION} has no model; choose "
+            f"{_formats([name for name in formats_that_hold(scheme) if name != MLX.name] or [COMPRESSED_TENSORS.name])}"
+        )
+    if kinds.conv1d:
+        return (
+            f"are Conv1D, whose packed weights mlx-lm {mlx.VERSION} transposes; choose {_formats([BITSANDBYTES.name])}"
+        )
+    if kinds.experts and kinds.model_type and kinds.model_type not in mlx.STACKS:
+        return (
+            f"are experts of the family {kinds.model_type}, and how mlx-lm stacks those wasn't tried; ignore them "
+            "('*.experts.*'), or choose another format"
+        )
+    return None
+
+
+def _with_mlx_lm(repo: str, loader: str) -> str:
+    return (
+        "from mlx_lm import generate, load\n\n"
+        f'model, tokenizer = load("{repo}")\n'
+        'print(generate(model, tokenizer, prompt="Once upon a time", max_tokens=100))\n'
+    )
+
+
+MLX_LM = Runtime(
+    name="mlx-lm",
+    distribution="mlx-lm",
+    rules={MLX.name: _mlx_by_mlx_lm},
+    snippet=_with_mlx_lm,
+    entry="workers.verify.runtimes.mlx_lm:answer",
+    environment="mlx",
+    library="mlx",
+)
+
+RUNTIMES: dict[str, Runtime] = {row.name: row for row in (TRANSFORMERS, VLLM, LLAMA_CPP, MLX_LM)}
 
 
 # --------------------------------------------------------------------------------------------- look-ups

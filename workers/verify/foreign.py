@@ -26,7 +26,7 @@ from workers.verify.comparison import Comparison
 from workers.verify.integrity import QUANTIZERS_OWN, Findings, compare, differing_settings, listed
 
 # Settings that a tool may change on saving a checkpoint without changing the model.
-UNSAID = QUANTIZERS_OWN | {"_name_or_path", "use_cache", "_attn_implementation_autoset"}
+UNSAID = QUANTIZERS_OWN | {"quantization", "_name_or_path", "use_cache", "_attn_implementation_autoset"}
 SAMPLE_TOKENS = 2048
 
 

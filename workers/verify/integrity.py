@@ -19,6 +19,7 @@ from workers.formats.folded import Folded
 from workers.machine.files import file_sha256, open_checkpoint
 from workers.model.generation import GENERATION_CONFIG, unreadable
 from workers.spec.checkpoint_files import REPLACED
+from workers.spec.formats import recognised
 from workers.verify.diagnosis import diagnose
 
 NAMED = 3  # names listed in a message
@@ -173,7 +174,10 @@ def _config(source: Path, artifact: Path) -> list[str]:
         want, got = (json.loads((folder / "config.json").read_text()) for folder in (source, artifact))
     except (OSError, ValueError) as error:
         return [f"integrity: config.json can't be read ({error})"]
-    return differing_settings("config.json", want, got, QUANTIZERS_OWN | {"transformers_weights"})
+    declared = got.get("quantization_config")
+    row = recognised(declared) if isinstance(declared, dict) else None
+    added = row.settings({**want, "quantization_config": declared}) if row else {}
+    return differing_settings("config.json", {**want, **added}, got, QUANTIZERS_OWN | {"transformers_weights"})
 
 
 def differing_settings(

@@ -14,7 +14,7 @@ from workers.formats.decoded import Decoded, open_decoded
 from workers.formats.folded import Folded
 from workers.machine.files import file_sha256, write_text
 from workers.machine.preflight import versions
-from workers.spec.families import Family, family_of
+from workers.spec.families import family_of
 from workers.spec.job import (
     ArtifactMade,
     Calibration,
@@ -145,8 +145,9 @@ def _seal(
     environment = versions()
     with Source(source_folder, allow_pickle=job.model.allow_pickle, variant=job.model.variant) as source:
         reference_bytes = source.bytes
-        family = _family(source_folder)
-        kinds = kinds_of(order.recipe, _headers(source), conv1d=family.conv1d)
+        model_type = _model_type(source_folder)
+        family = family_of(model_type)
+        kinds = kinds_of(order.recipe, _headers(source), conv1d=family.conv1d, model_type=model_type)
     checked = about.source_check
     fallbacks = tuple(dict.fromkeys((*record.fallbacks, *about.notes)))
     card = render_card(job, order, source_folder, verdict, environment, fallbacks, kinds, family.loader, checked)
@@ -182,5 +183,5 @@ def _headers(source: Source) -> list[TensorHeader]:
     return [TensorHeader(name, tuple(header.shape), "") for name, header in source.headers.items()]
 
 
-def _family(folder: Path) -> Family:
-    return family_of(json.loads((folder / "config.json").read_text()).get("model_type"))
+def _model_type(folder: Path) -> str:
+    return str(json.loads((folder / "config.json").read_text()).get("model_type") or "")

@@ -96,6 +96,22 @@ def test_one_built_for_another_ray_is_refused(root: Path) -> None:
         environments.interpreter("old")
 
 
+def test_one_for_checks_alone_needs_no_ray(root: Path) -> None:
+    folder = by_hand(root / "light")
+    packages = {"quantmill": version} if (version := environments.version("quantmill")) else {}
+    record = Built(
+        name="light", identity="0" * 64, definition={"stages": False}, python=platform.python_version(),
+        packages=packages, created_at="2026-11-25",
+    )  # fmt: skip
+    (folder / RECORD).write_text(record.model_dump_json())
+    assert environments.interpreter("light") == folder / "bin/python"
+    assert not environments.runs_stages("light")
+    other = record.model_copy(update={"packages": {"quantmill": "0.0"}})
+    (folder / RECORD).write_text(other.model_dump_json())
+    with pytest.raises(PreflightError, match=r"has quantmill 0\.0, expected .*env create light`"):
+        environments.interpreter("light")
+
+
 def test_where_it_is_made_is_no_part_of_an_artifacts_identity() -> None:
     model = ModelPin(id="a/b", revision="0" * 40)
     text = Calibration(dataset=Dataset(path="text", data_files=("a.txt",)))

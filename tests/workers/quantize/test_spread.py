@@ -37,7 +37,7 @@ from workers.spec.workspace import artifact_folder, folds_folder
 PARTS = 3
 RECIPES = {
     "llama-tiny": ["gptq-w4-g128", "awq-w4-g128", "fp8-static", "bnb-nf4", "rtn-w4-g128"],
-    "qwen3-moe-tiny": ["gptq-w4-g128", "awq-w4-g128", "bnb-nf4", "rtn-w4-g128"],
+    "qwen3-moe-tiny": ["gptq-w4-g128", "awq-w4-g128", "bnb-nf4", "rtn-w4-g128", "mlx-w4-g64"],
 }
 
 

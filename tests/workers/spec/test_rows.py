@@ -82,6 +82,7 @@ def test_configs_are_recognised_by_one_row_alone() -> None:
         {"quant_method": "compressed-tensors"}, {"quant_method": "gptq", "checkpoint_format": "gptq"},
         {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}, {"quant_method": "awq"}, {"quant_method": "fp8"},
         {"quant_method": "bitsandbytes", "load_in_8bit": True}, {"quant_method": "gguf"},
+        {"group_size": 64, "bits": 4, "mode": "affine"},
     ]  # fmt: skip
     assert [getattr(recognised(config), "name", None) for config in declared] == list(FORMATS)
     for config in declared:
@@ -127,6 +128,8 @@ def test_no_other_place_names_a_format() -> None:
         "fp8": {"workers/spec/schemes.py"},
         "gguf": {"workers/spec/runtimes.py", "workers/spec/checkpoint_files.py"},
         "bitsandbytes": {"workers/spec/recipes.py", "workers/spec/engines.py", "workers/machine/warm.py"},
+        # Also an environment, and the library that files of tensors name.
+        "mlx": {"workers/spec/runtimes.py", "workers/checkpoint/shards.py", "workers/spec/checkpoint_files.py"},
     }
     for path in [*ROOT.glob("workers/**/*.py"), *ROOT.glob("pipeline/**/*.py")]:
         place = str(path.relative_to(ROOT))

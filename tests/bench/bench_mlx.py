@@ -1,0 +1,118 @@
+"""Measure MLX artifacts beside ``mlx_lm.convert`` at the same bits: KL to the source, both run in mlx-lm.
+
+``python -m tests.bench.bench_mlx llama-tiny qwen3-moe-tiny``; needs the environment mlx (`quantmill env create mlx`).
+The held-out text, its tokens and the reference's logits are those of a verification.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline.zoo import shipped
+from tests.workers import jobs
+from workers.checkpoint.source import Source
+from workers.machine.environments import interpreter
+from workers.model.forward import LogitsHead, stream
+from workers.quantize.one_pass import quantize
+from workers.spec.mlx import settings
+from workers.spec.runtimes import MLX_LM, RuntimeRequest
+from workers.verify.comparison import Comparison
+from workers.verify.runtimes.ask import ask
+
+CONVERT = """
+import json, sys, time
+from mlx_lm.convert import convert
+begun = time.time()
+convert(hf_path=sys.argv[1], mlx_path=sys.argv[2], quantize=True, **json.loads(sys.argv[3]))
+print(json.dumps(time.time() - begun))
+"""
+# Ours, and the settings of convert with the same bits for layers, embeddings and head.
+PAIRS: dict[str, dict[str, Any]] = {
+    "mlx-w3-g64": {"q_bits": 3, "q_group_size": 64},
+    "mlx-w4-g64": {"q_bits": 4, "q_group_size": 64},
+    "mlx-w6-g64": {"q_bits": 6, "q_group_size": 64},
+    "mlx-w8-g64": {"q_bits": 8, "q_group_size": 64},
+    "mlx-mixed-4-6": {"quant_predicate": "mixed_4_6"},
+    "mlx-mxfp4": {"q_mode": "mxfp4", "q_bits": 4, "q_group_size": 32},
+}
+
+
+def rows(model: str, pairs: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """A line of the table for each recipe."""
+    source = jobs.ZOO / "models" / model
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        job = jobs.job(source, folder / "runs", *(shipped.recipe(name) for name in pairs), samples=128)
+        text = job.verification.model_copy(update={"tokens": 2048, "sequence_length": 256})
+        job = job.model_copy(update={"verification": text})
+        with Source(source) as opened:
+            comparison = Comparison.of_job(job, opened)
+            comparison.load()
+            tokens = comparison.tokens
+            reference = LogitsHead(comparison.reference).logits(torch.cat(stream(comparison.reference, [tokens])))
+        begun = time.monotonic()
+        made, _ = quantize(job, source)
+        seconds = time.monotonic() - begun
+        for order, ours in zip(job.orders, made, strict=True):
+            assert ours.error is None, ours.error
+            name = order.recipe.name
+            theirs, theirs_seconds = _converted(
+                _readable(source, folder / "source"), folder / f"{name}-convert", pairs[name]
+            )
+            kl = [_kl(reference, _logits(path, tokens, folder)) for path in (Path(ours.path), theirs)]
+            size = sum(path.stat().st_size for path in theirs.glob("*.safetensors"))
+            yield (
+                f"| {model} | {name} | {kl[0]:.5f} | {kl[1]:.5f} | {kl[0] / kl[1]:.2f} | {ours.bytes / 1e6:.2f} | "
+                f"{size / 1e6:.2f} | {ours.seconds:.1f} | {theirs_seconds:.1f} |"
+            )
+        yield f"| {model} | the whole pass | | | | | | {seconds:.1f} | |"
+
+
+def _readable(source: Path, copy: Path) -> Path:
+    """The source with the keys of config.json that mlx-lm needs, and transformers 5 doesn't save."""
+    shutil.copytree(source, copy, dirs_exist_ok=True)
+    config = json.loads((source / "config.json").read_text())
+    added = settings({**config, "quantization_config": {}})
+    del added["quantization"]
+    (copy / "config.json").write_text(json.dumps(config | added))
+    return copy
+
+
+def _converted(source: Path, out: Path, settings: dict[str, Any]) -> tuple[Path, float]:
+    command = [interpreter("mlx"), "-c", CONVERT, source, out, json.dumps(settings)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=out.parent)
+    return out, float(done.stdout.splitlines()[-1])
+
+
+def _logits(artifact: Path, tokens: Tensor, folder: Path) -> Tensor:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        save_file({"tokens": tokens}, Path(scratch) / "tokens.safetensors")
+        answer = ask(MLX_LM, RuntimeRequest(artifact=str(artifact), scratch=scratch), tokens, tokens[:1, :8].clone())
+    assert answer.logits is not None, answer.problems
+    logits: Tensor = answer.logits
+    return logits
+
+
+def _kl(reference: Tensor, logits: Tensor) -> float:
+    ours, theirs = logits[:, :-1].double().log_softmax(-1), reference[:, :-1].double().cpu().log_softmax(-1)
+    return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+
+
+if __name__ == "__main__":
+    print("| model | recipe | KL | KL of convert | ratio | MB | MB of convert | s | s of convert |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for wanted in sys.argv[1:] or ["llama-tiny", "qwen3-moe-tiny"]:
+        for line in rows(wanted, PAIRS):
+            print(line, flush=True)
