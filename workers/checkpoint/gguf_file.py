@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from workers.checkpoint.shards import Journal, ShardWriter, Spooled, read_back
-from workers.checkpoint.source import DTYPES, Header
+from workers.checkpoint.source import DTYPES, Header, read_into
 from workers.errors import CheckpointError
 from workers.machine.files import open_checkpoint
 from workers.spec.base import Frozen
@@ -264,9 +264,11 @@ class GgufSource:
         if name not in self._parts:
             raise CheckpointError(f"checkpoint {self._path}: no tensor {name!r}; it has {len(self._parts)} others")
         part = self._parts[name]
-        data = torch.empty(part.rows * part.row_bytes, dtype=torch.uint8)
-        if os.preadv(self._file, [data.numpy().data], part.start) != data.numel():
+        size = part.rows * part.row_bytes
+        if part.start + size > os.fstat(self._file).st_size:
             raise CheckpointError(f"checkpoint {self._path}: ends within {name!r}; complete its download")
+        data = torch.empty(size, dtype=torch.uint8)
+        read_into(data.numpy().data, self._file, part.start)
         tensor = data.view(part.kept)
         tensor = tensor if part.vector else tensor.view(part.rows, -1)
         tensor = restored(tensor, part.piece.order)

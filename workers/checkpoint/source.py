@@ -95,7 +95,7 @@ class Source:
         # Read, not mapped: mapped pages of all layers would count toward this process's memory.
         file, start, size = self._places[name]
         data = torch.empty(size, dtype=torch.uint8)
-        _read_into(data.numpy().data, file, start)
+        read_into(data.numpy().data, file, start)
         header = self.headers[name]
         return data.view(header.dtype).view(header.shape)
 
@@ -107,7 +107,7 @@ class Source:
         header = self.headers[name]
         part = size // header.shape[0]
         data = torch.empty(part, dtype=torch.uint8)
-        _read_into(data.numpy().data, file, start + index * part)
+        read_into(data.numpy().data, file, start + index * part)
         return data.view(header.dtype).view(header.shape[1:])
 
     @property
@@ -138,7 +138,7 @@ class Source:
             self._places[name] = (file, 8 + length + start, end - start)
 
 
-def _read_into(target: memoryview, file: int, start: int) -> None:
+def read_into(target: memoryview, file: int, start: int) -> None:
     """Fill ``target`` from byte ``start`` of a file; positional reads, so that threads can read concurrently."""
     while target:
         count = os.preadv(file, [target], start)
