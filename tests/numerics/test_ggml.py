@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from workers.numerics import ggml
+from workers.numerics import ggml, grid_fit
 from workers.spec.ggml import FILE_TYPES, NARROW, TYPES
 
 # One row of 512 weights of each type, as llama.cpp's encoder (xllamacpp 2026.10.11549) wrote it and with random codes,
@@ -44,3 +44,26 @@ def test_codes_are_exchanged_and_nothing_else(kind: str, seed: int, rows: int, b
     assert torch.equal(before.scale_OG, after.scale_OG) or before.scale_OG.isnan().any()
     assert ggml.codes(kind, raw).min() >= layout.low
     assert ggml.codes(kind, raw).max() <= layout.high
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_fitted_scales_are_stored_and_lose_no_more(kind: str, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    raw = GOLDEN[f"{kind}.own.blocks"]
+    w = ggml.decode(kind, raw) + 0.02 * torch.randn(1, 512, generator=random)
+    x = torch.randn(600, 512, generator=random)
+    h, grid, units = x.T @ x, ggml.grid(kind, raw), ggml.units(kind, raw)
+    free = grid_fit.Steps(None)
+    steps = free if units is None else grid_fit.Steps(units.scale_OG[None], units.low, units.high)
+    of_minima = units.minimum_OG if units is not None else None
+    minima = free if units is None or of_minima is None else grid_fit.Steps(of_minima[None], units.low, units.high)
+    minimum = None if grid.minimum_OG is None else grid.minimum_OG[None]
+    scale, minimum = grid_fit.fit(
+        w[None], h[None], ggml.numbers(kind, raw)[None], grid.scale_OG[None], minimum, steps, minima, damping=0.0
+    )
+    fitted = ggml.with_grid(kind, raw, ggml.Grid(scale[0], None if minimum is None else minimum[0]))
+    assert torch.equal(ggml.codes(kind, fitted), ggml.codes(kind, raw))
+    assert torch.allclose(ggml.grid(kind, fitted).scale_OG, scale[0], rtol=1e-5, atol=0)
+    before, after = (ggml.decode(kind, blocks).double() - w.double() for blocks in (raw, fitted))
+    assert (after @ h.double() @ after.T).item() < (before @ h.double() @ before.T).item() * (1 + 1e-6)
