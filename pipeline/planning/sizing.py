@@ -99,7 +99,7 @@ def estimate(
 ) -> Estimate:
     """Estimate one model under one recipe; zeros for a pickled checkpoint, which has no readable headers."""
     shape = shape_of(source)
-    artifact = sum(count * _stored_bytes(tensor, source, recipe) for tensor, count in _tensors(shape, recipe))
+    artifact = _artifact_bytes(source, shape, recipe)
     calibrated = _calibration_tokens(recipe, calibration)
     hidden = 4 * _size(source, "hidden_size", "n_embd")
     return Estimate(
@@ -159,6 +159,22 @@ def _size(source: PinnedModel, *names: str) -> int:
 def _in_features(tensor: TensorHeader, source: PinnedModel) -> int:
     """A weight's input width, along which its groups run."""
     return out_in_shape(tensor, conv1d=source.family.conv1d)[1]
+
+
+def _artifact_bytes(source: PinnedModel, shape: Shape, recipe: Recipe) -> int:
+    """Bytes of the artifact's weight files."""
+    whole = FORMATS[recipe.format].file_bytes
+    if whole is None:
+        return sum(count * _stored_bytes(tensor, source, recipe) for tensor, count in _tensors(shape, recipe))
+    return whole(recipe.scheme, [_in_one_file(tensor, source) for tensor in shape.every], source.config)
+
+
+def _in_one_file(tensor: TensorHeader, source: PinnedModel) -> tuple[str, tuple[int, int], int]:
+    """A tensor as ``Format.file_bytes`` takes it; vectors are stored in float32."""
+    if len(tensor.shape) != 2:
+        return tensor.name, (1, tensor.numel), 4 * tensor.numel
+    conv1d = source.family.conv1d and LAYER.search(tensor.name) is not None
+    return tensor.name, out_in_shape(tensor, conv1d=conv1d), tensor.bytes
 
 
 def _stored_bytes(tensor: TensorHeader, source: PinnedModel, recipe: Recipe) -> int:

@@ -247,7 +247,3 @@ class MlxShardWriter(ShardWriter):
     """Writes shards as mlx does."""
 
     framework = "mlx"
-
-
-# Weight writers by the container of a format.
-WRITERS: dict[str, type[ShardWriter]] = {"shards": ShardWriter, "mlx-shards": MlxShardWriter}

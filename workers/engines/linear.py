@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial as partial_function
 from pathlib import Path
@@ -26,7 +25,7 @@ from workers.numerics.precision import coarse_products
 from workers.spec.formats import FORMATS
 from workers.spec.job import ArtifactMade, Job, Order
 from workers.spec.layers import Layout
-from workers.spec.recipes import BitsAndBytesRecipe
+from workers.spec.recipes import BitsAndBytesRecipe, GgufRecipe
 from workers.spec.schemes import LinearScheme
 from workers.spec.workspace import folds_folder
 
@@ -39,7 +38,7 @@ class LinearMaker(Maker):
 
     def __init__(self, job: Job, order: Order, streamed: StreamedModel, source: Source, partial: Path) -> None:
         super().__init__(job, order, streamed, source, partial)
-        assert not isinstance(order.recipe, BitsAndBytesRecipe)
+        assert not isinstance(order.recipe, BitsAndBytesRecipe | GgufRecipe)
         self._recipe = order.recipe
         codec = CODECS[order.recipe.format]
         assert codec.encode is not None, "the recipe names a format that linear layers are stored in"
@@ -216,19 +215,6 @@ class LinearMaker(Maker):
         if work.observer is None or not self._recipe.calibrated:
             return None
         return work.observer.of(weight.input)
-
-    def _note_borrowing(self, work: LayerWork, weights: Iterable[QuantizableWeight]) -> None:
-        """Add a fallback that names the layer's experts with too few tokens."""
-        if work.observer is None or not self._recipe.calibrated:
-            return
-        short = {w.module: n for w in weights if (n := work.observer.borrowed(w.input)) is not None}
-        if short:
-            least, most = min(short.values()), max(short.values())
-            tokens = f"{least} to {most} tokens" if least != most else f"{least} tokens"
-            self.fallbacks[
-                f"calibrated on the tokens of all experts of its layer, for only {tokens} came to it: "
-                f"{some(sorted(short))}"
-            ] = None
 
     @property
     def _folds(self) -> Path:

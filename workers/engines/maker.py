@@ -13,16 +13,17 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from workers.checkpoint.shards import WRITERS, Journal, ShardWriter, Spooled
+from workers.checkpoint.containers import WRITERS
+from workers.checkpoint.shards import Journal, ShardWriter, Spooled
 from workers.checkpoint.source import Source, copy_companions
 from workers.machine.files import write_text
 from workers.methods.layer import LayerWork
 from workers.methods.scaling import some
 from workers.model.generation import GENERATION_CONFIG, unreadable
-from workers.model.loading import StreamedModel
+from workers.model.loading import QuantizableWeight, StreamedModel
 from workers.model.statistics import InputStatistics
 from workers.spec.base import Frozen
-from workers.spec.checkpoint_files import CheckpointFiles
+from workers.spec.checkpoint_files import WEIGHTS, CheckpointFiles
 from workers.spec.formats import FORMATS
 from workers.spec.job import ArtifactMade, Job, Order
 from workers.spec.layers import Layout
@@ -135,7 +136,7 @@ class Maker(ABC):
         artifact = ArtifactMade(
             recipe=self.order.recipe.name,
             path=str(self.target),
-            bytes=sum(path.stat().st_size for path in self._partial.glob("*.safetensors")),
+            bytes=sum(path.stat().st_size for end in WEIGHTS for path in self._partial.glob(f"*{end}")),
             seconds=self.seconds,
             fallbacks=tuple(self.fallbacks),
         )
@@ -164,6 +165,19 @@ class Maker(ABC):
             yield
         finally:
             self.seconds += time.monotonic() - begun
+
+    def _note_borrowing(self, work: LayerWork, weights: Iterable[QuantizableWeight]) -> None:
+        """Add a fallback that names the layer's experts with too few tokens."""
+        if work.observer is None or not self.order.recipe.calibrated:
+            return
+        short = {w.module: n for w in weights if (n := work.observer.borrowed(w.input)) is not None}
+        if short:
+            least, most = min(short.values()), max(short.values())
+            tokens = f"{least} to {most} tokens" if least != most else f"{least} tokens"
+            self.fallbacks[
+                f"calibrated on the tokens of all experts of its layer, for only {tokens} came to it: "
+                f"{some(sorted(short))}"
+            ] = None
 
     def copy(self, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors unchanged."""

@@ -12,7 +12,7 @@ from workers.engines.maker import Maker
 from workers.model.loading import StreamedModel
 from workers.spec import engines
 from workers.spec.layers import Layout
-from workers.spec.recipes import BitsAndBytesRecipe, Recipe
+from workers.spec.recipes import BitsAndBytesRecipe, GgufRecipe, Recipe
 from workers.spec.schemes import Scheme
 from workers.spec.workspace import layout_path
 
@@ -29,9 +29,16 @@ def _bitsandbytes() -> type[Maker]:
     return BitsAndBytesMaker
 
 
+def _ggml() -> type[Maker]:
+    from workers.engines.ggml import GgmlMaker
+
+    return GgmlMaker
+
+
 MAKERS: dict[str, Callable[[], type[Maker]]] = {
     engines.LINEAR.name: _linear,
     engines.BITSANDBYTES.name: _bitsandbytes,
+    engines.GGML.name: _ggml,
 }
 
 
@@ -57,5 +64,6 @@ def _layout_again(recipe: Recipe, streamed: StreamedModel) -> dict[str, Scheme]:
         return dict.fromkeys(modules, recipe.scheme)
     from workers.methods.schemes import schemes_of
 
+    assert not isinstance(recipe, GgufRecipe), "its maker always stored a layout"
     schemes = schemes_of(recipe, streamed)
     return {weight.module: schemes[weight.key] for weight in streamed.weights if weight.key in schemes}

@@ -14,6 +14,8 @@ from typing import Self
 
 from torch import Tensor
 
+from workers.checkpoint.containers import SOURCES
+from workers.checkpoint.gguf_file import GgufSource
 from workers.checkpoint.source import Header, Source, TensorSource
 from workers.errors import CheckpointError, UnsupportedRecipe
 from workers.formats.decoder import Decoder
@@ -24,7 +26,7 @@ from workers.spec.formats import FORMATS, recognised
 class Decoded:
     """An opened checkpoint (a ``source.TensorSource``) whose quantized weights are decoded on reading."""
 
-    def __init__(self, source: Source, decoder: Decoder) -> None:
+    def __init__(self, source: Source | GgufSource, decoder: Decoder) -> None:
         self._source = source
         self._tensors: TensorSource = decoder.view or source
         self._decoder = decoder
@@ -107,7 +109,7 @@ def open_decoded(folder: Path, *, trust_remote_code: bool = False) -> Source | D
             f"checkpoint {folder}: quant_method {config.get('quant_method')!r} in config.json; can decode "
             f"{', '.join(sorted(FORMATS))}"
         )
-    source = Source(folder)
+    source = SOURCES[row.container](folder)
     return Decoded(source, CODECS[row.name].open(config, source, trust_remote_code))
 
 

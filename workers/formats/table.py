@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from workers.checkpoint.source import Source
-from workers.formats import awq, fp8, gptq, mlx
+from workers.formats import awq, fp8, gguf, gptq, mlx
 from workers.formats.compressed_tensors import module as compressed_tensors
 from workers.formats.decoder import Decoder
 from workers.numerics.codes import CodedWeight
@@ -52,7 +52,7 @@ class Codec:
     only by a library have neither ``encode`` nor ``config``: their engine calls the library.
     """
 
-    open: Callable[[Mapping[str, Any], Source, bool], Decoder]
+    open: Callable[[Mapping[str, Any], Any, bool], Decoder]
     encode: Encode | None = None
     config: Configure | None = None
 
@@ -72,5 +72,6 @@ CODECS: dict[str, Codec] = {
     rows.AWQ.name: Codec(awq.open_, awq.encode, awq.quantization_config),
     rows.FP8.name: Codec(fp8.open_, fp8.encode, fp8.quantization_config),
     rows.BITSANDBYTES.name: Codec(_open_bitsandbytes),
+    rows.GGUF.name: Codec(gguf.open_),
     rows.MLX.name: Codec(mlx.open_, mlx.encode, mlx.quantization_config),
 }

@@ -65,12 +65,14 @@ def solve(w_BOI: Tensor, factor: Factor, scale_BOG: Tensor, zero_BOG: Tensor | N
     return _solved(w_BOI, factor, scale_BOG, zero_BOG, integers(*code_range(bits))).to(torch.int8)
 
 
-def solve_values(w_BOI: Tensor, factor: Factor, scale_BOG: Tensor, nearest: Nearest) -> Tensor:
-    """Values of a grid, float32 [B, O, I], whose products with the groups' scales are the quantized weights.
+def solve_values(
+    w_BOI: Tensor, factor: Factor, scale_BOG: Tensor, nearest: Nearest, zero_BOG: Tensor | None = None
+) -> Tensor:
+    """Values of a grid, float32 [B, O, I]; less the zero points and times the groups' scales: the quantized weights.
 
     ``nearest`` rounds a tensor in place to the grid.
     """
-    return _solved(w_BOI, factor, scale_BOG, None, nearest)
+    return _solved(w_BOI, factor, scale_BOG, zero_BOG, nearest)
 
 
 def integers(low: int, high: int) -> Nearest:

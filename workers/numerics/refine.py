@@ -59,15 +59,16 @@ def descend(
     *,
     rounds: int,
     damping: float,
+    zero_BOG: Tensor | None = None,
 ) -> Tensor:
-    """Values of a grid, float32 [B, O, I], with at most the given ones' loss; the scales stay.
+    """Values of a grid, float32 [B, O, I], with at most the given ones' loss; scales and zero points stay.
 
     ``nearest`` rounds a tensor in place to the grid; ``rounds`` are sweeps of coordinate descent over the columns.
     """
     _, mixing_BII = _mixing(h_BII, damping)
     wt_BIO, values_BIO = transposed(w_BOI.float()), transposed(values_BOI)
     for _ in range(rounds):
-        values_BIO = _swept(wt_BIO, mixing_BII, values_BIO, scale_BOG, None, nearest)
+        values_BIO = _swept(wt_BIO, mixing_BII, values_BIO, scale_BOG, zero_BOG, nearest)
     return transposed(values_BIO)
 
 

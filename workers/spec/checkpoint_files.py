@@ -18,6 +18,8 @@ from workers.errors import CheckpointError, UnsupportedModel
 from workers.spec.bounds import INDEX_BYTES, parse_json
 
 CONFIG = "config.json"
+# Suffixes of the weight files of artifacts.
+WEIGHTS = (".safetensors", ".gguf")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
@@ -173,6 +175,10 @@ def with_variant(name: str, variant: str | None) -> str:
 
 def _explicit(config: bytes, what: str) -> str | None:
     parsed = parse_json(config, f"{what}: {CONFIG}")
+    declared = parsed.get("quantization_config") if isinstance(parsed, dict) else None
+    whole = declared.get("file") if isinstance(declared, dict) else None
+    if isinstance(whole, str) and whole.endswith(".gguf") and "/" not in whole and safe_name(whole):
+        return whole
     value = parsed.get("transformers_weights") if isinstance(parsed, dict) else None
     if value is None:
         return None

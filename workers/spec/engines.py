@@ -51,6 +51,8 @@ class WholeAnswer(Frozen):
 
 
 LINEAR = Engine("linear")
+# Its environment's library encodes, its converter names: both are called from the pass, which stays in this process.
+GGML = Engine("ggml", environment="llama-cpp")
 BITSANDBYTES = Engine("bitsandbytes", packages=("bitsandbytes",), least_capability=(6, 0))
 
-ENGINES: dict[str, Engine] = {row.name: row for row in (LINEAR, BITSANDBYTES)}
+ENGINES: dict[str, Engine] = {row.name: row for row in (LINEAR, BITSANDBYTES, GGML)}

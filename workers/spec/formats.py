@@ -6,17 +6,19 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, WithJsonSchema
 
-from workers.spec import mlx
+from workers.spec import ggml, mlx
 from workers.spec.schemes import (
     FP8_BLOCK,
     Float8Scheme,
     FourBitFloatScheme,
+    GgmlScheme,
+    GgufScheme,
     IntScheme,
     LlmInt8Scheme,
     MicroscalingScheme,
@@ -43,8 +45,10 @@ class Format:
 
     ``per_layer_schemes``: layers may have schemes of their own. ``conv1d``: Conv1D layers can be stored.
     ``scale_dtype``: dtype that scales are rounded to. ``container``: what the weights are written as
-    (``checkpoint.shards.WRITERS``). ``arithmetic`` says how runtimes compute with such a config. ``needs``:
+    (``checkpoint.containers.WRITERS``). ``arithmetic`` says how runtimes compute with such a config. ``needs``:
     distributions for writing and decoding. ``only_method`` is the one method that writes the format, if others can't.
+    ``file_bytes`` is the planned size of a whole file, for formats that store more than tensors one by one, from a
+    scheme, all matrices (key, outputs and inputs, bytes in the source) and config.json.
     ``lists_unquantized``: config.json names the modules that stay in half precision.
 
     ``settings`` are the keys of config.json that its readers need beside the source's and ``quantization_config``, from
@@ -70,6 +74,7 @@ class Format:
     arithmetic: Callable[[Mapping[str, Any]], Arithmetic] = lambda config: "any"
     needs: tuple[str, ...] = ()
     only_method: str | None = None
+    file_bytes: Callable[[Scheme, Iterable[tuple[str, tuple[int, int], int]], Mapping[str, Any]], int] | None = None
     lists_unquantized: bool = False
     real_zeros: bool = False
     outside: bool = False
@@ -305,6 +310,38 @@ BITSANDBYTES = Format(
     only_method="bitsandbytes",
 )
 
+
+# -------------------------------------------------------------------------------------------------- gguf
+
+
+def _gguf_stored(scheme: Scheme, weight: TensorHeader) -> list[TensorHeader]:
+    assert isinstance(scheme, GgmlScheme), "a layer has one type"
+    rows, columns = weight.shape
+    return [TensorHeader(f"weight_{scheme.kind}", (rows, ggml.TYPES[scheme.kind].row_bytes(columns)), "U8")]
+
+
+def _gguf_family(config: Mapping[str, Any]) -> list[str]:
+    mix = ggml.FILE_TYPES.get(config.get("file_type"))  # type: ignore[arg-type]
+    return [mix.family] if mix else []
+
+
+GGUF = Format(
+    name="gguf",
+    says="one file for llama.cpp, with a type for each tensor: " + ", ".join(mix.upper() for mix in ggml.FILE_TYPES),
+    holds=lambda scheme: isinstance(scheme, GgufScheme | GgmlScheme),
+    stored=_gguf_stored,
+    declares=lambda config: config.get("quant_method") == "gguf",
+    family=_gguf_family,
+    per_layer_schemes=True,
+    conv1d=True,
+    container="file",
+    arithmetic=lambda config: "own",
+    only_method="ggml",
+    file_bytes=lambda scheme, matrices, config: (
+        ggml.planned_bytes(scheme.mix, matrices, config) if isinstance(scheme, GgufScheme) else 0
+    ),
+)
+
 # --------------------------------------------------------------------------------------------------- mlx
 
 
@@ -357,7 +394,9 @@ MLX = Format(
     place=mlx.place,
 )
 
-FORMATS: dict[str, Format] = {row.name: row for row in (COMPRESSED_TENSORS, GPTQ, GPTQ_V2, AWQ, FP8, BITSANDBYTES, MLX)}
+FORMATS: dict[str, Format] = {
+    row.name: row for row in (COMPRESSED_TENSORS, GPTQ, GPTQ_V2, AWQ, FP8, BITSANDBYTES, GGUF, MLX)
+}
 
 
 # --------------------------------------------------------------------------------------------- look-ups

@@ -13,11 +13,12 @@ from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 from pydantic import Field, field_validator, model_validator
 
 from workers.spec.base import SLUG, Frozen
-from workers.spec.formats import BITSANDBYTES, FORMATS, FormatName, check_holds, formats_with_schemes_by_layer
+from workers.spec.formats import BITSANDBYTES, FORMATS, GGUF, FormatName, check_holds, formats_with_schemes_by_layer
 from workers.spec.schemes import (
     AnyLinearScheme,
     Float8Scheme,
     FourBitFloatScheme,
+    GgufScheme,
     GridScheme,
     IntScheme,
     LinearScheme,
@@ -79,6 +80,17 @@ class HqqOptions(Frozen):
 
     iterations: int = Field(20, ge=1, le=1000)
     norm: float = Field(0.7, gt=0, lt=2, description="p of the l_p norm of the error that is made small.")
+
+
+class GgufOptions(Frozen):
+    """Settings of GGUF files."""
+
+    codes: Literal["solved", "llama.cpp"] = Field(
+        "solved",
+        description="On the scales that llama.cpp chooses with the importance matrix: codes by GPTQ, or llama.cpp's.",
+    )
+    damping: float = Field(0.01, gt=0, lt=1, description="Added to diag(H), as a share of its mean.")
+    refine: int = Field(3, ge=0, le=100, description="After solving: sweeps of coordinate descent for the codes.")
 
 
 IGNORED_BY_DEFAULT = (
@@ -373,8 +385,34 @@ class BitsAndBytesRecipe(RecipeBase):
         return self.scheme
 
 
+class GgufRecipe(RecipeBase):
+    """GGUF: types and scales as llama.cpp chooses them with the importance matrix, codes solved under the Hessian."""
+
+    engine: ClassVar[str] = "ggml"
+
+    method: Literal["ggml"]
+    scheme: GgufScheme
+    format: FormatName = GGUF.name
+    options: GgufOptions = GgufOptions()
+    ignore: tuple[str, ...] = Field((), description="Modules left as they are: names, shell patterns, or re:REGEX.")
+
+    @model_validator(mode="after")
+    def _readable(self) -> Self:
+        check_holds(self.name, self.format, self.scheme)
+        return self
+
+    @property
+    def needs(self) -> PassNeeds:
+        """Statistics: their diagonal is the importance matrix."""
+        return PassNeeds(statistics=True)
+
+    def scheme_of(self, module: str) -> GgufScheme:
+        """The recipe's scheme for a module."""
+        return self.scheme
+
+
 LinearRecipe = GptqRecipe | RtnRecipe | AwqRecipe | SmoothQuantRecipe | HqqRecipe
-Recipe = Annotated[LinearRecipe | BitsAndBytesRecipe, Field(discriminator="method")]
+Recipe = Annotated[LinearRecipe | BitsAndBytesRecipe | GgufRecipe, Field(discriminator="method")]
 
 
 def words(recipe: Recipe) -> str:

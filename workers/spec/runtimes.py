@@ -21,6 +21,7 @@ from workers.spec.formats import (
     COMPRESSED_TENSORS,
     FORMATS,
     FP8,
+    GGUF,
     GPTQ,
     GPTQ_V2,
     MLX,
@@ -59,8 +60,8 @@ class Runtime:
     ``rules`` are keyed by the formats that it reads; ``packages`` are those that a format needs besides its own
     distribution, and ``extras`` quantmill's extra that installs one of them. ``environment`` names the prebuilt
     environment that its check runs in; None: the one that the artifact is verified in. ``snippet`` is the Python code
-    in the card for a repository, and ``library`` the Hub's name for the library that it's of; ``tried`` is what the
-    rules of a runtime without ``entry`` were observed with.
+    in the card for a repository; ``tried`` is what the rules of a runtime without ``entry`` were observed with.
+    ``library`` is the Hub's name for the library that loads such files, for the card's metadata.
     """
 
     name: str
@@ -273,6 +274,28 @@ VLLM = Runtime(
     tried="vLLM 0.32 on a CPU, with small models",
 )
 
+# --------------------------------------------------------------------------------------------- llama.cpp
+
+
+def _with_llama_cpp(repo: str, loader: str) -> str:
+    return (
+        "from llama_cpp import Llama\n\n"
+        f'llm = Llama.from_pretrained("{repo}", filename="*.gguf")\n'
+        'llm("Once upon a time", max_tokens=64)\n\n'
+        f"# or in a shell: llama-cli -hf {repo}\n"
+    )
+
+
+LLAMA_CPP = Runtime(
+    name="llama.cpp",
+    distribution="llama-cpp-python",
+    rules={GGUF.name: lambda scheme, kinds: None},
+    snippet=_with_llama_cpp,
+    entry="workers.verify.runtimes.llama_cpp:answer",
+    environment="llama-cpp",
+    library="gguf",
+)
+
 # ------------------------------------------------------------------------------------------------ mlx-lm
 
 
@@ -312,7 +335,7 @@ MLX_LM = Runtime(
     library="mlx",
 )
 
-RUNTIMES: dict[str, Runtime] = {row.name: row for row in (TRANSFORMERS, VLLM, MLX_LM)}
+RUNTIMES: dict[str, Runtime] = {row.name: row for row in (TRANSFORMERS, VLLM, LLAMA_CPP, MLX_LM)}
 
 
 # --------------------------------------------------------------------------------------------- look-ups

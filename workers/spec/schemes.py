@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from workers.spec.base import Frozen
+from workers.spec.ggml import FILE_TYPES, Kind, Mix
 
 # Rows and columns of a block of weights that share an fp8 scale (as in DeepSeek-V3).
 FP8_BLOCK = 128
@@ -131,6 +132,36 @@ class LlmInt8Scheme(Frozen):
         return "LLM.int8(), rows of 8-bit integers"
 
 
+class GgufScheme(Frozen):
+    """A mix of ggml's types, chosen for each tensor as llama.cpp chooses it; the name is that of its quantize tool."""
+
+    type: Literal["gguf-mix"] = "gguf-mix"
+    mix: Mix
+
+    @property
+    def family(self) -> str:
+        return FILE_TYPES[self.mix].family
+
+    def words(self) -> str:
+        """The scheme in words."""
+        return f"{self.mix.upper()}, a type for each tensor as llama.cpp chooses it"
+
+
+class GgmlScheme(Frozen):
+    """One of ggml's types, in which a layer is stored."""
+
+    type: Literal["ggml"] = "ggml"
+    kind: Kind
+
+    @property
+    def family(self) -> str:
+        return f"w{self.kind.removeprefix('i')[1]}"
+
+    def words(self) -> str:
+        """The scheme in words."""
+        return self.kind.upper()
+
+
 LinearScheme = IntScheme | Float8Scheme | MicroscalingScheme
 
 
@@ -149,8 +180,9 @@ AnyLinearScheme = Annotated[
 GridScheme = Annotated[
     Annotated[IntScheme, Tag("int")] | Annotated[MicroscalingScheme, Tag("microscaling")], Discriminator(_kind)
 ]
-Scheme = LinearScheme | FourBitFloatScheme | LlmInt8Scheme
+Scheme = LinearScheme | FourBitFloatScheme | LlmInt8Scheme | GgufScheme | GgmlScheme
 
 AnyScheme = Annotated[
-    IntScheme | Float8Scheme | MicroscalingScheme | FourBitFloatScheme | LlmInt8Scheme, Field(discriminator="type")
+    IntScheme | Float8Scheme | MicroscalingScheme | FourBitFloatScheme | LlmInt8Scheme | GgufScheme | GgmlScheme,
+    Field(discriminator="type"),
 ]

@@ -247,16 +247,19 @@ def test_the_exit_code_is_the_runs_own(head: RealHead, tmp_path: Path) -> None:
             "submit", zoo, "--address", head.address, "--out", tmp_path / name / "runs", "--follow", *options
         )
 
+    wrong = write_zoo(tmp_path / "b")
+    # What only a plan finds wrong with a zoo file: no Hub takes such a name.
+    wrong.write_text(wrong.read_text() + f"publish: {{namespace: a..b, endpoint: 'file://{tmp_path}/hub'}}\n")
     with ThreadPoolExecutor(3) as pool:
         fails = pool.submit(follow, "a", write_zoo(tmp_path / "a", str(broken)))
-        refuses = pool.submit(follow, "b", write_zoo(tmp_path / "b", length=1 << 20))
+        refuses = pool.submit(follow, "b", wrong)
         misses = pool.submit(follow, "c", write_zoo(tmp_path / "c"), "--python", "no-such-python")
         failing, refused, missing = fails.result(), refuses.result(), misses.result()
     assert failing.returncode == 1, failing.stdout + failing.stderr
     assert [entry["status"] for entry in results(tmp_path / "a" / "runs")[0]["artifacts"]] == ["failed"]
     assert failing.stdout.splitlines()[-1].endswith(": failed, exit code 1")
     assert refused.returncode == 2, refused.stdout + refused.stderr
-    assert "positions; set at most" in refused.stdout
+    assert "change publish.namespace or publish.name" in refused.stdout
     assert missing.returncode == 1
     assert "no such Python on the head" in missing.stdout
 

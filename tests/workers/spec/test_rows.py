@@ -14,10 +14,10 @@ from pipeline.planning import sizing, sources
 from pipeline.zoo import shipped, tables
 from pipeline.zoo.zoo import ModelEntry
 from tests.workers import jobs
-from workers.checkpoint.shards import WRITERS
+from workers.checkpoint.containers import SOURCES, WRITERS
 from workers.engines.table import MAKERS
 from workers.formats.table import CODECS
-from workers.machine import preflight
+from workers.machine import environments, preflight
 from workers.methods.table import METHODS
 from workers.numerics import fp8
 from workers.quantize.one_pass import quantize
@@ -37,6 +37,7 @@ QUICK = {
     "gptq": {"refine": 0, "scales": "minmax"},
     "awq": {"grid": 1, "clip": False},
     "hqq": {"iterations": 1},
+    "ggml": {"codes": "llama.cpp"},
 }
 
 
@@ -49,6 +50,7 @@ def test_formats_have_a_codec_a_writer_and_a_runtime_that_reads_them() -> None:
     for name, row in FORMATS.items():
         assert row.name == name
         assert row.container in WRITERS
+        assert row.container in SOURCES
         assert name in checking(name).rules, "no runtime checks it"
     for runtime in RUNTIMES.values():
         assert set(runtime.rules) <= set(FORMATS)
@@ -79,7 +81,8 @@ def test_configs_are_recognised_by_one_row_alone() -> None:
     declared = [
         {"quant_method": "compressed-tensors"}, {"quant_method": "gptq", "checkpoint_format": "gptq"},
         {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}, {"quant_method": "awq"}, {"quant_method": "fp8"},
-        {"quant_method": "bitsandbytes", "load_in_8bit": True}, {"group_size": 64, "bits": 4, "mode": "affine"},
+        {"quant_method": "bitsandbytes", "load_in_8bit": True}, {"quant_method": "gguf"},
+        {"group_size": 64, "bits": 4, "mode": "affine"},
     ]  # fmt: skip
     assert [getattr(recognised(config), "name", None) for config in declared] == list(FORMATS)
     for config in declared:
@@ -123,6 +126,7 @@ def test_no_other_place_names_a_format() -> None:
         "gptq": {"workers/spec/recipes.py", "workers/methods/table.py"},
         "awq": {"workers/spec/recipes.py", "workers/methods/table.py"},
         "fp8": {"workers/spec/schemes.py"},
+        "gguf": {"workers/spec/runtimes.py", "workers/spec/checkpoint_files.py"},
         "bitsandbytes": {"workers/spec/recipes.py", "workers/spec/engines.py", "workers/machine/warm.py"},
         # Also an environment, and the library that files of tensors name.
         "mlx": {"workers/spec/runtimes.py", "workers/checkpoint/shards.py", "workers/spec/checkpoint_files.py"},
@@ -155,6 +159,8 @@ def test_planned_sizes_are_those_that_are_made(model: str, tmp_path: Path) -> No
     folder = jobs.ZOO / "models" / model
     quick = []
     for recipe in map(shipped.recipe, RECIPES):
+        if environments.interpreters(preflight.environments_of(recipe))[1]:
+            continue  # its environment isn't built here; tests/workers/formats/test_gguf.py compares such sizes
         options = recipe.options.model_copy(update=QUICK.get(recipe.method, {}))
         quick.append(recipe.model_copy(update={"options": options}))
     job = jobs.job(folder, tmp_path, *quick, samples=1)

@@ -44,6 +44,7 @@ def with_settings(content: str, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked")
 def test_peculiar_settings_make_the_same_verdict(tmp_path: Path) -> None:
     plain = verified(made(LLAMA, tmp_path / "plain", "gptq-w8-g128"), "gptq-w8-g128").verdict
@@ -162,6 +163,7 @@ def peft_is_available(_: str) -> str:
     return str(is_peft_available())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("peft")
 def test_an_adapter_beside_a_model_is_neither_read_nor_copied(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(LLAMA, tmp_path / "model"))
