@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -29,7 +30,7 @@ from workers.machine.environments import interpreter
 from workers.numerics import fp4, packing, rounding
 from workers.numerics.codes import Float4Weight
 from workers.quantize.one_pass import quantize
-from workers.spec import mlx
+from workers.spec import mlx, recipes
 from workers.spec.formats import MLX
 from workers.spec.layers import LayerKinds
 from workers.spec.recipes import Recipe
@@ -329,6 +330,14 @@ def test_experts_of_one_stack_have_one_scheme(tmp_path: Path) -> None:
     (one,), _ = quantize(jobs.job(MIXTURE, tmp_path, recipe(4, ignore=["*.experts.1.*"])), MIXTURE)
     assert one.error is not None
     assert "stores the experts of a layer as one tensor" in one.error.message
+
+
+def test_embeddings_of_an_unknown_name_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipes, "EMBEDDINGS", re.compile("nothing"))
+    (one,), _ = quantize(jobs.job(LLAMA, tmp_path, recipe(4, outside=OUTSIDE)), LLAMA)
+    assert one.fallbacks == (
+        "left in half precision, for no name of embeddings is known that fits: model.embed_tokens",
+    )
 
 
 def test_shipped_recipes_quantize_what_convert_quantizes() -> None:
