@@ -158,9 +158,9 @@ def _quantization(folder: Path) -> Mapping[str, Any]:
 
 def declared_family(config: Mapping[str, Any]) -> str:
     """The gates' family for a ``quantization_config``; w8 for a checkpoint without one."""
-    if not config.get("quant_method"):
-        return "w8"
     row = recognised(config)
+    if row is None and not config.get("quant_method"):
+        return "w8"
     known = shipped.gates()["default"]
     families = row.family(config) if row else ["w4"]
     if unknown := [family for family in families if family not in known]:

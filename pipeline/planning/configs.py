@@ -13,6 +13,7 @@ from typing import Any
 from workers.errors import CheckpointError, UnsupportedModel
 from workers.spec.bounds import parse_json
 from workers.spec.families import DEFAULT_LOADER, family_of
+from workers.spec.formats import recognised
 from workers.spec.tensors import FLOATS, TensorHeader
 
 CAUSAL_LM = re.compile(r"(ForCausalLM|LMHeadModel|LMHead)$")
@@ -110,7 +111,8 @@ def check_loadable(config: Mapping[str, Any], tensors: tuple[TensorHeader, ...],
 def _check_quantized(config: Mapping[str, Any], tensors: tuple[TensorHeader, ...], what: str) -> None:
     declared = config.get("quantization_config")
     if declared:
-        method = str(declared.get("quant_method"))[:40]
+        # mlx names no quantizer.
+        method = str(declared.get("quant_method") or getattr(recognised(declared), "name", None))[:40]
         raise UnsupportedModel(
             f"{what} is quantized already, got quant_method {method!r}; name the original checkpoint"
         )

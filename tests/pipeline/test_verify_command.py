@@ -176,7 +176,10 @@ def test_the_families_of_foreign_checkpoints() -> None:
     int4 = {"weights": {"type": "int", "num_bits": 4}}
     int8 = {"weights": {"type": "int", "num_bits": 8}}
     rounded = {"type": "int", "num_bits": 8}
+    assert declared_family({}) == "w8"
     assert declared_family({"quant_method": "gptq", "bits": 3}) == "w3"
+    assert declared_family({"group_size": 64, "bits": 6, "lm_head": {"bits": 4}}) == "w4", "mlx names no quantizer"
+    assert declared_family({"group_size": 32, "bits": 4, "mode": "mxfp4"}) == "mxfp4"
     assert declared_family({"quant_method": "bitsandbytes", "load_in_8bit": True}) == "llm-int8"
     assert declared_family({"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "fp4"}) == "fp4"
     assert declared_family({**ct, "config_groups": {"a": int4}}) == "w4"

@@ -53,6 +53,7 @@ class LinearMaker(Maker):
         self._stacks: dict[str, dict[int, Tensor]] = {}
         self.quantization_config()  # raises if the format can't store the schemes
         self.fallbacks = dict.fromkeys(schemes.deviations(self._recipe, streamed.weights, self._schemes))
+        self.fallbacks.update(dict.fromkeys(schemes.left_outside(self._recipe, streamed, outside)))
         unknown = self._other_matrices()
         if unknown:
             note = f"left in half precision, for they are no linear layers that can be streamed: {some(unknown)}"

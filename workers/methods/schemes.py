@@ -62,6 +62,22 @@ def outside_weights(recipe: LinearRecipe, streamed: StreamedModel) -> dict[str, 
     return found
 
 
+def left_outside(recipe: LinearRecipe, streamed: StreamedModel, found: Mapping[str, QuantizableWeight]) -> list[str]:
+    """Deviations: embeddings or a head that the recipe quantizes, and ``outside_weights`` didn't find."""
+    if recipe.outside is None:
+        return []
+    model, modules = streamed.model, {weight.input.module for weight in found.values()}
+    wanted = [("embeddings", recipe.outside.embeddings, model.get_input_embeddings())]
+    if not is_tied(model):
+        wanted.append(("head", recipe.outside.head, model.get_output_embeddings()))
+    names = {id(module): name for name, module in model.named_modules()}
+    return [
+        f"left in half precision, for no name of {what} is known that fits: {names.get(id(module), what)}"
+        for what, scheme, module in wanted
+        if scheme is not None and names.get(id(module)) not in modules
+    ]
+
+
 def is_tied(model: Any) -> bool:
     """Whether the head's matrix is the embeddings'."""
     return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -29,7 +30,7 @@ from workers.machine.environments import interpreter
 from workers.numerics import fp4, packing, rounding
 from workers.numerics.codes import Float4Weight
 from workers.quantize.one_pass import quantize
-from workers.spec import mlx
+from workers.spec import mlx, recipes
 from workers.spec.formats import MLX
 from workers.spec.layers import LayerKinds
 from workers.spec.recipes import Recipe
@@ -47,13 +48,17 @@ from mlx_lm.utils import load_model
 from safetensors.numpy import save_file
 import numpy as np
 model, _ = load_model(Path(sys.argv[1]))
-model.set_dtype(mx.float32)
+quantized = [(name, module) for name, module in model.named_modules() if hasattr(module, "bits") and "scales" in module]
 found = {}
-for name, module in model.named_modules():
-    if hasattr(module, "bits") and "scales" in module:
-        weight = mx.dequantize(module.weight, module.scales, module.get("biases"), group_size=module.group_size,
-                               bits=module.bits, mode=module.mode)
-        found[name] = np.array(weight.astype(mx.float32))
+for name, module in quantized:
+    found[name + ".weight"] = np.array(module.weight)
+    for part in ("scales", "biases"):
+        found[name + "." + part] = np.array(module[part].astype(mx.float32))
+model.set_dtype(mx.float32)
+for name, module in quantized:
+    weight = mx.dequantize(module.weight, module.scales, module.get("biases"), group_size=module.group_size,
+                           bits=module.bits, mode=module.mode)
+    found[name] = np.array(weight.astype(mx.float32))
 save_file(found, sys.argv[2])
 """
 
@@ -185,6 +190,19 @@ def test_families_that_mlx_lm_lacks_are_refused_for_the_pair() -> None:
     assert "how mlx-lm stacks those wasn't tried" in (misfit(MLX.name, scheme(4), experts) or "")
 
 
+def test_the_families_are_those_that_mlx_lm_has() -> None:
+    code = (
+        "import json, importlib.util as u, mlx_lm.utils as m\n"
+        "from pathlib import Path\n"
+        "names = [p.stem for p in Path(u.find_spec('mlx_lm.models').submodule_search_locations[0]).glob('*.py')]\n"
+        "print(json.dumps([names, m.MODEL_REMAPPING]))"
+    )
+    done = subprocess.run([environment(), "-c", code], check=True, capture_output=True, text=True)
+    names, renamed = json.loads(done.stdout.splitlines()[-1])
+    assert {family for family in mlx.FAMILIES if renamed.get(family, family) not in names} == set()
+    assert set(mlx.STACKS) <= mlx.FAMILIES
+
+
 # ------------------------------------------------------------------------------------------------ an artifact
 
 
@@ -262,6 +280,11 @@ def test_mlx_lm_loads_the_same_weights(artifact: tuple[Path, Path], tmp_path: Pa
     subprocess.run([python, "-c", DECODE, place, tmp_path / "theirs"], check=True, cwd=tmp_path, capture_output=True)
     theirs = load_file(tmp_path / "theirs")
     family = json.loads((source / "config.json").read_text())["model_type"]
+    parts = {key: part for key, part in load_file(place / "model.safetensors").items() if key in theirs}
+    assert len(parts) == 3 * len({key.rpartition(".")[0] for key in parts}) > 10
+    for key, part in parts.items():
+        ours = part if part.dtype == torch.uint32 else part.float()
+        assert torch.equal(theirs[key].view(torch.int32), ours.view(torch.int32)), key
     with open_decoded(place) as decoded:
         assert isinstance(decoded, Decoded)
         compared = 0
@@ -307,6 +330,14 @@ def test_experts_of_one_stack_have_one_scheme(tmp_path: Path) -> None:
     (one,), _ = quantize(jobs.job(MIXTURE, tmp_path, recipe(4, ignore=["*.experts.1.*"])), MIXTURE)
     assert one.error is not None
     assert "stores the experts of a layer as one tensor" in one.error.message
+
+
+def test_embeddings_of_an_unknown_name_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipes, "EMBEDDINGS", re.compile("nothing"))
+    (one,), _ = quantize(jobs.job(LLAMA, tmp_path, recipe(4, outside=OUTSIDE)), LLAMA)
+    assert one.fallbacks == (
+        "left in half precision, for no name of embeddings is known that fits: model.embed_tokens",
+    )
 
 
 def test_shipped_recipes_quantize_what_convert_quantizes() -> None:
