@@ -125,6 +125,12 @@ def test_the_first_zoo_file_is_valid_and_never_overwritten(tmp_path: Path) -> No
 def test_schema_and_doctor(tmp_path: Path) -> None:
     schema = json.loads(run_cli("schema", cwd=tmp_path).stdout)
     assert "recipes" in schema["properties"]
-    doctor = run_cli("doctor", cwd=tmp_path)
+    doctor = run_cli("doctor", "gptq-w4-g128", "bnb-nf4", cwd=tmp_path)
     assert doctor.returncode == 0, doctor.stdout + doctor.stderr
     assert re.search(r"^gptq-w4-g128 +ready$", doctor.stdout, re.M)
+    # Recipes that need an environment say how to build it, where it isn't.
+    whole = run_cli("doctor", cwd=tmp_path)
+    for recipe, environment in (("gguf-q4_k_m", "llama-cpp"), ("mlx-w4-g64", "mlx")):
+        (line,) = re.findall(rf"^{recipe} +(.*?) *$", whole.stdout, re.M)
+        assert line == "ready" or f"run `quantmill env create {environment}` there" in line
+    assert whole.returncode == (0 if "isn't built" not in whole.stdout else 1)

@@ -200,7 +200,7 @@ def config_only(folder: Path, quantization: dict[str, Any]) -> Path:
 def test_what_cannot_be_decoded_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no readable config\.json"):
         open_decoded(tmp_path)
-    with pytest.raises(UnsupportedRecipe, match=r"'aqlm'.*awq, bitsandbytes, compressed-tensors, fp8, gptq"):
+    with pytest.raises(UnsupportedRecipe, match=r"'aqlm'.*awq, bitsandbytes, compressed-tensors, fp8, gguf, gptq"):
         open_decoded(config_only(tmp_path, {"quant_method": "aqlm"}))
     with pytest.raises(UnsupportedRecipe, match="checkpoint_format 'marlin'"):
         open_decoded(config_only(tmp_path, {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}))
