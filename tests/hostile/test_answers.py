@@ -158,6 +158,7 @@ def test_a_file_that_is_always_damaged_is_named(fetched: tuple[answers.HostileHu
     assert not [path for path in empty_cache.rglob("*") if path.is_file() and path.stat().st_size > 100_000]
 
 
+@pytest.mark.slow
 def test_plans_succeed_with_a_tenth_of_the_requests_failing(
     fetched: tuple[answers.HostileHub, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,7 +102,13 @@ def test_shipped_recipes_are_accepted(model: Path, name: str, tmp_path: Path) ->
     assert manifest.bytes < manifest.reference_bytes
 
 
-@pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (3, False), (4, True), (4, False), (8, False)])
+@pytest.mark.parametrize(
+    ("bits", "symmetric"),
+    [
+        (4, True),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((2, True), (3, False), (4, False), (8, False))),
+    ],
+)
 def test_the_gptq_format_in_all_widths(bits: int, symmetric: bool, tmp_path: Path) -> None:
     scheme = {"bits": bits, "group_size": 64, "symmetric": symmetric}
     of = job(LLAMA, tmp_path, recipe(name="mine", method="gptq", scheme=scheme, format="gptq"))

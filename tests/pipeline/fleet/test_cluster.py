@@ -114,7 +114,12 @@ except ClusterLost as error:
 @pytest.mark.parametrize(
     ("how", "said", "told"),
     [
-        ("once", "1 2 servers:\n1", "Ray didn't start (The current node timed out during startup.); trying again\n"),
+        pytest.param(
+            "once",
+            "1 2 servers:\n1",
+            "Ray didn't start (The current node timed out during startup.); trying again\n",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "never",
             "ClusterLost Ray doesn't start on this machine, tried 3 times (The current node timed out during startup.)",
