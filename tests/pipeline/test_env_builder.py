@@ -119,6 +119,7 @@ def test_an_environment_from_its_definition_to_its_end(tmp_path: Path, root: Pat
     assert {row.name: row.state for row in env_builder.rows()} == {
         "eval": "not built",
         "gptq": "not built",
+        "llama-cpp": "not built",
         "mlx": "not built",
         "mine": "built",
     }
