@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from workers.errors import CheckpointError, UnsupportedModel
-from workers.spec.bounds import parse_json
+from workers.spec.bounds import LARGEST_NUMBER, parse_json
 from workers.spec.families import DEFAULT_LOADER, family_of
 from workers.spec.formats import recognised
 from workers.spec.tensors import FLOATS, TensorHeader
@@ -29,7 +29,6 @@ POSITIONS: tuple[str, ...] = (
 POSITIONS += ("max_target_positions", "seq_len", "max_seq_length")
 # A stored weight of an unquantized model is one of FLOATS; others are codes, whatever config.json says.
 WEIGHT = re.compile(r"(\.|^)(weight|qweight|weight_packed|gate_up_proj|down_proj|\w+_blocks)$")
-LARGEST = 2**48
 
 
 def _text(value: Any) -> bool:
@@ -45,11 +44,11 @@ def _names(value: Any) -> bool:
 
 
 def _number(value: Any) -> bool:
-    return type(value) is int and abs(value) < LARGEST
+    return type(value) is int and abs(value) < LARGEST_NUMBER
 
 
 def _count(value: Any) -> bool:
-    return type(value) is int and 0 < value < LARGEST
+    return type(value) is int and 0 < value < LARGEST_NUMBER
 
 
 _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {

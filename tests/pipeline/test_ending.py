@@ -27,7 +27,7 @@ from pipeline.fleet.head import connect
 from pipeline.report.results import Results
 from tests.limits import AGENTS_SECONDS, GONE_SECONDS, RUN_SECONDS, SOON_SECONDS
 from tests.pipeline.fleet.test_cluster import START as CLUSTER
-from tests.pipeline.report.test_notify import Receiver
+from tests.pipeline.receiver import Receiver
 from tests.pipeline.runs import MARK, MODELS, ROOT, command, marked_processes, wait_for, write_zoo
 from tests.pipeline.simulated import SimulatedFleet, node, plan_of, size
 from workers.errors import ClusterLost, HubRefused, HubUnavailable, ZooError
@@ -39,17 +39,6 @@ PLAN = plan_of([size(1), size(1)], "bnb-nf4", "rtn-w4-g128")
 @pytest.fixture(autouse=True)
 def _leases(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    server = Receiver()
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 class Ends(SimulatedFleet):

@@ -12,10 +12,11 @@ from workers.errors import CheckpointError
 # Bytes. The largest published config.json has 0.2 MB, the largest index 14 MB (Kimi K2, 100,000 tensors), the largest
 # tokenizer.json 35 MB; safetensors itself refuses headers above 100 MB.
 CONFIG_BYTES, INDEX_BYTES, HEADER_BYTES = 16 * 2**20, 256 * 2**20, 100_000_000
-TOKENIZER_BYTES = 512 * 2**20
 ZOO_BYTES, CARD_BYTES, MANIFEST_BYTES = 8 * 2**20, 4 * 2**20, 64 * 2**20
 # Files of a folder or repository, and tensors of a checkpoint; the most published are 1,000 and 300,000.
 FILES, TENSORS = 100_000, 10_000_000
+# Largest whole number in a config, and dimension of a tensor; a model's are far below.
+LARGEST_NUMBER = 2**48
 # Levels of nesting in JSON; configs have 6.
 DEPTH = 100
 

@@ -6,15 +6,13 @@ import math
 from typing import Any, NamedTuple
 
 from workers.errors import CheckpointError
-from workers.spec.bounds import HEADER_BYTES, TENSORS, parse_json
+from workers.spec.bounds import HEADER_BYTES, LARGEST_NUMBER, TENSORS, parse_json
 
 # Bits of an element by the names of the safetensors format (0.7).
 DTYPE_BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16}
 DTYPE_BITS |= {"I16": 16, "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8}
 DTYPE_BITS |= {"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-# A model's largest dimension is far below.
-LARGEST_DIMENSION = 2**48
 
 
 class TensorHeader(NamedTuple):
@@ -77,7 +75,7 @@ def _tensor(name: str, entry: Any, what: str) -> TensorHeader:
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         known = ", ".join(DTYPE_BITS)
         raise CheckpointError(f"{where}: dtype: got {str(dtype)[:40]!r}, expected one of {known}; save the file anew")
-    if not isinstance(shape, list) or not _whole(shape) or any(size > LARGEST_DIMENSION for size in shape):
+    if not isinstance(shape, list) or not _whole(shape) or any(size > LARGEST_NUMBER for size in shape):
         raise CheckpointError(f"{where}: shape: got {str(shape)[:80]}, expected whole numbers; save the file anew")
     if not isinstance(offsets, list) or not _whole(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{where}: data_offsets: got {str(offsets)[:80]}, expected two; save the file anew")
