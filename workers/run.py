@@ -151,7 +151,8 @@ def _publish(job: Job, recipe: str | None, pace: Pace) -> StageResult:
     assert destination is not None
     assert order.repo_id is not None
     folder = artifact_folder(job.workspace, order)
-    commit = destinations.publish(destination, order.repo_id, folder, pace)
+    to = destination.model_copy(update={"gather": order.gathered})
+    commit = destinations.publish(to, order.repo_id, folder, pace)
     if job.storage is not None:
         with suppress(QuantmillError):  # already published: a leftover copy does no harm
             Storage(job.storage).remove(folder)

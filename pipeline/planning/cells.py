@@ -134,7 +134,8 @@ class Cells:
             recipe=recipe,
             fingerprint=fingerprint(source.pin, recipe, calibration, data_sha256),
             thresholds=self._zoo.thresholds(entry, recipe),
-            repo_id=publish.repo_id(source.name, recipe.name) if publish else None,
+            repo_id=publish.repo_id(source.name, recipe) if publish else None,
+            gathered=publish is not None and publish.gathers(recipe.format),
         )
 
     def _refuse_twins(self, ordered: Sequence[tuple[ModelEntry, PinnedModel, Order]]) -> None:
@@ -166,13 +167,27 @@ class Cells:
                 # Hubs don't tell upper from lower case in names.
                 owners[order.repo_id.casefold()].append((entry, order))
         for cells in owners.values():
-            for entry, order in cells if len(cells) > 1 else ():
+            self._refuse_files([(entry, order) for entry, order in cells if order.gathered])
+            shared = len({entry.id for entry, _ in cells}) == 1 and all(order.gathered for _, order in cells)
+            for entry, order in cells if len(cells) > 1 and not shared else ():
                 others = sorted({other.id for other, _ in cells} - {entry.id})
                 message = (
                     f"models: {entry.id!r} and {', '.join(map(repr, others))} would share the repository "
                     f"{order.repo_id!r} (Hubs don't tell upper from lower case); give one of them another name, by as:"
                 )
                 self._refuse(entry, [order.recipe], UnsupportedModel(message))
+
+    def _refuse_files(self, gathered: Sequence[tuple[ModelEntry, Order]]) -> None:
+        """Refuse what would have a file of the same name in a shared repository: the scheme alone names files."""
+        owners: dict[tuple[str, str], str] = {}
+        for entry, order in gathered:
+            first = owners.setdefault((entry.id, order.recipe.scheme.model_dump_json()), order.recipe.name)
+            if first != order.recipe.name:
+                message = (
+                    f"models: {entry.id!r}: recipes {first!r} and {order.recipe.name!r} would have one file in the "
+                    f"repository {order.repo_id!r}; leave one out, or put {{recipe}} into publish.name"
+                )
+                self._refuse(entry, [order.recipe], UnsupportedRecipe(message))
 
     def _refuse(self, entry: ModelEntry, recipes: Sequence[Recipe], error: Exception) -> None:
         failure = failure_of(entry, error)

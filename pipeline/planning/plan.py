@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from pipeline.planning import sizing, sources
 from pipeline.planning.cells import Cells, RefusedArtifact, at_once, invalid_name
-from pipeline.zoo.zoo import Publish, Zoo
+from pipeline.zoo.zoo import Zoo
 from workers.errors import HubUnavailable, UserError, ZooError
 from workers.spec.job import Calibration, Dataset, Destination, Job, Manifest, Order, Verification
 from workers.spec.workspace import MANIFEST, artifact_folder
@@ -80,8 +80,7 @@ def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None,
     """
     silence = Silence()
     calibration, data_sha256, verification, problems = _pin_data(zoo, zoo_folder, silence)
-    if zoo.publish:
-        problems += _name_problem(zoo.publish)
+    problems += _name_problem(zoo)
     if problems and not strict:
         raise ZooError("\n".join(problems))
     cells = Cells(zoo, zoo_folder)
@@ -152,10 +151,14 @@ def _try(action: Callable[[], U]) -> U | UserError:
         return problem
 
 
-def _name_problem(publish: Publish) -> Iterator[str]:
+def _name_problem(zoo: Zoo) -> Iterator[str]:
     """Why no repository of the zoo can have a valid name, whatever its models are called."""
-    if why := invalid_name(publish.repo_id("model", "recipe")):
-        yield f"publish: no valid name of a repository ({why}); change publish.namespace or publish.name"
+    publish = zoo.publish
+    names = {publish.pattern(recipe.format) for recipe in zoo.resolved_recipes} if publish else set[str]()
+    for name in sorted(names):
+        assert publish is not None, "names are those of what is published"
+        if why := invalid_name(f"{publish.namespace}/{name.format(model='model', recipe='recipe')}"):
+            yield f"publish: no valid name of a repository ({why}); change publish.namespace or publish.name"
 
 
 Standing = tuple[Manifest, str | None]

@@ -16,11 +16,14 @@ from workers.errors import ZooError
 from workers.spec.base import SLUG, Frozen
 from workers.spec.bounded_yaml import BadYaml, parse_yaml
 from workers.spec.bounds import ZOO_BYTES
+from workers.spec.formats import can_be_gathered, gathered_formats
 from workers.spec.job import Calibration, Dataset, Destination, HubLimits, Thresholds, Verification
 from workers.spec.recipes import Recipe
 from workers.transfer import destinations
 
 LOOPBACK = "loopback"
+# How repositories of a model's GGUF files are called, unless the zoo says otherwise.
+GATHERED = "{model}-GGUF"
 
 
 class ModelEntry(Frozen):
@@ -98,7 +101,11 @@ class Publish(Frozen):
     namespace: str = Field(
         pattern=r"^[\w.-]+$", max_length=96, description="User or organisation that owns the repositories."
     )
-    name: str = Field("{model}-{recipe}", description="Repository name; {model} and {recipe} are filled in.")
+    name: str | None = Field(
+        None,
+        description="Repository name; {model} and {recipe} are filled in. Without {recipe}, a model's artifacts share "
+        "one repository, which only GGUF files can. Left out: {model}-{recipe}, and {model}-GGUF for GGUF files.",
+    )
     private: bool = Field(True, description="Of repositories that are made; one that stands keeps its visibility.")
     gated: Literal[False, "auto", "manual"] = Field(
         False, description="Who asks for access gets it at once (auto) or from you (manual); false: nothing is changed."
@@ -134,14 +141,23 @@ class Publish(Frozen):
             if lacking:
                 kind = destinations.destination_row(endpoint).name
                 raise ValueError(f"{lacking[0]}: a {kind} has none, got the endpoint {endpoint!r}; remove it")
+        if self.name is not None and "{recipe}" not in self.name and not self._destination_gathers:
+            raise ValueError(
+                f"name: must contain {{recipe}}, got {self.name!r}: in a folder, each artifact has a place of its own"
+            )
         return self
+
+    @property
+    def _destination_gathers(self) -> bool:
+        return self.endpoint in (None, LOOPBACK) or destinations.destination_row(self.endpoint or "").gathers
 
     @field_validator("name")
     @classmethod
-    def _tells_artifacts_apart(cls, value: str) -> str:
-        for part in ("{model}", "{recipe}"):
-            if part not in value:
-                raise ValueError(f"must contain {part}, or two artifacts would share a repository")
+    def _tells_models_apart(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if "{model}" not in value:
+            raise ValueError("must contain {model}, or two models would share a repository")
         try:
             fields = [part[1:] for part in Formatter().parse(value) if part[1] is not None]
         except ValueError as error:
@@ -151,9 +167,19 @@ class Publish(Frozen):
                 raise ValueError(f"only {{model}} and {{recipe}} are filled in, as they are; remove {field[0]!r}")
         return value
 
-    def repo_id(self, model_name: str, recipe: str) -> str:
+    def pattern(self, fmt: str) -> str:
+        """The names of repositories of artifacts in a format."""
+        if self.name is not None:
+            return self.name
+        return GATHERED if can_be_gathered(fmt) and self._destination_gathers else "{model}-{recipe}"
+
+    def gathers(self, fmt: str) -> bool:
+        """Whether a model's artifacts in that format share a repository."""
+        return "{recipe}" not in self.pattern(fmt)
+
+    def repo_id(self, model_name: str, recipe: Recipe) -> str:
         """``namespace/name`` of an artifact's repository."""
-        return f"{self.namespace}/{self.name.format(model=model_name, recipe=recipe)}"
+        return f"{self.namespace}/{self.pattern(recipe.format).format(model=model_name, recipe=recipe.name)}"
 
 
 def _without_credentials(url: str) -> str:
@@ -255,6 +281,13 @@ def load(path: Path) -> Zoo:
                 f"({', '.join(families)}); correct or remove it"
             )
     for recipe in zoo.resolved_recipes:
+        if zoo.publish and zoo.publish.gathers(recipe.format) and not can_be_gathered(recipe.format):
+            raise ZooError(
+                f"{path}: publish.name: must contain {{recipe}}, got {zoo.publish.name!r}: artifacts in the format "
+                f"{recipe.format!r} (recipe {recipe.name!r}) have files of the same names, and only "
+                f"{' or '.join(gathered_formats())} files can share a repository; leave publish.name out "
+                f"({GATHERED} for those, {{model}}-{{recipe}} for others), or give each its own zoo"
+            )
         for model in zoo.models:
             zoo.thresholds(model, recipe)
         if recipe.calibrated and zoo.calibration is None:

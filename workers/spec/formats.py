@@ -434,6 +434,16 @@ def formats_with_schemes_by_layer() -> str:
     return f"format: {' or '.join(row.name for row in FORMATS.values() if row.per_layer_schemes)}"
 
 
+def can_be_gathered(fmt: str) -> bool:
+    """Whether artifacts of a format are one weight file each, so that several can share a repository."""
+    return FORMATS[fmt].container == "file"
+
+
+def gathered_formats() -> list[str]:
+    """Names of the formats that can share a repository."""
+    return [name for name in FORMATS if can_be_gathered(name)]
+
+
 def group_size_held(row: Format, scheme: Scheme) -> bool:
     """Whether the format's readers have kernels for the group size of an integer scheme."""
     return row.group_sizes is None or not isinstance(scheme, IntScheme) or scheme.group_size in row.group_sizes

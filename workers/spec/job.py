@@ -116,6 +116,7 @@ class Destination(Frozen):
     gated: Literal[False, "auto", "manual"] = False
     keep: int | None = Field(None, ge=1, description="Revisions whose tags stay; None: all.")
     force: bool = Field(False, description="Overwrite what somebody else changed.")
+    gather: bool = Field(False, description="Put an artifact beside the others of a gathered repository.")
     limits: HubLimits = HubLimits()
 
 
@@ -145,6 +146,7 @@ class Order(Frozen):
     fingerprint: str
     thresholds: Thresholds
     repo_id: str | None = None
+    gathered: bool = Field(False, description="Its repository holds other artifacts of the model, too.")
 
 
 class Job(Frozen):

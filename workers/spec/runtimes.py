@@ -278,9 +278,11 @@ VLLM = Runtime(
 
 
 def _with_llama_cpp(repo: str, loader: str) -> str:
+    """``repo`` may end in ``:TYPE``, as llama.cpp's ``-hf`` takes it."""
+    name, _, kind = repo.partition(":")
     return (
         "from llama_cpp import Llama\n\n"
-        f'llm = Llama.from_pretrained("{repo}", filename="*.gguf")\n'
+        f'llm = Llama.from_pretrained("{name}", filename="*{kind}.gguf")\n'
         'llm("Once upon a time", max_tokens=64)\n\n'
         f"# or in a shell: llama-cli -hf {repo}\n"
     )

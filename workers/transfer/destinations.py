@@ -22,7 +22,8 @@ class DestinationRow:
     ``takes`` recognises its endpoints. ``check`` tells before any work whether this user may write there (to a
     namespace). ``publish`` returns the new current commit or revision; ``preview`` its actions, one per line;
     ``standing`` the manifest and commit of the current artifact, if it has the fingerprint and is complete.
-    ``settings`` are the keys of a zoo's ``publish`` that only some kinds support.
+    ``settings`` are the keys of a zoo's ``publish`` that only some kinds support. ``gathers``: artifacts can share a
+    repository (``gathered``).
     """
 
     name: str
@@ -32,6 +33,7 @@ class DestinationRow:
     preview: Callable[[Destination, str, Artifact, date], list[str]]
     standing: Callable[[str, str, str], tuple[Manifest, str] | None]
     settings: frozenset[str] = frozenset()
+    gathers: bool = False
 
 
 HUB = DestinationRow(
@@ -42,6 +44,7 @@ HUB = DestinationRow(
     preview=to_hub.preview_of,
     standing=to_hub.standing,
     settings=frozenset({"gated", "collection"}),
+    gathers=True,
 )
 FOLDER = DestinationRow(
     name="folder",

@@ -254,12 +254,18 @@ def read_file(
         return bytes(response.content), str(response.headers.get("X-Repo-Commit", ""))
 
 
-def read_manifest(api: HfApi, repo_id: str, revision: str = "main") -> tuple[Manifest, str] | None:
+def read_manifest(
+    api: HfApi, repo_id: str, revision: str = "main", path: str = MANIFEST
+) -> tuple[Manifest, str] | None:
     """The manifest at a revision and its commit; None if there is none, or it has another schema."""
-    content = read_file(api, repo_id, MANIFEST, revision, MANIFEST_BYTES)
-    if content is None:
-        return None
+    content = read_file(api, repo_id, path, revision, MANIFEST_BYTES)
+    manifest = parse_manifest(content[0]) if content else None
+    return (manifest, content[1]) if content and manifest else None
+
+
+def parse_manifest(text: bytes) -> Manifest | None:
+    """A manifest's content; None if it has another schema."""
     try:
-        return Manifest.model_validate_json(content[0]), content[1]
+        return Manifest.model_validate_json(text)
     except ValidationError:
         return None

@@ -13,11 +13,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from workers.errors import HubRefused, HubUnavailable, ModelNotFound
+from workers.spec.bounds import MANIFEST_BYTES
 from workers.spec.job import Destination, Manifest
 from workers.spec.workspace import MANIFEST
-from workers.transfer import from_hub, hub
+from workers.transfer import from_hub, gathered, hub
 from workers.transfer.artifact import Artifact, PublishedFiles, published_files
 from workers.transfer.from_hub import read_file
+from workers.transfer.gathered import CARD, Content
 from workers.transfer.hub import hub_errors
 from workers.transfer.pace import Pace
 from workers.transfer.patience import PUBLISH_SECONDS, Patience, transfer_seconds
@@ -30,7 +32,6 @@ T = TypeVar("T")
 
 # Files that the Hub itself writes into every new repository.
 HUB_OWN_FILES = frozenset({".gitattributes"})
-CARD = "README.md"
 # Size in bytes up to which a file is sent as the bytes that were checked; larger ones are LFS, checked by sha256.
 SENT_FROM_MEMORY = 10 << 20
 NEW = "the new commit"
@@ -66,8 +67,8 @@ class HubChange:
         return bool(self.add or self.delete)
 
 
-def decide(repo_id: str, repo: Repository, artifact: Artifact, to: Destination, today: date) -> HubChange:
-    """The actions that make the repository show the artifact, and retain the revisions that it should.
+def decide(repo_id: str, repo: Repository, content: Content, to: Destination, today: date) -> HubChange:
+    """The actions that make the repository show the content, and retain the revisions that it should.
 
     Raises:
         HubRefused: someone else changed the repository, and ``to`` doesn't force.
@@ -75,10 +76,10 @@ def decide(repo_id: str, repo: Repository, artifact: Artifact, to: Destination, 
     if repo.changed and not to.force:
         raise HubRefused(_changed_by_others(repo_id, repo))
     tree, tags = repo.tree or {}, dict(repo.tags or {})
-    add = tuple(path for path in artifact.sha256 if path not in tree or not artifact.is_at(path, tree[path]))
-    delete = tuple(sorted(set(tree) - set(artifact.sha256) - HUB_OWN_FILES))
+    add = tuple(path for path in content.paths if path not in tree or not content.is_at(path, tree[path]))
+    delete = tuple(sorted(set(tree) - set(content.paths) - content.kept - HUB_OWN_FILES))
     target = NEW if add or delete else repo.head
-    identity = tag_name(artifact.manifest.fingerprint)
+    identity = tag_name(content.fingerprint)
     # Deleted before the commit, so that an identity tag off the head always means that someone else committed.
     moved = (identity,) if tags.get(identity, target) != target else ()
     wanted = []
@@ -136,7 +137,8 @@ def publish(
 
 def preview(api: HfApi, repo_id: str, artifact: Artifact, to: Destination, today: date) -> HubChange:
     """The actions that ``publish`` would take now; writes nothing."""
-    return decide(repo_id, _Publisher(api, repo_id, artifact, to, Patience(300.0)).look(), artifact, to, today)
+    publisher = _Publisher(api, repo_id, artifact, to, Patience(300.0))
+    return decide(repo_id, publisher.look(), publisher.content, to, today)
 
 
 class _Publisher:
@@ -146,6 +148,8 @@ class _Publisher:
         self._api = api
         self._repo_id = repo_id
         self._artifact = artifact
+        # What the repository is to show: of a gathered one, with the others that the last look found.
+        self.content = gathered.alone(artifact)
         self._to = to
         self._patience = patience
         self._trees: dict[str, dict[str, str]] = {}
@@ -156,7 +160,7 @@ class _Publisher:
         done, failures = 0, 0
         while True:
             repo = self.look()
-            change = decide(self._repo_id, repo, self._artifact, self._to, today())
+            change = decide(self._repo_id, repo, self.content, self._to, today())
             if change == HubChange():
                 return repo.head
             if done > 1:  # created and filled: a remaining change means that the Hub's answers lag behind
@@ -183,6 +187,7 @@ class _Publisher:
         try:
             refs = self._call("list the revisions of", lambda: self._api.list_repo_refs(self._repo_id))
         except ModelNotFound:
+            self.content = self._content("", {}, ())
             return Repository(exists=False)
         head = next((str(ref.target_commit) for ref in refs.branches if ref.name == "main"), None)
         if head is None:
@@ -194,12 +199,34 @@ class _Publisher:
             )
         tags = {str(ref.name): str(ref.target_commit) for ref in refs.tags}
         tree = self._tree(head)
-        changed = () if self._is_published(tree) else self._changed(head, tree, tags)
+        changed = self._changed(head, tree, tags) if gathered.is_gathered(tree) else ()
+        self.content = self._content(head, tree, changed)
+        if not gathered.is_gathered(tree) and not self._is_published(tree):
+            changed = self._changed(head, tree, tags)
         return Repository(exists=True, head=head, tree=tree, tags=tags, gated=gated, changed=changed)
+
+    def _content(self, head: str, tree: Mapping[str, str], changed: tuple[str, ...]) -> Content:
+        """What the repository is to show, with what a gathered one has at ``head``.
+
+        Raises:
+            HubRefused: the artifact can't be put beside what is there.
+        """
+        index = None
+        if gathered.is_gathered(tree):
+            text = self._read(MANIFEST, head)
+            index = gathered.read_index(text) if text is not None else None
+        elif not self._to.gather:
+            return gathered.alone(self._artifact)
+        elif MANIFEST in tree and not self._to.force:
+            raise HubRefused(
+                f"publish {self._repo_id}: the repository holds one artifact alone, and this is to share one with "
+                "others; choose another publish.name, or overwrite it with --force (publish.force)"
+            )
+        return gathered.beside(self._repo_id, self._artifact, index, changed, force=self._to.force)
 
     def _is_published(self, tree: Mapping[str, str]) -> bool:
         files = {path: identity for path, identity in tree.items() if path not in HUB_OWN_FILES}
-        return set(files) == set(self._artifact.sha256) and all(self._artifact.is_at(*file) for file in files.items())
+        return set(files) == set(self.content.paths) and all(self.content.is_at(*file) for file in files.items())
 
     def _changed(self, head: str, tree: Mapping[str, str], tags: Mapping[str, str]) -> tuple[str, ...]:
         """Files on ``main`` that differ from quantmill's last publish there."""
@@ -256,7 +283,7 @@ class _Publisher:
 
         if CARD in change.add:
             self._check_card()
-        size = sum(self._artifact.sizes[path] for path in change.add)
+        size = sum(self.content.size(path) for path in change.add)
         additions = self._call("upload the files of", lambda: self._upload(change), transfer_seconds(size))
         operations: list[Any] = [*additions, *(CommitOperationDelete(path_in_repo=path) for path in change.delete)]
 
@@ -276,10 +303,10 @@ class _Publisher:
 
         additions = []
         for path in change.add:
-            small = self._artifact.sizes[path] <= SENT_FROM_MEMORY
-            content = self._artifact.read(path) if small else self._artifact.folder / path
-            additions.append(CommitOperationAdd(path_in_repo=path, path_or_fileobj=content))
-            self._artifact.check(path, additions[-1].upload_info.sha256.hex())
+            small = self.content.size(path) <= SENT_FROM_MEMORY
+            data = self.content.read(path) if small else self.content.local(path)
+            additions.append(CommitOperationAdd(path_in_repo=path, path_or_fileobj=data))
+            self.content.check(path, additions[-1].upload_info.sha256.hex())
         self._api.preupload_lfs_files(self._repo_id, additions=additions)
         return additions
 
@@ -290,7 +317,7 @@ class _Publisher:
         """
         from huggingface_hub.utils._http import get_session
 
-        text = self._artifact.read(CARD).decode()
+        text = self.content.read(CARD).decode()
 
         def check() -> Any:
             body = {"content": text, "repoType": "model"}
@@ -353,11 +380,12 @@ def publish_to(to: Destination, repo_id: str, artifact: Artifact, pace: Pace | N
 
 def preview_of(to: Destination, repo_id: str, artifact: Artifact, today: date) -> list[str]:
     """The actions that ``publish_to`` would take now, one per line."""
-    todo = preview(hub.connect(to.endpoint), repo_id, artifact, to, today)
+    publisher = _Publisher(hub.connect(to.endpoint), repo_id, artifact, to, Patience(300.0))
+    todo = decide(repo_id, publisher.look(), publisher.content, to, today)
     return [
         *([f"create {repo_id} ({'private' if to.private else 'public'})"] if todo.create else []),
         *([f"set gated to {to.gated}"] if todo.gate else []),
-        *(f"upload {path} ({artifact.sizes[path]:,} bytes)" for path in todo.add),
+        *(f"upload {path} ({publisher.content.size(path):,} bytes)" for path in todo.add),
         *(f"delete {path}" for path in todo.delete),
         *(["commit once"] if todo.commits else []),
         *(f"tag {tag}" for tag in todo.tags),
@@ -371,8 +399,30 @@ def standing(endpoint: str, repo_id: str, fingerprint: str) -> tuple[Manifest, s
     It is complete once it has the tag that is set after the commit; later changes on ``main`` don't count.
     """
     api = hub.connect(endpoint)
-    current = from_hub.read_manifest(api, repo_id)
-    if current is None or current[0].fingerprint != fingerprint:
+    found = read_file(api, repo_id, MANIFEST, "main", MANIFEST_BYTES)
+    if found is None:
+        return None
+    index = gathered.read_index(found[0])
+    if index is not None:
+        return _standing_member(api, repo_id, index, fingerprint)
+    current = from_hub.parse_manifest(found[0])
+    if current is None or current.fingerprint != fingerprint:
         return None
     tagged = from_hub.read_manifest(api, repo_id, tag_name(fingerprint))
     return tagged if tagged and tagged[0].fingerprint == fingerprint else None
+
+
+def _standing_member(api: HfApi, repo_id: str, index: gathered.Index, fingerprint: str) -> tuple[Manifest, str] | None:
+    """The same of one artifact of a gathered repository, whose commits are tagged by what they hold together.
+
+    A commit without its tag leaves only the artifact that it added incomplete.
+    """
+    member = next((each for each in index.members if each.fingerprint == fingerprint), None)
+    if member is None:
+        return None
+    revisions = [tag_name(index.fingerprint), *(["main"] if member.recipe != index.latest else [])]
+    for revision in revisions:
+        found = from_hub.read_manifest(api, repo_id, revision, member.manifest_path)
+        if found and found[0].fingerprint == fingerprint:
+            return found
+    return None

@@ -18,7 +18,7 @@ from workers.spec.bounds import CARD_BYTES, printable, printable_lines
 from workers.spec.families import DEFAULT_LOADER
 from workers.spec.job import Dataset, Job, Order, SourceCheck, Verdict
 from workers.spec.layers import LayerKinds
-from workers.spec.recipes import Recipe, words
+from workers.spec.recipes import GgufRecipe, Recipe, words
 from workers.spec.runtimes import RUNTIMES, checking
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags")
@@ -133,6 +133,8 @@ def _body(
     name = Path(job.model.id).name
     recipe = order.recipe
     repo = order.repo_id or f"{name}-{recipe.name}"
+    if isinstance(recipe, GgufRecipe):
+        repo += f":{recipe.scheme.mix.upper()}"  # the repository may have other files
     parts = [
         f"# {name}, {recipe.name}\n",
         f"{name} at `{job.model.revision[:12]}`, quantized by quantmill: {words(recipe)} "

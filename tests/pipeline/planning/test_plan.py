@@ -198,6 +198,34 @@ def test_two_models_of_one_name_would_share_a_repository(tmp_path: Path) -> None
         make(tmp_path, made)
 
 
+def test_gguf_files_of_a_model_share_a_repository(tmp_path: Path) -> None:
+    made = write(tmp_path, "gguf-q4_0, gguf-q8_0, bnb-nf4", extra="publish: {namespace: acme}")
+    orders = [artifact.order for artifact in make(tmp_path, made).artifacts]
+    assert [(order.repo_id, order.gathered) for order in orders] == [
+        ("acme/llama-tiny-GGUF", True), ("acme/llama-tiny-GGUF", True), ("acme/llama-tiny-bnb-nf4", False),
+    ]  # fmt: skip
+    own = write(
+        tmp_path, "gguf-q4_0, gguf-q8_0", extra='publish: {namespace: acme, name: "{model}-{recipe}", endpoint: /x}'
+    )
+    assert [order.gathered for order in (a.order for a in make(tmp_path, own).artifacts)] == [False, False]
+
+
+def test_two_recipes_of_one_file_name_would_share_a_file(tmp_path: Path) -> None:
+    other = "{name: other, method: ggml, scheme: {type: gguf-mix, mix: q4_0}, options: {codes: llama.cpp}}"
+    made = write(tmp_path, f"gguf-q4_0, {other}", extra="publish: {namespace: acme}")
+    with pytest.raises(UserError, match=r"'gguf-q4_0' and 'other' would have one file in .*'acme/llama-tiny-GGUF'"):
+        make(tmp_path, made)
+
+
+def test_two_models_of_one_name_would_share_a_gathered_repository(tmp_path: Path) -> None:
+    for parent in ("a", "b"):
+        shutil.copytree(LLAMA, tmp_path / parent / "model")
+    (tmp_path / "b/model/LICENSE").write_text("another")
+    made = write(tmp_path, "gguf-q4_0", "id: a/model}, {id: b/model", "publish: {namespace: acme}")
+    with pytest.raises(UserError, match="'acme/model-GGUF'"):
+        make(tmp_path, made)
+
+
 def test_a_hub_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "Silence", lambda: Silence(1.0))
     made = write(tmp_path, extra="publish: {namespace: acme}")

@@ -69,6 +69,11 @@ def test_a_recipe_can_be_defined_in_place(tmp_path: Path) -> None:
         (("name: small", "name: small\nname: again"), ["key 'name' is given twice"]),
         (("name: small", "name: Not a Slug"), ["name", "got 'Not a Slug'"]),
         (("verify:", "publish: {namespace: a, name: x}\nverify:"), ["publish.name", "{model}"]),
+        (("verify:", 'publish: {namespace: a, name: "{model}"}\nverify:'), ["publish.name", "'compressed-tensors'"]),
+        (
+            ("verify:", 'publish: {namespace: a, name: "{model}-GGUF", endpoint: /srv/models}\nverify:'),
+            ["publish", "must contain {recipe}", "in a folder"],
+        ),
         (("name: small", "name: small\nstorage: runs/shared"), ["storage", "got 'runs/shared'", "absolute path"]),
         (("name: small", "name: small\nstorage: https://x.y/z"), ["storage", "got 'https://x.y/z'", "s3://"]),
         (("name: small", "name: small\nstorage: s3://key:word@x/y"), ["storage", "holds credentials"]),

@@ -148,7 +148,7 @@ def test_a_head_that_moved_is_looked_at_again(api: Any, tmp_path: Path) -> None:
     other = artifact(tmp_path / "b", "two", "e" * 64)
     ours = open_accepted(artifact(tmp_path / "c", "three", "d" * 64))
     publisher = to_hub._Publisher(api, REPO, ours, Destination(endpoint=api.endpoint), Patience(60, jitter=lambda: 0.0))
-    change = to_hub.decide(REPO, repo := publisher.look(), ours, Destination(endpoint=api.endpoint), DAY)
+    change = to_hub.decide(REPO, repo := publisher.look(), publisher.content, Destination(endpoint=api.endpoint), DAY)
     publish(api, other)
     with pytest.raises(HubUnavailable, match="412"):
         publisher._act(change, repo.head)
