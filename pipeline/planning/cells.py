@@ -16,9 +16,10 @@ from pipeline.planning.sources import PinnedModel
 from pipeline.zoo.zoo import ModelEntry, Zoo
 from workers.errors import UnsupportedModel, UnsupportedRecipe, ZooError
 from workers.machine.failures import describe
+from workers.spec import kept
 from workers.spec.bounds import brief
 from workers.spec.job import Calibration, Failure, Order, Verification, fingerprint
-from workers.spec.recipes import Recipe
+from workers.spec.recipes import KeepRecipe, Recipe
 from workers.spec.tensors import TensorHeader
 from workers.transfer.patience import Silence
 
@@ -61,8 +62,10 @@ class Cells:
 
         def pin(entry: ModelEntry) -> PinnedModel | Exception:
             try:
-                calibrated = any(recipe.calibrated for recipe in self._zoo.recipes_of(entry))
-                return sources.resolve(entry, self._folder, workspace, silence, calibrated=calibrated)
+                recipes = self._zoo.recipes_of(entry)
+                calibrated = any(recipe.calibrated for recipe in recipes)
+                keeps = any(isinstance(recipe, KeepRecipe) for recipe in recipes)
+                return sources.resolve(entry, self._folder, workspace, silence, calibrated=calibrated, keeps=keeps)
             except Exception as error:  # whatever a folder or a Hub answers, the other models go on
                 return error
 
@@ -90,12 +93,12 @@ class Cells:
                 continue
             for recipe in recipes:
                 key = (*sizing.alike(source), recipe.name)
-                if key not in fine and not self._misfit(entry, source, recipe):
+                if (key not in fine or source.kept) and not self._misfit(entry, source, recipe):
                     fine.add(key)
 
     def _misfit(self, entry: ModelEntry, source: PinnedModel, recipe: Recipe) -> bool:
         try:
-            problems = list(fitting.recipe_problems(source, recipe))
+            problems = list(fitting.recipe_problems(source, _for_source(source, recipe)))
         except Exception as error:  # odd headers or settings: this model's fault, not the zoo's
             self._refuse(entry, [recipe], error)
             return True
@@ -129,10 +132,10 @@ class Cells:
         calibration: Calibration | None,
         data_sha256: str | None,
     ) -> Order:
-        publish = self._zoo.publish
+        publish, own = self._zoo.publish, _for_source(source, recipe)
         return Order(
-            recipe=recipe,
-            fingerprint=fingerprint(source.pin, recipe, calibration, data_sha256),
+            recipe=own,
+            fingerprint=fingerprint(source.pin, own, calibration, data_sha256),
             thresholds=self._zoo.thresholds(entry, recipe),
             repo_id=publish.repo_id(source.name, recipe) if publish else None,
             gathered=publish is not None and publish.gathers(recipe.format),
@@ -198,6 +201,31 @@ class Cells:
         for recipe in recipes:
             cell = RefusedArtifact(model, name, recipe.name, failure, revision)
             self.refused.setdefault((entry.id, recipe.name), cell)
+
+
+def _for_source(source: PinnedModel, recipe: Recipe) -> Recipe:
+    """The recipe as it applies to a source: one that keeps codes has those of the source.
+
+    Raises:
+        UnsupportedRecipe: the source isn't quantized, or the recipe's format would lose something of it.
+        UnsupportedModel: the source is quantized, and the recipe quantizes.
+    """
+    if not isinstance(recipe, KeepRecipe):
+        if source.kept is not None:
+            raise UnsupportedModel(
+                f"models: {source.pin.id!r} is quantized already ({source.kept.format}), and recipe {recipe.name!r} "
+                "quantizes; name the original checkpoint for it, or give that model recipes of method: keep alone"
+            )
+        return recipe
+    if source.kept is None:
+        raise UnsupportedRecipe(
+            f"recipe {recipe.name!r}: method keep converts a checkpoint that is quantized already, and "
+            f"{source.pin.id!r} isn't; name one in the format {' or '.join(kept.SOURCES)}"
+        )
+    found = kept.resolved(recipe, source.kept)
+    if isinstance(found, str):
+        raise UnsupportedRecipe(f"recipe {recipe.name!r}, {source.pin.id!r}: {found}")
+    return found
 
 
 def failure_of(entry: ModelEntry, error: Exception) -> Failure:

@@ -86,8 +86,10 @@ def parse_config(text: bytes, what: str) -> dict[str, Any]:
     return config
 
 
-def check_loadable(config: Mapping[str, Any], tensors: tuple[TensorHeader, ...], what: str, trusted: bool) -> None:
-    """Refuse what can't be quantized, by config.json and headers.
+def check_loadable(
+    config: Mapping[str, Any], tensors: tuple[TensorHeader, ...], what: str, trusted: bool, *, kept: bool = False
+) -> None:
+    """Refuse what can't be quantized, by config.json and headers; ``kept``: it is quantized, and its codes are kept.
 
     Raises:
         UnsupportedModel: no causal LM, an unknown model type, code of its own, quantized already, or without layers.
@@ -97,7 +99,8 @@ def check_loadable(config: Mapping[str, Any], tensors: tuple[TensorHeader, ...],
             f"{what} comes with code of its own (auto_map in config.json), which is not run; "
             "read that code, then set trust_remote_code: true for this model"
         )
-    _check_quantized(config, tensors, what)
+    if not kept:
+        _check_quantized(config, tensors, what)
     _check_class(config, what)
     if tensors and not any(len(tensor.shape) > 1 for tensor in tensors if re.search(r"\.\d+\.", tensor.name)):
         names = [tensor.name[:80] for tensor in tensors[:3]]
@@ -113,7 +116,8 @@ def _check_quantized(config: Mapping[str, Any], tensors: tuple[TensorHeader, ...
         # mlx names no quantizer.
         method = str(declared.get("quant_method") or getattr(recognised(declared), "name", None))[:40]
         raise UnsupportedModel(
-            f"{what} is quantized already, got quant_method {method!r}; name the original checkpoint"
+            f"{what} is quantized already, got quant_method {method!r}; name the original checkpoint, or take recipes "
+            "of method: keep alone, which store its codes in another format"
         )
     coded = next((t for t in tensors if t.dtype not in FLOATS and len(t.shape) > 1 and WEIGHT.search(t.name)), None)
     if coded is not None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.planning.configs import check_loadable, parse_config
 from pipeline.planning.tokenizers import adds_special_tokens
 from pipeline.zoo.zoo import ModelEntry
-from workers.errors import CalibrationError, CheckpointError, ModelNotFound
+from workers.errors import CalibrationError, CheckpointError, ModelNotFound, UnsupportedModel
 from workers.machine.files import (
     checkpoint_sha256,
     file_sha256,
@@ -19,11 +19,13 @@ from workers.machine.files import (
     read_bounded,
     read_head,
 )
+from workers.spec import kept
 from workers.spec.base import canonical_json
 from workers.spec.bounds import CONFIG_BYTES, HEADER_BYTES
 from workers.spec.checkpoint_files import CONFIG, CheckpointFiles, checkpoint_files, folder_left_out, summary
 from workers.spec.families import Family, family_of
 from workers.spec.job import Dataset, ModelPin
+from workers.spec.kept import Kept
 from workers.spec.tensors import TensorHeader, parse_header
 from workers.transfer import from_hub, hub
 from workers.transfer.patience import Silence, insist
@@ -47,6 +49,8 @@ class PinnedModel:
     tensors: tuple[TensorHeader, ...]
     name: str
     notes: tuple[str, ...] = ()
+    # The codes of a source that is quantized already; its ``tensors`` are then as they are decoded.
+    kept: Kept | None = None
 
     @property
     def family(self) -> Family:
@@ -61,10 +65,12 @@ def resolve(
     silence: Silence | None = None,
     *,
     calibrated: bool = False,
+    keeps: bool = False,
 ) -> PinnedModel:
     """Pin one model: a folder by its content, a repository by its commit. ``workspace`` may not lie in the folder.
 
-    ``calibrated``: a recipe sees its tokens, so that its tokenizer's files are looked at, too.
+    ``calibrated``: a recipe sees its tokens, so that its tokenizer's files are looked at, too. ``keeps``: it may be
+    quantized already, for recipes that keep its codes.
 
     Raises:
         ModelNotFound, CheckpointError, UnsupportedModel, HubRefused, HubUnavailable
@@ -79,8 +85,25 @@ def resolve(
         )
     else:
         source = _resolve_repository(entry, hub.connect(), silence, calibrated)
-    check_loadable(source.config, source.tensors, f"models: {entry.id!r}", entry.trust_remote_code)
+    what = f"models: {entry.id!r}"
+    source = _with_codes(source, what) if keeps else source
+    check_loadable(source.config, source.tensors, what, entry.trust_remote_code, kept=source.kept is not None)
     return source
+
+
+def _with_codes(source: PinnedModel, what: str) -> PinnedModel:
+    """The source with its codes, if it is quantized.
+
+    Raises:
+        UnsupportedModel: its codes can't be kept.
+    """
+    declared = source.config.get("quantization_config")
+    if not declared:
+        return source
+    found = kept.read(declared, source.tensors)
+    if isinstance(found, str):
+        raise UnsupportedModel(f"{what}: method: keep can't read it: {found}")
+    return replace(source, tensors=found.tensors, kept=found)
 
 
 def local_folder(entry: ModelEntry, zoo_folder: Path) -> Path:

@@ -49,6 +49,24 @@ class TensorSource(Protocol):
         """The tensor, on the CPU, contiguous."""
 
 
+class ModelSource(TensorSource, Protocol):
+    """A model that artifacts are made of: its tensors, and the folder that they come from.
+
+    ``Source``, or ``formats.kept.KeptSource`` for a model that is quantized already.
+    """
+
+    folder: Path
+    variant: str | None
+
+    @property
+    def files(self) -> CheckpointFiles:
+        """The files of the folder."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all weights."""
+
+
 class Source:
     """An opened checkpoint folder: headers are read immediately, tensors on demand.
 

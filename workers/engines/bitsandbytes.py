@@ -20,7 +20,7 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 
-from workers.checkpoint.source import Source
+from workers.checkpoint.source import ModelSource
 from workers.engines.maker import Maker
 from workers.errors import UnsupportedRecipe
 from workers.methods.layer import LayerWork, require_finite
@@ -151,7 +151,7 @@ def _unquantized(model: PreTrainedModel, recipe: BitsAndBytesRecipe, converted: 
 class BitsAndBytesMaker(Maker):
     """Applies bitsandbytes' own kernels to the tensors that the library would convert."""
 
-    def __init__(self, job: Job, order: Order, streamed: StreamedModel, source: Source, partial: Path) -> None:
+    def __init__(self, job: Job, order: Order, streamed: StreamedModel, source: ModelSource, partial: Path) -> None:
         super().__init__(job, order, streamed, source, partial)
         recipe = order.recipe
         assert isinstance(recipe, BitsAndBytesRecipe)

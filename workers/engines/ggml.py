@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from workers.checkpoint.gguf_file import GgufWriter, Piece
-from workers.checkpoint.source import Source
+from workers.checkpoint.source import ModelSource
 from workers.engines.maker import Maker
-from workers.errors import UnsupportedModel
+from workers.errors import UnsupportedModel, UnsupportedRecipe
 from workers.formats import gguf
 from workers.methods import ggml
 from workers.methods.layer import LayerWork
@@ -20,8 +20,8 @@ from workers.model.loading import QuantizableWeight, StreamedModel
 from workers.spec.ggml import FILE_TYPES, ModelFacts, choose, fallbacks, is_quantized
 from workers.spec.job import ArtifactMade, Job, Order
 from workers.spec.layers import Layout
-from workers.spec.recipes import GgufRecipe
-from workers.spec.schemes import GgmlScheme
+from workers.spec.recipes import GgufOptions, GgufRecipe
+from workers.spec.schemes import GgmlScheme, GgufScheme
 
 # Weight of the plain sum of squares beside what the first layer sees, as a share of its mean diagonal: the residual
 # stream carries the error on. 0 and 0.3 were tried on llama-tiny (tests/bench/RESULTS.md).
@@ -37,10 +37,11 @@ FIRST_LAYER = {
 class GgmlMaker(Maker):
     """Quantizes matrices to ggml's blocks, and writes one file."""
 
-    def __init__(self, job: Job, order: Order, streamed: StreamedModel, source: Source, partial: Path) -> None:
+    def __init__(self, job: Job, order: Order, streamed: StreamedModel, source: ModelSource, partial: Path) -> None:
         super().__init__(job, order, streamed, source, partial)
-        assert isinstance(order.recipe, GgufRecipe)
-        self._recipe, self._mix = order.recipe, order.recipe.scheme.mix
+        if not isinstance(order.recipe.scheme, GgufScheme):
+            raise UnsupportedRecipe(f"recipe {order.recipe.name!r}: no mix of types; the plan sets it from the source")
+        self._mix = order.recipe.scheme.mix
         name = Path(job.model.id).name
         self._file = gguf.file_name(name, self._mix)
         self._skeleton, notes = gguf.skeleton_of(source.folder, name, source.headers)
@@ -67,7 +68,7 @@ class GgmlMaker(Maker):
         ignored = {
             name
             for name, place in places.items()
-            if any(self._recipe.ignores(piece.key.removesuffix(".weight")) for piece in place.pieces)
+            if any(self.order.recipe.ignores(piece.key.removesuffix(".weight")) for piece in place.pieces)
         }
         widths = {name: p.shape[-1] for name, p in places.items() if is_quantized(name, len(p.shape))}
         chosen = choose(self._mix, widths, ModelFacts.of(self._streamed.model.config.to_dict()))
@@ -75,6 +76,11 @@ class GgmlMaker(Maker):
         self.fallbacks |= dict.fromkeys(fallbacks(chosen))
         kinds = {name: choice.kind for name, choice in chosen.items() if choice is not None}
         return {piece.key: kind for name, kind in kinds.items() for piece in places[name].pieces}
+
+    @property
+    def _options(self) -> GgufOptions:
+        assert isinstance(self.order.recipe, GgufRecipe)
+        return self.order.recipe.options
 
     def layout(self) -> Layout:
         """The type of each quantized module."""
@@ -94,7 +100,7 @@ class GgmlMaker(Maker):
                 self._uncalibrated(key, work.tensors[key])
             else:
                 matrices.append(self._matrix(work, self._weights[key]))
-        for blocks in ggml.code_layer(self._recipe.options, matrices, work.factors):
+        for blocks in ggml.code_layer(self._options, matrices, work.factors):
             self._put(self._pieces[blocks.weight.key], blocks.kind, blocks.raw_OR)
             self.fallbacks |= dict.fromkeys(blocks.notes)
         self._note_borrowing(work, [matrix.weight for matrix in matrices])
@@ -115,7 +121,7 @@ class GgmlMaker(Maker):
         if gram_II is None:
             self._uncalibrated(key, tensor)
         else:
-            self._put(self._pieces[key], kind, ggml.under(self._recipe.options, kind, key, tensor, gram_II))
+            self._put(self._pieces[key], kind, ggml.under(self._options, kind, key, tensor, gram_II))
 
     def _first_layer(self, width: int) -> Tensor | None:
         """W^T W of all that the first layer multiplies its normed inputs with, float32 (I, I).
@@ -147,7 +153,7 @@ class GgmlMaker(Maker):
             self.copy({key: tensor})
         else:
             matrix_OI = tensor.T if piece.transposed else tensor
-            self._put(piece, kind, ggml.least_squares(self._recipe.options, kind, key, matrix_OI))
+            self._put(piece, kind, ggml.least_squares(self._options, kind, key, matrix_OI))
 
     def _put(self, piece: Piece, kind: str, raw_OR: Tensor) -> None:
         self.put(piece.key.removesuffix(".weight"), {gguf.suffix(kind, transposed=piece.transposed): raw_OR})

@@ -5,27 +5,21 @@ from __future__ import annotations
 import math
 import shutil
 from dataclasses import replace
-from functools import partial as partial_function
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from workers.checkpoint.source import Source
-from workers.engines.maker import Maker
-from workers.errors import UnsupportedRecipe
-from workers.formats.table import CODECS
+from workers.checkpoint.source import ModelSource
+from workers.engines.stored import StoredMaker
 from workers.methods import linear, schemes
 from workers.methods.layer import Coded, Factors, Layer, LayerWork
 from workers.methods.scaling import Scaling, some
 from workers.model.loading import QuantizableWeight, StreamedModel
 from workers.model.statistics import InputStatistics
 from workers.numerics.precision import coarse_products
-from workers.spec.formats import FORMATS
 from workers.spec.job import ArtifactMade, Job, Order
-from workers.spec.layers import Layout
-from workers.spec.recipes import BitsAndBytesRecipe, GgufRecipe
+from workers.spec.recipes import BitsAndBytesRecipe, GgufRecipe, KeepRecipe
 from workers.spec.schemes import LinearScheme
 from workers.spec.workspace import folds_folder
 
@@ -33,31 +27,26 @@ from workers.spec.workspace import folds_folder
 OUTSIDE_ELEMENTS = 1 << 24
 
 
-class LinearMaker(Maker):
+class LinearMaker(StoredMaker):
     """Quantizes linear layers."""
 
-    def __init__(self, job: Job, order: Order, streamed: StreamedModel, source: Source, partial: Path) -> None:
-        super().__init__(job, order, streamed, source, partial)
-        assert not isinstance(order.recipe, BitsAndBytesRecipe | GgufRecipe)
+    def __init__(self, job: Job, order: Order, streamed: StreamedModel, source: ModelSource, partial: Path) -> None:
+        assert not isinstance(order.recipe, BitsAndBytesRecipe | GgufRecipe | KeepRecipe)
         self._recipe = order.recipe
-        codec = CODECS[order.recipe.format]
-        assert codec.encode is not None, "the recipe names a format that linear layers are stored in"
-        assert codec.config is not None, "the recipe names a format that linear layers are stored in"
-        self._encode, self._config = codec.encode, codec.config
-        outside = schemes.outside_weights(self._recipe, streamed)
-        self._schemes = schemes.schemes_of(self._recipe, streamed)
-        self._schemes |= {key: schemes.scheme_outside(self._recipe, weight) for key, weight in outside.items()}
-        self._weights = {weight.key: weight for weight in streamed.weights} | outside
-        self._place = partial_function(FORMATS[order.recipe.format].place, str(streamed.model.config.model_type))
-        # Tensors of a layer's experts that the format stacks, by the stack's name and the expert.
-        self._stacks: dict[str, dict[int, Tensor]] = {}
-        self.quantization_config()  # raises if the format can't store the schemes
+        super().__init__(job, order, streamed, source, partial)
+        outside = {key: weight for key, weight in self._weights.items() if weight.layer < 0}
         self.fallbacks = dict.fromkeys(schemes.deviations(self._recipe, streamed.weights, self._schemes))
         self.fallbacks.update(dict.fromkeys(schemes.left_outside(self._recipe, streamed, outside)))
         unknown = self._other_matrices()
         if unknown:
             note = f"left in half precision, for they are no linear layers that can be streamed: {some(unknown)}"
             self.fallbacks[note] = None
+
+    def _chosen(self) -> tuple[dict[str, QuantizableWeight], dict[str, LinearScheme]]:
+        outside = schemes.outside_weights(self._recipe, self._streamed)
+        chosen = schemes.schemes_of(self._recipe, self._streamed)
+        chosen |= {key: schemes.scheme_outside(self._recipe, weight) for key, weight in outside.items()}
+        return {weight.key: weight for weight in self._streamed.weights} | outside, chosen
 
     def _other_matrices(self) -> list[str]:
         """Large layer tensors that aren't separate linear weights, such as experts stored as one tensor."""
@@ -71,56 +60,6 @@ class LinearMaker(Maker):
                 key for key in large if key not in known and not self._recipe.ignores(key.rpartition(".")[0])
             ]
         return unquantized
-
-    def layout(self) -> Layout:
-        """The schemes of the quantized modules, deviations included."""
-        return Layout.of(self._by_module())
-
-    def _by_module(self) -> dict[str, LinearScheme]:
-        return {self._weights[key].module: scheme for key, scheme in self._schemes.items()}
-
-    def quantization_config(self) -> dict[str, Any]:
-        """The quantization config as the format defines it."""
-        conv1d = [self._weights[key].module for key in self._schemes if self._weights[key].transposed]
-        return self._config(self._by_stored_module(), self._unquantized_modules(), conv1d)
-
-    def _by_stored_module(self) -> dict[str, LinearScheme]:
-        """The schemes by the modules' names in the artifact.
-
-        Raises:
-            UnsupportedRecipe: experts that are stored as one tensor have different schemes.
-        """
-        stored: dict[str, LinearScheme | None] = {}
-        for weight in self._weights.values():
-            place, scheme = self._place(weight.module), self._schemes.get(weight.key)
-            name = place.name if place else weight.module
-            if stored.setdefault(name, scheme) != scheme:
-                raise UnsupportedRecipe(
-                    f"recipe {self._recipe.name!r}: format {self._recipe.format} stores the experts of a layer as one "
-                    f"tensor, {name}, and {weight.module} has another scheme than those before it; give a layer's "
-                    "experts one scheme, and ignore all or none"
-                )
-        return {name: scheme for name, scheme in stored.items() if scheme is not None}
-
-    def _unquantized_modules(self) -> list[str]:
-        """Modules that aren't quantized and that a runtime may take for linear layers, by their names in the model and
-        in the checkpoint.
-
-        A router is a module of its own in transformers and a linear layer in vLLM; so are the layers of prediction
-        heads, which transformers doesn't build at all. So every matrix of the checkpoint counts that is no embedding.
-        """
-        weights, modules = self._weights, dict(self._streamed.model.named_modules())
-        coded = {weights[key].input.module for key in self._schemes}
-        linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-        in_checkpoint = []
-        for key, header in self._source.headers.items():
-            matrix = key.endswith(".weight") and len(header.shape) == 2
-            if not matrix or key in self._schemes or key in self._streamed.unused:
-                continue
-            owner = self._streamed.owners.get(key, key).rpartition(".")[0]
-            if not isinstance(modules.get(owner), nn.Embedding):
-                in_checkpoint.append(key.rpartition(".")[0])
-        return [*(name for name in linears if name not in coded), *in_checkpoint]
 
     def layer(self, work: LayerWork) -> None:
         """Quantize one layer's weights, and copy its other tensors."""
@@ -142,20 +81,6 @@ class LinearMaker(Maker):
         self._note_borrowing(work, [weight for weight, _ in chosen])
         if scaling.changed:
             scaling.save(self._folds / f"{work.index:05d}.safetensors")
-
-    def _write(self, key: str, tensor: Tensor) -> None:
-        """Write a tensor, or keep it until all of its stack are there."""
-        if place := self._place(key):
-            self._stacks.setdefault(place.name, {})[place.expert] = tensor.to("cpu")
-        else:
-            super()._write(key, tensor)
-
-    def _write_stacks(self) -> None:
-        """Write the layer's stacked experts, each stack as one tensor."""
-        while self._stacks:
-            name, experts = self._stacks.popitem()
-            parts = [experts.pop(expert) for expert in range(len(experts))]
-            super()._write(name, torch.stack([part.view(torch.uint8) for part in parts]).view(parts[0].dtype))
 
     def _put(self, coded: Coded, layer: Layer) -> None:
         weight = coded.weight

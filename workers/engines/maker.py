@@ -15,7 +15,7 @@ from torch import Tensor
 
 from workers.checkpoint.containers import WRITERS
 from workers.checkpoint.shards import Journal, ShardWriter, Spooled
-from workers.checkpoint.source import Source, copy_companions
+from workers.checkpoint.source import ModelSource, copy_companions
 from workers.machine.files import write_text
 from workers.methods.layer import LayerWork
 from workers.methods.scaling import some
@@ -54,7 +54,7 @@ class Maker(ABC):
         UnsupportedRecipe: on construction, before any expensive work, if the model can't take the recipe.
     """
 
-    def __init__(self, job: Job, order: Order, streamed: StreamedModel, source: Source, partial: Path) -> None:
+    def __init__(self, job: Job, order: Order, streamed: StreamedModel, source: ModelSource, partial: Path) -> None:
         self.order = order
         self.seconds = 0.0
         self.fallbacks: dict[str, None] = {}

@@ -12,7 +12,7 @@ from workers.engines.maker import Maker
 from workers.model.loading import StreamedModel
 from workers.spec import engines
 from workers.spec.layers import Layout
-from workers.spec.recipes import BitsAndBytesRecipe, GgufRecipe, Recipe
+from workers.spec.recipes import BitsAndBytesRecipe, GgufRecipe, KeepRecipe, Recipe
 from workers.spec.schemes import Scheme
 from workers.spec.workspace import layout_path
 
@@ -35,16 +35,23 @@ def _ggml() -> type[Maker]:
     return GgmlMaker
 
 
-MAKERS: dict[str, Callable[[], type[Maker]]] = {
-    engines.LINEAR.name: _linear,
-    engines.BITSANDBYTES.name: _bitsandbytes,
-    engines.GGML.name: _ggml,
+def _keep(recipe: Recipe) -> type[Maker]:
+    from workers.engines.keep import maker_of
+
+    return maker_of(recipe)
+
+
+MAKERS: dict[str, Callable[[Recipe], type[Maker]]] = {
+    engines.LINEAR.name: lambda recipe: _linear(),
+    engines.BITSANDBYTES.name: lambda recipe: _bitsandbytes(),
+    engines.GGML.name: lambda recipe: _ggml(),
+    engines.KEEP.name: _keep,
 }
 
 
 def maker_class(recipe: Recipe) -> type[Maker]:
     """The maker for a recipe; its library is imported only when a recipe needs it."""
-    return MAKERS[recipe.engine]()
+    return MAKERS[recipe.engine](recipe)
 
 
 def layout_of(folder: Path, recipe: Recipe, streamed: StreamedModel) -> Layout:
@@ -64,6 +71,6 @@ def _layout_again(recipe: Recipe, streamed: StreamedModel) -> dict[str, Scheme]:
         return dict.fromkeys(modules, recipe.scheme)
     from workers.methods.schemes import schemes_of
 
-    assert not isinstance(recipe, GgufRecipe), "its maker always stored a layout"
+    assert not isinstance(recipe, GgufRecipe | KeepRecipe), "its maker always stored a layout"
     schemes = schemes_of(recipe, streamed)
     return {weight.module: schemes[weight.key] for weight in streamed.weights if weight.key in schemes}

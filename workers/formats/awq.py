@@ -65,6 +65,15 @@ def decode(stored: Mapping[str, Tensor]) -> Tensor:
     return weight_IO.t().contiguous()
 
 
+def codes(stored: Mapping[str, Tensor]) -> IntWeight:
+    """The codes of one module; zero points that are all in the middle are those of a symmetric scheme."""
+    middle, scale_GO = 1 << (BITS - 1), stored["scales"]
+    codes_OI = (_unpacked(stored["qweight"]).t() - middle).to(torch.int8).contiguous()
+    zero_OG = (_unpacked(stored["qzeros"]).t() - middle).to(torch.int8).contiguous()
+    group_size = None if len(scale_GO) == 1 else codes_OI.shape[1] // len(scale_GO)
+    return IntWeight(codes_OI, scale_GO.t().contiguous(), zero_OG if zero_OG.any() else None, BITS, group_size)
+
+
 def header(stored: Mapping[str, Header]) -> Header:
     """Return shape and dtype of :func:`decode`'s result."""
     width, words = stored["qweight"].shape
@@ -128,4 +137,5 @@ def open_(config: Mapping[str, Any], source: Source, trust_remote_code: bool) ->
         required=SUFFIXES,
         header=lambda module, headers, read: header(headers),
         decode=lambda module, stored: decode(stored),
+        codes=lambda module, stored: codes(stored),
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from workers.checkpoint.source import Header, TensorSource
+from workers.numerics.codes import IntWeight
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Decoder:
     A module is quantized if the checkpoint has a tensor named by it and one of ``anchors``; its weight's tensors are
     those named by ``suffixes``, of which all ``required`` must exist. ``header`` returns shape and dtype of the result
     of ``decode``; ``rounding`` also takes the kind of device, and returns how the runtime rounds the module's input.
+    ``codes`` returns a module's codes, for formats of which they can be kept (``spec.kept``).
     ``view`` is the checkpoint under the names of the one that was quantized, if it's stored under others.
     """
 
@@ -28,3 +30,4 @@ class Decoder:
     activation_scales: tuple[str, ...] = ()
     rounding: Callable[[str, Mapping[str, Tensor], str], Callable[[Tensor], Tensor] | None] = lambda *_: None
     view: TensorSource | None = None
+    codes: Callable[[str, Mapping[str, Tensor]], IntWeight] | None = None

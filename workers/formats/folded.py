@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from workers.checkpoint.source import Header, Source
+from workers.checkpoint.source import Header, ModelSource
 from workers.errors import CheckpointError
 from workers.numerics.smoothing import scaled
 from workers.spec.checkpoint_files import CheckpointFiles
@@ -25,7 +25,7 @@ class Folded:
         CheckpointError: there are scales for tensors that the source lacks.
     """
 
-    def __init__(self, source: Source, folder: Path, transposed: frozenset[str]) -> None:
+    def __init__(self, source: ModelSource, folder: Path, transposed: frozenset[str]) -> None:
         self._source = source
         self._transposed = transposed
         self._files: dict[str, Path] = {}

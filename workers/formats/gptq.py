@@ -88,6 +88,31 @@ class Version:
         weight_IO = (codes_IO - zero_GO[group_I]).to(torch.float16) * stored["scales"][group_I]
         return weight_IO.t().contiguous()
 
+    def codes(self, stored: Mapping[str, Tensor], bits: int) -> IntWeight:
+        """The codes of one module; zero points that are all in the middle are those of a symmetric scheme.
+
+        Raises:
+            UnsupportedRecipe: its groups aren't runs of columns, or a zero point isn't one of the codes.
+        """
+        group_I, scale_GO = stored["g_idx"].long(), stored["scales"]
+        check_words(stored["qweight"].shape[0], len(group_I), bits)
+        size, middle = len(group_I) // len(scale_GO), 1 << (bits - 1)
+        if not torch.equal(group_I, torch.arange(len(group_I)) // size):
+            raise UnsupportedRecipe(
+                "gptq: its groups are in order of activation (g_idx), which no other format holds; name the original "
+                "checkpoint"
+            )
+        zero_GO = unpack_gptq(stored["qzeros"], bits, 1)[:, : scale_GO.shape[1]] + self.offset
+        if int(zero_GO.max()) >= 2 * middle:
+            raise UnsupportedRecipe(
+                f"gptq: a zero point of {int(zero_GO.max())}, above the highest code, which readers take for different "
+                "ones; name the original checkpoint"
+            )
+        codes_OI = (unpack_gptq(stored["qweight"], bits, 0).t() - middle).to(torch.int8).contiguous()
+        zero_OG = (zero_GO.t() - middle).to(torch.int8).contiguous()
+        group_size = None if len(scale_GO) == 1 else size
+        return IntWeight(codes_OI, scale_GO.t().contiguous(), zero_OG if zero_OG.any() else None, bits, group_size)
+
     def quantization_config(
         self, schemes: Mapping[str, LinearScheme], unquantized: Iterable[str], conv1d: Iterable[str] = ()
     ) -> dict[str, Any]:
@@ -235,4 +260,5 @@ def open_(config: Mapping[str, Any], source: Source, trust_remote_code: bool) ->
         required=SUFFIXES,
         header=lambda module, headers, read: header(headers),
         decode=lambda module, stored: version.decode(stored, bits),
+        codes=lambda module, stored: version.codes(stored, bits),
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from workers.checkpoint.source import Source
+from workers.checkpoint.source import ModelSource
 from workers.model.loading import StreamedModel
 from workers.spec.job import Job
 
@@ -16,7 +16,7 @@ def compute_device() -> tuple[str, torch.dtype | None]:
     return ("cuda", None) if torch.cuda.is_available() else ("cpu", torch.float32)
 
 
-def checkpoint_dtype(source: Source) -> torch.dtype:
+def checkpoint_dtype(source: ModelSource) -> torch.dtype:
     """The floating dtype of most of a checkpoint's matrices."""
     counts: dict[torch.dtype, int] = {}
     for header in source.headers.values():
@@ -25,7 +25,7 @@ def checkpoint_dtype(source: Source) -> torch.dtype:
     return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
 
 
-def open_model(job: Job, folder: Path, source: Source) -> StreamedModel:
+def open_model(job: Job, folder: Path, source: ModelSource) -> StreamedModel:
     """Open the job's model on the meta device, to be streamed on ``compute_device``."""
     device, dtype = compute_device()
     return StreamedModel(

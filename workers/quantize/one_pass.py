@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from workers.checkpoint.source import Source
+from workers.checkpoint.source import ModelSource
 from workers.engines import whole
 from workers.engines.maker import Maker, MakerState
 from workers.engines.table import maker_class
+from workers.formats.kept import open_source
 from workers.methods.layer import LayerWork
 from workers.model import batching, reference
 from workers.model.device import open_model
@@ -57,7 +58,7 @@ def quantize(job: Job, folder: Path) -> tuple[tuple[ArtifactMade, ...], int]:
     """
     done, missing = existing_artifacts(job)
     in_the_pass = [order for order in missing if ENGINES[order.recipe.engine].script is None]
-    with Source(folder, allow_pickle=job.model.allow_pickle, variant=job.model.variant) as source:
+    with open_source(folder, job.model) as source:
         if in_the_pass:
             done |= _Pass(job, folder, source, in_the_pass).run()
         for order in missing:
@@ -81,7 +82,7 @@ def _by_whole_engine(job: Job, order: Order, folder: Path) -> ArtifactMade:
 class _Pass:
     """One pass over one model; resumes from a killed attempt's checkpoint."""
 
-    def __init__(self, job: Job, folder: Path, source: Source, orders: list[Order]) -> None:
+    def __init__(self, job: Job, folder: Path, source: ModelSource, orders: list[Order]) -> None:
         self._job = job
         self._source = source
         self._orders = orders

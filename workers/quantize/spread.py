@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from workers.checkpoint.read_ahead import ReadAhead
-from workers.checkpoint.source import Source
+from workers.checkpoint.source import ModelSource
 from workers.engines.maker import Maker
 from workers.engines.table import maker_class
 from workers.errors import TransientError, UnsupportedRecipe
+from workers.formats.kept import open_source
 from workers.machine.files import read_model, write_text
 from workers.machine.preflight import versions
 from workers.methods.layer import LayerWork
@@ -74,7 +75,7 @@ def gather(job: Job, folder: Path, part: int, parts: int) -> None:
     spread_folder = SpreadFolder(job, parts)
     if spread_folder.gathered(part) is not None or not existing_artifacts(job)[1]:
         return
-    with Source(folder, allow_pickle=job.model.allow_pickle, variant=job.model.variant) as source:
+    with open_source(folder, job.model) as source:
         _Gathering(job, folder, source, spread_folder, part).run()
 
 
@@ -92,7 +93,7 @@ def solve(job: Job, folder: Path, part: int, parts: int) -> None:
         return
     if any(order.recipe.calibrated for order in orders):
         spread_folder.require_gathered()
-    with Source(folder, allow_pickle=job.model.allow_pickle, variant=job.model.variant) as source:
+    with open_source(folder, job.model) as source:
         _Solving(job, source, open_model(job, folder, source), spread_folder, orders).run(part)
 
 
@@ -105,7 +106,7 @@ def join(job: Job, folder: Path, parts: int) -> tuple[tuple[ArtifactMade, ...], 
     """
     spread_folder = SpreadFolder(job, parts)
     done, orders = existing_artifacts(job)
-    with Source(folder, allow_pickle=job.model.allow_pickle, variant=job.model.variant) as source:
+    with open_source(folder, job.model) as source:
         if orders:
             spread_folder.join_reference()
             streamed = open_model(job, folder, source)
@@ -262,7 +263,7 @@ class SpreadFolder:
 class _Gathering:
     """Streams one part of the texts through the model."""
 
-    def __init__(self, job: Job, folder: Path, source: Source, spread_folder: SpreadFolder, part: int) -> None:
+    def __init__(self, job: Job, folder: Path, source: ModelSource, spread_folder: SpreadFolder, part: int) -> None:
         self._job, self._spread_folder, self._part = job, spread_folder, part
         self._recipes = [order.recipe for order in job.orders]
         self._streamed = open_model(job, folder, source)
@@ -355,7 +356,7 @@ class _Solving:
     """Solves layers separately; skips layers that are solved already."""
 
     def __init__(
-        self, job: Job, source: Source, streamed: StreamedModel, spread_folder: SpreadFolder, orders: list[Order]
+        self, job: Job, source: ModelSource, streamed: StreamedModel, spread_folder: SpreadFolder, orders: list[Order]
     ) -> None:
         self._job, self._source, self._streamed, self._spread_folder = job, source, streamed, spread_folder
         self._makers: list[Maker] = []
@@ -432,7 +433,7 @@ class _Solving:
 
 
 def _joined(
-    job: Job, order: Order, source: Source, streamed: StreamedModel, spread_folder: SpreadFolder
+    job: Job, order: Order, source: ModelSource, streamed: StreamedModel, spread_folder: SpreadFolder
 ) -> ArtifactMade:
     """Assemble one artifact from its layers."""
     solved = spread_folder.solved(order)
@@ -466,5 +467,5 @@ def _whole(maker: Maker, layers: Sequence[SolvedLayer], spread_folder: SpreadFol
     return maker.finish()
 
 
-def _maker(job: Job, order: Order, streamed: StreamedModel, source: Source, spread_folder: SpreadFolder) -> Maker:
+def _maker(job: Job, order: Order, streamed: StreamedModel, source: ModelSource, spread_folder: SpreadFolder) -> Maker:
     return maker_class(order.recipe)(job, order, streamed, source, spread_folder.making(order))

@@ -54,5 +54,7 @@ LINEAR = Engine("linear")
 # Its environment's library encodes, its converter names: both are called from the pass, which stays in this process.
 GGML = Engine("ggml", environment="llama-cpp")
 BITSANDBYTES = Engine("bitsandbytes", packages=("bitsandbytes",), least_capability=(6, 0))
+# Stores codes that exist already; a GGUF file's names come from the environment of the runtime that checks it.
+KEEP = Engine("keep")
 
-ENGINES: dict[str, Engine] = {row.name: row for row in (LINEAR, BITSANDBYTES, GGML)}
+ENGINES: dict[str, Engine] = {row.name: row for row in (LINEAR, BITSANDBYTES, GGML, KEEP)}

@@ -54,7 +54,8 @@ class Format:
     ``settings`` are the keys of config.json that its readers need beside the source's and ``quantization_config``, from
     all of those. ``outside``: embeddings and head can be quantized. ``real_zeros``: zero points are stored as biases.
     ``place`` says of a model_type and the name of a tensor or module in the source where it is stored, if it is one of
-    several in a stack.
+    several in a stack. ``keeps``: integers of a source that is quantized already can be written as they are
+    (``spec.kept``).
     """
 
     name: str
@@ -80,6 +81,7 @@ class Format:
     outside: bool = False
     settings: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
     place: Callable[[str, str], mlx.Place | None] = lambda model_type, name: None
+    keeps: bool = False
 
 
 # ------------------------------------------------------------------------------------- compressed-tensors
@@ -158,6 +160,7 @@ COMPRESSED_TENSORS = Format(
     # The library decodes fp4 to bfloat16 at run time, whatever dtype the model computes in.
     arithmetic=lambda config: "own" if "fp4" in str(config.get("format")) else "any",
     needs=("compressed-tensors",),
+    keeps=True,
 )
 
 
@@ -202,6 +205,7 @@ def _gptq(name: str, declares: Callable[[Mapping[str, Any]], bool]) -> Format:
         multiple_OI=(32, 32),
         # Supported by the kernels of gptqmodel 7.6; 16 fails in its 4-bit CPU kernel.
         group_sizes=(32, 64, 128, 256, 512, 1024, None),
+        keeps=True,
     )
 
 
@@ -237,6 +241,7 @@ AWQ = Format(
     # Supported by the kernels of gptqmodel 7.6.
     group_sizes=(16, 32, 64, 128),
     lists_unquantized=True,
+    keeps=True,
 )
 
 
@@ -337,6 +342,7 @@ GGUF = Format(
     container="file",
     arithmetic=lambda config: "own",
     only_method="ggml",
+    keeps=True,
     file_bytes=lambda scheme, matrices, config: (
         ggml.planned_bytes(scheme.mix, matrices, config) if isinstance(scheme, GgufScheme) else 0
     ),
@@ -392,6 +398,7 @@ MLX = Format(
     outside=True,
     settings=mlx.settings,
     place=mlx.place,
+    keeps=True,
 )
 
 FORMATS: dict[str, Format] = {

@@ -21,6 +21,7 @@ from workers.spec.schemes import (
     GgufScheme,
     GridScheme,
     IntScheme,
+    KeptScheme,
     LinearScheme,
     LlmInt8Scheme,
     MicroscalingScheme,
@@ -411,8 +412,38 @@ class GgufRecipe(RecipeBase):
         return self.scheme
 
 
+class KeepRecipe(RecipeBase):
+    """Conversion of a source that is quantized already: its codes, scales and zero points in another format.
+
+    ``scheme`` and ``ignore`` are the source's, set by the plan (``spec.kept``), as is ``source``.
+    """
+
+    engine: ClassVar[str] = "keep"
+
+    method: Literal["keep"]
+    scheme: Annotated[KeptScheme | IntScheme | GgufScheme, Field(discriminator="type")] = KeptScheme()
+    format: FormatName
+    options: NoOptions = NoOptions()
+    ignore: tuple[str, ...] = Field((), description="Modules that the source doesn't quantize; set by the plan.")
+    source: str | None = Field(None, description="The source's format; set by the plan.")
+
+    @model_validator(mode="after")
+    def _can_be_written(self) -> Self:
+        if not FORMATS[self.format].keeps:
+            able = " or ".join(row.name for row in FORMATS.values() if row.keeps)
+            raise ValueError(
+                f"recipe {self.name!r}: method keep writes integers in groups, which the format {self.format!r} can't "
+                f"hold; choose format: {able}"
+            )
+        return self
+
+    def scheme_of(self, module: str) -> KeptScheme | IntScheme | GgufScheme:
+        """The recipe's scheme for a module."""
+        return self.scheme
+
+
 LinearRecipe = GptqRecipe | RtnRecipe | AwqRecipe | SmoothQuantRecipe | HqqRecipe
-Recipe = Annotated[LinearRecipe | BitsAndBytesRecipe | GgufRecipe, Field(discriminator="method")]
+Recipe = Annotated[LinearRecipe | BitsAndBytesRecipe | GgufRecipe | KeepRecipe, Field(discriminator="method")]
 
 
 def words(recipe: Recipe) -> str:

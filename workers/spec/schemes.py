@@ -162,6 +162,20 @@ class GgmlScheme(Frozen):
         return self.kind.upper()
 
 
+class KeptScheme(Frozen):
+    """The scheme of the source, which is quantized already; the plan replaces it by what the target stores."""
+
+    type: Literal["kept"] = "kept"
+
+    @property
+    def family(self) -> str:
+        return "kept"
+
+    def words(self) -> str:
+        """The scheme in words."""
+        return "the source's codes, scales and zero points"
+
+
 LinearScheme = IntScheme | Float8Scheme | MicroscalingScheme
 
 
@@ -180,7 +194,7 @@ AnyLinearScheme = Annotated[
 GridScheme = Annotated[
     Annotated[IntScheme, Tag("int")] | Annotated[MicroscalingScheme, Tag("microscaling")], Discriminator(_kind)
 ]
-Scheme = LinearScheme | FourBitFloatScheme | LlmInt8Scheme | GgufScheme | GgmlScheme
+Scheme = LinearScheme | FourBitFloatScheme | LlmInt8Scheme | GgufScheme | GgmlScheme | KeptScheme
 
 AnyScheme = Annotated[
     IntScheme | Float8Scheme | MicroscalingScheme | FourBitFloatScheme | LlmInt8Scheme | GgufScheme | GgmlScheme,

@@ -18,7 +18,7 @@ from workers.spec.bounds import CARD_BYTES, printable, printable_lines
 from workers.spec.families import DEFAULT_LOADER
 from workers.spec.job import Dataset, Job, Order, SourceCheck, Verdict
 from workers.spec.layers import LayerKinds
-from workers.spec.recipes import GgufRecipe, Recipe, words
+from workers.spec.recipes import GgufRecipe, KeepRecipe, Recipe, words
 from workers.spec.runtimes import RUNTIMES, checking
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags")
@@ -137,10 +137,9 @@ def _body(
         repo += f":{recipe.scheme.mix.upper()}"  # the repository may have other files
     parts = [
         f"# {name}, {recipe.name}\n",
-        f"{name} at `{job.model.revision[:12]}`, quantized by quantmill: {words(recipe)} "
-        f"(method {recipe.method}, format {recipe.format}).\n",
+        _made_of(job, recipe),
         "## Measured\n",
-        _measured(verdict),
+        _measured(verdict, "the source, decoded" if isinstance(recipe, KeepRecipe) else "the half-precision original"),
         *_source_checked(checked),
         "## Load it\n",
         _loading(recipe, repo, loader),
@@ -155,6 +154,18 @@ def _body(
         "".join(f"- {package} {version}\n" for package, version in environment.items()),
     ]
     return "\n".join(parts)
+
+
+def _made_of(job: Job, recipe: Recipe) -> str:
+    """What was made of which model."""
+    at = f"{Path(job.model.id).name} at `{job.model.revision[:12]}`"
+    if isinstance(recipe, KeepRecipe):
+        return (
+            f"{job.model.id} at `{job.model.revision[:12]}`, which is quantized in the format {recipe.source}, "
+            f"converted by quantmill to {recipe.format} without loss: the same codes, scales and zero points "
+            f"({words(recipe)}). Every decoded weight was compared with the source's, and is equal bit for bit.\n"
+        )
+    return f"{at}, quantized by quantmill: {words(recipe)} (method {recipe.method}, format {recipe.format}).\n"
 
 
 def _loading(recipe: Recipe, repo: str, loader: str) -> str:
@@ -219,12 +230,12 @@ def _text(dataset: Dataset) -> dict[str, Any]:
     return dataset.public.model_dump(mode="json", exclude_none=True)
 
 
-def _measured(verdict: Verdict) -> str:
+def _measured(verdict: Verdict, reference: str) -> str:
     metrics, runtime = verdict.metrics, verdict.runtime
     if metrics is None:
         return "Nothing: the artifact failed before it could be measured.\n"
     lines = [
-        f"Against the half-precision original, on {metrics.eval_tokens} held-out tokens:\n",
+        f"Against {reference}, on {metrics.eval_tokens} held-out tokens:\n",
         "| | this checkpoint | original |",
         "|---|---|---|",
         f"| perplexity | {metrics.perplexity:.4f} | {metrics.reference_perplexity:.4f} |",

@@ -16,8 +16,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from workers.checkpoint.source import Source
+from workers.checkpoint.source import ModelSource, Source, TensorSource
+from workers.errors import CheckpointError
 from workers.formats.decoded import Decoded
+from workers.formats.kept import KeptSource
 from workers.model import reference
 from workers.model.device import checkpoint_dtype, compute_device
 from workers.model.forward import LogitsHead, stream
@@ -44,12 +46,12 @@ class Comparison:
     """A source model, and the text on which its checkpoints are compared with it."""
 
     model: ModelPin
-    source: Source
+    source: ModelSource
     verification: Verification
     workspace: Path
 
     @classmethod
-    def of_job(cls, job: Job, source: Source) -> Self:
+    def of_job(cls, job: Job, source: ModelSource) -> Self:
         """The comparison of a job's artifacts."""
         return cls(job.model, source, job.verification, Path(job.workspace))
 
@@ -94,6 +96,8 @@ class Comparison:
         Raises:
             QuantmillError: they disagree, or transformers can't load the source.
         """
+        if isinstance(self.source, KeptSource):
+            return self._check_kept()
         checked = Checked(
             self.model,
             self.source.folder,
@@ -103,6 +107,28 @@ class Comparison:
             self.workspace,
         )
         return source_check.check(checked, self.tokens, self._reference_hidden)
+
+    def _check_kept(self) -> SourceCheck:
+        """Compare a source that is quantized already, as we decode it, with the runtime that reads its format."""
+        if (known := source_check.kept(self._reference_file)) is not None:
+            return known
+        answer, layers = self._ask(self.source.folder), len(self.reference.layers)
+        if answer.infeasible:
+            return SourceCheck(all_layers=layers, unchecked="; ".join(answer.infeasible))
+        agreement, problems = self._agreement(answer, LogitsHead(self.reference), self._reference_hidden())
+        if agreement is None or problems:
+            raise CheckpointError(
+                f"model {self.model.id!r}: its own runtime can't run the source: {'; '.join(problems)}"
+            )
+        found = SourceCheck(
+            version=agreement.version,
+            relative_logit_difference=agreement.relative_logit_difference,
+            tokens=self.tokens[:RUNTIME_SEQUENCES, :RUNTIME_TOKENS].numel(),
+            layers=layers,
+            all_layers=layers,
+        )
+        source_check.keep(found, self._reference_file, self.model, source_check.MOST_DIFFERENT_IN_HALF)
+        return found
 
     @property
     def transposed(self) -> frozenset[str]:
@@ -241,7 +267,7 @@ class Comparison:
             tokens=len(ours),
         )
 
-    def _streamed(self, folder: Path, tensors: Source | Decoded, layers: int | None = None) -> StreamedModel:
+    def _streamed(self, folder: Path, tensors: TensorSource, layers: int | None = None) -> StreamedModel:
         device, dtype = compute_device()
         return StreamedModel(
             folder,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.checkpoint.source import Source
+from workers.checkpoint.source import ModelSource, Source
 from workers.formats.decoded import Decoded
 from workers.formats.folded import Folded
 from workers.machine.files import file_sha256, open_checkpoint
@@ -51,9 +51,11 @@ def inspect(
     folder: Path,
     intended: frozenset[str],
     unused: frozenset[str] = frozenset(),
+    exact: Callable[[str], Tensor | None] | None = None,
 ) -> Findings:
     """Compare one of our artifacts with its source, under the scales folded into it.
 
+    ``exact`` gives the weights (float32) of a source that is quantized already, whose codes the artifact keeps.
     ``intended`` names the modules that should be quantized; ``unused`` are tensors of the source without a place in the
     model, which artifacts leave out. Every tensor of both is read once.
     """
@@ -67,11 +69,25 @@ def inspect(
         ]
     )
     compare(source, artifact, quantized, findings, unused)
+    if exact is not None:
+        findings.problems += _not_kept(exact, artifact, quantized)
     return findings
 
 
+def _not_kept(
+    exact: Callable[[str], Tensor | None], artifact: Source | Decoded, quantized: frozenset[str]
+) -> list[str]:
+    """Weights that aren't bit for bit those that the source's codes stand for, in the dtype of the artifact."""
+    changed = []
+    for key in (f"{module}.weight" for module in sorted(quantized) if f"{module}.weight" in artifact.headers):
+        want, got = exact(key), artifact.read(key)
+        if want is None or not torch.equal(want.to(got.dtype), got):
+            changed.append(key)
+    return listed("other weights than the codes of the source stand for", changed)
+
+
 def compare(
-    source: Folded | Source,
+    source: Folded | ModelSource,
     artifact: Source | Decoded,
     quantized: frozenset[str],
     findings: Findings,
@@ -108,7 +124,7 @@ def compare(
         _check_weight(source, artifact, key, findings, comparable=ours or not changed)
 
 
-def _differs(source: Folded | Source, artifact: Source | Decoded, key: str, problems: list[str]) -> bool:
+def _differs(source: Folded | ModelSource, artifact: Source | Decoded, key: str, problems: list[str]) -> bool:
     if not _same_shape(source, artifact, key, problems):
         return False
     ours, theirs = artifact.read(key), source.read(key)
@@ -117,7 +133,7 @@ def _differs(source: Folded | Source, artifact: Source | Decoded, key: str, prob
 
 
 def _check_weight(
-    source: Folded | Source, artifact: Source | Decoded, key: str, findings: Findings, *, comparable: bool
+    source: Folded | ModelSource, artifact: Source | Decoded, key: str, findings: Findings, *, comparable: bool
 ) -> None:
     """Measure a quantized weight's SQNR, and diagnose its fault."""
     if not _same_shape(source, artifact, key, findings.problems):
@@ -131,7 +147,7 @@ def _check_weight(
         findings.problems.append(f"integrity: {key}: {verdict.fault}")
 
 
-def _same_shape(source: Folded | Source, artifact: Source | Decoded, key: str, problems: list[str]) -> bool:
+def _same_shape(source: Folded | ModelSource, artifact: Source | Decoded, key: str, problems: list[str]) -> bool:
     want, got = source.headers[key].shape, artifact.headers[key].shape
     if want != got:
         problems.append(f"integrity: {key} has the shape {got}, expected {want}")
@@ -145,7 +161,7 @@ def _finite(key: str, tensor: Tensor, problems: list[str]) -> bool:
     return finite
 
 
-def _siblings(source: Folded | Source, key: str) -> Iterator[tuple[str, Tensor]]:
+def _siblings(source: Folded | ModelSource, key: str) -> Iterator[tuple[str, Tensor]]:
     """Yield the same weight of other layers and experts, then weights of the same shape, its own layer's first."""
     shape, kind = source.headers[key].shape, _kind(key)
     layer = re.split(r"(?<=\.\d)\.", key)[0]

@@ -74,7 +74,7 @@ def check(of: Checked, tokens_NT: Tensor, hidden: Callable[[], list[Tensor]]) ->
         UnsupportedModel: the logits differ.
         OutOfMemory, WorkerDied: its process ended before it answered, even for the first layers.
     """
-    known = _kept(of.file)
+    known = kept(of.file)
     if known is not None:
         return known
     tokens = tokens_NT[:SEQUENCES]
@@ -82,9 +82,34 @@ def check(of: Checked, tokens_NT: Tensor, hidden: Callable[[], list[Tensor]]) ->
     outputs = torch.cat([batch[:SEQUENCES] for batch in hidden()[:SEQUENCES]])[:SEQUENCES]
     found = _whole(of, tokens, outputs) or _first_layers(of, tokens)
     if not found.unchecked:
-        kept = found.model_copy(update={"host_bytes": 0})
-        write_text(of.file.source_check, kept.model_dump_json() + "\n")
+        _keep(found, of.file)
     return found
+
+
+def keep(found: SourceCheck, file: ReferenceFile, model: ModelPin, limit: float) -> None:
+    """Keep an agreement beside the reference, if it is one.
+
+    Raises:
+        UnsupportedModel: the logits differ by more than ``limit``, and the reference is removed.
+    """
+    if not found.relative_logit_difference <= limit:
+        raise _otherwise(model, file, found.version, found.relative_logit_difference, limit)
+    _keep(found, file)
+
+
+def _keep(found: SourceCheck, file: ReferenceFile) -> None:
+    stored = found.model_copy(update={"host_bytes": 0})
+    write_text(file.source_check, stored.model_dump_json() + "\n")
+
+
+def _otherwise(model: ModelPin, file: ReferenceFile, version: str, difference: float, limit: float) -> UnsupportedModel:
+    """The error of a source that is read differently; a reference that was computed wrongly isn't taken again."""
+    file.path.unlink(missing_ok=True)
+    return UnsupportedModel(
+        f"model {model.id!r}: quantmill reads the source otherwise than transformers {version}: their "
+        f"logits differ by {difference:.3g} standard deviations (root mean square), expected at most {limit:g}; "
+        "none of its artifacts is published. Leave it out of the zoo, and report it with its config.json"
+    )
 
 
 def _whole(of: Checked, tokens_NT: Tensor, outputs_NTH: Tensor) -> SourceCheck | None:
@@ -116,13 +141,7 @@ def _compared(of: Checked, streamed: StreamedModel, outputs_NTH: Tensor, theirs:
     difference = (theirs.logits_NTV - ours).square().mean().sqrt().item() / max(ours.std().item(), 1e-9)
     limit = MOST_DIFFERENT.get(streamed.dtype, MOST_DIFFERENT_IN_HALF)
     if not difference <= limit:
-        # A reference that was computed wrongly isn't taken again.
-        of.file.path.unlink(missing_ok=True)
-        raise UnsupportedModel(
-            f"model {of.model.id!r}: quantmill reads the source otherwise than transformers {theirs.version}: their "
-            f"logits differ by {difference:.3g} standard deviations (root mean square), expected at most {limit:g}; "
-            "none of its artifacts is published. Leave it out of the zoo, and report it with its config.json"
-        )
+        raise _otherwise(of.model, of.file, theirs.version, difference, limit)
     return SourceCheck(
         version=theirs.version,
         relative_logit_difference=difference,
@@ -179,7 +198,8 @@ def _fits(streamed: StreamedModel) -> bool:
     return size + PROCESS_BYTES < available_host_bytes()
 
 
-def _kept(file: ReferenceFile) -> SourceCheck | None:
+def kept(file: ReferenceFile) -> SourceCheck | None:
+    """The agreement that is kept beside a reference; None if there is none."""
     try:
         return SourceCheck.model_validate_json(file.source_check.read_text())
     except (OSError, ValidationError, UnicodeDecodeError):

@@ -7,11 +7,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from workers.checkpoint.source import Source
+from workers.checkpoint.source import ModelSource, Source
 from workers.engines.table import layout_of
 from workers.errors import CheckpointError, NumericalError, UserError
 from workers.formats.decoded import Decoded, open_decoded
 from workers.formats.folded import Folded
+from workers.formats.kept import KeptSource, open_source
 from workers.machine.files import file_sha256, write_text
 from workers.machine.preflight import versions
 from workers.spec.families import family_of
@@ -59,7 +60,7 @@ def verify(job: Job, order: Order, source_folder: Path) -> Manifest:
         if verdict == previous.verdict and order.thresholds == previous.thresholds:
             return previous
     else:
-        with Source(source_folder, allow_pickle=job.model.allow_pickle, variant=job.model.variant) as source:
+        with open_source(source_folder, job.model) as source:
             verdict, about = _verdict(job, order, source, folder)
     if ReasonCode.INTEGRITY in verdict.codes:
         # The files are kept for inspection; without its record, the next run makes the artifact again.
@@ -96,7 +97,7 @@ def _judged_again(verdict: Verdict, order: Order) -> Verdict:
     return gates.judge(facts, order.thresholds)
 
 
-def _verdict(job: Job, order: Order, source: Source, folder: Path) -> tuple[Verdict, Circumstances]:
+def _verdict(job: Job, order: Order, source: ModelSource, folder: Path) -> tuple[Verdict, Circumstances]:
     """Check the source, gather the evidence about one artifact, and judge it."""
     comparison = Comparison.of_job(job, source)
     comparison.load()
@@ -117,7 +118,9 @@ def _facts(order: Order, comparison: Comparison, folder: Path, artifact: Source 
     """Inspect the files, and measure only if they are intact: a broken artifact is made again."""
     intended = frozenset(layout_of(folder, order.recipe, comparison.reference).modules)
     expected = Folded(comparison.source, folds_folder(folder), comparison.transposed)
-    findings = integrity.inspect(expected, artifact, folder, intended, comparison.unused)
+    source = comparison.source
+    exact = source.exact if isinstance(source, KeptSource) else None
+    findings = integrity.inspect(expected, artifact, folder, intended, comparison.unused, exact)
     if findings.problems:
         return gates.Evidence(integrity=findings.problems, worst_layers=findings.worst)
     return comparison.measure(folder, artifact, findings)
@@ -143,7 +146,7 @@ def _seal(
     """Write the card, then the manifest of all files, which fixes the artifact's bytes."""
     (folder / MANIFEST).unlink(missing_ok=True)
     environment = versions()
-    with Source(source_folder, allow_pickle=job.model.allow_pickle, variant=job.model.variant) as source:
+    with open_source(source_folder, job.model) as source:
         reference_bytes = source.bytes
         model_type = _model_type(source_folder)
         family = family_of(model_type)
@@ -179,7 +182,7 @@ def _seal(
     return manifest
 
 
-def _headers(source: Source) -> list[TensorHeader]:
+def _headers(source: ModelSource) -> list[TensorHeader]:
     return [TensorHeader(name, tuple(header.shape), "") for name, header in source.headers.items()]
 
 

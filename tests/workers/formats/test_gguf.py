@@ -31,7 +31,7 @@ from workers.spec.ggml import FILE_TYPES, TYPES, Mix, ModelFacts, choose
 from workers.spec.job import ReasonCode
 from workers.verify.stage import verify
 
-RECIPES = [name for name in shipped.recipe_names() if shipped.recipe(name).format == "gguf"]
+RECIPES = [name for name in shipped.recipe_names() if shipped.recipe(name).method == "ggml"]
 LLAMA = jobs.ZOO / "models" / "llama-tiny"
 
 

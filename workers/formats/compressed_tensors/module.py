@@ -106,5 +106,6 @@ def open_(config: Mapping[str, Any], source: Source, trust_remote_code: bool) ->
         required=(),  # it depends on the module's group
         header=lambda module, headers, read: header(headers, read, declared_of(module)),
         decode=lambda module, stored: decode(stored, declared_of(module)),
+        codes=lambda module, stored: ct_packed.codes(stored, declared_of(module).bits),
         rounding=lambda module, stored, _: input_rounding(module, declared_of(module), stored),
     )

@@ -58,6 +58,16 @@ def decode(stored: Mapping[str, Tensor], bits: int, group_size: int | None) -> T
     return (codes_OI.view(rows, scale_OG.shape[1], -1) * scale_OG[:, :, None]).view(rows, columns)
 
 
+def codes(stored: Mapping[str, Tensor], bits: int) -> IntWeight:
+    """The codes of one module."""
+    scale_OG = stored["weight_scale"]
+    rows, columns = (int(size) for size in stored["weight_shape"])
+    check_words(stored["weight_packed"].shape[1], columns, bits)
+    codes_OI = unpack_from_int32(stored["weight_packed"], bits, (rows, columns))
+    groups = scale_OG.shape[1]
+    return IntWeight(codes_OI, scale_OG, None, bits, None if groups == 1 else columns // groups)
+
+
 def check_words(words: int, codes: int, bits: int) -> None:
     """Check the number of stored words against the bit width.
 

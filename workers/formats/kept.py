@@ -1,0 +1,152 @@
+"""Opens sources that are quantized already, and puts their codes into another format without changing a weight.
+
+O output features, I input features, G groups of input columns.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from workers.checkpoint.source import DTYPES, Source
+from workers.errors import CheckpointError, NumericalError, UnsupportedModel
+from workers.formats.decoded import Decoded
+from workers.formats.table import CODECS
+from workers.numerics import ggml
+from workers.numerics.codes import IntWeight
+from workers.spec import kept
+from workers.spec.checkpoint_files import CheckpointFiles
+from workers.spec.formats import FORMATS
+from workers.spec.ggml import TYPES
+from workers.spec.job import ModelPin
+from workers.spec.schemes import IntScheme
+from workers.spec.tensors import TensorHeader
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class KeptSource(Decoded):
+    """A quantized source under the names and shapes of its weights; ``codes`` are those that are stored.
+
+    Weights are read as the source's own runtimes decode them: they are the reference of what is made of it.
+
+    Raises:
+        UnsupportedModel: its codes can't be kept.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, object], source: Source) -> None:
+        headers = [TensorHeader(name, h.shape, DTYPE_NAMES[h.dtype]) for name, h in source.headers.items()]
+        found = kept.read(config, headers)
+        if isinstance(found, str):
+            raise UnsupportedModel(f"checkpoint {folder}: method: keep can't read it: {found}")
+        self.kept = found
+        decoder = CODECS[found.format].open(config, source, False)
+        assert decoder.codes is not None, "formats that can be kept have codes"
+        self._codes = decoder.codes
+        super().__init__(source, decoder)
+        self.folder = folder
+        self.variant: str | None = source.variant
+
+    @property
+    def files(self) -> CheckpointFiles:
+        """The files of the checkpoint."""
+        return self._source.files
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors, decoded."""
+        return sum(math.prod(header.shape) * header.dtype.itemsize for header in self.headers.values())
+
+    def codes(self, module: str) -> IntWeight:
+        """The codes of a quantized module, as stored.
+
+        Raises:
+            UnsupportedRecipe: they are of a kind that no other format holds.
+        """
+        return self._codes(module, {name: self._tensors.read(key) for name, key in self._stored[module].items()})
+
+    def exact(self, key: str) -> Tensor | None:
+        """A quantized weight before any rounding to half precision, float32; None for other tensors."""
+        module = key.removesuffix(".weight")
+        return self.codes(module).dequantize() if module in self._stored and key.endswith(".weight") else None
+
+
+OpenSource = Source | KeptSource
+
+
+def open_source(folder: Path, model: ModelPin) -> OpenSource:
+    """Open a job's source: decoded if it is quantized already, which the plan allows for recipes that keep its codes.
+
+    Raises:
+        CheckpointError: the files aren't a checkpoint.
+        UnsupportedModel: its codes can't be kept.
+    """
+    source = Source(folder, allow_pickle=model.allow_pickle, variant=model.variant)
+    try:
+        config = json.loads((folder / "config.json").read_text()).get("quantization_config")
+        return KeptSource(folder, config, source) if config else source
+    except (OSError, ValueError) as error:
+        source.__exit__(None, None, None)
+        raise CheckpointError(f"checkpoint {folder}: no readable config.json ({error})") from error
+    except BaseException:
+        source.__exit__(None, None, None)
+        raise
+
+
+def converted(module: str, weight: IntWeight, scheme: IntScheme, fmt: str) -> IntWeight:
+    """The same weight under a scheme of ``spec.kept.stored_as``, with scales of the dtype that a format stores.
+
+    Raises:
+        NumericalError: the format's dtype can't hold a scale, or a bias, exactly.
+    """
+    columns, row = weight.codes_OI.shape[1], FORMATS[fmt]
+    groups = columns // (scheme.group_size or columns)
+    times = groups // weight.scale_OG.shape[1]
+    scale_OG, zero_OG = weight.scale_OG, weight.zero_OG
+    if scheme.symmetric and zero_OG is not None:
+        raise NumericalError(f"{module}: its config.json declares symmetric codes, but it has other zero points")
+    if not scheme.symmetric and zero_OG is None:
+        zero_OG = torch.zeros_like(scale_OG, dtype=torch.int8)
+    if times > 1:
+        scale_OG = scale_OG.repeat_interleave(times, dim=1)
+        zero_OG = None if zero_OG is None else zero_OG.repeat_interleave(times, dim=1)
+    if row.scale_dtype == "float16":
+        scale_OG = scale_OG.to(torch.float16)
+    if row.real_zeros and zero_OG is not None:
+        # A bias is the scale times the zero point, which half precision would round.
+        scale_OG = scale_OG.float()
+    made = IntWeight(weight.codes_OI, scale_OG, zero_OG, weight.bits, scheme.group_size)
+    _require_same(module, weight, made, fmt)
+    return made
+
+
+def blocks(module: str, weight: IntWeight, kind: str) -> Tensor:
+    """The blocks of Q4_0 or Q8_0, uint8 (O, R), of a symmetric weight.
+
+    Raises:
+        NumericalError: float16 can't hold a scale exactly, or there are zero points.
+    """
+    if weight.zero_OG is not None:
+        raise NumericalError(f"{module}: its config.json declares symmetric codes, but it has other zero points")
+    rows, columns = weight.codes_OI.shape
+    times = columns // kept.BLOCK // weight.scale_OG.shape[1]
+    scale_OG = weight.scale_OG.to(torch.float16).repeat_interleave(times, dim=1)
+    _require_same(module, weight, replace(weight, scale_OG=scale_OG, group_size=kept.BLOCK), kind)
+    raw_OR = torch.zeros(rows, TYPES[kind].row_bytes(columns), dtype=torch.uint8)
+    raw_OR = ggml.with_grid(kind, raw_OR, ggml.Grid(scale_OG.float(), None))
+    return ggml.with_numbers(kind, raw_OR, weight.codes_OI.float())
+
+
+def _require_same(module: str, weight: IntWeight, made: IntWeight, fmt: str) -> None:
+    same = made.dequantize() == weight.dequantize()
+    if not bool(same.all()):
+        raise NumericalError(
+            f"{module}: {int((~same).sum())} of its weights would change in {fmt}: a scale of "
+            f"{weight.scale_OG.abs().max().item():.3g} in {weight.scale_OG.dtype} isn't one of {made.scale_OG.dtype}; "
+            "choose another format"
+        )
