@@ -12,7 +12,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +89,9 @@ def restored(rows: Tensor, order: tuple[int, int, int, int] | None) -> Tensor:
 # ------------------------------------------------------------------------------------------------ writing
 
 
+Beside = Callable[[Path, list[str], Callable[[str], Tensor]], None]
+
+
 class GgufWriter(ShardWriter):
     """Spools tensors as ``ShardWriter`` does; ``close`` writes them into one file, in the skeleton's order.
 
@@ -99,10 +102,14 @@ class GgufWriter(ShardWriter):
         super().__init__(folder, 1 << 62, journal)
         self._skeleton: Skeleton | None = None
         self._file, self._file_type = "", 0
+        self._beside: Beside | None = None
 
-    def describe(self, skeleton: Skeleton, file: str, file_type: int) -> None:
-        """Say what the file is called and what it holds; ``file_type`` is llama.cpp's number of the mix."""
-        self._skeleton, self._file, self._file_type = skeleton, file, file_type
+    def describe(self, skeleton: Skeleton, file: str, file_type: int, beside: Beside | None = None) -> None:
+        """Say what the file is called and what it holds; ``file_type`` is llama.cpp's number of the mix.
+
+        ``beside`` writes further files into a folder, from the names of all tensors that were added, which it can read.
+        """
+        self._skeleton, self._file, self._file_type, self._beside = skeleton, file, file_type, beside
 
     def close(self) -> None:
         """Write the file; every piece must have been added.
@@ -114,21 +121,23 @@ class GgufWriter(ShardWriter):
         self.release()
         spool = self._folder / ".shard-00000.spool"
         spool.touch()
-        entries = {_key(entry.name): entry for entry in self._spooled}
+        entries = {_key(spooled.name): spooled for spooled in self._spooled}
         partial = self._folder / f".{self._file}.partial"
         with ExitStack() as stack:
             readers: dict[str, Any] = {}
 
-            def read(entry: Spooled) -> Tensor:
-                path = entry.file or str(spool)
+            def read(spooled: Spooled) -> Tensor:
+                path = spooled.file or str(spool)
                 if path not in readers:
                     readers[path] = stack.enter_context(Path(path).open("rb"))
-                return read_back(readers[path], entry)
+                return read_back(readers[path], spooled)
 
             target = stack.enter_context(partial.open("wb"))
             self._write(target, self._skeleton, entries, read)
             target.flush()
             os.fsync(target.fileno())
+            if self._beside is not None:
+                self._beside(self._folder, list(entries), lambda name: read(entries[name]))
         partial.rename(self._folder / self._file)
         for path in self._folder.glob(".shard-*.spool"):
             path.unlink()
@@ -139,16 +148,16 @@ class GgufWriter(ShardWriter):
             raise CheckpointError(f"gguf: {len(missing)} tensors weren't written, as {missing[:3]}; report this fault")
         kinds = [_kind(place, entries) for place in skeleton.places]
         own = [
-            _entry(FILE_TYPE, UINT32, struct.pack("<I", self._file_type)),
-            _entry(QUANTIZATION_VERSION, UINT32, struct.pack("<I", 2)),
-            _entry(NAMES, ARRAY, _strings([place.model_dump_json(exclude={"data"}) for place in skeleton.places])),
+            entry(FILE_TYPE, UINT32, struct.pack("<I", self._file_type)),
+            entry(QUANTIZATION_VERSION, UINT32, struct.pack("<I", 2)),
+            entry(NAMES, ARRAY, strings([place.model_dump_json(exclude={"data"}) for place in skeleton.places])),
         ]
         target.write(MAGIC + struct.pack("<IQQ", VERSION, len(skeleton.places), skeleton.count + len(own)))
         target.write(base64.b64decode(skeleton.metadata) + b"".join(own))
         start = 0
         for place, kind in zip(skeleton.places, kinds, strict=True):
             shape = struct.pack(f"<{len(place.shape)}Q", *reversed(place.shape))
-            target.write(_string(place.name) + struct.pack("<I", len(place.shape)) + shape)
+            target.write(string(place.name) + struct.pack("<I", len(place.shape)) + shape)
             target.write(struct.pack("<IQ", kind.number, start))
             start += -(-_size(place, kind) // ALIGNMENT) * ALIGNMENT
         for place, kind in zip(skeleton.places, kinds, strict=True):
@@ -187,17 +196,20 @@ def _content(place: Place, entries: Mapping[str, Spooled], read: Any) -> Iterato
         yield reordered(tensor, piece.order)
 
 
-def _string(text: str) -> bytes:
+def string(text: str) -> bytes:
+    """A text as a file has it: its length, then its bytes."""
     data = text.encode()
     return struct.pack("<Q", len(data)) + data
 
 
-def _strings(texts: list[str]) -> bytes:
-    return struct.pack("<IQ", STRING, len(texts)) + b"".join(map(_string, texts))
+def strings(texts: list[str]) -> bytes:
+    """A list of texts, with their type and number."""
+    return struct.pack("<IQ", STRING, len(texts)) + b"".join(map(string, texts))
 
 
-def _entry(key: str, kind: int, value: bytes) -> bytes:
-    return _string(key) + struct.pack("<I", kind) + value
+def entry(key: str, kind: int, value: bytes) -> bytes:
+    """A key of the metadata, with the type of its value."""
+    return string(key) + struct.pack("<I", kind) + value
 
 
 # ------------------------------------------------------------------------------------------------ reading

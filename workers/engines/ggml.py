@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from workers.checkpoint import imatrix
 from workers.checkpoint.gguf_file import GgufWriter, Piece
 from workers.checkpoint.source import ModelSource
 from workers.engines.maker import Maker
@@ -17,7 +19,8 @@ from workers.methods import ggml
 from workers.methods.layer import LayerWork
 from workers.methods.scaling import some
 from workers.model.loading import QuantizableWeight, StreamedModel
-from workers.spec.ggml import FILE_TYPES, ModelFacts, choose, fallbacks, is_quantized
+from workers.model.statistics import InputStatistics
+from workers.spec.ggml import FILE_TYPES, IMATRIX, ModelFacts, choose, fallbacks, is_quantized
 from workers.spec.job import ArtifactMade, Job, Order
 from workers.spec.layers import Layout
 from workers.spec.recipes import GgufOptions, GgufRecipe
@@ -42,6 +45,7 @@ class GgmlMaker(Maker):
         if not isinstance(order.recipe.scheme, GgufScheme):
             raise UnsupportedRecipe(f"recipe {order.recipe.name!r}: no mix of types; the plan sets it from the source")
         self._mix = order.recipe.scheme.mix
+        self._calibration = job.calibration
         name = Path(job.model.id).name
         self._file = gguf.file_name(name, self._mix)
         self._skeleton, notes = gguf.skeleton_of(source.folder, name, source.headers)
@@ -100,10 +104,31 @@ class GgmlMaker(Maker):
                 self._uncalibrated(key, work.tensors[key])
             else:
                 matrices.append(self._matrix(work, self._weights[key]))
+                self._note_squares(key, matrices[-1].statistics)
         for blocks in ggml.code_layer(self._options, matrices, work.factors):
             self._put(self._pieces[blocks.weight.key], blocks.kind, blocks.raw_OR)
             self.fallbacks |= dict.fromkeys(blocks.notes)
         self._note_borrowing(work, [matrix.weight for matrix in matrices])
+
+    def _note_squares(self, key: str, statistics: InputStatistics | None) -> None:
+        """Put the importances of a matrix's inputs into the spool, from which ``finish`` writes their file."""
+        if statistics is not None:
+            self._write(f"{imatrix.SPOOLED}{key}", imatrix.squares(statistics.gram_II, statistics.count))
+
+    def _write_imatrix(self, folder: Path, names: list[str], read: Callable[[str], Tensor]) -> None:
+        """Write the importance matrix beside the file."""
+        calibration = self._calibration
+        known = {name.removeprefix(imatrix.SPOOLED) for name in names if name.startswith(imatrix.SPOOLED)}
+        found = list(imatrix.matrices(self._skeleton.places, known))
+        if calibration is None or not found:
+            return
+        dataset = calibration.dataset.public
+        described = imatrix.Described(
+            datasets=tuple(dataset.data_files) or (dataset.path,),
+            chunks=calibration.samples,
+            chunk_size=calibration.sequence_length,
+        )
+        imatrix.write(folder / IMATRIX, described, found, lambda key: read(f"{imatrix.SPOOLED}{key}"))
 
     def _matrix(self, work: LayerWork, weight: QuantizableWeight) -> ggml.Matrix:
         stored = work.tensors[weight.key].to(self._streamed.device)
@@ -114,20 +139,31 @@ class GgmlMaker(Maker):
     def outside(self, key: str) -> None:
         """Write one of the tensors outside of the layers that the file has a place for."""
         tensor, kind = self._source.read(key), self._kinds.get(key)
-        if kind is None or self._names.get(key) != EMBEDDING or HEAD not in self._names.values():
-            self._uncalibrated(key, tensor)
-            return
-        gram_II = self._first_layer(tensor.shape[1])
-        if gram_II is None:
+        gram_II = None if kind is None else self._gram_outside(self._names[key], tensor.shape[1])
+        if kind is None or gram_II is None:
             self._uncalibrated(key, tensor)
         else:
             self._put(self._pieces[key], kind, ggml.under(self._options, kind, key, tensor, gram_II))
 
-    def _first_layer(self, width: int) -> Tensor | None:
-        """W^T W of all that the first layer multiplies its normed inputs with, float32 (I, I).
+    def _gram_outside(self, name: str, width: int) -> Tensor | None:
+        """What the error of the embeddings or of the head counts under, float32 (I, I); None: of another matrix.
 
-        The embedding's error counts as the first layer sees it, and a little for itself. None: the layer has no norms
-        of that width with the usual names.
+        The head's: X^T X of the last hidden states. The embeddings': W^T W of what the first layer multiplies by them,
+        and a little for themselves. Where one matrix serves for both, the two in equal parts.
+        """
+        tied = HEAD not in self._names.values()
+        parts = []
+        if name == EMBEDDING and (first_II := self._first_layer(width)) is not None:
+            parts += [first_II, RESIDUAL * torch.eye(width)]
+        if self.final is not None and (name == HEAD or (name == EMBEDDING and tied)):
+            final_II = self.final.gram_II.to("cpu", torch.float32)
+            parts.append(final_II / final_II.diagonal().mean().clamp(min=1e-30))
+        return torch.stack(parts).sum(0) if parts else None
+
+    def _first_layer(self, width: int) -> Tensor | None:
+        """W^T W of all that the first layer multiplies its normed inputs with, with a mean diagonal of one, float32.
+
+        None: the layer has no norms of that width with the usual names.
         """
         places = {place.name: place for place in self._skeleton.places}
         gram_II, found = torch.zeros(width, width), False
@@ -141,8 +177,7 @@ class GgmlMaker(Maker):
                     matrix_OI = (stored.T if piece.transposed else stored) * norm_I
                     gram_II += matrix_OI.T @ matrix_OI / len(place.pieces)
                     found = True
-        gram_II.diagonal().add_(RESIDUAL * gram_II.diagonal().mean())
-        return gram_II if found else None
+        return gram_II / gram_II.diagonal().mean().clamp(min=1e-30) if found else None
 
     def _uncalibrated(self, key: str, tensor: Tensor) -> None:
         """Encode a matrix that nothing is calibrated for, by least squared error, or copy a tensor."""
@@ -161,5 +196,5 @@ class GgmlMaker(Maker):
     def finish(self) -> ArtifactMade:
         """Write the tensors outside of the layers, then the file, and move the artifact to its final path."""
         assert isinstance(self._shards, GgufWriter)
-        self._shards.describe(self._skeleton, self._file, FILE_TYPES[self._mix].number)
+        self._shards.describe(self._skeleton, self._file, FILE_TYPES[self._mix].number, self._write_imatrix)
         return super().finish()

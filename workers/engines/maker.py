@@ -25,6 +25,7 @@ from workers.model.statistics import InputStatistics
 from workers.spec.base import Frozen
 from workers.spec.checkpoint_files import WEIGHTS, CheckpointFiles
 from workers.spec.formats import FORMATS
+from workers.spec.ggml import IMATRIX
 from workers.spec.job import ArtifactMade, Job, Order
 from workers.spec.layers import Layout
 from workers.spec.workspace import artifact_folder, layout_path, record_path
@@ -136,7 +137,9 @@ class Maker(ABC):
         artifact = ArtifactMade(
             recipe=self.order.recipe.name,
             path=str(self.target),
-            bytes=sum(path.stat().st_size for end in WEIGHTS for path in self._partial.glob(f"*{end}")),
+            bytes=sum(
+                path.stat().st_size for end in WEIGHTS for path in self._partial.glob(f"*{end}") if path.name != IMATRIX
+            ),
             seconds=self.seconds,
             fallbacks=tuple(self.fallbacks),
         )

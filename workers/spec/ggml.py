@@ -56,6 +56,9 @@ FILE_TYPES: dict[Mix, FileType] = {
     "q2_k": FileType(10, "q2_k", "w2"),
 }  # fmt: skip
 
+# The importance matrix's file beside the weights.
+IMATRIX = "imatrix.gguf"
+
 # What takes the place of a type whose block doesn't divide a width.
 NARROW: dict[Kind, Kind] = {
     "iq4_xs": "iq4_nl", "q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"

@@ -390,6 +390,7 @@ class GgufRecipe(RecipeBase):
     """GGUF: types and scales as llama.cpp chooses them with the importance matrix, codes solved under the Hessian."""
 
     engine: ClassVar[str] = "ggml"
+    numerics: ClassVar[int] = 2
 
     method: Literal["ggml"]
     scheme: GgufScheme
@@ -404,8 +405,8 @@ class GgufRecipe(RecipeBase):
 
     @property
     def needs(self) -> PassNeeds:
-        """Statistics: their diagonal is the importance matrix."""
-        return PassNeeds(statistics=True)
+        """Statistics, whose diagonal is the importance matrix, and those of the head's input."""
+        return PassNeeds(statistics=True, final=True)
 
     def scheme_of(self, module: str) -> GgufScheme:
         """The recipe's scheme for a module."""

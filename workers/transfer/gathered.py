@@ -30,6 +30,7 @@ from workers.spec.bounded_yaml import BadYaml, parse_yaml
 from workers.spec.bounds import printable_lines
 from workers.spec.checkpoint_files import CONFIG, WEIGHTS
 from workers.spec.formats import can_be_gathered, gathered_formats
+from workers.spec.ggml import IMATRIX
 from workers.spec.job import FileEntry
 from workers.spec.recipes import words
 from workers.spec.workspace import MANIFEST
@@ -212,7 +213,7 @@ def beside(
         own = {path: name for path, name in places.items() if path in member.paths}
         return Content(artifact, index.fingerprint, own, {}, frozenset(index.files) - set(own) | {MANIFEST})
     members = tuple(sorted([*others, member], key=lambda each: (-each.bytes, each.recipe)))
-    card = render_card(repo_id, members, member, _front_matter(artifact), imatrix="imatrix.gguf" in places)
+    card = render_card(repo_id, members, member, _front_matter(artifact), imatrix=IMATRIX in places)
     files = {path: index.files[path] for path in sorted(kept) if index and path in index.files}
     files |= {path: FileEntry(sha256=artifact.sha256[n], size=artifact.sizes[n]) for path, n in places.items()}
     files[CARD] = FileEntry(sha256=hashlib.sha256(card.encode()).hexdigest(), size=len(card.encode()))
@@ -273,8 +274,8 @@ def render_card(
 
 
 _IMATRIX = (
-    "`imatrix.gguf` is the importance matrix that the scales were chosen with, from the calibration text: llama.cpp's "
-    "`llama-quantize --imatrix imatrix.gguf` takes it for other types."
+    f"`{IMATRIX}` is the importance matrix that the scales were chosen with, from the calibration text: llama.cpp's "
+    f"`llama-quantize --imatrix {IMATRIX}` takes it for other types."
 )
 
 

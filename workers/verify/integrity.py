@@ -20,6 +20,7 @@ from workers.machine.files import file_sha256, open_checkpoint
 from workers.model.generation import GENERATION_CONFIG, unreadable
 from workers.spec.checkpoint_files import REPLACED
 from workers.spec.formats import recognised
+from workers.spec.ggml import IMATRIX
 from workers.verify.diagnosis import diagnose
 
 NAMED = 3  # names listed in a message
@@ -232,7 +233,7 @@ def _companions(source: Path, companions: Iterable[str], artifact: Path) -> list
 def _strangers(artifact: Path, expected: set[Path]) -> Iterator[str]:
     """Files that a loader may read: neither the source's, nor the checked safetensors."""
     files = open_checkpoint(artifact, f"checkpoint {artifact}")
-    checked = {*files.weights, files.index, *map(str, expected), *REPLACED}
+    checked = {*files.weights, files.index, *map(str, expected), *REPLACED, IMATRIX}
     for path in sorted(artifact.rglob("*")):
         relative = path.relative_to(artifact)
         hidden = any(part.startswith(".") for part in relative.parts)

@@ -27,7 +27,7 @@ from workers.machine.environments import interpreter
 from workers.machine.ggml_library import ENVIRONMENT
 from workers.numerics import ggml
 from workers.quantize.one_pass import quantize
-from workers.spec.ggml import FILE_TYPES, TYPES, Mix, ModelFacts, choose
+from workers.spec.ggml import FILE_TYPES, IMATRIX, TYPES, Mix, ModelFacts, choose
 from workers.spec.job import ReasonCode
 from workers.verify.stage import verify
 
@@ -207,7 +207,7 @@ import json, sys, gguf, numpy
 reader = gguf.GGUFReader(sys.argv[1])
 out = {t.name: gguf.quants.dequantize(t.data, t.tensor_type).astype(numpy.float32) for t in reader.tensors}
 numpy.savez(sys.argv[2], **out)
-fields = {f.name: f.contents() for f in reader.fields.values() if f.name.startswith("general.")}
+fields = {f.name: f.contents() for f in reader.fields.values() if f.name.startswith(("general.", "imatrix."))}
 print(json.dumps({k: v for k, v in fields.items() if isinstance(v, (str, int))}))
 """
 
@@ -240,7 +240,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any]]
 @pytest.mark.parametrize("name", RECIPES)
 def test_gguf_reads_our_weights_bit_for_bit(made: tuple[Any, dict[str, Any]], name: str, tmp_path: Path) -> None:
     folder = Path(made[1][name].path)
-    (file,) = folder.glob("*.gguf")
+    file = weights_of(folder)
     facts, theirs = read_by_gguf(file, tmp_path)
     mix = shipped.recipe(name).scheme
     assert facts["general.file_type"] == FILE_TYPES[mix.mix].number  # type: ignore[union-attr]
@@ -255,6 +255,42 @@ def test_gguf_reads_our_weights_bit_for_bit(made: tuple[Any, dict[str, Any]], na
     source = sources.resolve(ModelEntry(id="llama-tiny"), LLAMA.parent)
     planned = sizing.estimate(source, shipped.recipe(name), made[0].calibration, made[0].verification)
     assert planned.artifact_bytes == pytest.approx(made[1][name].bytes, rel=0.02)
+
+
+def weights_of(folder: Path) -> Path:
+    return folder / json.loads((folder / "config.json").read_text())["quantization_config"]["file"]
+
+
+@with_llama_cpp
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_importance_matrix_is_one_of_llama_cpp(tmp_path: Path) -> None:
+    """As tools/imatrix writes it, of a mixture: a row for each expert; the rules of llama.cpp's loader hold."""
+    folder = jobs.ZOO / "models" / "qwen3-moe-tiny"
+    job = jobs.job(folder, tmp_path / "runs", "gguf-q8_0")
+    (artifact,), _ = quantize(job, folder)
+    assert artifact.error is None
+    facts, theirs = read_by_gguf(Path(artifact.path) / IMATRIX, tmp_path)
+    assert facts["general.type"] == "imatrix"
+    assert facts["imatrix.chunk_count"] == 8
+    assert facts["imatrix.chunk_size"] == 128
+    names = {name.rpartition(".")[0] for name in theirs}
+    assert {f"{name}.{part}" for name in names for part in ("in_sum2", "counts")} == set(theirs)
+    quantized = {name for name, shape, _ in sizes_of(weights_of(Path(artifact.path))) if len(shape) > 1}
+    assert names <= quantized
+    assert {name for name in quantized if name.startswith("blk.") and "gate_inp" not in name} <= names
+    experts, attention = theirs["blk.0.ffn_up_exps.weight.in_sum2"], theirs["blk.0.attn_q.weight.in_sum2"]
+    assert experts.shape == (8, 256)
+    assert attention.shape == (1, 256)
+    assert theirs["blk.0.attn_q.weight.counts"].flatten().tolist() == [8 * 128]
+    assert bool((attention > 0).all())
+    assert torch.equal(attention, theirs["blk.0.attn_k.weight.in_sum2"])
+    assert verify(job, job.orders[0], folder).verdict.accepted
+    assert artifact.bytes == weights_of(Path(artifact.path)).stat().st_size
+
+
+def sizes_of(file: Path) -> list[tuple[str, tuple[int, ...], int]]:
+    return [(name, shape, kind) for name, (shape, kind, _) in gguf_file._Reader(file).header()[0].items()]
 
 
 @with_llama_cpp
@@ -286,7 +322,7 @@ def test_planted_faults_are_found(tmp_path: Path) -> None:
     job = jobs.job(LLAMA, tmp_path / "runs", "gguf-q4_0")
     order = job.orders[0]
     (artifact,), _ = quantize(job, LLAMA)
-    (file,) = Path(artifact.path).glob("*.gguf")
+    file = weights_of(Path(artifact.path))
     data = bytearray(file.read_bytes())
     tensors, places = gguf_file._Reader(file).header()
     assert places is not None
