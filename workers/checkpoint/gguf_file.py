@@ -44,11 +44,13 @@ class Piece(Frozen):
     """A tensor of the checkpoint within one of the file: ``transposed`` matrices are stored (I, O) there.
 
     ``order`` (p, a, b, c) is how its p * a * b * c rows are rearranged: seen as (p, a, b, c), a and b are exchanged.
+    ``shift`` is added to a vector: the norms of some families are stored as what they differ from one by.
     """
 
     key: str
     transposed: bool = False
     order: tuple[int, int, int, int] | None = None
+    shift: float = 0.0
 
 
 class Place(Frozen):
@@ -193,6 +195,7 @@ def _content(place: Place, entries: Mapping[str, Spooled], read: Any) -> Iterato
         tensor = read(entries[piece.key])
         if STORED.search(entries[piece.key].name) is None:
             tensor = (tensor.T if piece.transposed else tensor).to(DTYPES[place.kept])
+            tensor = tensor + piece.shift if piece.shift else tensor
         yield reordered(tensor, piece.order)
 
 
@@ -267,6 +270,11 @@ class GgufSource:
         """Bytes of the file."""
         return self._path.stat().st_size
 
+    def as_stored(self, name: str, tensor: Tensor) -> Tensor:
+        """What storing makes of a tensor that isn't quantized: it loses digits where a shift is added to it."""
+        shift = self._parts[name].piece.shift
+        return (tensor.float() + shift - shift).to(tensor.dtype) if shift else tensor
+
     def read(self, name: str) -> Tensor:
         """The tensor under its name in the checkpoint, on the CPU, contiguous.
 
@@ -284,6 +292,7 @@ class GgufSource:
         tensor = data.view(part.kept)
         tensor = tensor if part.vector else tensor.view(part.rows, -1)
         tensor = restored(tensor, part.piece.order)
+        tensor = tensor - part.piece.shift if part.piece.shift else tensor
         if STORED.search(name) is None and part.piece.transposed:
             tensor = tensor.T
         return tensor.to(part.dtype).contiguous()

@@ -170,7 +170,8 @@ class GgmlMaker(Maker):
         for norm, inputs in FIRST_LAYER.items():
             if norm not in places or places[norm].shape != (width,):
                 continue
-            norm_I = self._source.read(places[norm].pieces[0].key).float()
+            (piece,) = places[norm].pieces
+            norm_I = self._source.read(piece.key).float() + piece.shift
             for place in (places[name] for name in inputs if name in places):
                 for piece in place.pieces:
                     stored = self._source.read(piece.key).float()

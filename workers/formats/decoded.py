@@ -66,6 +66,10 @@ class Decoded:
         except CheckpointError as error:
             raise CheckpointError(f"{module}: {error}") from error
 
+    def as_stored(self, name: str, tensor: Tensor) -> Tensor:
+        """What storing makes of a tensor that isn't quantized: mostly itself."""
+        return self._source.as_stored(name, tensor) if isinstance(self._source, GgufSource) else tensor
+
     def input_rounding(self, module: str, device: str) -> Callable[[Tensor], Tensor] | None:
         """The rounding that transformers applies to a quantized module's input on a kind of device; None if none."""
         stored = self._stored[module]

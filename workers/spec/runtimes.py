@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from pydantic import Field
 
-from workers.spec import mlx
+from workers.spec import ggml, mlx
 from workers.spec.base import Frozen
 from workers.spec.families import DEFAULT_LOADER
 from workers.spec.formats import (
@@ -288,10 +288,15 @@ def _with_llama_cpp(repo: str, loader: str) -> str:
     )
 
 
+def _gguf_by_llama_cpp(scheme: Scheme, kinds: LayerKinds) -> str | None:
+    why = ggml.UNSUPPORTED.get(kinds.model_type)
+    return f"can't be written: {why} the family {kinds.model_type}; choose another format" if why else None
+
+
 LLAMA_CPP = Runtime(
     name="llama.cpp",
     distribution="llama-cpp-python",
-    rules={GGUF.name: lambda scheme, kinds: None},
+    rules={GGUF.name: _gguf_by_llama_cpp},
     snippet=_with_llama_cpp,
     entry="workers.verify.runtimes.llama_cpp:answer",
     environment="llama-cpp",

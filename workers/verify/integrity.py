@@ -130,6 +130,7 @@ def _differs(source: Folded | ModelSource, artifact: Source | Decoded, key: str,
         return False
     ours, theirs = artifact.read(key), source.read(key)
     _finite(key, ours, problems)
+    theirs = artifact.as_stored(key, theirs) if isinstance(artifact, Decoded) else theirs
     return ours.dtype != theirs.dtype or not torch.equal(ours, theirs)
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import subprocess
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
+import transformers as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,13 +26,15 @@ from workers.checkpoint import gguf_file
 from workers.checkpoint.gguf_file import GgufSource, GgufWriter, Piece, Place, Skeleton
 from workers.errors import CheckpointError, PreflightError
 from workers.formats.decoded import Decoded, open_decoded
-from workers.formats.llama_converter import QWEN2, _order, _rearranged, pre_tokenizer
+from workers.formats.llama_converter import QWEN2, _order, _rearranged, _shift, pre_tokenizer
 from workers.machine.environments import interpreter
 from workers.machine.ggml_library import ENVIRONMENT
 from workers.numerics import ggml
 from workers.quantize.one_pass import quantize
 from workers.spec.ggml import FILE_TYPES, IMATRIX, TYPES, Mix, ModelFacts, choose
 from workers.spec.job import ReasonCode
+from workers.spec.layers import LayerKinds
+from workers.spec.runtimes import misfit
 from workers.verify.stage import verify
 
 RECIPES = [name for name in shipped.recipe_names() if shipped.recipe(name).method == "ggml"]
@@ -62,6 +68,26 @@ def test_an_exchange_of_rows_is_found_and_undone(order: tuple[int, int, int, int
 def test_other_orders_of_rows_are_refused() -> None:
     with pytest.raises(ValueError, match=r"blk\.0\.x: its rows are rearranged"):
         _order([0, 3, 1, 2], "blk.0.x")
+
+
+@given(st.lists(st.floats(-4, 4, width=16), min_size=2, max_size=40), st.sampled_from([0.0, 1.0]))
+def test_norms_that_are_stored_with_one_added_are_read_back(values: list[float], shift: float) -> None:
+    norm = torch.tensor(values).bfloat16()
+    with tempfile.TemporaryDirectory() as scratch:
+        piece = Piece(key="norm.weight", shift=shift)
+        written(
+            Path(scratch), [Place(name="norm", shape=(len(norm),), kept="F32", pieces=(piece,))], {"norm.weight": norm}
+        )
+        with GgufSource(Path(scratch)) as source:
+            assert torch.equal(source.read("norm.weight"), source.as_stored("norm.weight", norm))
+            assert torch.allclose(source.read("norm.weight").float(), norm.float(), atol=2**-23, rtol=2**-8)
+
+
+def test_what_is_added_to_a_vector_is_told_from_its_places() -> None:
+    assert _shift(numpy.arange(5.0)) == 0
+    assert _shift(numpy.arange(5.0) + 1) == 1
+    assert _shift(numpy.array([0.0, 2.0, 1.0, 3.0])) == 0
+    assert _shift(numpy.array([1.0, 3.0, 5.0])) == 0, "not a sum"
 
 
 def skeleton(*places: Place) -> Skeleton:
@@ -214,8 +240,6 @@ print(json.dumps({k: v for k, v in fields.items() if isinstance(v, (str, int))})
 
 def read_by_gguf(file: Path, folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """General metadata, and all tensors, as the package gguf reads them."""
-    import numpy
-
     python = environment()
     assert python is not None
     done = subprocess.run(
@@ -341,3 +365,43 @@ def test_planted_faults_are_found(tmp_path: Path) -> None:
     verdict = verify(job, order, LLAMA).verdict
     assert set(verdict.codes) == {ReasonCode.INTEGRITY}
     assert "model.layers.1.mlp.up_proj.weight" in verdict.reasons[0]
+
+
+def test_a_family_without_a_converter_is_refused_by_name() -> None:
+    scheme = shipped.recipe("gguf-q4_0").scheme
+    for family in ("gptj", "deepseek_v3"):
+        why = misfit("gguf", scheme, LayerKinds(model_type=family))
+        assert why is not None
+        assert f"the family {family}" in why
+    assert misfit("gguf", scheme, LayerKinds(model_type="gemma3_text")) is None
+
+
+@with_llama_cpp
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_gemmas_norms_are_right_in_llama_cpp(tmp_path: Path) -> None:
+    """The file has them with one added; llama.cpp and our reading agree."""
+    folder = tmp_path / "gemma3"
+    torch.manual_seed(0)
+    config = tf.Gemma3TextConfig(
+        vocab_size=2048, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, sliding_window=64, query_pre_attn_scalar=16,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.1)
+            else:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(LLAMA / name, folder / name)
+    job = jobs.job(folder, tmp_path / "runs", "gguf-q8_0")
+    (artifact,), _ = quantize(job, folder)
+    assert artifact.error is None, artifact.error
+    verdict = verify(job, job.orders[0], folder).verdict
+    assert verdict.accepted, verdict.reasons
+    assert verdict.runtime is not None
+    assert verdict.runtime.relative_logit_difference < 0.05
