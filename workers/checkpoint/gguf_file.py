@@ -38,6 +38,8 @@ UINT32, STRING, ARRAY = 4, 8, 9
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 # Larger headers belong to no file that a converter wrote.
 MOST_ENTRIES = 1 << 24
+# GGML_MAX_DIMS.
+MOST_DIMENSIONS = 4
 
 
 class Piece(Frozen):
@@ -152,7 +154,11 @@ class GgufWriter(ShardWriter):
         own = [
             entry(FILE_TYPE, UINT32, struct.pack("<I", self._file_type)),
             entry(QUANTIZATION_VERSION, UINT32, struct.pack("<I", 2)),
-            entry(NAMES, ARRAY, strings([place.model_dump_json(exclude={"data"}) for place in skeleton.places])),
+            entry(
+                NAMES,
+                ARRAY,
+                strings([place.model_dump_json(exclude={"data"}, exclude_defaults=True) for place in skeleton.places]),
+            ),
         ]
         target.write(MAGIC + struct.pack("<IQQ", VERSION, len(skeleton.places), skeleton.count + len(own)))
         target.write(base64.b64decode(skeleton.metadata) + b"".join(own))
@@ -363,6 +369,8 @@ class _Reader:
 
     def _tensor(self, file: BinaryIO) -> tuple[str, tuple[int, ...], int, int]:
         name, (dimensions,) = self._text(file), struct.unpack("<I", file.read(4))
+        if dimensions > MOST_DIMENSIONS:
+            raise ValueError(f"a tensor of {dimensions} dimensions")
         shape = struct.unpack(f"<{dimensions}Q", file.read(8 * dimensions))
         kind, start = struct.unpack("<IQ", file.read(12))
         return name, tuple(reversed(shape)), kind, start
