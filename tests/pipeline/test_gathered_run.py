@@ -8,6 +8,7 @@ import pytest
 from pipeline.loopback import LoopbackHub
 from tests.pipeline.runs import MODELS, TEXT, run
 from workers.machine.files import file_sha256
+from workers.spec.ggml import IMATRIX
 from workers.transfer import gathered, hub
 
 REPO = "acme/llama-tiny-GGUF"
@@ -38,6 +39,7 @@ def test_a_zoo_gathers_gguf_files_and_adds_to_them(tmp_path: Path) -> None:
 
         assert night("gguf-q4_0, gguf-q8_0") == ["published", "published"]
         first, commits = shown(), len(api.list_repo_commits(REPO))
+        assert {IMATRIX, "tokenizer.json", "README.md"} <= set(first)
         assert commits == 3  # the Hub's own, and one for each
         assert night("gguf-q4_0, gguf-q8_0") == ["skipped", "skipped"]
         assert (shown(), len(api.list_repo_commits(REPO))) == (first, 3)
@@ -57,3 +59,4 @@ def test_a_zoo_gathers_gguf_files_and_adds_to_them(tmp_path: Path) -> None:
         assert card.count("\n| [llama-tiny-Q") == 3
         assert "&id" not in card, "yaml's aliases aren't for people"
         assert "nearest to the original" in card
+        assert f"--imatrix {IMATRIX}" in card

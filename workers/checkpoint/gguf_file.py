@@ -151,13 +151,14 @@ class GgufWriter(ShardWriter):
         if missing:
             raise CheckpointError(f"gguf: {len(missing)} tensors weren't written, as {missing[:3]}; report this fault")
         kinds = [_kind(place, entries) for place in skeleton.places]
+        names = [place.model_dump_json(exclude={"data"}, exclude_defaults=True) for place in skeleton.places]
         own = [
             entry(FILE_TYPE, UINT32, struct.pack("<I", self._file_type)),
             entry(QUANTIZATION_VERSION, UINT32, struct.pack("<I", 2)),
             entry(
                 NAMES,
                 ARRAY,
-                strings([place.model_dump_json(exclude={"data"}, exclude_defaults=True) for place in skeleton.places]),
+                strings(names),
             ),
         ]
         target.write(MAGIC + struct.pack("<IQQ", VERSION, len(skeleton.places), skeleton.count + len(own)))
