@@ -69,9 +69,15 @@ class Decoded:
     def input_rounding(self, module: str, device: str) -> Callable[[Tensor], Tensor] | None:
         """The rounding that transformers applies to a quantized module's input on a kind of device; None if none."""
         stored = self._stored[module]
-        names = [name for name in self._decoder.activation_scales if name in stored]
-        scales = {name: self._tensors.read(stored[name]) for name in names}
+        scales = {name: self._tensors.read(stored[name]) for name in self._scales_of_input(module)}
         return self._decoder.rounding(module, scales, device)
+
+    def has_static_input(self, module: str) -> bool:
+        """Whether a scale of a quantized module's input is stored, which inputs beyond calibration's exceed."""
+        return bool(self._scales_of_input(module))
+
+    def _scales_of_input(self, module: str) -> list[str]:
+        return [name for name in self._decoder.activation_scales if name in self._stored[module]]
 
     def __enter__(self) -> Self:
         return self

@@ -209,6 +209,14 @@ class Override(Frozen):
         return _compiled("modules", value)
 
 
+def _static_inputs(scheme: LinearScheme) -> bool:
+    """Whether a layer's input has a scale that is fixed by the calibration text."""
+    match scheme:
+        case Float8Scheme(activations="static") | MicroscalingScheme(type="nvfp4", activations="dynamic"):
+            return True
+    return False
+
+
 class CodedRecipe(RecipeBase):
     """A recipe whose codes are ours, and stored in a format."""
 
@@ -286,8 +294,12 @@ class GptqRecipe(GridRecipe):
     @property
     def needs(self) -> PassNeeds:
         """Statistics, from its own quantized layers if ``propagate`` is ``quantized``."""
-        own_stream = self.options.propagate == "quantized"
-        return PassNeeds(statistics=True, own_stream=own_stream, final=self.outside is not None)
+        return PassNeeds(
+            statistics=True,
+            magnitudes=_static_inputs(self.scheme),
+            own_stream=self.options.propagate == "quantized",
+            final=self.outside is not None,
+        )
 
 
 class AwqRecipe(IntRecipe):
@@ -357,7 +369,7 @@ class RtnRecipe(CodedRecipe):
     @property
     def needs(self) -> PassNeeds:
         """Statistics and magnitudes, if activations have static scales."""
-        static = isinstance(self.scheme, Float8Scheme) and self.scheme.activations == "static"
+        static = _static_inputs(self.scheme)
         return PassNeeds(statistics=static, magnitudes=static)
 
     def scheme_of(self, module: str) -> LinearScheme:

@@ -21,7 +21,7 @@ MOST_CLIPPED = 0.01
 
 @dataclass
 class RoundingCounts:
-    """Number of rounded inputs per module, and how many of them were clipped."""
+    """Number of inputs rounded under a static scale per module, and how many of them were clipped."""
 
     values: dict[str, int] = field(default_factory=dict)
     clipped: dict[str, int] = field(default_factory=dict)
@@ -37,8 +37,8 @@ class RoundingCounts:
         ]
 
     def note(self, module: str, given: Tensor, rounded: Tensor) -> None:
-        """Count rounded values, and those that lost more magnitude than rounding can explain as clipped."""
-        clipped = (given.abs() > 0.5 * rounded.abs().amax()) & (rounded.abs() < 0.9 * given.abs())
+        """Count rounded values, and as clipped those at the largest magnitude that were more than a tenth above it."""
+        clipped = (rounded.abs() == rounded.abs().amax()) & (rounded.abs() < 0.9 * given.abs())
         self.values[module] = self.values.get(module, 0) + given.numel()
         self.clipped[module] = self.clipped.get(module, 0) + int(torch.count_nonzero(clipped))
 
@@ -59,17 +59,19 @@ def rounded_inputs(streamed: StreamedModel, artifact: Source | Decoded) -> Itera
                 rounding = artifact.input_rounding(weight.module, kind)
                 if rounding is not None:
                     module = streamed.model.get_submodule(weight.input.parameter.rpartition(".")[0])
-                    note = partial(counts.note, weight.module)
+                    static = artifact.has_static_input(weight.module)
+                    note = partial(counts.note, weight.module) if static else None
                     stack.callback(module.register_forward_pre_hook(_before(rounding, note)).remove)
         yield counts
 
 
 def _before(
-    rounding: Callable[[Tensor], Tensor], note: Callable[[Tensor, Tensor], None]
+    rounding: Callable[[Tensor], Tensor], note: Callable[[Tensor, Tensor], None] | None
 ) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         rounded = rounding(inputs[0])
-        note(inputs[0], rounded)
+        if note is not None:
+            note(inputs[0], rounded)
         return (rounded, *inputs[1:])
 
     return before
