@@ -19,8 +19,10 @@ from workers.formats.table import CODECS
 from workers.methods import linear, schemes
 from workers.methods.layer import Coded, Factors, Layer, LayerWork
 from workers.methods.scaling import Scaling, some
-from workers.model.loading import QuantizableWeight, StreamedModel
+from workers.model.key_values import KEYS, VALUES, attentions_of
+from workers.model.loading import InputName, QuantizableWeight, StreamedModel
 from workers.model.statistics import InputStatistics
+from workers.numerics import fp8
 from workers.numerics.precision import coarse_products
 from workers.spec.formats import FORMATS
 from workers.spec.job import ArtifactMade, Job, Order
@@ -52,6 +54,15 @@ class LinearMaker(Maker):
         # Tensors of a layer's experts that the format stacks, by the stack's name and the expert.
         self._stacks: dict[str, dict[int, Tensor]] = {}
         self.quantization_config()  # raises if the format can't store the schemes
+        self._attentions = {
+            index: attentions_of(streamed, index) if self._recipe.kv_cache else {}
+            for index in range(len(streamed.layers))
+        }
+        if self._recipe.kv_cache and not any(self._attentions.values()):
+            raise UnsupportedRecipe(
+                f"recipe {self._recipe.name!r}: kv_cache: no attention of {type(streamed.model).__name__} is known to "
+                "cache keys and values as they are (self_attn with k_proj and v_proj, or qkv_proj); leave kv_cache out"
+            )
         self.fallbacks = dict.fromkeys(schemes.deviations(self._recipe, streamed.weights, self._schemes))
         self.fallbacks.update(dict.fromkeys(schemes.left_outside(self._recipe, streamed, outside)))
         unknown = self._other_matrices()
@@ -82,7 +93,9 @@ class LinearMaker(Maker):
     def quantization_config(self) -> dict[str, Any]:
         """The quantization config as the format defines it."""
         conv1d = [self._weights[key].module for key in self._schemes if self._weights[key].transposed]
-        return self._config(self._by_stored_module(), self._unquantized_modules(), conv1d)
+        config = self._config(self._by_stored_module(), self._unquantized_modules(), conv1d)
+        declaration = FORMATS[self._recipe.format].cache_declaration
+        return {**config, **declaration} if declaration and self._recipe.kv_cache else config
 
     def _by_stored_module(self) -> dict[str, LinearScheme]:
         """The schemes by the modules' names in the artifact.
@@ -139,6 +152,7 @@ class LinearMaker(Maker):
             self._put(coded, layer)
         self.copy({key: scaling.replaced.get(key, work.tensors[key]) for key in keys if key not in self._schemes})
         self._write_stacks()
+        self._write_cache_scales(work, layer.dtype)
         self._note_borrowing(work, [weight for weight, _ in chosen])
         if scaling.changed:
             scaling.save(self._folds / f"{work.index:05d}.safetensors")
@@ -156,6 +170,22 @@ class LinearMaker(Maker):
             name, experts = self._stacks.popitem()
             parts = [experts.pop(expert) for expert in range(len(experts))]
             super()._write(name, torch.stack([part.view(torch.uint8) for part in parts]).view(parts[0].dtype))
+
+    def _write_cache_scales(self, work: LayerWork, dtype: torch.dtype) -> None:
+        """Write the scales of the layer's keys and values: their largest magnitude over the largest of E4M3.
+
+        Raises:
+            UnsupportedRecipe: an attention module cached nothing.
+        """
+        for module, stored in self._attentions[work.index].items():
+            for leaf in (KEYS, VALUES):
+                seen = work.observer.of(InputName(f"{module}.{leaf}", None)) if work.observer else None
+                if seen is None:
+                    raise UnsupportedRecipe(
+                        f"recipe {self._recipe.name!r}: kv_cache: {module} handed no keys and values to its cache; "
+                        "leave kv_cache out for this model"
+                    )
+                super()._write(f"{stored}.{leaf}", fp8.input_scale(seen.abs_max_I, dtype).to("cpu"))
 
     def _put(self, coded: Coded, layer: Layer) -> None:
         weight = coded.weight

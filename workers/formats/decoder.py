@@ -17,7 +17,8 @@ class Decoder:
     A module is quantized if the checkpoint has a tensor named by it and one of ``anchors``; its weight's tensors are
     those named by ``suffixes``, of which all ``required`` must exist. ``header`` returns shape and dtype of the result
     of ``decode``; ``rounding`` also takes the kind of device, and returns how the runtime rounds the module's input.
-    ``view`` is the checkpoint under the names of the one that was quantized, if it's stored under others.
+    With ``cache_scales``, attention modules have scales of their keys and values. ``view`` is the checkpoint under the
+    names of the one that was quantized, if it's stored under others.
     """
 
     anchors: tuple[str, ...]
@@ -27,4 +28,5 @@ class Decoder:
     decode: Callable[[str, Mapping[str, Tensor]], Tensor]
     activation_scales: tuple[str, ...] = ()
     rounding: Callable[[str, Mapping[str, Tensor], str], Callable[[Tensor], Tensor] | None] = lambda *_: None
+    cache_scales: bool = False
     view: TensorSource | None = None

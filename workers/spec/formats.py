@@ -54,7 +54,8 @@ class Format:
     ``settings`` are the keys of config.json that its readers need beside the source's and ``quantization_config``, from
     all of those. ``outside``: embeddings and head can be quantized. ``real_zeros``: zero points are stored as biases.
     ``place`` says of a model_type and the name of a tensor or module in the source where it is stored, if it is one of
-    several in a stack.
+    several in a stack. ``cache_declaration``: what ``quantization_config`` says of keys and values in FP8, whose scales
+    are tensors of their attention modules (``k_scale``, ``v_scale``).
     """
 
     name: str
@@ -80,6 +81,7 @@ class Format:
     outside: bool = False
     settings: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
     place: Callable[[str, str], mlx.Place | None] = lambda model_type, name: None
+    cache_declaration: Mapping[str, Any] | None = None
 
 
 # ------------------------------------------------------------------------------------- compressed-tensors
@@ -162,6 +164,17 @@ COMPRESSED_TENSORS = Format(
     # The library decodes them to bfloat16 at run time, whatever dtype the model computes in.
     arithmetic=lambda config: "own" if any(kind in str(config.get("format")) for kind in ("fp4", "mxfp8")) else "any",
     needs=("compressed-tensors",),
+    cache_declaration={
+        "kv_cache_scheme": {
+            "num_bits": 8,
+            "type": "float",
+            "strategy": "tensor",
+            "symmetric": True,
+            "dynamic": False,
+            "group_size": None,
+            "observer": "static_minmax",
+        }
+    },
 )
 
 

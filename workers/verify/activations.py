@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from workers.checkpoint.source import Source
 from workers.formats.decoded import Decoded
+from workers.model.key_values import attentions_of, changing
 from workers.model.loading import StreamedModel
+from workers.numerics.activations import round_fp8_static
 
 # Maximum share of a layer's inputs that a static scale may clip: outliers that calibration didn't see.
 MOST_CLIPPED = 0.01
@@ -45,7 +47,8 @@ class RoundingCounts:
 
 @contextmanager
 def rounded_inputs(streamed: StreamedModel, artifact: Source | Decoded) -> Iterator[RoundingCounts]:
-    """Round the inputs of ``streamed``'s linear modules as ``artifact`` declares, while the context lasts.
+    """Round the inputs of ``streamed``'s linear modules as ``artifact`` declares, while the context lasts, and the keys
+    and values that its attention caches.
 
     Inputs of experts that transformers fuses aren't rounded.
     """
@@ -62,7 +65,25 @@ def rounded_inputs(streamed: StreamedModel, artifact: Source | Decoded) -> Itera
                     static = artifact.has_static_input(weight.module)
                     note = partial(counts.note, weight.module) if static else None
                     stack.callback(module.register_forward_pre_hook(_before(rounding, note)).remove)
+            if artifact.cache_scales:
+                for layer in range(len(streamed.layers)):
+                    for name, stored in attentions_of(streamed, layer).items():
+                        change = _cached(artifact.scales_of_cache(stored), partial(counts.note, stored))
+                        stack.enter_context(changing(streamed.model.get_submodule(name), change))
         yield counts
+
+
+def _cached(
+    scales: tuple[Tensor, Tensor], note: Callable[[Tensor, Tensor], None]
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def change(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        rounded = []
+        for tensor, scale in zip((keys, values), scales, strict=True):
+            rounded.append(round_fp8_static(tensor, scale.to(tensor.device)))
+            note(tensor, rounded[-1])
+        return rounded[0], rounded[1]
+
+    return change
 
 
 def _before(

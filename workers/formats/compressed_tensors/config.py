@@ -162,6 +162,23 @@ def _activations(module: str, group: Mapping[str, Any]) -> Activations:
     )
 
 
+def has_cache_scales(config: Mapping[str, Any]) -> bool:
+    """Whether attention modules have a scale for their keys and one for their values, in FP8.
+
+    Raises:
+        UnsupportedRecipe: keys and values are declared to be rounded otherwise.
+    """
+    given = config.get("kv_cache_scheme")
+    if given is None:
+        return False
+    declaration = COMPRESSED_TENSORS.cache_declaration
+    assert declaration is not None
+    known = declaration["kv_cache_scheme"]
+    if any(given.get(name) != known[name] for name in ("num_bits", "type", "strategy", "symmetric", "dynamic")):
+        raise UnsupportedRecipe(f"{NAME}: kv_cache_scheme {dict(given)} can't be read; known is {known}")
+    return True
+
+
 def _stored_alike(scheme: LinearScheme) -> LinearScheme:
     """A representative of all schemes that are stored in the same way."""
     return scheme.model_copy(update={"indivisible": "refuse"}) if isinstance(scheme, IntScheme) else scheme

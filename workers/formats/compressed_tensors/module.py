@@ -20,6 +20,7 @@ from workers.formats.compressed_tensors import plain as ct_plain
 from workers.formats.compressed_tensors.config import EXPERT as EXPERT
 from workers.formats.compressed_tensors.config import MXFP4, MXFP8, NVFP4, PACKED, Declared, form_of
 from workers.formats.compressed_tensors.config import Declarations as Declarations
+from workers.formats.compressed_tensors.config import has_cache_scales as has_cache_scales
 from workers.formats.compressed_tensors.config import quantization_config as quantization_config
 from workers.formats.compressed_tensors.config import some as some
 from workers.formats.compressed_tensors.packed import check_words as check_words
@@ -120,11 +121,16 @@ def input_rounding(module: str, declared: Declared, stored: Mapping[str, Tensor]
 
 
 def open_(config: Mapping[str, Any], source: Source, trust_remote_code: bool) -> Decoder:
-    """The decoder of a checkpoint with this ``quantization_config``."""
+    """The decoder of a checkpoint with this ``quantization_config``.
+
+    Raises:
+        UnsupportedRecipe: its keys and values are rounded in a way that isn't known.
+    """
     declared_of = Declarations(config).of
     return Decoder(
         anchors=ANCHORS,
         suffixes=SUFFIXES,
+        cache_scales=has_cache_scales(config),
         activation_scales=tuple(SCALES_OF_INPUTS.values()),
         required=(),  # it depends on the module's group
         header=lambda module, headers, read: header(headers, read, declared_of(module)),
