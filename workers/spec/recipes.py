@@ -16,6 +16,7 @@ from workers.spec.base import SLUG, Frozen
 from workers.spec.formats import BITSANDBYTES, FORMATS, GGUF, FormatName, check_holds, formats_with_schemes_by_layer
 from workers.spec.schemes import (
     AnyLinearScheme,
+    CacheScheme,
     Float8Scheme,
     FourBitFloatScheme,
     GgufScheme,
@@ -224,7 +225,7 @@ class CodedRecipe(RecipeBase):
 
     format: FormatName
     outside: Outside | None = Field(None, description="Schemes of embeddings and head; null: left as they are.")
-    kv_cache: Literal["fp8"] | None = Field(
+    kv_cache: CacheScheme | None = Field(
         None,
         description="fp8: with a scale for each layer's keys and one for its values, from the calibration text, with "
         "which runtimes keep their cache in FP8 E4M3.",

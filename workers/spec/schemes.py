@@ -169,6 +169,9 @@ class GgmlScheme(Frozen):
         return self.kind.upper()
 
 
+# What keys and values are rounded to before runtimes cache them: E4M3, with one scale for each layer's keys, one for
+# its values.
+CacheScheme = Literal["fp8"]
 LinearScheme = IntScheme | Float8Scheme | MicroscalingScheme
 
 
