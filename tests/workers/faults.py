@@ -244,6 +244,9 @@ PLANTED: dict[str, Planted] = {
     "inputs clipped by their scale": Planted(
         one(f"{UP}.input_scale", lambda t: t / 64), f"{UP}: its static scale clips", "fp8-static"
     ),
+    "inputs clipped by the scale of their scales": Planted(
+        one(f"{UP}.input_global_scale", lambda t: t * 64), f"{UP}: its static scale clips", "nvfp4-w4a4"
+    ),
     "block scales of nvfp4 shifted": Planted(one(SCALE, lambda t: t.roll(1, 1)), f"{UP}.weight: its scales", "nvfp4"),
     "absmax of nf4 shifted": Planted(
         one(f"{UP}.weight.absmax", lambda t: t.roll(1, 0)), f"{UP}.weight: its scales", "bnb-nf4",

@@ -6,18 +6,23 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from workers.checkpoint.source import ModelSource
 from workers.engines.stored import StoredMaker
+from workers.errors import UnsupportedRecipe
 from workers.methods import linear, schemes
 from workers.methods.layer import Coded, Factors, Layer, LayerWork
 from workers.methods.scaling import Scaling, some
-from workers.model.loading import QuantizableWeight, StreamedModel
+from workers.model.key_values import KEYS, VALUES, attentions_of
+from workers.model.loading import InputName, QuantizableWeight, StreamedModel
 from workers.model.statistics import InputStatistics
+from workers.numerics import fp8
 from workers.numerics.precision import coarse_products
+from workers.spec.formats import FORMATS
 from workers.spec.job import ArtifactMade, Job, Order
 from workers.spec.recipes import BitsAndBytesRecipe, GgufRecipe, KeepRecipe
 from workers.spec.schemes import LinearScheme
@@ -35,6 +40,15 @@ class LinearMaker(StoredMaker):
         self._recipe = order.recipe
         super().__init__(job, order, streamed, source, partial)
         outside = {key: weight for key, weight in self._weights.items() if weight.layer < 0}
+        self._attentions = {
+            index: attentions_of(streamed, index) if self._recipe.kv_cache else {}
+            for index in range(len(streamed.layers))
+        }
+        if self._recipe.kv_cache and not any(self._attentions.values()):
+            raise UnsupportedRecipe(
+                f"recipe {self._recipe.name!r}: kv_cache: no attention of {type(streamed.model).__name__} is known to "
+                "cache keys and values as they are (self_attn with k_proj and v_proj, or qkv_proj); leave kv_cache out"
+            )
         self.fallbacks = dict.fromkeys(schemes.deviations(self._recipe, streamed.weights, self._schemes))
         self.fallbacks.update(dict.fromkeys(schemes.left_outside(self._recipe, streamed, outside)))
         unknown = self._other_matrices()
@@ -61,6 +75,12 @@ class LinearMaker(StoredMaker):
             ]
         return unquantized
 
+    def quantization_config(self) -> dict[str, Any]:
+        """The quantization config as the format defines it."""
+        config = super().quantization_config()
+        declaration = FORMATS[self._recipe.format].cache_declaration
+        return {**config, **declaration} if declaration and self._recipe.kv_cache else config
+
     def layer(self, work: LayerWork) -> None:
         """Quantize one layer's weights, and copy its other tensors."""
         self._stacks = {}
@@ -78,9 +98,26 @@ class LinearMaker(StoredMaker):
             self._put(coded, layer)
         self.copy({key: scaling.replaced.get(key, work.tensors[key]) for key in keys if key not in self._schemes})
         self._write_stacks()
+        self._write_cache_scales(work, layer.dtype)
         self._note_borrowing(work, [weight for weight, _ in chosen])
         if scaling.changed:
             scaling.save(self._folds / f"{work.index:05d}.safetensors")
+
+    def _write_cache_scales(self, work: LayerWork, dtype: torch.dtype) -> None:
+        """Write the scales of the layer's keys and values: their largest magnitude over the largest of E4M3.
+
+        Raises:
+            UnsupportedRecipe: an attention module cached nothing.
+        """
+        for module, stored in self._attentions[work.index].items():
+            for leaf in (KEYS, VALUES):
+                seen = work.observer.of(InputName(f"{module}.{leaf}", None)) if work.observer else None
+                if seen is None:
+                    raise UnsupportedRecipe(
+                        f"recipe {self._recipe.name!r}: kv_cache: {module} handed no keys and values to its cache; "
+                        "leave kv_cache out for this model"
+                    )
+                super()._write(f"{stored}.{leaf}", fp8.input_scale(seen.abs_max_I, dtype).to("cpu"))
 
     def _put(self, coded: Coded, layer: Layer) -> None:
         weight = coded.weight

@@ -22,6 +22,9 @@ from workers.formats.decoder import Decoder
 from workers.formats.table import CODECS
 from workers.spec.formats import FORMATS, recognised
 
+# Names of the scales of an attention module's keys and values.
+CACHE_SCALES = ("k_scale", "v_scale")
+
 
 class Decoded:
     """An opened checkpoint (a ``source.TensorSource``) whose quantized weights are decoded on reading."""
@@ -35,6 +38,8 @@ class Decoded:
         self.headers: dict[str, Header] = {}
         for key, header in self._tensors.headers.items():
             module = owners.get(key)
+            if self.cache_scales and key.rpartition(".")[2] in CACHE_SCALES:
+                continue  # of no weight, and not of the checkpoint that was quantized
             if module is None:
                 self.headers[key] = header
             elif f"{module}.weight" not in self.headers:
@@ -44,6 +49,26 @@ class Decoded:
     def quantized(self) -> frozenset[str]:
         """Names of the quantized modules."""
         return frozenset(self._stored)
+
+    @property
+    def cache_scales(self) -> bool:
+        """Whether runtimes round keys and values before they cache them."""
+        return self._decoder.cache_scales
+
+    def scales_of_cache(self, attention: str) -> tuple[Tensor, Tensor]:
+        """The scales, float [1], of the keys and the values of an attention module (by its name in the checkpoint).
+
+        Raises:
+            CheckpointError: it has none.
+        """
+        keys, values = (f"{attention}.{leaf}" for leaf in CACHE_SCALES)
+        missing = [key for key in (keys, values) if key not in self._tensors.headers]
+        if missing:
+            raise CheckpointError(
+                f"{attention}: config.json says that its cache is rounded, but {', '.join(missing)} isn't there; make "
+                "the checkpoint anew"
+            )
+        return self._tensors.read(keys), self._tensors.read(values)
 
     @property
     def bytes(self) -> int:
@@ -73,9 +98,15 @@ class Decoded:
     def input_rounding(self, module: str, device: str) -> Callable[[Tensor], Tensor] | None:
         """The rounding that transformers applies to a quantized module's input on a kind of device; None if none."""
         stored = self._stored[module]
-        names = [name for name in self._decoder.activation_scales if name in stored]
-        scales = {name: self._tensors.read(stored[name]) for name in names}
+        scales = {name: self._tensors.read(stored[name]) for name in self._scales_of_input(module)}
         return self._decoder.rounding(module, scales, device)
+
+    def has_static_input(self, module: str) -> bool:
+        """Whether a scale of a quantized module's input is stored, which inputs beyond calibration's exceed."""
+        return bool(self._scales_of_input(module))
+
+    def _scales_of_input(self, module: str) -> list[str]:
+        return [name for name in self._decoder.activation_scales if name in self._stored[module]]
 
     def __enter__(self) -> Self:
         return self

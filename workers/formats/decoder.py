@@ -19,7 +19,8 @@ class Decoder:
     those named by ``suffixes``, of which all ``required`` must exist. ``header`` returns shape and dtype of the result
     of ``decode``; ``rounding`` also takes the kind of device, and returns how the runtime rounds the module's input.
     ``codes`` returns a module's codes, for formats of which they can be kept (``spec.kept``).
-    ``view`` is the checkpoint under the names of the one that was quantized, if it's stored under others.
+    With ``cache_scales``, attention modules have scales of their keys and values. ``view`` is the checkpoint under the
+    names of the one that was quantized, if it's stored under others.
     """
 
     anchors: tuple[str, ...]
@@ -29,5 +30,6 @@ class Decoder:
     decode: Callable[[str, Mapping[str, Tensor]], Tensor]
     activation_scales: tuple[str, ...] = ()
     rounding: Callable[[str, Mapping[str, Tensor], str], Callable[[Tensor], Tensor] | None] = lambda *_: None
+    cache_scales: bool = False
     view: TensorSource | None = None
     codes: Callable[[str, Mapping[str, Tensor]], IntWeight] | None = None

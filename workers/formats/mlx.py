@@ -19,7 +19,7 @@ from workers.checkpoint.source import Header, Source
 from workers.errors import CheckpointError, NumericalError, UnsupportedRecipe
 from workers.formats.compressed_tensors.config import some
 from workers.formats.decoder import Decoder
-from workers.numerics import fp4
+from workers.numerics import microscaling
 from workers.numerics.codes import CodedWeight, Float4Weight, IntWeight
 from workers.numerics.packing import WORD, pack, unpack
 from workers.numerics.rounding import biases, dequantize_biased
@@ -91,7 +91,7 @@ def decode(stored: Mapping[str, Tensor], declared: Mapping[str, Any]) -> Tensor:
     _, columns = _shape(stored["weight"].shape, stored["scales"].shape, bits, size)
     codes_OI = unpack(stored["weight"].view(torch.int32), bits, columns)
     if mode == "mxfp4":
-        return fp4.dequantize(codes_OI.to(torch.uint8), stored["scales"], None)
+        return microscaling.dequantize(codes_OI.to(torch.uint8), stored["scales"], None)
     if mode != "affine" or "biases" not in stored:
         what = "no biases" if mode == "affine" else f"mode {mode!r}"
         raise CheckpointError(f"{what}, expected mode affine with biases, or mxfp4; make the checkpoint anew")

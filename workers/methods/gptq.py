@@ -10,7 +10,7 @@ from torch import Tensor
 
 from workers.errors import NumericalError
 from workers.methods.layer import Problem, Solved, Stack, Stacked
-from workers.numerics import fp4, gptq, refine, rounding
+from workers.numerics import gptq, refine, rounding
 from workers.spec.recipes import GptqRecipe
 
 
@@ -46,18 +46,20 @@ def solve(recipe: GptqRecipe, stack: Stack) -> Solved:
     return Solved(codes_BOI, scale_BOG, zero_BOG, notes)
 
 
-def values(recipe: GptqRecipe, stack: Stacked, scale_BOG: Tensor) -> tuple[Tensor, Sequence[tuple[str, ...]]]:
-    """Values of the E2M1 grid, float32 [B, O, I], for given scales, and each problem's notes.
+def values(
+    recipe: GptqRecipe, stack: Stacked, scale_BOG: Tensor, nearest: gptq.Nearest
+) -> tuple[Tensor, Sequence[tuple[str, ...]]]:
+    """Values of the grid that ``nearest`` rounds to, float32 [B, O, I], for given scales, and each problem's notes.
 
     Raises:
         NumericalError: the statistics stay indefinite under any damping.
     """
     options, w_BOI, h_BII = recipe.options, stack.w_BOI, stack.hessians
     factor = _factor(recipe, stack, h_BII)
-    values_BOI = gptq.solve_values(w_BOI, factor, scale_BOG, fp4.nearest_)
+    values_BOI = gptq.solve_values(w_BOI, factor, scale_BOG, nearest)
     if options.refine:
         values_BOI = refine.descend(
-            w_BOI, h_BII, values_BOI, scale_BOG, fp4.nearest_, rounds=options.refine, damping=options.damping
+            w_BOI, h_BII, values_BOI, scale_BOG, nearest, rounds=options.refine, damping=options.damping
         )
     notes = [_notes(recipe, problem, used) for problem, used in zip(stack.problems, factor.damping_B, strict=True)]
     return values_BOI, notes

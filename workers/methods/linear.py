@@ -7,6 +7,7 @@ B problems, O output features, I input features, G groups.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,8 +15,8 @@ from torch import Tensor
 from workers.methods.layer import Coded, Layer, Problem, Solved, Stack, Stacked, require_finite
 from workers.methods.table import METHODS
 from workers.model.loading import QuantizableWeight
-from workers.numerics import fp4, fp8
-from workers.numerics.codes import Float4Weight, Float8Weight, IntWeight
+from workers.numerics import fp8, microscaling
+from workers.numerics.codes import Float4Weight, Float8Weight, IntWeight, Mxfp8Weight
 from workers.spec.formats import FORMATS
 from workers.spec.fusion import fused_group, together
 from workers.spec.recipes import LinearRecipe
@@ -23,6 +24,7 @@ from workers.spec.schemes import Float8Scheme, IntScheme, LinearScheme, Microsca
 
 # Maximum number of weight elements stacked into one problem: bounds the memory of a layer with many experts.
 STACKED_ELEMENTS = 1 << 26
+NEAREST = {"mxfp4": microscaling.nearest_, "nvfp4": microscaling.nearest_, "mxfp8": fp8.nearest_}
 
 
 def code_layer(
@@ -81,7 +83,7 @@ def _code(recipe: LinearRecipe, batch: list[Problem], layer: Layer) -> Iterator[
             for problem in batch:
                 yield from _code_fp8(scheme, problem, layer)
         case MicroscalingScheme() as scheme:
-            yield from _code_fp4(recipe, scheme, batch, layer)
+            yield from _code_microscaled(recipe, scheme, batch, layer)
 
 
 # ------------------------------------------------------------------------------------------- integers
@@ -134,28 +136,30 @@ def _input_scale(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, tuple[st
     return fp8.input_scale(statistics.abs_max_I.amax().reshape(1)).to(dtype), ()
 
 
-def _code_fp4(recipe: LinearRecipe, scheme: MicroscalingScheme, batch: list[Problem], layer: Layer) -> Iterator[Coded]:
+def _code_microscaled(
+    recipe: LinearRecipe, scheme: MicroscalingScheme, batch: list[Problem], layer: Layer
+) -> Iterator[Coded]:
     solver = METHODS[recipe.method].values
     stack = Stacked(batch, torch.stack([problem.matrix_OI for problem in batch]), layer.factors)
     importances = stack.hessians.diagonal(dim1=1, dim2=2) if solver else [None] * len(batch)
     rounded = [_rounded(scheme, problem, i_I) for problem, i_I in zip(batch, importances, strict=True)]
-    if solver is None:
-        for problem, weights in zip(batch, rounded, strict=True):
-            for weight, coded in zip(problem.weights, weights, strict=True):
-                yield Coded(weight, coded)
-        return
-    scale_BOG = torch.stack(
-        [torch.cat([fp4.effective_scales(c.scale_OG, c.global_scale) for c in weights]) for weights in rounded]
-    )
-    values_BOI, notes = solver(recipe, stack, scale_BOG)
-    for index, (problem, weights) in enumerate(zip(batch, rounded, strict=True)):
-        rows = torch.split(fp4.encode(values_BOI[index]), [weight.shape_OI[0] for weight in problem.weights])
-        for number, (weight, coded, codes_OI) in enumerate(zip(problem.weights, weights, rows, strict=True)):
-            solved = Float4Weight(codes_OI, coded.scale_OG, coded.global_scale)
-            yield Coded(weight, solved, notes[index] if number == 0 else ())
+    notes: Sequence[tuple[str, ...]] = [()] * len(batch)
+    if solver is not None:
+        scale_BOG = torch.stack([torch.cat([coded.scales for coded in weights]) for weights in rounded])
+        values_BOI, notes = solver(recipe, stack, scale_BOG, NEAREST[scheme.type])
+        for weights, values_OI in zip(rounded, values_BOI, strict=True):
+            rows = torch.split(values_OI, [coded.scales.shape[0] for coded in weights])
+            weights[:] = [coded.with_values(part_OI) for coded, part_OI in zip(weights, rows, strict=True)]
+    for problem, weights, said in zip(batch, rounded, notes, strict=True):
+        scale, also = _input_global_scale(scheme, problem)
+        for number, (weight, coded) in enumerate(zip(problem.weights, weights, strict=True)):
+            whole = replace(coded, input_global_scale=scale) if isinstance(coded, Float4Weight) else coded
+            yield Coded(weight, whole, (*said, *also) if number == 0 else ())
 
 
-def _rounded(scheme: MicroscalingScheme, problem: Problem, importance_I: Tensor | None) -> list[Float4Weight]:
+def _rounded(
+    scheme: MicroscalingScheme, problem: Problem, importance_I: Tensor | None
+) -> list[Float4Weight | Mxfp8Weight]:
     """Each weight of a problem rounded to nearest, with searched scales.
 
     nvfp4 shares a global scale where runtimes fuse weights.
@@ -164,15 +168,28 @@ def _rounded(scheme: MicroscalingScheme, problem: Problem, importance_I: Tensor 
         importance_I = None  # no token came to it
     matrices = {weight.module: matrix_OI for weight, matrix_OI in zip(problem.weights, _matrices(problem), strict=True)}
     if scheme.type == "mxfp4":
-        return [Float4Weight(*fp4.mxfp4(matrix_OI, importance_I), None) for matrix_OI in matrices.values()]
+        return [Float4Weight(*microscaling.mxfp4(matrix_OI, importance_I), None) for matrix_OI in matrices.values()]
+    if scheme.type == "mxfp8":
+        return [Mxfp8Weight(*microscaling.mxfp8(matrix_OI, importance_I)) for matrix_OI in matrices.values()]
     global_scales: dict[str, Tensor] = {}
     for members in together(matrices):
         largest = torch.stack([matrices[module].abs().amax() for module in members]).amax()
-        global_scales.update(dict.fromkeys(members, fp4.nvfp4_global_scale(largest)))
+        global_scales.update(dict.fromkeys(members, microscaling.nvfp4_global_scale(largest)))
     return [
-        Float4Weight(*fp4.nvfp4(matrix_OI, global_scales[module], importance_I))
+        Float4Weight(*microscaling.nvfp4(matrix_OI, global_scales[module], importance_I))
         for module, matrix_OI in matrices.items()
     ]
+
+
+def _input_global_scale(scheme: MicroscalingScheme, problem: Problem) -> tuple[Tensor | None, tuple[str, ...]]:
+    """The scale that divides the scales of an input's groups, float32 [1]; None if the scheme has none."""
+    if scheme.type != "nvfp4" or scheme.activations == "none":
+        return None, ()
+    statistics = problem.statistics
+    if statistics is None or statistics.count == 0:
+        note = f"global scale of its input 1, for no calibration token came to it: {problem.weights[0].module}"
+        return torch.ones(1, device=problem.matrix_OI.device), (note,)
+    return microscaling.nvfp4_global_scale(statistics.abs_max_I.amax()), ()
 
 
 def _matrices(problem: Problem) -> Sequence[Tensor]:

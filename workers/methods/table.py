@@ -13,19 +13,20 @@ from torch import Tensor
 
 from workers.methods import awq, gptq, hqq, rtn, smoothquant
 from workers.methods.layer import FoldableInput, Solved, Stack, Stacked
+from workers.numerics.gptq import Nearest
 from workers.spec.recipes import AwqRecipe, GptqRecipe, HqqRecipe, RecipeBase, RtnRecipe, SmoothQuantRecipe
 
 
 @dataclass(frozen=True)
 class Method:
     """One method: its recipe, its solver on integer grids, and the function that chooses the scales of foldable inputs,
-    if any. ``values`` solves on the E2M1 grid, with scales [B, O, G] given (None: values are rounded to nearest).
+    if any. ``values`` solves on a grid of floats, given scales [B, O, G] and what rounds to it (None: nearest values).
     """
 
     recipe: type[RecipeBase]
     solve: Callable[[Any, Stack], Solved]
     input_scales: Callable[[Any, FoldableInput], Tensor] | None = None
-    values: Callable[[Any, Stacked, Tensor], tuple[Tensor, Sequence[tuple[str, ...]]]] | None = None
+    values: Callable[[Any, Stacked, Tensor, Nearest], tuple[Tensor, Sequence[tuple[str, ...]]]] | None = None
 
 
 METHODS: dict[str, Method] = {

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.errors import NumericalError, UnsupportedRecipe
+from workers.model import key_values
 from workers.model.loading import InputName, StreamedModel
 from workers.model.products import Products
 from workers.numerics.precision import add_product
@@ -135,7 +136,12 @@ class InputWatcher(ABC):
             fused: dict[str, list[str]] = {}
             for parameter, expert in inputs:
                 module, _, leaf = parameter.rpartition(".")
-                if expert is None:
+                if leaf == key_values.KEYS:
+                    visit = self._key_values(module)
+                    stack.enter_context(key_values.changing(streamed.model.get_submodule(module), visit))
+                elif leaf == key_values.VALUES:
+                    continue  # with its keys
+                elif expert is None:
                     hook = self._hook(InputName(parameter, None))
                     handle = streamed.model.get_submodule(module).register_forward_pre_hook(hook)
                     stack.callback(handle.remove)
@@ -151,6 +157,15 @@ class InputWatcher(ABC):
                 self._see(name, inputs[0])
 
         return before
+
+    def _key_values(self, module: str) -> Any:
+        def visit(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            for leaf, tensor in ((key_values.KEYS, keys), (key_values.VALUES, values)):
+                # The largest magnitudes are all that a scale needs.
+                self.take(InputName(f"{module}.{leaf}", None), tensor.abs().amax((0, 1, 2))[None])
+            return keys, values
+
+        return visit
 
     def _see(self, name: InputName, inputs: Tensor) -> None:
         """Take an input once, for the first of the weights that share it."""
@@ -183,9 +198,12 @@ class InputWatcher(ABC):
             del module.forward
 
 
-def inputs_of(streamed: StreamedModel, layer: int) -> list[InputName]:
-    """Distinct inputs of a layer's quantizable weights."""
-    return list(dict.fromkeys(weight.input for weight in streamed.weights if weight.layer == layer))
+def inputs_of(streamed: StreamedModel, layer: int, *, keys_and_values: bool = False) -> list[InputName]:
+    """Distinct inputs of a layer's quantizable weights; also the keys and values that its attention caches."""
+    inputs = list(dict.fromkeys(weight.input for weight in streamed.weights if weight.layer == layer))
+    attentions = key_values.attentions_of(streamed, layer) if keys_and_values else {}
+    leaves = (key_values.KEYS, key_values.VALUES)
+    return [*inputs, *(InputName(f"{module}.{leaf}", None) for module in attentions for leaf in leaves)]
 
 
 class Observer(InputWatcher):
@@ -193,14 +211,20 @@ class Observer(InputWatcher):
 
     ``experts``: whether an expert's statistics cover the tokens routed to it (``routed``) or all tokens of its layer
     (``all``). An expert with fewer than ``minimum_tokens`` tokens uses the sum over all experts of its layer. Without
-    ``magnitudes``, ``abs_sum_I`` and ``abs_max_I`` stay zero.
+    ``magnitudes``, ``abs_sum_I`` and ``abs_max_I`` stay zero. With ``keys_and_values``, those that attention caches are
+    inputs, too (``MODULE.k_scale`` and ``MODULE.v_scale``), with their largest magnitudes alone.
     """
 
     def __init__(
-        self, experts: Literal["routed", "all"] = "routed", minimum_tokens: int = 0, *, magnitudes: bool = True
+        self,
+        experts: Literal["routed", "all"] = "routed",
+        minimum_tokens: int = 0,
+        *,
+        magnitudes: bool = True,
+        keys_and_values: bool = False,
     ) -> None:
         super().__init__(all_tokens=experts == "all")
-        self._magnitudes = magnitudes
+        self._magnitudes, self._keys_and_values = magnitudes, keys_and_values
         self._minimum = minimum_tokens
         self._groups: dict[InputName, InputStatistics] = {}
         self._leaders: list[InputName] = []
@@ -247,7 +271,7 @@ class Observer(InputWatcher):
     @contextmanager
     def watch(self, streamed: StreamedModel, layer: int) -> Iterator[None]:
         """Gather from the layer's linear modules and fused experts while the context lasts."""
-        inputs = inputs_of(streamed, layer)
+        inputs = inputs_of(streamed, layer, keys_and_values=self._keys_and_values)
         with self.gathering(inputs), self.watching(streamed, inputs):
             yield
 
@@ -266,7 +290,8 @@ class Observer(InputWatcher):
         if name not in self._groups:
             self._groups[name] = InputStatistics.empty(inputs.shape[-1], inputs.device)
             self._leaders.append(name)
-        self._groups[name].add(inputs, magnitudes=self._magnitudes)
+        cached = name.parameter.rpartition(".")[2] in (key_values.KEYS, key_values.VALUES)
+        self._groups[name].add(inputs, magnitudes=self._magnitudes or cached)
 
     def share(self, name: InputName, leader: InputName) -> None:
         """Reuse the statistics of an input that is already added."""

@@ -7,14 +7,18 @@ each with its own scale unless noted. Zeros stay zeros.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from workers.numerics.fp8 import LARGEST, nonzero, to_e4m3
+from workers.numerics import microscaling
+from workers.numerics.fp8 import LARGEST, nearest_, nonzero, to_e4m3
 
 # 255 / 2, half of the code range, as in compressed-tensors: the largest positive input is clipped to code 127.
 HALF_RANGE = 127.5
 GROUP = 128
+ROUNDED_UP = 1.75  # from here on a magnitude counts to the next power of two (compressed-tensors 0.20)
 
 
 def round_int8_token(x: Tensor) -> Tensor:
@@ -42,3 +46,35 @@ def round_fp8_group128(x: Tensor) -> Tensor:
     width = x.shape[-1]
     groups = torch.nn.functional.pad(x.float(), (0, -width % GROUP)).view(*x.shape[:-1], -1, GROUP)
     return round_fp8_token(groups).flatten(-2)[..., :width].to(x.dtype)
+
+
+def round_mxfp4(x: Tensor) -> Tensor:
+    """Round to MXFP4: E2M1, a power of two for each 32 inputs of a token."""
+    return _round_mx(x, microscaling.E2M1_EXPONENT, microscaling.nearest_)
+
+
+def round_mxfp8(x: Tensor) -> Tensor:
+    """Round to MXFP8: E4M3, a power of two for each 32 inputs of a token."""
+    return _round_mx(x, microscaling.E4M3_EXPONENT, nearest_)
+
+
+def round_nvfp4(x: Tensor, global_scale: Tensor) -> Tensor:
+    """Round to NVFP4: E2M1, an E4M3 scale for each 16 inputs of a token, divided by the ``global_scale`` [1]."""
+    groups = x.reshape(*x.shape[:-1], -1, microscaling.NVFP4_GROUP)
+    wanted = global_scale * (groups.abs().amax(-1, keepdim=True) / microscaling.LARGEST)
+    scale = to_e4m3(wanted).float()
+    # Zeros take E4M3's epsilon.
+    scale = torch.where(scale == 0, torch.finfo(torch.float8_e4m3fn).eps, scale) / global_scale
+    return (microscaling.nearest_(groups / scale) * scale).flatten(-2).to(x.dtype)
+
+
+def _round_mx(x: Tensor, largest: int, nearest: Callable[[Tensor], Tensor]) -> Tensor:
+    """Round groups of 32 to ``nearest`` numbers of a type whose largest number is in the octave of 2^``largest``.
+
+    A group's exponent is its largest magnitude's, or the next one if that is at least 1.75 times the power of two.
+    """
+    groups = x.reshape(*x.shape[:-1], -1, microscaling.MX_GROUP).float()
+    mantissa, exponent = torch.frexp(groups.abs().amax(-1, keepdim=True))  # mantissa in [0.5, 1)
+    exponent = exponent - 1 - largest + (mantissa >= ROUNDED_UP / 2).int()
+    scale = torch.exp2(exponent.clamp(min=-microscaling.BIAS).float())
+    return (nearest(groups / scale) * scale).flatten(-2).to(x.dtype)

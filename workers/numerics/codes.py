@@ -5,11 +5,12 @@ O output features, I input features, G groups of input columns (1 for a scale pe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from workers.numerics import fp4, fp8, rounding
+from workers.numerics import fp8, microscaling, rounding
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,48 @@ class Float4Weight:
     """E2M1 codes: ``weight_OI = e2m1(codes_OI) * scale_OG`` (nvfp4: ``* scale_OG / global_scale``).
 
     ``codes_OI`` uint8 in [0, 15], the sign in bit 3. mxfp4: ``scale_OG`` uint8, exponents with a bias of 127, groups of
-    32. nvfp4: ``scale_OG`` float8_e4m3fn, groups of 16, and ``global_scale`` float32 (1,).
+    32. nvfp4: ``scale_OG`` float8_e4m3fn, groups of 16, and ``global_scale`` float32 (1,); ``input_global_scale``
+    float32 (1,), if inputs are rounded too.
     """
 
     codes_OI: Tensor
     scale_OG: Tensor
     global_scale: Tensor | None
+    input_global_scale: Tensor | None = None
+
+    @property
+    def scales(self) -> Tensor:
+        """What the codes' values are multiplied with, float32."""
+        return microscaling.effective_scales(self.scale_OG, self.global_scale)
+
+    def with_values(self, values_OI: Tensor) -> Float4Weight:
+        """The weight with other values of the same grid, given as floats."""
+        return replace(self, codes_OI=microscaling.encode(values_OI))
 
     def dequantize(self) -> Tensor:
         """The weight, float32 (O, I)."""
-        return fp4.dequantize(self.codes_OI, self.scale_OG, self.global_scale)
+        return microscaling.dequantize(self.codes_OI, self.scale_OG, self.global_scale)
 
 
-CodedWeight = IntWeight | Float8Weight | Float4Weight
+@dataclass(frozen=True)
+class Mxfp8Weight:
+    """``weight_OI = values_OI * 2^(exponent_OG - 127)``: float8_e4m3fn, and uint8 for groups of 32."""
+
+    values_OI: Tensor
+    exponent_OG: Tensor
+
+    @property
+    def scales(self) -> Tensor:
+        """What the values are multiplied with, float32."""
+        return microscaling.effective_scales(self.exponent_OG, None)
+
+    def with_values(self, values_OI: Tensor) -> Mxfp8Weight:
+        """The weight with other values of the same grid, given as floats."""
+        return replace(self, values_OI=values_OI.to(torch.float8_e4m3fn))
+
+    def dequantize(self) -> Tensor:
+        """The weight, float32 (O, I)."""
+        return microscaling.dequantize_mxfp8(self.values_OI, self.exponent_OG)
+
+
+CodedWeight = IntWeight | Float8Weight | Float4Weight | Mxfp8Weight

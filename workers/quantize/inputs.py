@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -13,8 +14,8 @@ from workers.machine.preflight import versions
 from workers.model import reference
 from workers.model.folding import Fold, find_folds
 from workers.model.forward import Lanes, LoadedLayer
-from workers.model.loading import StreamedModel
-from workers.model.statistics import Observer
+from workers.model.loading import InputName, StreamedModel
+from workers.model.statistics import Observer, inputs_of
 from workers.model.text import calibration_tokens, check_ids, held_out_tokens, load_tokenizer
 from workers.spec.job import ArtifactMade, Calibration, Job, Order
 from workers.spec.layers import Layout
@@ -44,9 +45,20 @@ def existing_artifacts(job: Job) -> tuple[dict[str, ArtifactMade], list[Order]]:
     return done, missing
 
 
-def observer_of(calibration: Calibration, *, magnitudes: bool) -> Observer:
-    """An observer with a calibration's settings."""
-    return Observer(calibration.experts, calibration.minimum_expert_tokens, magnitudes=magnitudes)
+def observer_of(calibration: Calibration, recipes: Iterable[Recipe]) -> Observer:
+    """An observer with a calibration's settings, of what these recipes need."""
+    needs = [recipe.needs for recipe in recipes]
+    return Observer(
+        calibration.experts,
+        calibration.minimum_expert_tokens,
+        magnitudes=any(need.magnitudes for need in needs),
+        keys_and_values=any(need.keys_and_values for need in needs),
+    )
+
+
+def watched_inputs(streamed: StreamedModel, layer: int, recipes: Iterable[Recipe]) -> list[InputName]:
+    """The inputs of a layer that these recipes need statistics of."""
+    return inputs_of(streamed, layer, keys_and_values=any(recipe.needs.keys_and_values for recipe in recipes))
 
 
 def folds_of(streamed: StreamedModel, layer: LoadedLayer, probe: Lanes) -> list[Fold]:

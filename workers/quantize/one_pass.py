@@ -208,7 +208,7 @@ class _Pass:
 
     def _observer(self, recipes: Iterable[Recipe]) -> Observer:
         assert self._job.calibration is not None
-        return observer_of(self._job.calibration, magnitudes=any(recipe.needs.magnitudes for recipe in recipes))
+        return observer_of(self._job.calibration, recipes)
 
     def _in_its_own_stream(self, maker: Maker, layer: LoadedLayer, lanes: Lanes) -> None:
         """Take statistics on the recipe's own quantized activations, then run this layer quantized, too."""

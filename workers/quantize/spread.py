@@ -36,7 +36,7 @@ from workers.model.device import open_model
 from workers.model.folding import Fold
 from workers.model.forward import Lanes, LoadedLayer, Streaming
 from workers.model.loading import StreamedModel
-from workers.model.statistics import InputStatistics, Observer, inputs_of
+from workers.model.statistics import InputStatistics, Observer
 from workers.numerics.precision import coarse_forwards
 from workers.quantize.attempts import (
     CheckpointTimer,
@@ -57,6 +57,7 @@ from workers.quantize.inputs import (
     existing_artifacts,
     folds_of,
     observer_of,
+    watched_inputs,
 )
 from workers.quantize.resume import NotResumable, PassFolder, PassState, group_state, locked_pass_folder
 from workers.quantize.solved import LayerWriter, SolvedFolder, SolvedLayer
@@ -331,7 +332,7 @@ class _Gathering:
         assert self._job.calibration is not None
         log_file = self._spread_folder.seen(layer.index, self._part)
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        inputs = inputs_of(self._streamed, layer.index)
+        inputs = watched_inputs(self._streamed, layer.index, [order.recipe for order in self._job.orders])
         with LayerWriter(tensors_of(log_file)) as writer:
             recorder = Recorder(writer, all_tokens=self._job.calibration.experts == "all")
             with recorder.watching(self._streamed, inputs), coarse_forwards():
@@ -407,9 +408,9 @@ class _Solving:
     def _statistics(self, layer: int, makers: Sequence[Maker]) -> tuple[Observer, list[Fold]]:
         """A layer's statistics over all parts, in the order of the text, and its folds."""
         assert self._job.calibration is not None
-        magnitudes = any(maker.order.recipe.needs.magnitudes for maker in makers)
-        observer, folds = observer_of(self._job.calibration, magnitudes=magnitudes), list[Fold]()
-        with observer.gathering(inputs_of(self._streamed, layer)), coarse_forwards():
+        recipes = [maker.order.recipe for maker in makers]
+        observer, folds = observer_of(self._job.calibration, recipes), list[Fold]()
+        with observer.gathering(watched_inputs(self._streamed, layer, recipes)), coarse_forwards():
             for part in range(self._spread_folder.parts):
                 log_file = self._spread_folder.seen(layer, part)
                 log = Log.model_validate_json(log_file.read_text())

@@ -56,6 +56,8 @@ class Format:
     ``place`` says of a model_type and the name of a tensor or module in the source where it is stored, if it is one of
     several in a stack. ``keeps``: integers of a source that is quantized already can be written as they are
     (``spec.kept``).
+    ``cache_declaration``: what ``quantization_config`` says of keys and values in FP8, whose scales
+    are tensors of their attention modules (``k_scale``, ``v_scale``).
     """
 
     name: str
@@ -82,6 +84,7 @@ class Format:
     settings: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
     place: Callable[[str, str], mlx.Place | None] = lambda model_type, name: None
     keeps: bool = False
+    cache_declaration: Mapping[str, Any] | None = None
 
 
 # ------------------------------------------------------------------------------------- compressed-tensors
@@ -99,7 +102,9 @@ def _ct_holds(scheme: Scheme) -> bool:
 
 
 def _ct_without_weight(scheme: Scheme) -> bool:
-    return isinstance(scheme, MicroscalingScheme) or (isinstance(scheme, IntScheme) and scheme.activations == "none")
+    if isinstance(scheme, MicroscalingScheme):
+        return scheme.type != "mxfp8"
+    return isinstance(scheme, IntScheme) and scheme.activations == "none"
 
 
 def _ct_stored(scheme: Scheme, weight: TensorHeader) -> list[TensorHeader]:
@@ -121,12 +126,14 @@ def _ct_stored(scheme: Scheme, weight: TensorHeader) -> list[TensorHeader]:
             scale = TensorHeader("weight_scale", shape, weight.dtype)
             return [TensorHeader("weight", (rows, columns), "F8_E4M3"), scale, *static]
         case MicroscalingScheme():
-            kind = "U8" if scheme.type == "mxfp4" else "F8_E4M3"
-            whole = [TensorHeader("weight_global_scale", (1,), "F32")] if scheme.type == "nvfp4" else []
+            nvfp4 = scheme.type == "nvfp4"
+            weight_too = ["weight_global_scale"] if nvfp4 else []
+            inputs_too = ["input_global_scale"] if nvfp4 and scheme.activations == "dynamic" else []
+            codes = TensorHeader("weight_packed", (rows, columns // 2), "U8")
             return [
-                TensorHeader("weight_packed", (rows, columns // 2), "U8"),
-                TensorHeader("weight_scale", (rows, columns // scheme.group_size), kind),
-                *whole,
+                TensorHeader("weight", (rows, columns), "F8_E4M3") if scheme.type == "mxfp8" else codes,
+                TensorHeader("weight_scale", (rows, columns // scheme.group_size), "F8_E4M3" if nvfp4 else "U8"),
+                *(TensorHeader(name, (1,), "F32") for name in (*weight_too, *inputs_too)),
             ]
     raise AssertionError(f"{scheme.type} isn't held")
 
@@ -138,9 +145,9 @@ def _ct_family(config: Mapping[str, Any]) -> list[str]:
 
 def _ct_group_family(group: Mapping[str, Any], form: str) -> str:
     weights, inputs = group.get("weights") or {}, group.get("input_activations")
-    for name in ("nvfp4", "mxfp4"):
+    for name in ("nvfp4", "mxfp4", "mxfp8"):
         if form.startswith(name):
-            return name
+            return f"{name}-w4a4" if inputs and name != "mxfp8" else name
     if weights.get("type") == "float":
         return "fp8"
     return "w8a8" if inputs and weights.get("num_bits") == 8 else f"w{weights.get('num_bits', 4)}"
@@ -149,7 +156,7 @@ def _ct_group_family(group: Mapping[str, Any], form: str) -> str:
 COMPRESSED_TENSORS = Format(
     name="compressed-tensors",
     says="symmetric int of 2 to 8 bits, a scheme of its own for each layer, int8 activations, fp8 with scales for each "
-    "tensor or channel, mxfp4 and nvfp4",
+    "tensor or channel, mxfp4, mxfp8 and nvfp4",
     holds=_ct_holds,
     stored=_ct_stored,
     declares=lambda config: config.get("quant_method") == "compressed-tensors",
@@ -157,10 +164,21 @@ COMPRESSED_TENSORS = Format(
     per_layer_schemes=True,
     without_weight=_ct_without_weight,
     lists_unquantized=True,
-    # The library decodes fp4 to bfloat16 at run time, whatever dtype the model computes in.
-    arithmetic=lambda config: "own" if "fp4" in str(config.get("format")) else "any",
+    # The library decodes them to bfloat16 at run time, whatever dtype the model computes in.
+    arithmetic=lambda config: "own" if any(kind in str(config.get("format")) for kind in ("fp4", "mxfp8")) else "any",
     needs=("compressed-tensors",),
     keeps=True,
+    cache_declaration={
+        "kv_cache_scheme": {
+            "num_bits": 8,
+            "type": "float",
+            "strategy": "tensor",
+            "symmetric": True,
+            "dynamic": False,
+            "group_size": None,
+            "observer": "static_minmax",
+        }
+    },
 )
 
 
@@ -353,7 +371,7 @@ GGUF = Format(
 
 def _mlx_holds(scheme: Scheme) -> bool:
     if isinstance(scheme, MicroscalingScheme):
-        return scheme.type == "mxfp4"
+        return scheme.type == "mxfp4" and scheme.activations == "none"
     plain = _plain_int(scheme)
     return plain is not None and plain.bits in (2, 3, 4, 5, 6, 8)
 

@@ -393,10 +393,21 @@ StageResult.model_rebuild()
 # ---------------------------------------------------------------------------------------------- identity
 
 
+# Fields of recipes that earlier releases didn't know. Where one isn't set, their artifacts keep their identity.
+LATER = ("outside", "kv_cache")
+
+
 def _what_determines_bytes(recipe: Recipe) -> dict[str, Any]:
     content = recipe.model_dump(mode="json", exclude={"name", "description", "environment", "labels"})
-    # Only where it's set: artifacts of earlier releases, which knew no such field, keep their identity.
-    return {key: value for key, value in content.items() if key != "outside" or value is not None}
+    return {key: _known_before(value) for key, value in content.items() if key not in LATER or value is not None}
+
+
+def _known_before(value: Any) -> Any:
+    """A scheme without what it doesn't set of the fields that earlier releases didn't know."""
+    if not isinstance(value, dict):
+        return value
+    later = {"activations"} if value.get("type") in ("mxfp4", "nvfp4") and value.get("activations") == "none" else set()
+    return {key: _known_before(inner) for key, inner in value.items() if key not in later}
 
 
 def fingerprint(model: ModelPin, recipe: Recipe, calibration: Calibration | None, data_sha256: str | None) -> str:

@@ -104,6 +104,8 @@ def _ct(config: Mapping[str, Any], stored: Mapping[str, TensorHeader]) -> Found 
     lost = [name for name in ("weight_zero_point", "weight_g_idx") if name in stored]
     if words is None or scales is None or lost:
         return f"stored as {sorted(stored)}; only pack-quantized, symmetric weights with scales by group can be kept"
+    if config.get("kv_cache_scheme"):
+        return "its keys and values have scales (kv_cache_scheme), which other formats don't hold"
     fitting: set[Found] = set()
     for group in config.get("config_groups", {}).values():
         weights = group.get("weights") if isinstance(group, dict) else None

@@ -16,6 +16,7 @@ from workers.spec.base import SLUG, Frozen
 from workers.spec.formats import BITSANDBYTES, FORMATS, GGUF, FormatName, check_holds, formats_with_schemes_by_layer
 from workers.spec.schemes import (
     AnyLinearScheme,
+    CacheScheme,
     Float8Scheme,
     FourBitFloatScheme,
     GgufScheme,
@@ -111,6 +112,7 @@ class PassNeeds(NamedTuple):
     ``statistics``: X^T X of every layer's inputs, from the calibration text. ``magnitudes``: the inputs' mean and
     maximum magnitudes as well. ``folds``: the layers' folds, which move scales of inputs into the preceding module.
     ``own_stream``: hidden states from the recipe's own quantized layers. ``final``: X^T X of the last hidden states.
+    ``keys_and_values``: their largest magnitudes.
     """
 
     statistics: bool = False
@@ -118,6 +120,7 @@ class PassNeeds(NamedTuple):
     folds: bool = False
     own_stream: bool = False
     final: bool = False
+    keys_and_values: bool = False
 
 
 # Names of modules outside of the layers, without the model's prefix.
@@ -210,11 +213,34 @@ class Override(Frozen):
         return _compiled("modules", value)
 
 
+def _static_inputs(scheme: LinearScheme) -> bool:
+    """Whether a layer's input has a scale that is fixed by the calibration text."""
+    match scheme:
+        case Float8Scheme(activations="static") | MicroscalingScheme(type="nvfp4", activations="dynamic"):
+            return True
+    return False
+
+
 class CodedRecipe(RecipeBase):
     """A recipe whose codes are ours, and stored in a format."""
 
     format: FormatName
     outside: Outside | None = Field(None, description="Schemes of embeddings and head; null: left as they are.")
+    kv_cache: CacheScheme | None = Field(
+        None,
+        description="fp8: with a scale for each layer's keys and one for its values, from the calibration text, with "
+        "which runtimes keep their cache in FP8 E4M3.",
+    )
+
+    @model_validator(mode="after")
+    def _cache_readable(self) -> Self:
+        if self.kv_cache and FORMATS[self.format].cache_declaration is None:
+            able = " or ".join(row.name for row in FORMATS.values() if row.cache_declaration)
+            raise ValueError(
+                f"recipe {self.name!r}: kv_cache: the format {self.format!r} has no scales of keys and values; choose "
+                f"format: {able}, or leave kv_cache out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _outside_readable(self) -> Self:
@@ -287,8 +313,13 @@ class GptqRecipe(GridRecipe):
     @property
     def needs(self) -> PassNeeds:
         """Statistics, from its own quantized layers if ``propagate`` is ``quantized``."""
-        own_stream = self.options.propagate == "quantized"
-        return PassNeeds(statistics=True, own_stream=own_stream, final=self.outside is not None)
+        return PassNeeds(
+            statistics=True,
+            magnitudes=_static_inputs(self.scheme),
+            own_stream=self.options.propagate == "quantized",
+            final=self.outside is not None,
+            keys_and_values=self.kv_cache is not None,
+        )
 
 
 class AwqRecipe(IntRecipe):
@@ -300,7 +331,13 @@ class AwqRecipe(IntRecipe):
     @property
     def needs(self) -> PassNeeds:
         """Statistics, magnitudes and folds."""
-        return PassNeeds(statistics=True, magnitudes=True, folds=True, final=self.outside is not None)
+        return PassNeeds(
+            statistics=True,
+            magnitudes=True,
+            folds=True,
+            final=self.outside is not None,
+            keys_and_values=self.kv_cache is not None,
+        )
 
 
 class SmoothQuantRecipe(IntRecipe):
@@ -321,7 +358,8 @@ class SmoothQuantRecipe(IntRecipe):
     @property
     def needs(self) -> PassNeeds:
         """Statistics, magnitudes and folds."""
-        return PassNeeds(statistics=True, magnitudes=True, folds=True)
+        cached = self.kv_cache is not None
+        return PassNeeds(statistics=True, magnitudes=True, folds=True, keys_and_values=cached)
 
 
 class HqqRecipe(IntRecipe):
@@ -329,6 +367,12 @@ class HqqRecipe(IntRecipe):
 
     method: Literal["hqq"]
     options: HqqOptions = HqqOptions()
+
+    @property
+    def needs(self) -> PassNeeds:
+        """The weights alone, unless keys and values have scales."""
+        cached = self.kv_cache is not None
+        return PassNeeds(statistics=cached, keys_and_values=cached)
 
     @model_validator(mode="after")
     def _has_zero_points(self) -> Self:
@@ -358,8 +402,8 @@ class RtnRecipe(CodedRecipe):
     @property
     def needs(self) -> PassNeeds:
         """Statistics and magnitudes, if activations have static scales."""
-        static = isinstance(self.scheme, Float8Scheme) and self.scheme.activations == "static"
-        return PassNeeds(statistics=static, magnitudes=static)
+        static, cached = _static_inputs(self.scheme), self.kv_cache is not None
+        return PassNeeds(statistics=static or cached, magnitudes=static, keys_and_values=cached)
 
     def scheme_of(self, module: str) -> LinearScheme:
         """The recipe's scheme for a module."""
@@ -451,9 +495,10 @@ def words(recipe: Recipe) -> str:
     """A recipe's scheme in words, with the bit widths of its overrides, and whether embeddings and head have one."""
     overrides = recipe.overrides if isinstance(recipe, GridRecipe) else ()
     outside = ", embeddings and head too" if isinstance(recipe, CodedRecipe) and recipe.outside else ""
+    cached = ", keys and values in FP8" if isinstance(recipe, CodedRecipe) and recipe.kv_cache else ""
     others = {override.scheme.bits for override in overrides}
     scheme = recipe.scheme.words(others) if isinstance(recipe.scheme, IntScheme) else recipe.scheme.words()
-    return f"{scheme}{outside}"
+    return f"{scheme}{outside}{cached}"
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -159,6 +159,11 @@ def _ct_by_transformers(scheme: Scheme, kinds: LayerKinds) -> str | None:
                 "are experts, and transformers doesn't know the static scales of experts' inputs (unexpected keys); "
                 "choose activations: dynamic or none"
             )
+        case MicroscalingScheme(type="mxfp8"):
+            return (
+                "are experts, whose exponents transformers takes for scales (CONVERSION: sizes don't match); choose "
+                "type: mxfp4"
+            )
         case MicroscalingScheme(type="nvfp4"):
             return (
                 "are experts, of which transformers drops the global scale and computes with wrong weights, without an "
@@ -225,6 +230,10 @@ def _ct_by_vllm(scheme: Scheme, kinds: LayerKinds) -> str | None:
             return f"have {bits} bits, and vLLM has kernels for 4 and 8"
         case Float8Scheme(activations="static"):
             return f"have static scales of activations: they were loaded, but {_NOT_COMPARED}"
+        case MicroscalingScheme() if scheme.activations == "dynamic":
+            return f"round their inputs as their weights: {_NOT_COMPARED}"
+        case MicroscalingScheme(type="mxfp8"):
+            return "are mxfp8, which wasn't tried"
         case MicroscalingScheme(type="nvfp4"):
             return "share a global scale where vLLM fuses them, as it needs; that wasn't tried since"
     return _not_conv1d(scheme, kinds)

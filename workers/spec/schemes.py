@@ -82,24 +82,31 @@ class Float8Scheme(Frozen):
 
 
 class MicroscalingScheme(Frozen):
-    """E2M1 weights with small groups: MXFP4 (OCP Microscaling 1.0) or NVFP4; activations stay as they are.
+    """Floats with small groups: MXFP4, MXFP8 (OCP Microscaling 1.0) or NVFP4.
 
-    mxfp4: a power of two for each 32 weights. nvfp4: an E4M3 scale for each 16, and one float32 scale for the tensor.
+    mxfp4: E2M1, a power of two for each 32 weights. mxfp8: the same with E4M3. nvfp4: E2M1, an E4M3 scale for each 16,
+    and one float32 scale for the tensor.
     """
 
-    type: Literal["mxfp4", "nvfp4"]
+    type: Literal["mxfp4", "nvfp4", "mxfp8"]
+    activations: Literal["none", "dynamic"] = Field(
+        "none",
+        description="dynamic: groups of each token's inputs are rounded as the weights are while the model runs; for "
+        "nvfp4 under one scale for each layer's input, from the calibration text.",
+    )
 
     @property
     def group_size(self) -> int:
-        return 32 if self.type == "mxfp4" else 16
+        return 16 if self.type == "nvfp4" else 32
 
     @property
     def family(self) -> str:
-        return self.type
+        return f"{self.type}-w4a4" if self.activations == "dynamic" and self.type != "mxfp8" else self.type
 
     def words(self) -> str:
         """The scheme in words."""
-        return f"{self.type.upper()}, one scale for each {self.group_size} inputs"
+        also = ", activations too" if self.activations == "dynamic" else ""
+        return f"{self.type.upper()}, one scale for each {self.group_size} inputs{also}"
 
 
 class FourBitFloatScheme(Frozen):
@@ -176,13 +183,16 @@ class KeptScheme(Frozen):
         return "the source's codes, scales and zero points"
 
 
+# What keys and values are rounded to before runtimes cache them: E4M3, with one scale for each layer's keys, one for
+# its values.
+CacheScheme = Literal["fp8"]
 LinearScheme = IntScheme | Float8Scheme | MicroscalingScheme
 
 
 def _kind(value: object) -> str:
     """The discriminator of a value's scheme class; int by default."""
     type_name = value.get("type", "int") if isinstance(value, dict) else getattr(value, "type", "int")
-    return {"fp8": "fp8", "mxfp4": "microscaling", "nvfp4": "microscaling"}.get(type_name, "int")
+    return {"fp8": "fp8", **dict.fromkeys(("mxfp4", "nvfp4", "mxfp8"), "microscaling")}.get(type_name, "int")
 
 
 AnyLinearScheme = Annotated[

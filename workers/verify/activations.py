@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from workers.checkpoint.source import Source
 from workers.formats.decoded import Decoded
+from workers.model.key_values import attentions_of, changing
 from workers.model.loading import StreamedModel
+from workers.numerics.activations import round_fp8_static
 
 # Maximum share of a layer's inputs that a static scale may clip: outliers that calibration didn't see.
 MOST_CLIPPED = 0.01
@@ -21,7 +23,7 @@ MOST_CLIPPED = 0.01
 
 @dataclass
 class RoundingCounts:
-    """Number of rounded inputs per module, and how many of them were clipped."""
+    """Number of inputs rounded under a static scale per module, and how many of them were clipped."""
 
     values: dict[str, int] = field(default_factory=dict)
     clipped: dict[str, int] = field(default_factory=dict)
@@ -37,15 +39,16 @@ class RoundingCounts:
         ]
 
     def note(self, module: str, given: Tensor, rounded: Tensor) -> None:
-        """Count rounded values, and those that lost more magnitude than rounding can explain as clipped."""
-        clipped = (given.abs() > 0.5 * rounded.abs().amax()) & (rounded.abs() < 0.9 * given.abs())
+        """Count rounded values, and as clipped those at the largest magnitude that were more than a tenth above it."""
+        clipped = (rounded.abs() == rounded.abs().amax()) & (rounded.abs() < 0.9 * given.abs())
         self.values[module] = self.values.get(module, 0) + given.numel()
         self.clipped[module] = self.clipped.get(module, 0) + int(torch.count_nonzero(clipped))
 
 
 @contextmanager
 def rounded_inputs(streamed: StreamedModel, artifact: Source | Decoded) -> Iterator[RoundingCounts]:
-    """Round the inputs of ``streamed``'s linear modules as ``artifact`` declares, while the context lasts.
+    """Round the inputs of ``streamed``'s linear modules as ``artifact`` declares, while the context lasts, and the keys
+    and values that its attention caches.
 
     Inputs of experts that transformers fuses aren't rounded.
     """
@@ -59,17 +62,37 @@ def rounded_inputs(streamed: StreamedModel, artifact: Source | Decoded) -> Itera
                 rounding = artifact.input_rounding(weight.module, kind)
                 if rounding is not None:
                     module = streamed.model.get_submodule(weight.input.parameter.rpartition(".")[0])
-                    note = partial(counts.note, weight.module)
+                    static = artifact.has_static_input(weight.module)
+                    note = partial(counts.note, weight.module) if static else None
                     stack.callback(module.register_forward_pre_hook(_before(rounding, note)).remove)
+            if artifact.cache_scales:
+                for layer in range(len(streamed.layers)):
+                    for name, stored in attentions_of(streamed, layer).items():
+                        change = _cached(artifact.scales_of_cache(stored), partial(counts.note, stored))
+                        stack.enter_context(changing(streamed.model.get_submodule(name), change))
         yield counts
 
 
+def _cached(
+    scales: tuple[Tensor, Tensor], note: Callable[[Tensor, Tensor], None]
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def change(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        rounded = []
+        for tensor, scale in zip((keys, values), scales, strict=True):
+            rounded.append(round_fp8_static(tensor, scale.to(tensor.device)))
+            note(tensor, rounded[-1])
+        return rounded[0], rounded[1]
+
+    return change
+
+
 def _before(
-    rounding: Callable[[Tensor], Tensor], note: Callable[[Tensor, Tensor], None]
+    rounding: Callable[[Tensor], Tensor], note: Callable[[Tensor, Tensor], None] | None
 ) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         rounded = rounding(inputs[0])
-        note(inputs[0], rounded)
+        if note is not None:
+            note(inputs[0], rounded)
         return (rounded, *inputs[1:])
 
     return before

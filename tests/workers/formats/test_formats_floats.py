@@ -22,10 +22,9 @@ from workers.formats.compressed_tensors import module as compressed_tensors
 from workers.formats.decoded import Decoded, open_decoded
 from workers.model.forward import LogitsHead, stream
 from workers.model.loading import StreamedModel
-from workers.numerics import fp4 as fp4_numerics
 from workers.numerics import fp8 as fp8_numerics
-from workers.numerics import rounding
-from workers.numerics.codes import CodedWeight, Float4Weight, Float8Weight, IntWeight
+from workers.numerics import microscaling, rounding
+from workers.numerics.codes import CodedWeight, Float4Weight, Float8Weight, IntWeight, Mxfp8Weight
 from workers.spec.schemes import Float8Scheme, IntScheme, LinearScheme, MicroscalingScheme
 from workers.verify.activations import rounded_inputs
 
@@ -36,6 +35,10 @@ SCHEMES: dict[str, LinearScheme] = {
     "int8": IntScheme(bits=8, group_size=None, activations="int8"),
     "mxfp4": MicroscalingScheme(type="mxfp4"),
     "nvfp4": MicroscalingScheme(type="nvfp4"),
+    "mxfp8": MicroscalingScheme(type="mxfp8"),
+    "mxfp4-w4a4": MicroscalingScheme(type="mxfp4", activations="dynamic"),
+    "nvfp4-w4a4": MicroscalingScheme(type="nvfp4", activations="dynamic"),
+    "mxfp8-w8a8": MicroscalingScheme(type="mxfp8", activations="dynamic"),
 }
 BLOCKS = Float8Scheme(type="fp8", scales="block", activations="dynamic")
 
@@ -52,9 +55,14 @@ def coded(weight_OI: Tensor, scheme: Any, dtype: torch.dtype) -> CodedWeight:
             values, scale = fp8_numerics.quantize(weight_OI, scales, scale_dtype=made)
             return Float8Weight(values, scale, blocks=scales == "block", input_scale=static)
         case MicroscalingScheme(type="mxfp4"):
-            codes, exponents = fp4_numerics.mxfp4(weight_OI)
+            codes, exponents = microscaling.mxfp4(weight_OI)
             return Float4Weight(codes, exponents, None)
-    return Float4Weight(*fp4_numerics.nvfp4(weight_OI))
+        case MicroscalingScheme(type="mxfp8"):
+            return Mxfp8Weight(*microscaling.mxfp8(weight_OI))
+        case MicroscalingScheme(activations=activations):
+            scale = torch.full((1,), 700.0) if activations == "dynamic" else None
+            return Float4Weight(*microscaling.nvfp4(weight_OI), scale)
+    raise AssertionError(scheme)
 
 
 def random_weight(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -75,7 +83,9 @@ def test_encode_and_decode_are_inverse(name: str, rows: int, groups: int, seed: 
     scheme = SCHEMES[name]
     weight = coded(random_weight(rows, 32 * groups, seed), scheme, torch.float32)
     decoded = compressed_tensors.decode(compressed_tensors.encode(weight, scheme), declared(scheme))
-    torch.testing.assert_close(decoded.float(), weight.dequantize(), rtol=1e-2 if "fp4" in name else 1e-6, atol=0)
+    torch.testing.assert_close(
+        decoded.float(), weight.dequantize(), rtol=1e-2 if "fp4" in name or "mx" in name else 1e-6, atol=0
+    )
 
 
 @settings(max_examples=25, deadline=None)

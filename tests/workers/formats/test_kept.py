@@ -64,6 +64,8 @@ def decoded(fmt: str, stored: dict[str, torch.Tensor], scheme: IntScheme) -> tor
     """The weight (float32, exact) that a format's own reader finds in the stored tensors."""
     if fmt == "mlx":
         return mlx.decode(stored, {"bits": scheme.bits, "group_size": scheme.group_size, "mode": "affine"})
+    if fmt.startswith("gptq"):  # its config refuses what a runtime computes wrongly, which the plan does, too
+        return (gptq_format.V2 if fmt == "gptq-v2" else gptq_format.V1).codes(stored, scheme.bits).dequantize()
     config = CODECS[fmt].config
     assert config is not None
     name = "model.layers.0.mlp.up_proj"

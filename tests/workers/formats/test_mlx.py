@@ -27,7 +27,7 @@ from workers.errors import CheckpointError, PreflightError
 from workers.formats import mlx as codec
 from workers.formats.decoded import Decoded, open_decoded
 from workers.machine.environments import interpreter
-from workers.numerics import fp4, packing, rounding
+from workers.numerics import microscaling, packing, rounding
 from workers.numerics.codes import Float4Weight
 from workers.quantize.one_pass import quantize
 from workers.spec import mlx, recipes
@@ -125,7 +125,7 @@ def test_zero_points_are_those_that_the_stored_biases_stand_for(bits: int, dtype
 
 
 def test_mxfp4_goes_in_bit_for_bit() -> None:
-    codes_OI, exponent_OG = fp4.mxfp4(torch.randn(6, 96, generator=torch.Generator().manual_seed(1)))
+    codes_OI, exponent_OG = microscaling.mxfp4(torch.randn(6, 96, generator=torch.Generator().manual_seed(1)))
     weight = Float4Weight(codes_OI, exponent_OG, None)
     stored = codec.encode(weight, MicroscalingScheme(type="mxfp4"))
     assert list(stored) == ["weight", "scales"]

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pipeline.zoo import shipped
 from tests.workers.jobs import ZOO, job, recipe
 from tests.workers.quantize.test_pass import own_stream, small
 from workers.checkpoint.source import Source
@@ -36,7 +37,7 @@ from workers.spec.workspace import artifact_folder, folds_folder
 
 PARTS = 3
 RECIPES = {
-    "llama-tiny": ["gptq-w4-g128", "awq-w4-g128", "fp8-static", "bnb-nf4", "rtn-w4-g128"],
+    "llama-tiny": ["gptq-w4-g128", "awq-w4-g128", "fp8-static", "nvfp4-w4a4", "bnb-nf4", "rtn-w4-g128"],
     "qwen3-moe-tiny": ["gptq-w4-g128", "awq-w4-g128", "bnb-nf4", "rtn-w4-g128", "mlx-w4-g64"],
 }
 
@@ -102,13 +103,15 @@ def assert_same_artifact(one: Job, other: Job, name: str) -> None:
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_parts_make_what_one_pass_makes(name: str, tmp_path: Path) -> None:
     model = small(ZOO / "models" / name, tmp_path / "model", 1)
-    plain, parted = (texts(job(model, tmp_path / place, *RECIPES[name], samples=12)) for place in ("plain", "parted"))
+    cached = shipped.recipe("rtn-w4-g128").model_copy(update={"name": "cached", "kv_cache": "fp8"})
+    recipes = [*RECIPES[name], cached]
+    plain, parted = (texts(job(model, tmp_path / place, *recipes, samples=12)) for place in ("plain", "parted"))
     expected, made = at_once(plain), spread_over(parted, PARTS)
     assert [artifact.error for artifact in expected.values()] == [None] * len(expected)
     assert said_of(made) == said_of(expected)
     assert files(tmp_path / "parted" / "references") == files(tmp_path / "plain" / "references")
     assert left_over(parted) == []
-    for chosen in RECIPES[name]:
+    for chosen in (*RECIPES[name], "cached"):
         assert_same_artifact(plain, parted, chosen)
 
 

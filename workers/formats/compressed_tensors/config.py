@@ -23,8 +23,8 @@ from workers.spec.schemes import Float8Scheme, IntScheme, LinearScheme, Microsca
 NAME = COMPRESSED_TENSORS.name
 MIXED = "mixed-precision"
 PACKED, INT, FLOAT, NAIVE = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"
-MXFP4, NVFP4 = "mxfp4-pack-quantized", "nvfp4-pack-quantized"
-Activations = Literal["none", "int8", "dynamic", "static"]
+MXFP4, NVFP4, MXFP8 = "mxfp4-pack-quantized", "nvfp4-pack-quantized", "mxfp8-quantized"
+Activations = Literal["none", "int8", "dynamic", "static", "mxfp4", "nvfp4", "mxfp8"]
 
 _BYTE = {"symmetric": (True,), "strategy": ("tensor", "channel", "group")}
 # Config values that can be read, for each stored form.
@@ -35,6 +35,7 @@ _READABLE: dict[str, dict[str, Any]] = {
     NAIVE: {"type": ("int", "float"), "num_bits": (8,), **_BYTE},
     MXFP4: {"type": ("float",), "num_bits": (4,), "symmetric": (True,), "group_size": (32,)},
     NVFP4: {"type": ("float",), "num_bits": (4,), "symmetric": (True,), "group_size": (16,)},
+    MXFP8: {"type": ("float",), "num_bits": (8,), "symmetric": (True,), "group_size": (32,)},
 }
 
 
@@ -57,7 +58,7 @@ def form_of(scheme: LinearScheme) -> str:
         case Float8Scheme():
             return NAIVE if scheme.activations == "none" else FLOAT
         case MicroscalingScheme():
-            return MXFP4 if scheme.type == "mxfp4" else NVFP4
+            return {"mxfp4": MXFP4, "nvfp4": NVFP4, "mxfp8": MXFP8}[scheme.type]
 
 
 def quantization_config(
@@ -148,10 +149,34 @@ def _activations(module: str, group: Mapping[str, Any]) -> Activations:
             return "dynamic"
         case "float", 8, "tensor", False:
             return "static"
+    match given["type"], given["num_bits"], given.get("group_size"), given.get("dynamic"):
+        case "float", 4, 32, True:
+            return "mxfp4"
+        case "float", 8, 32, True:
+            return "mxfp8"
+        case "float", 4, 16, "local":
+            return "nvfp4"
     raise UnsupportedRecipe(
-        f"{module}: its input is rounded to {dict(given)}; only 8 bits are known, with a scale for each token, or for "
-        "fp8 one static scale"
+        f"{module}: its input is rounded to {dict(given)}; known are 8 bits with a scale for each token, fp8 with one "
+        "static scale, mxfp4, mxfp8, and nvfp4 with local scales"
     )
+
+
+def has_cache_scales(config: Mapping[str, Any]) -> bool:
+    """Whether attention modules have a scale for their keys and one for their values, in FP8.
+
+    Raises:
+        UnsupportedRecipe: keys and values are declared to be rounded otherwise.
+    """
+    given = config.get("kv_cache_scheme")
+    if given is None:
+        return False
+    declaration = COMPRESSED_TENSORS.cache_declaration
+    assert declaration is not None
+    known = declaration["kv_cache_scheme"]
+    if any(given.get(name) != known[name] for name in ("num_bits", "type", "strategy", "symmetric", "dynamic")):
+        raise UnsupportedRecipe(f"{NAME}: kv_cache_scheme {dict(given)} can't be read; known is {known}")
+    return True
 
 
 def _stored_alike(scheme: LinearScheme) -> LinearScheme:
@@ -177,19 +202,26 @@ def _weights(scheme: LinearScheme) -> dict[str, Any]:
         case Float8Scheme():
             return {"num_bits": 8, "type": "float", "strategy": scheme.scales, "group_size": None}
         case MicroscalingScheme():
-            mxfp4 = scheme.type == "mxfp4"
-            return {
-                "num_bits": 4,
-                "type": "float",
-                "strategy": "group" if mxfp4 else "tensor_group",
-                "group_size": scheme.group_size,
-                "scale_dtype": "torch.uint8" if mxfp4 else "torch.float8_e4m3fn",
-            }
+            return _microscaled(scheme)
+
+
+def _microscaled(scheme: MicroscalingScheme) -> dict[str, Any]:
+    nvfp4 = scheme.type == "nvfp4"
+    return {
+        "num_bits": 8 if scheme.type == "mxfp8" else 4,
+        "type": "float",
+        "strategy": "tensor_group" if nvfp4 else "group",
+        "group_size": scheme.group_size,
+        "scale_dtype": "torch.float8_e4m3fn" if nvfp4 else "torch.uint8",
+    }
 
 
 def _inputs(scheme: LinearScheme) -> dict[str, Any] | None:
-    if isinstance(scheme, MicroscalingScheme) or scheme.activations == "none":
+    if scheme.activations == "none":
         return None
+    if isinstance(scheme, MicroscalingScheme):
+        local = {"dynamic": "local", "observer": "static_minmax"} if scheme.type == "nvfp4" else {"dynamic": True}
+        return {"symmetric": True, **_microscaled(scheme), **local}
     static = scheme.activations == "static"
     return {
         "num_bits": 8,

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from workers.checkpoint.source import Header
 from workers.errors import CheckpointError
-from workers.numerics import fp4
+from workers.numerics import microscaling
 from workers.numerics.codes import Float4Weight
 
 NAMES = ("weight_packed", "weight_scale")
-GLOBAL = "weight_global_scale"
+GLOBAL, INPUTS = "weight_global_scale", "input_global_scale"
 # The library decodes only to bfloat16, whatever dtype the model computes in.
 DTYPE = torch.bfloat16
 
@@ -26,10 +26,12 @@ def encode(weight: Float4Weight) -> dict[str, Tensor]:
     """Return the stored tensors by their names within the module.
 
     ``weight_packed`` uint8 (O, I / 2), the first code in the low half; ``weight_scale`` (O, G), uint8 exponents for
-    mxfp4, float8_e4m3fn for nvfp4; for nvfp4 ``weight_global_scale`` float32 (1,), which divides.
+    mxfp4, float8_e4m3fn for nvfp4; for nvfp4 ``weight_global_scale`` float32 (1,), which divides, and
+    ``input_global_scale`` float32 (1,) if inputs are rounded.
     """
-    stored = {"weight_packed": fp4.pack(weight.codes_OI), "weight_scale": weight.scale_OG.contiguous()}
-    return stored if weight.global_scale is None else {**stored, GLOBAL: weight.global_scale}
+    inputs = {} if weight.input_global_scale is None else {INPUTS: weight.input_global_scale}
+    stored = {"weight_packed": microscaling.pack(weight.codes_OI), "weight_scale": weight.scale_OG.contiguous()}
+    return stored if weight.global_scale is None else {**stored, GLOBAL: weight.global_scale, **inputs}
 
 
 def header(stored: Mapping[str, Header]) -> Header:
@@ -44,8 +46,8 @@ def decode(stored: Mapping[str, Tensor], group_size: int) -> Tensor:
     Raises:
         CheckpointError: the scales' number or dtype doesn't match ``group_size``.
     """
-    codes_OI, scale_OG = fp4.unpack(stored["weight_packed"]), stored["weight_scale"]
-    nvfp4 = group_size == fp4.NVFP4_GROUP
+    codes_OI, scale_OG = microscaling.unpack(stored["weight_packed"]), stored["weight_scale"]
+    nvfp4 = group_size == microscaling.NVFP4_GROUP
     expected = (codes_OI.shape[0], codes_OI.shape[1] // group_size)
     if tuple(scale_OG.shape) != expected or codes_OI.shape[1] % group_size:
         raise CheckpointError(
@@ -55,4 +57,4 @@ def decode(stored: Mapping[str, Tensor], group_size: int) -> Tensor:
     dtype = torch.float8_e4m3fn if nvfp4 else torch.uint8
     if scale_OG.dtype != dtype:
         raise CheckpointError(f"scales stored as {scale_OG.dtype}, expected {dtype} as config.json declares")
-    return fp4.dequantize(codes_OI, scale_OG, stored[GLOBAL] if nvfp4 else None).to(DTYPE)
+    return microscaling.dequantize(codes_OI, scale_OG, stored[GLOBAL] if nvfp4 else None).to(DTYPE)

@@ -14,21 +14,32 @@ from torch import Tensor
 from workers.checkpoint.source import Header, Source
 from workers.errors import CheckpointError
 from workers.formats.compressed_tensors import float4 as ct_float4
+from workers.formats.compressed_tensors import mxfp8 as ct_mxfp8
 from workers.formats.compressed_tensors import packed as ct_packed
 from workers.formats.compressed_tensors import plain as ct_plain
 from workers.formats.compressed_tensors.config import EXPERT as EXPERT
-from workers.formats.compressed_tensors.config import MXFP4, NVFP4, PACKED, Declared, form_of
+from workers.formats.compressed_tensors.config import MXFP4, MXFP8, NVFP4, PACKED, Declared, form_of
 from workers.formats.compressed_tensors.config import Declarations as Declarations
+from workers.formats.compressed_tensors.config import has_cache_scales as has_cache_scales
 from workers.formats.compressed_tensors.config import quantization_config as quantization_config
 from workers.formats.compressed_tensors.config import some as some
 from workers.formats.compressed_tensors.packed import check_words as check_words
 from workers.formats.decoder import Decoder
 from workers.numerics import activations
-from workers.numerics.codes import CodedWeight, Float4Weight, IntWeight
+from workers.numerics.codes import CodedWeight, Float4Weight, IntWeight, Mxfp8Weight
 from workers.spec.schemes import LinearScheme
 
 ANCHORS = ("weight_packed", "weight_scale")
-SUFFIXES = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_global_scale", "input_scale")
+SUFFIXES = (
+    "weight",
+    "weight_packed",
+    "weight_scale",
+    "weight_shape",
+    "weight_global_scale",
+    "input_scale",
+    "input_global_scale",
+)
+SCALES_OF_INPUTS = {"static": "input_scale", "nvfp4": "input_global_scale"}
 GROUP_SIZES = {MXFP4: 32, NVFP4: 16}
 NAMES = {PACKED: ct_packed.NAMES, MXFP4: ct_float4.NAMES, NVFP4: (*ct_float4.NAMES, ct_float4.GLOBAL)}
 
@@ -37,6 +48,8 @@ def encode(weight: CodedWeight, scheme: LinearScheme) -> dict[str, Tensor]:
     """Return the stored tensors by their names within the module, in the form of ``scheme``."""
     if isinstance(weight, Float4Weight):
         return ct_float4.encode(weight)
+    if isinstance(weight, Mxfp8Weight):
+        return ct_mxfp8.encode(weight)
     if isinstance(weight, IntWeight) and form_of(scheme) == PACKED:
         return ct_packed.encode(weight)
     return ct_plain.encode(weight)
@@ -53,7 +66,7 @@ def header(stored: Mapping[str, Header], read: Callable[[str], Tensor], declared
     Raises:
         CheckpointError: tensors of the declared form are missing.
     """
-    static = ("input_scale",) if declared.activations == "static" else ()
+    static = [SCALES_OF_INPUTS[declared.activations]] if declared.activations in SCALES_OF_INPUTS else []
     missing = [name for name in (*NAMES.get(declared.form, ct_plain.NAMES), *static) if name not in stored]
     if missing:
         raise CheckpointError(
@@ -61,6 +74,8 @@ def header(stored: Mapping[str, Header], read: Callable[[str], Tensor], declared
         )
     if declared.form == PACKED:
         return ct_packed.header(stored, read)
+    if declared.form == MXFP8:
+        return ct_mxfp8.header(stored)
     return ct_float4.header(stored) if declared.form in GROUP_SIZES else ct_plain.header(stored)
 
 
@@ -72,6 +87,8 @@ def decode(stored: Mapping[str, Tensor], declared: Declared) -> Tensor:
     """
     if declared.form == PACKED:
         return ct_packed.decode(stored, declared.bits, declared.group_size)
+    if declared.form == MXFP8:
+        return ct_mxfp8.decode(stored)
     if declared.form in GROUP_SIZES:
         return ct_float4.decode(stored, GROUP_SIZES[declared.form])
     return ct_plain.decode(stored, declared.kind)
@@ -80,7 +97,7 @@ def decode(stored: Mapping[str, Tensor], declared: Declared) -> Tensor:
 def input_rounding(module: str, declared: Declared, stored: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor] | None:
     """The rounding that transformers 5.23 applies to a module's input, on a CPU as on a GPU; None if none.
 
-    ``stored`` has the module's ``input_scale``, if there is one. Experts are fused, and their input isn't rounded.
+    ``stored`` has the scale of the module's input, if there is one. Experts are fused, and their input isn't rounded.
     """
     if EXPERT.search(module):
         return None
@@ -92,17 +109,29 @@ def input_rounding(module: str, declared: Declared, stored: Mapping[str, Tensor]
         case "static":
             scale = stored["input_scale"]
             return lambda x: activations.round_fp8_static(x, scale.to(x.device))
+        case "mxfp4":
+            return activations.round_mxfp4
+        case "mxfp8":
+            return activations.round_mxfp8
+        case "nvfp4":
+            divisor = stored["input_global_scale"]
+            return lambda x: activations.round_nvfp4(x, divisor.to(x.device))
         case _:
             return None
 
 
 def open_(config: Mapping[str, Any], source: Source, trust_remote_code: bool) -> Decoder:
-    """The decoder of a checkpoint with this ``quantization_config``."""
+    """The decoder of a checkpoint with this ``quantization_config``.
+
+    Raises:
+        UnsupportedRecipe: its keys and values are rounded in a way that isn't known.
+    """
     declared_of = Declarations(config).of
     return Decoder(
         anchors=ANCHORS,
         suffixes=SUFFIXES,
-        activation_scales=("input_scale",),
+        cache_scales=has_cache_scales(config),
+        activation_scales=tuple(SCALES_OF_INPUTS.values()),
         required=(),  # it depends on the module's group
         header=lambda module, headers, read: header(headers, read, declared_of(module)),
         decode=lambda module, stored: decode(stored, declared_of(module)),

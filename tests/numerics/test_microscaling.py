@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from workers.numerics import fp4, gptq, refine
+from workers.numerics import gptq, microscaling, refine
 
-GRID = torch.tensor(sorted({sign * value for value in fp4.VALUES for sign in (1, -1)}))
+GRID = torch.tensor(sorted({sign * value for value in microscaling.VALUES for sign in (1, -1)}))
 
 
 def problem(seed: int, rows: int = 8, width: int = 64) -> tuple[Tensor, Tensor]:
@@ -27,9 +27,9 @@ def problem(seed: int, rows: int = 8, width: int = 64) -> tuple[Tensor, Tensor]:
 def scales_of(w_BOI: Tensor, kind: str, importance_I: Tensor | None = None) -> Tensor:
     """The scales that a weight's groups are multiplied with, [1, O, G]."""
     if kind == "mxfp4":
-        return fp4.effective_scales(fp4.mxfp4(w_BOI[0], importance_I)[1], None)[None]
-    _, scale_OG, divisor = fp4.nvfp4(w_BOI[0], None, importance_I)
-    return fp4.effective_scales(scale_OG, divisor)[None]
+        return microscaling.effective_scales(microscaling.mxfp4(w_BOI[0], importance_I)[1], None)[None]
+    _, scale_OG, divisor = microscaling.nvfp4(w_BOI[0], None, importance_I)
+    return microscaling.effective_scales(scale_OG, divisor)[None]
 
 
 def loss(w_BOI: Tensor, values_BOI: Tensor, scale_BOG: Tensor, h_BII: Tensor) -> float:
@@ -45,9 +45,9 @@ def test_inputs_that_have_nothing_in_common_are_rounded_to_nearest(seed: int, ki
     w_BOI, _ = problem(seed)
     scale_BOG = scales_of(w_BOI, kind)
     factor = gptq.factorize(torch.eye(64)[None], activation_order=True, damping=0.01)
-    values_BOI = gptq.solve_values(w_BOI, factor, scale_BOG, fp4.nearest_)
+    values_BOI = gptq.solve_values(w_BOI, factor, scale_BOG, microscaling.nearest_)
     scaled_BOI = (w_BOI.unflatten(-1, (scale_BOG.shape[-1], -1)) / scale_BOG[..., None]).flatten(-2)
-    assert torch.equal(fp4.encode(values_BOI[0]) & 7, fp4.encode(scaled_BOI[0]) & 7)
+    assert torch.equal(microscaling.encode(values_BOI[0]) & 7, microscaling.encode(scaled_BOI[0]) & 7)
 
 
 @settings(max_examples=40)
@@ -56,13 +56,17 @@ def test_it_has_less_loss_than_rounding_and_each_sweep_no_more(seed: int, kind: 
     w_BOI, h_BII = problem(seed)
     scale_BOG = scales_of(w_BOI, kind, h_BII[0].diagonal())
     factor = gptq.factorize(h_BII, activation_order=True, damping=0.01)
-    values_BOI = gptq.solve_values(w_BOI, factor, scale_BOG, fp4.nearest_)
-    rounded_BOI = fp4.nearest_((w_BOI.unflatten(-1, (scale_BOG.shape[-1], -1)) / scale_BOG[..., None]).flatten(-2))
+    values_BOI = gptq.solve_values(w_BOI, factor, scale_BOG, microscaling.nearest_)
+    rounded_BOI = microscaling.nearest_(
+        (w_BOI.unflatten(-1, (scale_BOG.shape[-1], -1)) / scale_BOG[..., None]).flatten(-2)
+    )
     assert torch.isin(values_BOI, GRID).all()
     losses = [loss(w_BOI, values_BOI, scale_BOG, h_BII)]
     assert losses[0] < loss(w_BOI, rounded_BOI, scale_BOG, h_BII)
     for rounds in (1, 2, 3):
-        swept_BOI = refine.descend(w_BOI, h_BII, values_BOI, scale_BOG, fp4.nearest_, rounds=rounds, damping=0.01)
+        swept_BOI = refine.descend(
+            w_BOI, h_BII, values_BOI, scale_BOG, microscaling.nearest_, rounds=rounds, damping=0.01
+        )
         assert torch.isin(swept_BOI, GRID).all()
         losses.append(loss(w_BOI, swept_BOI, scale_BOG, h_BII))
     assert all(after <= before * (1 + 1e-5) for before, after in pairwise(losses))
@@ -76,7 +80,7 @@ def test_scales_follow_what_matters(seed: int, kind: str) -> None:
 
     def weighed(scale_BOG: Tensor) -> float:
         parts = w_BOI.unflatten(-1, (scale_BOG.shape[-1], -1))
-        error = (fp4.nearest_(parts / scale_BOG[..., None]) * scale_BOG[..., None] - parts).flatten(-2)
+        error = (microscaling.nearest_(parts / scale_BOG[..., None]) * scale_BOG[..., None] - parts).flatten(-2)
         return float((error.square() * importance_I).sum())
 
     assert weighed(scales_of(w_BOI, kind, importance_I)) <= weighed(scales_of(w_BOI, kind)) * (1 + 1e-6)
@@ -85,6 +89,6 @@ def test_scales_follow_what_matters(seed: int, kind: str) -> None:
 
 @pytest.mark.parametrize("value", GRID.tolist())
 def test_every_code_is_its_own_nearest(value: float) -> None:
-    assert fp4.nearest_(torch.tensor([value])).item() == value
-    one = torch.full((1, 1), fp4.BIAS, dtype=torch.uint8)
-    assert fp4.dequantize(fp4.encode(torch.full((1, 32), value)), one, None)[0, 0] == value
+    assert microscaling.nearest_(torch.tensor([value])).item() == value
+    one = torch.full((1, 1), microscaling.BIAS, dtype=torch.uint8)
+    assert microscaling.dequantize(microscaling.encode(torch.full((1, 32), value)), one, None)[0, 0] == value
