@@ -7,7 +7,8 @@ its packages conflict with ours, an environment file in configs/environments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from pydantic import Field
@@ -270,6 +271,8 @@ VLLM = Runtime(
         BITSANDBYTES.name: _bnb_by_vllm,
     },
     snippet=_with_vllm,
+    entry="workers.verify.runtimes.vllm:answer",
+    environment="vllm-cpu",
     packages={BITSANDBYTES.name: ("vllm-bnb-plugin", *BITSANDBYTES.needs)},
     tried="vLLM 0.32 on a CPU, with small models",
 )
@@ -348,6 +351,26 @@ def checking(fmt: str | None) -> Runtime:
     """
     able = [row for row in RUNTIMES.values() if row.entry]
     return next((row for row in able if fmt in row.rules), able[0])
+
+
+def checkers(fmt: str | None, names: Iterable[str] = ()) -> tuple[Runtime, ...]:
+    """The runtimes that check artifacts of a format: those of ``names`` that read it, else its default alone."""
+    named = tuple(row for row in map(runtime_named, names) if fmt in row.rules)
+    return named or (checking(fmt),)
+
+
+def runtime_named(name: str) -> Runtime:
+    """The runtime of a name, in upper or lower case.
+
+    Raises:
+        ValueError: no runtime of that name has an ``entry``; names those that do.
+    """
+    able = {row.name.casefold(): row for row in RUNTIMES.values() if row.entry}
+    if row := able.get(name.casefold()):
+        return row
+    close = difflib.get_close_matches(name.casefold(), able, n=1)
+    meant = f"did you mean {able[close[0]].name!r}? " if close else ""
+    raise ValueError(f"unknown runtime, got {name!r}; {meant}Known are {', '.join(row.name for row in able.values())}")
 
 
 def misfit(fmt: str, scheme: Scheme, kinds: LayerKinds) -> str | None:
