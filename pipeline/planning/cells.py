@@ -61,8 +61,8 @@ class Cells:
         """Recipes that are checked in another runtime than the zoo names, for want of one that reads their format."""
         named = self._zoo.verify.runtimes
         return [
-            f"recipe {recipe.name!r}: none of verify.runtimes ({', '.join(named)}) reads the format {recipe.format}; it "
-            f"is checked in {', '.join(self._zoo.runtimes_of(recipe))}"
+            f"recipe {recipe.name!r}: none of verify.runtimes ({', '.join(named)}) reads the format {recipe.format}; "
+            f"it is checked in {', '.join(self._zoo.runtimes_of(recipe))}"
             for recipe in (self._zoo.resolved_recipes if named else ())
             if named and not set(self._zoo.runtimes_of(recipe)) & set(named)
         ]

@@ -217,7 +217,9 @@ class Metrics(Frozen):
 
 
 # How far a runtime's check went: on this processor as its users run it, or without its kernels.
-CHECKED, LOADER_CHECKED = "checked", "loader checked, kernels not"
+Checked = Literal["checked", "loader checked, kernels not"]
+CHECKED: Checked = "checked"
+LOADER_CHECKED: Checked = "loader checked, kernels not"
 
 
 class RuntimeAgreement(Frozen):
@@ -231,7 +233,7 @@ class RuntimeAgreement(Frozen):
     host_bytes: int = Field(0, description="Peak of the process that loaded it; 0 in older manifests.")
     kl_mean: float | None = Field(None, description="Of its predictions from ours, in nats.")
     processor: str = ""
-    verdict: Literal["checked", "loader checked, kernels not"] = CHECKED
+    verdict: Checked = CHECKED
     kernels: str = Field("", description="Why the library's own kernels weren't run here; empty if they were.")
 
     @model_serializer(mode="wrap")

@@ -1,8 +1,9 @@
 """The table of runtimes, the libraries that users load checkpoints with.
 
-``entry`` is called in a fresh process to check an artifact (``workers.verify.runtimes``); the rules of a runtime
-without one come from observation, and cards and tables say so. To add a runtime, add a row here, its module, and, if
-its packages conflict with ours, an environment file in configs/environments.
+``entry`` is called in a fresh process to check an artifact (``workers.verify.runtimes``): the first runtime that reads
+a format checks it, or those that a zoo names (``verify.runtimes``). The rules of a runtime without one come from
+observation, and cards say so. To add a runtime, add a row here, its module, and, if its packages conflict with ours, an
+environment file in configs/environments.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Runtime:
     ``rules`` are keyed by the formats that it reads; ``packages`` are those that a format needs besides its own
     distribution, and ``extras`` quantmill's extra that installs one of them. ``environment`` names the prebuilt
     environment that its check runs in; None: the one that the artifact is verified in. ``snippet`` is the Python code
-    in the card for a repository; ``tried`` is what the rules of a runtime without ``entry`` were observed with.
+    in the card for a repository; ``tried`` is what its rules were observed with, for what wasn't checked in it.
     ``library`` is the Hub's name for the library that loads such files, for the card's metadata.
     """
 
@@ -211,44 +212,36 @@ TRANSFORMERS = Runtime(
 # -------------------------------------------------------------------------------------------------- vLLM
 
 
-_NOT_COMPARED = "their logits weren't compared, for the CPU lacked the kernel"
-
-
 def _ct_by_vllm(scheme: Scheme, kinds: LayerKinds) -> str | None:
     match scheme:
         case _ if kinds.split:
-            return "have several schemes within q, k and v, or gate and up, which vLLM fuses into one layer"
-        case _ if kinds.mixture:
-            return f"are of a mixture of experts: integers of 4 and 8 bits were loaded, but {_NOT_COMPARED}"
-        case _ if kinds.mixed:
-            return "have several schemes, which weren't tried"
+            return (
+                "have several schemes within what vLLM fuses into one layer (q, k and v; gate and up; the experts of a "
+                "layer); give them one"
+            )
         case IntScheme(bits=bits, activations="none") if bits not in (4, 8):
-            return f"have {bits} bits, and vLLM has kernels for 4 and 8"
-        case Float8Scheme(activations="static"):
-            return f"have static scales of activations: they were loaded, but {_NOT_COMPARED}"
-        case MicroscalingScheme(type="nvfp4"):
-            return "share a global scale where vLLM fuses them, as it needs; that wasn't tried since"
+            return f"have {bits} bits, and vLLM has kernels of its own for 4 and 8"
     return _not_conv1d(scheme, kinds)
 
 
 def _gptq_by_vllm(scheme: Scheme, kinds: LayerKinds) -> str | None:
     if not isinstance(scheme, IntScheme) or scheme.bits not in (4, 8) or not scheme.symmetric:
         return "aren't symmetric integers of 4 or 8 bits, the only ones that vLLM takes in this format"
-    return _not_conv1d(scheme, kinds)
+    return _dense_in_vllm(scheme, kinds)
 
 
-def _fp8_by_vllm(scheme: Scheme, kinds: LayerKinds) -> str | None:
-    if kinds.mixture:
-        return "are of a mixture of experts, whose routers are declared, as vLLM needs; that wasn't tried since"
-    return f"were loaded, but {_NOT_COMPARED}"
+def _dense_in_vllm(scheme: Scheme, kinds: LayerKinds) -> str | None:
+    return "are experts, which weren't tried in this format" if kinds.experts else _not_conv1d(scheme, kinds)
 
 
 def _bnb_by_vllm(scheme: Scheme, kinds: LayerKinds) -> str | None:
     if kinds.mixture:
         return "are of a mixture of experts, all of which vLLM's plugin takes for its own"
+    if kinds.conv1d:
+        return "are Conv1D, whose models vLLM doesn't load in this format"
     if isinstance(scheme, FourBitFloatScheme) and scheme.type != "nf4":
         return f"are {scheme.type}, which wasn't tried with vLLM's plugin"
-    return _not_conv1d(scheme, kinds)
+    return None
 
 
 def _not_conv1d(scheme: Scheme, kinds: LayerKinds) -> str | None:
@@ -266,8 +259,8 @@ VLLM = Runtime(
         COMPRESSED_TENSORS.name: _ct_by_vllm,
         GPTQ.name: _gptq_by_vllm,
         GPTQ_V2.name: _gptq_by_vllm,
-        AWQ.name: _not_conv1d,
-        FP8.name: _fp8_by_vllm,
+        AWQ.name: _dense_in_vllm,
+        FP8.name: _not_conv1d,
         BITSANDBYTES.name: _bnb_by_vllm,
     },
     snippet=_with_vllm,

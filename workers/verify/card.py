@@ -240,8 +240,8 @@ def _loaded(runtime: RuntimeAgreement) -> str:
     if runtime.verdict == CHECKED:
         return f"\nLoaded by {runtime.name} {runtime.version}{on}: {within}."
     return (
-        f"\nLoaded by {runtime.name} {runtime.version}'s own loader{on}; its kernels weren't run on this processor, and "
-        f"PyTorch computed with what it loaded: {within}."
+        f"\nLoaded by {runtime.name} {runtime.version}'s own loader{on}; its kernels weren't run on this processor, "
+        f"and PyTorch computed with what it loaded: {within}."
     )
 
 

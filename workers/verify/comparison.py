@@ -193,7 +193,6 @@ class Comparison:
         declared = config.get("quantization_config") or {}
         row = recognised(declared)
 
-
         def answer(runtime: Runtime) -> RuntimeAnswer:
             with tempfile.TemporaryDirectory(dir=scratch_root) as scratch:
                 request = RuntimeRequest(

@@ -63,7 +63,9 @@ def check(request: CheckRequest) -> CheckReport:
     reference = Path(request.reference.folder or "")
     pin = request.reference
     with Source(reference, allow_pickle=pin.allow_pickle, variant=pin.variant) as source:
-        comparison = Comparison(request.reference, source, request.verification, Path(request.workspace), request.runtimes)
+        comparison = Comparison(
+            request.reference, source, request.verification, Path(request.workspace), request.runtimes
+        )
         comparison.load()
         comparison.check_source()
         findings = Findings([*_sealed(folder), *_companions(comparison, folder)])

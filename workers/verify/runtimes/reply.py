@@ -21,7 +21,8 @@ def reply(request: str, look: Callable[[dict[str, Any]], dict[str, Any]]) -> str
 
     ``look`` loads the artifact, writes the logits, and returns ``version``, ``problems`` (sentences), ``generated``
     (token ids after each prompt) and ``host_bytes`` (peak of this process); if it likes, ``processor``, left out: this
-    machine's, and ``kernels``, why the library's own weren't run. Its exception becomes ``error``, with ``not_here`` set if this machine lacks hardware or a package; out of memory, not the artifact's fault, is re-raised.
+    machine's, and ``kernels``, why the library's own weren't run. Its exception becomes ``error``, with ``not_here``
+    set if this machine lacks hardware or a package; out of memory, not the artifact's fault, is re-raised.
     """
     try:
         return json.dumps({"processor": processor(), **look(json.loads(request))})

@@ -1,13 +1,12 @@
 """Loads an artifact in vLLM as its users will, in the environment ``vllm-cpu``, and reports the result.
 
-``answer`` is called in a fresh process. vLLM is tried as it is; where it has no kernel for this processor, its own loader
-runs, and PyTorch computes with what was loaded (``vllm_reference``): then ``kernels`` says why.
+``answer`` is called in a fresh process. vLLM is tried as it is; where it has no kernel for this processor, its own
+loader runs, and PyTorch computes with what was loaded (``vllm_reference``): then ``kernels`` says why.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from workers.machine.memory import peak_host_bytes
+from workers.spec.formats import BITSANDBYTES
 from workers.verify.runtimes import vllm_loading, vllm_reference
 from workers.verify.runtimes.reply import out_of_memory, reply
 from workers.verify.runtimes.vllm_stored import stored_problems
@@ -26,8 +26,8 @@ SETTINGS = {
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
 }  # fmt: skip
 
-# Formats in which vLLM computes in half precision alone.
-HALF = ("gptq", "awq", "fp8", "bitsandbytes")
+# What vLLM says of a format in which it computes in half precision alone.
+HALF_ONLY = "is not supported for quantization method"
 # Characters of a library's message that are shown.
 MESSAGE = 400
 
@@ -78,7 +78,7 @@ def _load_and_run(request: dict[str, Any]) -> dict[str, Any]:
 
     kernels = ""
     try:
-        logits, generated = run(_dtype(artifact))
+        logits, generated = run("auto") if request["arithmetic"] == "own" else _in_widest(run)
     except Exception as error:
         if out_of_memory(error) or isinstance(error, NotLoaded):
             raise
@@ -99,14 +99,31 @@ def _load_and_run(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _in_reference(run: Callable[[str], tuple[Any, list[list[int]]]], kernels: str) -> tuple[Any, list[list[int]]]:
-    """Run with reference arithmetic; the error of what isn't a missing kernel is the loader's."""
+Run = Callable[[str], tuple[Any, list[list[int]]]]
+
+
+def _in_widest(run: Run) -> tuple[Any, list[list[int]]]:
+    """Run in float32 for exactness, or in the checkpoint's dtype where vLLM takes only half precision."""
+    try:
+        return run("float32")
+    except ValueError as error:
+        if HALF_ONLY not in str(error):
+            raise
+        return run("auto")
+
+
+def _in_reference(run: Run, kernels: str) -> tuple[Any, list[list[int]]]:
+    """Run with reference arithmetic; the error of what isn't a missing kernel is the loader's.
+
+    ``kernels`` is what vLLM said without it.
+    """
     try:
         return run("float32")
     except Exception as error:
         if out_of_memory(error) or isinstance(error, NotLoaded):
             raise
-        raise NotLoaded(_said(error)) from error
+        why = _said(error)
+        raise NotLoaded(why if why == kernels else f"{why}; with its own kernels {kernels}") from error
 
 
 def _engine(artifact: Path, length: int, trust_remote_code: bool, dtype: str) -> Any:
@@ -124,12 +141,6 @@ def _engine(artifact: Path, length: int, trust_remote_code: bool, dtype: str) ->
         disable_log_stats=True,
         seed=0,
     )
-
-
-def _dtype(artifact: Path) -> str:
-    """float32 for exactness, unless vLLM takes only half precision in this format."""
-    declared = json.loads((artifact / "config.json").read_text()).get("quantization_config") or {}
-    return "auto" if declared.get("quant_method") in HALF else "float32"
 
 
 def _logits(llm: Any, tokens: list[int]) -> Any:
@@ -187,7 +198,7 @@ def _watch(watched: Watched, decode: bool = False) -> None:
 
     def create(self: Any, vllm_config: Any, model_config: Any, prefix: str = "") -> Any:
         model = own_create(self, vllm_config=vllm_config, model_config=model_config, prefix=prefix)
-        watched.filled = "bitsandbytes" not in str(model_config.quantization)  # whose loader replaces parameters
+        watched.filled = BITSANDBYTES.name not in str(model_config.quantization)  # whose loader replaces parameters
         if watched.filled:
             vllm_loading.fill(model)
         return model
@@ -207,5 +218,5 @@ def _watch(watched: Watched, decode: bool = False) -> None:
 
 def _said(error: Exception) -> str:
     """An exception's class and message in one line, as it's shown."""
-    text = " ".join(str(error).split()).removesuffix("Reasons:").strip()
+    text = " ".join(str(error).split()).partition(" Reasons:")[0]
     return f"{type(error).__name__}: {text[:MESSAGE]}"

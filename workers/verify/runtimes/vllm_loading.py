@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-# Leaves of the names of parameters that a checkpoint must set; experts' have a prefix. Others, as scales of a cache, have
-# defaults.
+# Leaves of the names of parameters that a checkpoint must set; experts' have a prefix. Others, as scales of a cache,
+# have defaults.
 REQUIRED = frozenset({
     "weight", "bias", "weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point", "weight_global_scale",
     "input_scale", "input_global_scale", "qweight", "qzeros", "scales",
@@ -72,8 +72,8 @@ def unset_problem(names: list[str]) -> str:
     """Why a model with these parameters unset is refused, with the remedy."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return (
-        f"no tensor of the checkpoint sets {', '.join(names[:NAMED])}{more}, which vLLM doesn't notice; either they are "
-        "missing, or their layers are in high precision and quantization_config doesn't list them as such (ignore, "
+        f"no tensor of the checkpoint sets {', '.join(names[:NAMED])}{more}, which vLLM doesn't notice; either they "
+        "are missing, or their layers are in high precision and quantization_config doesn't list them as such (ignore, "
         "modules_to_not_convert)"
     )
 

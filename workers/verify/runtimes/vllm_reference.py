@@ -1,8 +1,8 @@
 """Reference arithmetic for vLLM where it has no kernel for this processor: PyTorch on the weights that vLLM loaded.
 
-vLLM parses the configuration, creates its parameters and loads them (0.32); its choice of a kernel is replaced, and after
-loading each quantized layer is decoded here from the parameters as they are, by the formats' definitions and without
-quantmill's decoders.
+vLLM parses the configuration, creates its parameters and loads them (0.32); its choice of a kernel is replaced, and
+after loading each quantized layer is decoded here from the parameters as they are, by the formats' definitions and
+without quantmill's decoders.
 
 Shapes: O outputs and I inputs of a layer, E experts, G groups of inputs, N tokens, K experts of a token.
 """
@@ -10,6 +10,7 @@ Shapes: O outputs and I inputs of a layer, E experts, G groups of inputs, N toke
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
 from collections.abc import Callable
@@ -69,16 +70,18 @@ def choose_no_kernels() -> None:
                 setattr(module, name, _plain_backend(value))
             elif name == "check_moe_marlin_supports_config":
                 setattr(module, name, lambda *args, **kwargs: True)
-            elif isinstance(value, type) and "get_supported_act_dtypes" in vars(value):
+            elif inspect.isclass(value) and "get_supported_act_dtypes" in vars(value):
                 # A class method in some classes, and in others not.
-                setattr(value, "get_supported_act_dtypes", staticmethod(lambda *args: dtypes))
+                quantization: Any = value
+                quantization.get_supported_act_dtypes = staticmethod(lambda *args: dtypes)
 
 
 def _plain_backend(select: Any) -> Callable[..., tuple[Any, None]]:
     """A choice of the backend whose parameters have the checkpoint's layout."""
     known = vars(sys.modules[select.__module__]).values()
-    enums = [value for value in known if isinstance(value, EnumType) and value.__name__.lower().endswith("moebackend")]
-    backends = {member.name: member for enum in enums for member in enum}
+    enums: list[Any] = [kind for kind in known if isinstance(kind, EnumType)]
+    named = [kind for kind in enums if kind.__name__.lower().endswith("moebackend")]
+    backends = {name: member for kind in named for name, member in kind.__members__.items()}
     chosen = next((backends[name] for name in PLAIN_BACKENDS if name in backends), None)
     return lambda *args, **kwargs: (chosen, None)
 
@@ -248,7 +251,7 @@ def unpacked(words: Any, bits: int) -> Any:
 
 
 def _gptq_or_awq(parts: dict[str, Any], own: Any) -> Any:
-    """qweight, scales [G, O], qzeros: GPTQ packs codes along the inputs, AWQ along the outputs in an order of its own."""
+    """qweight, scales [G, O], qzeros: GPTQ packs codes along the inputs, AWQ along the outputs in its own order."""
     qweight, scales_GO = parts["qweight"].data, parts["scales"].data.float()
     config = own.quant_config
     bits = getattr(config, "weight_bits", None) or config.quant_type.size_bits
@@ -284,7 +287,7 @@ def _four_bit_floats(packed: Any, parts: dict[str, Any]) -> Any:
 
 def _rounding(name: str, layer: Any, parameters: dict[str, Any]) -> Rounding:
     """How a layer's inputs are rounded, by the checkpoint's configuration as vLLM has parsed it."""
-    config = getattr(layer, "quant_config", None) or getattr(layer.quant_method, "quant_config", None)
+    config: Any = getattr(layer, "quant_config", None) or getattr(layer.quant_method, "quant_config", None)
     if hasattr(config, "get_scheme_dict"):
         experts = getattr(layer, "ckpt_gate_proj_name", None)
         found = config.get_scheme_dict(layer, f"{name}.0.{experts}" if experts else name) or {}

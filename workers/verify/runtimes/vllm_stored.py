@@ -23,8 +23,8 @@ def stored_problems(checkpoint: Path) -> list[str]:
         if len(set(kinds.values())) > 1:
             ways = "; ".join(f"{module}: {_words(kind)}" for module, kind in kinds.items())
             problems.append(
-                f"vLLM fuses {', '.join(members)} into one layer, whose parts must be stored alike, got {ways}; quantize "
-                "them under one scheme"
+                f"vLLM fuses {', '.join(members)} into one layer, whose parts must be stored alike, got {ways}; "
+                "quantize them under one scheme"
             )
     return problems
 
