@@ -32,13 +32,6 @@ from workers.verify import source_check
 
 ROOT = Path(__file__).parents[3]
 RECIPES = shipped.recipe_names()
-# What makes recipes quick, and leaves the sizes of their artifacts as they are.
-QUICK = {
-    "gptq": {"refine": 0, "scales": "minmax"},
-    "awq": {"grid": 1, "clip": False},
-    "hqq": {"iterations": 1},
-    "ggml": {"codes": "llama.cpp"},
-}
 
 
 def recipe_classes() -> list[type]:
@@ -158,8 +151,7 @@ def test_planned_sizes_are_those_that_are_made(model: str, tmp_path: Path) -> No
     for recipe in map(shipped.recipe, RECIPES):
         if environments.interpreters(preflight.environments_of(recipe))[1]:
             continue  # its environment isn't built here; tests/workers/formats/test_gguf.py compares such sizes
-        options = recipe.options.model_copy(update=QUICK.get(recipe.method, {}))
-        quick.append(recipe.model_copy(update={"options": options}))
+        quick.append(jobs.quick(recipe))
     job = jobs.job(folder, tmp_path, *quick, samples=1)
     made, _ = quantize(job, folder)
     source = sources.resolve(ModelEntry(id=model), folder.parent)
