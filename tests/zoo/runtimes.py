@@ -32,7 +32,7 @@ MODELS = ("llama-tiny", "qwen3-moe-tiny", "gpt2-tiny")
 
 
 def measured(model: str, workspace: Path, runtimes: list[Runtime]) -> Iterator[Outcome]:
-    """The outcomes of the recipes that the plan makes of a model and one of the runtimes reads, each once it's known."""
+    """The outcomes of the recipes that the plan makes of a model and a runtime reads, each once it's known."""
     folder = jobs.ZOO / "models" / model
     source = sources.resolve(ModelEntry(id=model), folder.parent)
     recipes = [

@@ -22,7 +22,10 @@ from workers.verify.runtimes.vllm_stored import stored_problems
 # One process, a small cache, no compilation, nothing from the network.
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1", "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    # Other processes of this machine compute, too: threads are neither bound to cores nor wait by spinning.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_WAIT_POLICY": "PASSIVE",
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1", "TORCHDYNAMO_DISABLE": "1",
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
 }  # fmt: skip
 

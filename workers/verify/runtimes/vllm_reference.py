@@ -17,6 +17,8 @@ from collections.abc import Callable
 from enum import EnumType
 from typing import Any
 
+from workers.spec.formats import AWQ
+
 # Functions of vLLM that choose a kernel, wherever they were imported to.
 LINEAR_CHOICE = re.compile(r"^init_\w+_linear_kernel$")
 EXPERTS_CHOICE = re.compile(r"^select_(\w+)_moe_backend$")
@@ -255,7 +257,7 @@ def _gptq_or_awq(parts: dict[str, Any], own: Any) -> Any:
     qweight, scales_GO = parts["qweight"].data, parts["scales"].data.float()
     config = own.quant_config
     bits = getattr(config, "weight_bits", None) or config.quant_type.size_bits
-    if "awq" in type(own).__name__.lower():
+    if AWQ.name in type(own).__name__.lower():
         order = [0, 4, 1, 5, 2, 6, 3, 7] if bits == 4 else [0, 2, 1, 3]
         codes_IO = unpacked(qweight, bits).unflatten(-1, (-1, 32 // bits))[..., order].flatten(-2)
         zeros_GO = unpacked(parts["qzeros"].data, bits).unflatten(-1, (-1, 32 // bits))[..., order].flatten(-2)
