@@ -76,7 +76,7 @@ def _runtime_problem(
     for runtime in checkers(recipe.format, runtimes):
         for (scheme, kinds), name in first.items():
             if why := runtime.reads(recipe.format, scheme, kinds):
-                other = f", take {runtime.name} out of verify.runtimes" if runtimes else ""
+                other = f", or take {runtime.name} out of verify.runtimes" if runtimes else ""
                 return (
                     f"recipe {recipe.name!r}, format {recipe.format}: {name} of {source.pin.id!r} {why}; or give that "
                     f"model recipes of its own (models: [{{id: ..., recipes: [...]}}]){other}"

@@ -103,7 +103,7 @@ def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None,
     standing = _standing(orders, workspace, endpoint, verification, zoo.storage, silence)
     estimates = sizing.Estimates(calibration, verification)
     artifacts = tuple(
-        PlannedArtifact(source, order, estimates.of(source, order.recipe), *(existing or ()))
+        PlannedArtifact(source, order, estimates.of(source, order.recipe, order.runtimes), *(existing or ()))
         for (source, order), existing in zip(cells.made, standing, strict=True)
     )
     destination, collection = None, None

@@ -16,6 +16,7 @@ from pipeline.zoo import shipped, zoo
 from tests.pipeline.fleet import test_decisions as decisions
 from workers.errors import HubRefused, HubUnavailable, UserError
 from workers.spec.job import Dataset, ModelPin, Verification
+from workers.spec.runtimes import RUNTIMES
 from workers.spec.tensors import TensorHeader
 from workers.spec.workspace import MANIFEST, artifact_folder
 from workers.transfer import destinations
@@ -393,3 +394,14 @@ def test_a_plan_tells_what_this_machine_has_no_room_for(tmp_path: Path, monkeypa
     assert lacks.exit_code == 1
     assert "INFEASIBLE: 1 problem(s) for" in lacks.output
     assert "host memory: 1.0 GB" in lacks.output
+
+
+def test_a_named_runtimes_process_counts_in_the_memory_of_its_check(tmp_path: Path) -> None:
+    pinned = sources.resolve(zoo.ModelEntry(id=str(LLAMA)), tmp_path)
+    chosen = shipped.recipe("bnb-nf4")
+    verification = Verification(dataset=Dataset(path="text"))
+    alone, both = (
+        sizing.estimate(pinned, chosen, None, verification, runtimes).verify.host
+        for runtimes in ((), ("transformers", "vLLM"))
+    )
+    assert both - alone == RUNTIMES["vLLM"].host_bytes > 0
