@@ -370,6 +370,10 @@ def runtime_named(name: str) -> Runtime:
     raise ValueError(f"unknown runtime, got {name!r}; {meant}Known are {', '.join(row.name for row in able.values())}")
 
 
-def misfit(fmt: str, scheme: Scheme, kinds: LayerKinds) -> str | None:
-    """Why the runtime that checks a format doesn't read layers of these kinds under a scheme; None if it does."""
-    return checking(fmt).reads(fmt, scheme, kinds)
+def misfit(fmt: str, scheme: Scheme, kinds: LayerKinds, runtimes: Iterable[str] = ()) -> str | None:
+    """Why a runtime that checks a format's artifacts doesn't read layers of these kinds under a scheme; None if all do.
+
+    ``runtimes`` are those that a zoo names; none: the format's own checks alone.
+    """
+    reasons = (row.reads(fmt, scheme, kinds) for row in checkers(fmt, runtimes))
+    return next((why for why in reasons if why), None)

@@ -91,6 +91,18 @@ def test_what_a_named_runtime_refuses_is_refused_for_the_pair(tmp_path: Path) ->
     assert [order.recipe.name for order in made.jobs[0].orders] == ["gptq-w4-g128"]
 
 
+@pytest.mark.parametrize("recipe", ["fp8-static", "w8a8-int8", "nvfp4"])
+def test_what_only_vllm_loads_is_made_where_it_alone_checks(tmp_path: Path, recipe: str) -> None:
+    write(tmp_path, recipe)
+    path = tmp_path / "zoo.yaml"
+    path.write_text(path.read_text().replace("llama-tiny", "qwen3-moe-tiny"))
+    plain = path.read_text()
+    for runtimes, made in (("null", 0), ("[transformers, vllm]", 0), ("[vllm]", 1)):
+        path.write_text(plain.replace("heldout.txt]}}", f"heldout.txt]}}, runtimes: {runtimes}}}"))
+        planned = plan.make_plan(zoo.load(path), tmp_path, tmp_path / "runs", None)
+        assert (len(planned.jobs), len(planned.refused)) == (made, 1 - made), runtimes
+
+
 @pytest.mark.parametrize(
     ("runtimes", "said"),
     [

@@ -95,6 +95,18 @@ def test_a_mixtures_experts_are_loaded_by_it(recipe: str, mixture: Job) -> None:
     assert verdict.runtime.relative_logit_difference < 0.05
 
 
+@pytest.mark.parametrize("recipe", ["fp8-static", "w8a8-int8", "nvfp4"])
+def test_experts_that_transformers_cannot_load_are_made_for_vllm_alone(recipe: str, tmp_path: Path) -> None:
+    model = jobs.ZOO / "models" / "qwen3-moe-tiny"
+    job = jobs.job(model, tmp_path, jobs.quick(shipped.recipe(recipe)), samples=4)
+    for runtimes, refused in (((), True), (("transformers", VLLM.name), True), ((VLLM.name,), False)):
+        orders = (job.orders[0].model_copy(update={"runtimes": runtimes}),)
+        (artifact,), _ = quantize(job.model_copy(update={"orders": orders}), model)
+        assert (artifact.error is not None) is refused, runtimes
+    verdict = in_vllm(job, recipe)
+    assert verdict.accepted, verdict.reasons
+
+
 Edit = Callable[[dict[str, Any]], None]
 
 

@@ -35,8 +35,8 @@ def fill(model: Any) -> None:
     """Fill what a checkpoint must set with NaN, or with ``UNSET_BYTE``, before it's loaded."""
     import torch
 
-    for name, parameter in model.named_parameters():
-        if leaf_of(name) not in REQUIRED or not parameter.numel():
+    for name, parameter in _required(model):
+        if not parameter.numel():
             continue
         if parameter.dtype.is_floating_point:
             parameter.data.copy_(torch.full((), float("nan")).to(parameter.dtype).expand_as(parameter))
@@ -46,7 +46,18 @@ def fill(model: Any) -> None:
 
 def unset(model: Any) -> list[str]:
     """Names of parameters that loading left as ``fill`` made them, wholly or in part, sorted."""
-    return sorted(n for n, tensor in model.named_parameters() if leaf_of(n) in REQUIRED and _is_unset(n, tensor))
+    return sorted(name for name, tensor in _required(model) if _is_unset(name, tensor))
+
+
+def _required(model: Any) -> Iterator[tuple[str, Any]]:
+    """The parameters that a checkpoint must set, with their names."""
+    for prefix, module in model.named_modules():
+        # vLLM makes scales of inputs for experts whose inputs aren't rounded, too.
+        unrounded = getattr(getattr(module, "quant_method", None), "use_a16", False)
+        for name, parameter in module.named_parameters(recurse=False):
+            leaf = leaf_of(name)
+            if leaf in REQUIRED and not (unrounded and leaf.startswith("input_")):
+                yield f"{prefix}.{name}".removeprefix("."), parameter
 
 
 def _mark(name: str, parameter: Any) -> int:

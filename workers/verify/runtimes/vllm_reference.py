@@ -153,7 +153,10 @@ def _experts(name: str, layer: Any) -> Any:
         stacks[prefix] = [decoded({n: p[e] for n, p in parts.items()}, own, halves) for e in range(count)]
     if str(getattr(layer.activation, "value", layer.activation)) != "silu":
         raise NotImplementedError(f"{name}: experts with the activation {layer.activation}; silu is known")
-    rounded = _rounding(name, layer, parameters)
+    inputs, between = (
+        _rounding(name, layer, {n.removeprefix(prefix): p for n, p in parameters.items() if n.startswith(prefix)})
+        for prefix in ("w13_", "w2_")
+    )
 
     class Reference(FusedMoEMethodBase):  # type: ignore[misc, unused-ignore]
         """Computes each expert's tokens by its decoded weights."""
@@ -168,8 +171,8 @@ def _experts(name: str, layer: Any) -> Any:
             out = torch.zeros_like(x)
             for expert in topk_ids.unique().tolist():
                 token, place = (topk_ids == expert).nonzero(as_tuple=True)
-                gate, up = F.linear(rounded(x[token]), stacks["w13_"][expert].to(x.dtype)).chunk(2, -1)
-                made = F.linear(rounded(F.silu(gate) * up), stacks["w2_"][expert].to(x.dtype))
+                gate, up = F.linear(inputs(x[token]), stacks["w13_"][expert].to(x.dtype)).chunk(2, -1)
+                made = F.linear(between(F.silu(gate) * up), stacks["w2_"][expert].to(x.dtype))
                 out.index_add_(0, token, made * topk_weights[token, place, None].to(x.dtype))
             return out
 
