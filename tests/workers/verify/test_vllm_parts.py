@@ -142,11 +142,13 @@ def test_exactly_what_loading_left_is_named(skipped: set[str]) -> None:
 
 
 def test_scales_of_inputs_that_are_not_rounded_may_be_left() -> None:
-    model = torch.nn.ModuleDict({"experts": Layer(w2_input_global_scale=torch.ones(2))})
+    model = torch.nn.ModuleDict({"experts": Layer(w13_input_global_scale=torch.tensor([[1.0, 2.0]]))})
+    assert len(list(vllm_loading.split_scales(model))) == 1
     vllm_loading.fill(model)
-    assert vllm_loading.unset(model) == ["experts.w2_input_global_scale"]
+    assert vllm_loading.unset(model) == ["experts.w13_input_global_scale"]
     model["experts"].quant_method = SimpleNamespace(use_a16=True)
     assert vllm_loading.unset(model) == []
+    assert list(vllm_loading.split_scales(model)) == []
 
 
 def test_a_part_of_a_fused_parameter_that_was_left_is_named() -> None:

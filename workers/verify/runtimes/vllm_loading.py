@@ -91,7 +91,7 @@ def unset_problem(names: list[str]) -> str:
 
 def split_scales(model: Any) -> Iterator[str]:
     """Messages about fused layers whose parts have several global scales, of which vLLM takes the largest."""
-    for name, tensor in model.named_parameters():
+    for name, tensor in _required(model):
         if leaf_of(name) not in GLOBAL_SCALES:
             continue
         rows = tensor.data.float().reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
