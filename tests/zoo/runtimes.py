@@ -1,6 +1,6 @@
 """Load each recipe's artifact of each zoo model in each runtime, and write docs/runtimes.json and docs/runtimes.md.
 
-python -m tests.zoo.runtimes [--runtime NAME]     (make runtimes)
+python -m tests.zoo.runtimes [--runtime NAME] [--recipe NAME] [--model NAME]     (make runtimes)
 
 Runtimes whose environment isn't built here are left out, and what was written of them before is kept. Artifacts are
 made in haste: what is measured is how they load, not how good they are.
@@ -31,19 +31,26 @@ from workers.verify.stage import verify
 MODELS = ("llama-tiny", "qwen3-moe-tiny", "gpt2-tiny")
 
 
-def measured(model: str, workspace: Path, runtimes: list[Runtime]) -> Iterator[Outcome]:
-    """The outcomes of the recipes that the plan makes of a model and a runtime reads, each once it's known."""
+def measured(model: str, workspace: Path, runtimes: list[Runtime], recipes: list[Recipe]) -> Iterator[Outcome]:
+    """The outcomes of recipes in the runtimes that read their format, each once it's known.
+
+    An artifact is made if the plan makes it for one of them.
+    """
     folder = jobs.ZOO / "models" / model
     source = sources.resolve(ModelEntry(id=model), folder.parent)
-    recipes = [
-        jobs.quick(recipe)
-        for recipe in map(shipped.recipe, shipped.recipe_names())
-        if any(recipe.format in runtime.rules for runtime in runtimes)
-        and not list(fitting.recipe_problems(source, recipe))
-        and _usable(preflight.environments_of(recipe))
-    ]
-    job = jobs.job(folder, workspace, *recipes, samples=8)
-    made, _ = quantize(job, folder)
+    takers: dict[str, tuple[str, ...]] = {}
+    for recipe in recipes:
+        if _usable(preflight.environments_of(recipe)):
+            takers[recipe.name] = tuple(
+                runtime.name
+                for runtime in runtimes
+                if recipe.format in runtime.rules
+                and _usable([runtime.environment])
+                and not list(fitting.recipe_problems(source, recipe, (runtime.name,)))
+            )
+    job = jobs.job(folder, workspace, *(jobs.quick(recipe) for recipe in recipes if takers.get(recipe.name)), samples=8)
+    orders = [order.model_copy(update={"runtimes": takers[order.recipe.name]}) for order in job.orders]
+    made, _ = quantize(job.model_copy(update={"orders": tuple(orders)}), folder)
     failed = {artifact.recipe: artifact.error for artifact in made if artifact.error}
     for recipe in recipes:
         kinds = kinds_of(recipe, source.tensors, conv1d=source.family.conv1d, model_type=source.config["model_type"])
@@ -53,7 +60,7 @@ def measured(model: str, workspace: Path, runtimes: list[Runtime]) -> Iterator[O
             found = {"recipe": recipe.name, "model": model, "runtime": runtime.name}
             if why := runtime.reads(recipe.format, recipe.scheme, kinds):
                 yield Outcome(**found, verdict="refused", why=why)
-            else:
+            elif runtime.name in takers.get(recipe.name, ()):
                 yield Outcome(**found, **_checked(job, recipe, runtime, folder))
 
 
@@ -80,14 +87,18 @@ def fields(verdict: Verdict) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure all runtimes, or those that are named."""
+    """Measure all, or what is named."""
     options = argparse.ArgumentParser()
     options.add_argument("--runtime", action="append", type=runtime_named, help="Only in this runtime.")
-    runtimes = options.parse_args().runtime or list(RUNTIMES.values())
+    options.add_argument("--recipe", action="append", type=shipped.recipe, help="Only this recipe.")
+    options.add_argument("--model", action="append", choices=MODELS, help="Only this model.")
+    chosen = options.parse_args()
+    runtimes = chosen.runtime or list(RUNTIMES.values())
+    recipes = chosen.recipe or [shipped.recipe(name) for name in shipped.recipe_names()]
     known = {(o.recipe, o.model, o.runtime): o for o in outcomes.read()}
-    for model in MODELS:
+    for model in chosen.model or MODELS:
         with tempfile.TemporaryDirectory() as workspace:
-            for outcome in measured(model, Path(workspace), runtimes):
+            for outcome in measured(model, Path(workspace), runtimes, recipes):
                 print(json.dumps(outcome.model_dump(exclude_defaults=True)), flush=True)
                 known[outcome.recipe, outcome.model, outcome.runtime] = outcome
                 outcomes.write(known.values())

@@ -270,8 +270,8 @@ VLLM = Runtime(
     environment="vllm-cpu",
     packages={BITSANDBYTES.name: ("vllm-bnb-plugin", *BITSANDBYTES.needs)},
     tried="vLLM 0.32 on a CPU, with small models",
-    # Measured with models of 8 MB: 1.8 GB, and 2.9 GB where it starts once more without its kernels.
-    host_bytes=2_300_000_000,
+    # Measured with models of 8 MB: 1.8 GB, also where it starts once more without its kernels.
+    host_bytes=1_200_000_000,
 )
 
 # --------------------------------------------------------------------------------------------- llama.cpp
