@@ -104,6 +104,13 @@ def test_the_processor_is_told() -> None:
     assert reply.processor().split(" with ")[0] in ("x86_64", "aarch64", "arm64", "AMD64")
 
 
+def test_what_cannot_be_computed_here_is_no_fault_of_the_artifact() -> None:
+    def look(request: object) -> dict[str, object]:
+        raise reply.NotHere("activations of 4 bits: no reference arithmetic")
+
+    assert json.loads(reply.reply("{}", look))["not_here"] is True
+
+
 def test_a_further_runtimes_difference_is_judged() -> None:
     agreement = RuntimeAgreement(
         name="b", version="1", max_abs_logit_difference=9, relative_logit_difference=0.5, generated=""

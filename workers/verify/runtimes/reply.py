@@ -16,6 +16,10 @@ NOT_HERE = re.compile(r"(?i)no gpu|(requires?|needs?) (a |an )?(\w+ )?(gpu|cuda|
 INSTRUCTIONS = {"amx_tile": "AMX", "avx512f": "AVX-512", "avx2": "AVX2"}
 
 
+class NotHere(NotImplementedError):
+    """What can't be computed on this machine, which is no fault of a checkpoint."""
+
+
 def reply(request: str, look: Callable[[dict[str, Any]], dict[str, Any]]) -> str:
     """The JSON answer to a ``RuntimeRequest``.
 
@@ -29,7 +33,7 @@ def reply(request: str, look: Callable[[dict[str, Any]], dict[str, Any]]) -> str
     except Exception as error:
         if out_of_memory(error):
             raise
-        missing = isinstance(error, ImportError) or bool(NOT_HERE.search(str(error)))
+        missing = isinstance(error, ImportError | NotHere) or bool(NOT_HERE.search(str(error)))
         return json.dumps({"error": in_a_line(error), "not_here": missing})
 
 

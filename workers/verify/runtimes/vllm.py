@@ -16,7 +16,7 @@ from typing import Any
 from workers.machine.memory import peak_host_bytes
 from workers.spec.formats import BITSANDBYTES
 from workers.verify.runtimes import vllm_loading, vllm_reference
-from workers.verify.runtimes.reply import out_of_memory, reply
+from workers.verify.runtimes.reply import NotHere, out_of_memory, reply
 from workers.verify.runtimes.vllm_stored import stored_problems
 
 # One process, a small cache, no compilation, nothing from the network.
@@ -125,7 +125,7 @@ def _in_reference(run: Run, kernels: str) -> tuple[Any, list[list[int]]]:
     try:
         return run("float32")
     except Exception as error:
-        if out_of_memory(error) or isinstance(error, NotLoaded):
+        if out_of_memory(error) or isinstance(error, NotLoaded | NotHere):
             raise
         why = _said(error)
         raise NotLoaded(why if why == kernels else f"{why}; with its own kernels {kernels}") from error

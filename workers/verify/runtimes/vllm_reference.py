@@ -18,6 +18,7 @@ from enum import EnumType
 from typing import Any
 
 from workers.spec.formats import AWQ
+from workers.verify.runtimes.reply import NotHere
 
 # Functions of vLLM that choose a kernel, wherever they were imported to.
 LINEAR_CHOICE = re.compile(r"^init_\w+_linear_kernel$")
@@ -92,7 +93,7 @@ def use_reference(model: Any) -> int:
     """Let each quantized layer of a loaded model compute in PyTorch; returns their number.
 
     Raises:
-        NotImplementedError: a layer's parameters are of no format that is known here.
+        NotHere: a layer's parameters are of no format that is known here.
     """
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.layers.linear import LinearBase
@@ -152,7 +153,7 @@ def _experts(name: str, layer: Any) -> Any:
         halves = 2 if prefix == "w13_" else 1
         stacks[prefix] = [decoded({n: p[e] for n, p in parts.items()}, own, halves) for e in range(count)]
     if str(getattr(layer.activation, "value", layer.activation)) != "silu":
-        raise NotImplementedError(f"{name}: experts with the activation {layer.activation}; silu is known")
+        raise NotHere(f"{name}: experts with the activation {layer.activation}; silu is known")
     inputs, between = (
         _rounding(name, layer, {n.removeprefix(prefix): p for n, p in parameters.items() if n.startswith(prefix)})
         for prefix in ("w13_", "w2_")
@@ -194,14 +195,14 @@ def decoded(parts: dict[str, Any], own: Any, fused: list[int] | int) -> Any:
         return _gptq_or_awq(parts, own)
     weight = parts.get("weight_packed", parts.get("weight"))
     if weight is None:
-        raise NotImplementedError(f"parameters {sorted(parts)} are of no format that is known here")
+        raise NotHere(f"parameters {sorted(parts)} are of no format that is known here")
     if weight.dtype == torch.int32:
         return _packed_integers(weight.data, parts, own)
     if weight.dtype == torch.uint8:
         return _four_bit_floats(weight.data, parts)
     scale = parts.get("weight_scale_inv", parts.get("weight_scale"))
     if scale is None:
-        raise NotImplementedError(f"{weight.dtype} without a scale is of no format that is known here")
+        raise NotHere(f"{weight.dtype} without a scale is of no format that is known here")
     block = getattr(own, "weight_block_size", None)
     spread = _spread(scale.data.float(), weight.shape, fused, block)
     if weight.dtype == torch.float8_e4m3fn and block is None and scale.numel() not in (1, weight.shape[0]):
@@ -308,7 +309,7 @@ def rounding_of(given: Any, parameters: dict[str, Any]) -> Rounding:
     """The rounding of compressed-tensors' ``input_activations``.
 
     Raises:
-        NotImplementedError: a combination that is unknown here.
+        NotHere: a combination that is unknown here.
     """
     if given is None:
         return lambda x: x
@@ -322,7 +323,7 @@ def rounding_of(given: Any, parameters: dict[str, Any]) -> Rounding:
             return lambda x: _by_groups(x, given.group_size, FP8_MAX, _to_fp8)
         case "int", 8, "token":
             return lambda x: _by_groups(x, x.shape[-1], INT8_MAX, lambda v: v.round().clamp(-128, 127))
-    raise NotImplementedError(f"activations of {given.num_bits} bits, {kind}, by {strategy}: no reference arithmetic")
+    raise NotHere(f"activations of {given.num_bits} bits, {kind}, by {strategy}: no reference arithmetic")
 
 
 def _static(scale: Any) -> Rounding:
