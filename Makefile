@@ -7,7 +7,7 @@ OUT ?= runs
 # Tests of one file stay together, for they share what was made for them; the longest files come first (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup quickstart test test-gpu test-slow walk night check lint types contracts tables bench constraints clean
+.PHONY: help setup quickstart test test-gpu test-slow walk night check lint types contracts tables runtimes bench constraints clean
 
 help:
 	@echo "make quickstart   two small models x three recipes: quantized, verified, published to a loopback Hub"
@@ -18,6 +18,7 @@ help:
 	@echo "make check        lint, types, import contracts, tests and slow tests (what CI runs)"
 	@echo "make setup        the environment alone (the others make it if it's missing)"
 	@echo "make tables       print the README's tables of recipes and formats from the rows"
+	@echo "make runtimes     load every recipe's artifact in every runtime whose environment is built; writes docs/runtimes.md"
 	@echo "make bench        measure; results go into tests/bench/RESULTS.md by hand"
 
 setup: $(STAMP)
@@ -39,7 +40,7 @@ test: $(STAMP)
 walk: $(STAMP)
 	$(BIN)/python -m pytest tests/walk -m 'walk or not walk'
 
-night: $(STAMP)
+night: $(STAMP) runtimes
 	$(BIN)/python -m pytest -m night -s
 
 test-gpu: $(STAMP)
@@ -63,6 +64,10 @@ contracts: $(STAMP)
 # The README's tables of recipes and formats, printed from the rows.
 tables: $(STAMP)
 	$(BIN)/python -m pipeline.zoo.tables README.md
+
+# Each recipe's artifact of each zoo model in each runtime whose environment is built (vllm-cpu: 20 minutes).
+runtimes: $(STAMP)
+	$(BIN)/python -m tests.zoo.runtimes
 
 bench: $(STAMP)
 	for what in solver pass memory datafree publish sizing fleet planning night simulation; do $(BIN)/python -m tests.bench.bench_$$what || exit 1; done

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,12 @@ from pipeline.zoo.zoo import ModelEntry, read_yaml
 from workers import errors
 from workers.errors import CheckpointError, ModelNotFound, QuantmillError, ZooError
 from workers.machine import child
+from workers.machine.environments import interpreter
 from workers.machine.failures import of_a_process
 from workers.machine.warm import VERIFY_MODULES, Parents
 from workers.spec.formats import BITSANDBYTES, recognised
-from workers.spec.job import Dataset, Failure, ModelPin, ReasonCode, Thresholds, Verification
+from workers.spec.job import Dataset, Failure, ModelPin, ReasonCode, RuntimeAgreement, Thresholds, Verification
+from workers.spec.runtimes import runtime_named
 from workers.transfer import from_hub, hub
 
 # Default text to compare on: the test split of WikiText-2.
@@ -44,6 +46,7 @@ class VerifyRequest:
     tasks: tuple[str, ...] = ()
     task_folder: Path | None = None
     limit: int | None = None
+    runtimes: tuple[str, ...] = ()
 
 
 def check(request: VerifyRequest, out: Path) -> tuple[dict[str, Any], Thresholds, str]:
@@ -75,6 +78,7 @@ def _check(request: VerifyRequest, out: Path, warm: str | None) -> tuple[dict[st
         trust_remote_code=request.trust_remote_code,
         allow_pickle=request.allow_pickle,
     )
+    runtimes = _runtimes(request.runtimes)
     folder = _checkpoint(request.checkpoint)
     family = declared_family(_quantization(folder))
     thresholds = _thresholds(family, request.gates)
@@ -88,10 +92,28 @@ def _check(request: VerifyRequest, out: Path, warm: str | None) -> tuple[dict[st
         dataset=dataset, data=data, tokens=request.tokens, sequence_length=request.sequence_length
     )
     out.mkdir(parents=True, exist_ok=True)
-    report = _ask("workers.verify.foreign", _request(folder, pin, verification, thresholds, out.resolve()), warm)
+    asked = {**_request(folder, pin, verification, thresholds, out.resolve()), "runtimes": runtimes}
+    report = _ask("workers.verify.foreign", asked, warm)
     if request.tasks:
         report["scores"] = _ask("workers.verify.harness", _evaluation(request, folder, pin), warm)["scores"]
     return report, thresholds, family
+
+
+def _runtimes(names: Sequence[str]) -> tuple[str, ...]:
+    """The runtimes of these names, whose environments are here.
+
+    Raises:
+        ZooError: no runtime of a name is known.
+        PreflightError: an environment isn't built on this machine.
+    """
+    try:
+        rows = [runtime_named(name) for name in names]
+    except ValueError as error:
+        raise ZooError(f"--runtime: {error}") from error
+    for row in rows:
+        if row.environment is not None:
+            interpreter(row.environment)
+    return tuple(dict.fromkeys(row.name for row in rows))
 
 
 def _evaluation(request: VerifyRequest, folder: Path, pin: ModelPin) -> dict[str, Any]:
@@ -198,16 +220,14 @@ def rows(report: Mapping[str, Any], thresholds: Thresholds) -> list[dict[str, st
     metrics = verdict["metrics"]
     if metrics:
         table += _measured(metrics, thresholds, codes)
-    runtime = verdict["runtime"]
     refused = {ReasonCode.RUNTIME, ReasonCode.RUNTIME_LOGITS} & set(codes)
-    if runtime:
-        description = (
-            f"{runtime['name']} {runtime['version']}, logits differ by {runtime['relative_logit_difference']:.2g}"
-        )
+    runtimes = [RuntimeAgreement.model_validate(found) for found in agreements(verdict)]
+    for runtime in runtimes:
+        description = f"{runtime.said}, logits differ by {runtime.relative_logit_difference:.2g}"
         table.append(
             _row("runtime", description, f"<= {thresholds.runtime_logit_difference:g} deviations", not refused)
         )
-    elif refused:
+    if refused and not runtimes:
         table.append(_row("runtime", "see below", "", False))
     for key, decibels in verdict["worst_layers"]:
         table.append(_row("noisiest", f"{key.removesuffix('.weight')}, {decibels:.1f} dB", "", True))
@@ -218,6 +238,12 @@ def rows(report: Mapping[str, Any], thresholds: Thresholds) -> list[dict[str, st
         table.append(_row("  it", repr(generation["artifact"]), "", True))
         table.append(_row("  reference", repr(generation["reference"]), "", True))
     return table
+
+
+def agreements(verdict: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The runtimes whose logits were compared."""
+    first = verdict["runtime"]
+    return [*([first] if first else ()), *verdict.get("other_runtimes", ())]
 
 
 def score_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -240,6 +266,12 @@ def score_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
 def remarks(report: Mapping[str, Any]) -> list[str]:
     """The lines below the table: notes, and every reason of the verdict."""
     notes = [f"note: {line.removeprefix('integrity: ')}" for line in report["notes"]]
+    notes += [
+        f"note: {runtime['name']}: its own loader ran, and PyTorch computed with what it loaded; its kernels don't run "
+        f"on this processor ({runtime['kernels']})"
+        for runtime in agreements(report["verdict"])
+        if runtime.get("kernels")
+    ]
     return [*notes, *report["verdict"]["reasons"]]
 
 

@@ -45,19 +45,28 @@ def facts(python: str | Path, out: Path) -> MachineFacts:
     return MachineFacts.model_validate_json(ended.answer)
 
 
-def examine(chosen: Sequence[Recipe], driver_facts: MachineFacts, out: Path) -> dict[str, list[str]]:
+def runtimes(zoo: Path | None) -> tuple[str, ...]:
+    """The runtimes that a zoo file names for its checks; none without one."""
+    return () if zoo is None else zoos.load(zoo).verify.runtimes or ()
+
+
+def examine(
+    chosen: Sequence[Recipe], driver_facts: MachineFacts, out: Path, runtimes: Sequence[str] = ()
+) -> dict[str, list[str]]:
     """Everything missing, by recipe; ``driver_facts`` are the facts of this process's own Python."""
     facts_by_environment: dict[str | None, MachineFacts | str] = {None: driver_facts}
-    for name in {name for recipe in chosen for name in preflight.environments_of(recipe)}:
+    for name in {name for recipe in chosen for name in preflight.environments_of(recipe, runtimes)}:
         try:
             facts_by_environment[name] = facts(environments.interpreter(name), out)
         except PreflightError as error:
             facts_by_environment[name] = str(error)
-    return {recipe.name: _problems(facts_by_environment, recipe) for recipe in chosen}
+    return {recipe.name: _problems(facts_by_environment, recipe, runtimes) for recipe in chosen}
 
 
-def _problems(facts_by_environment: Mapping[str | None, MachineFacts | str], recipe: Recipe) -> list[str]:
+def _problems(
+    facts_by_environment: Mapping[str | None, MachineFacts | str], recipe: Recipe, runtimes: Sequence[str]
+) -> list[str]:
     facts = facts_by_environment[recipe.environment]
-    unusable = [facts_by_environment[name] for name in preflight.environments_of(recipe)]
+    unusable = [facts_by_environment[name] for name in preflight.environments_of(recipe, runtimes)]
     problems = [problem for problem in unusable if isinstance(problem, str)]
-    return problems if isinstance(facts, str) else [*problems, *preflight.problems(facts, recipe)]
+    return problems if isinstance(facts, str) else [*problems, *preflight.problems(facts, recipe, runtimes)]

@@ -55,6 +55,12 @@ class Definition(Frozen):
     packages: tuple[str, ...] = Field(min_length=1, description="Requirements, as pip takes them.")
     python: str | None = Field(None, description="Versions of Python that the packages take, as '>=3.11,<3.13'.")
     pip: tuple[str, ...] = Field((), description="Further options of pip, as --pre or --extra-index-url=URL.")
+    alone: tuple[str, ...] = Field(
+        (), description="Requirements installed after the packages, without their own (pip's --no-deps)."
+    )
+    without: tuple[str, ...] = Field(
+        (), description="Distributions uninstalled at the end: those that came along and don't work here."
+    )
     inherit: bool = Field(
         False,
         description="Take what is installed beside this quantmill as it is, and install only what isn't, or is wanted "
@@ -66,7 +72,7 @@ class Definition(Frozen):
         "torch nor Ray, unless its packages bring them.",
     )
 
-    @field_validator("packages")
+    @field_validator("packages", "alone", "without")
     @classmethod
     def _are_requirements(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for package in value:
@@ -223,8 +229,8 @@ def _check_python(name: str, wanted: Definition) -> None:
 def _record(name: str, wanted: Definition) -> Built:
     pinned = PINNED if wanted.stages else ()
     packages = {p: v for p in (*pinned, "quantmill") if (v := environments.version(p))}
-    # Left out where it's the default, so that environments built before the field stay up to date.
-    left_out = {"description", "stages"} if wanted.stages else {"description"}
+    # Left out where they're the default, so that environments built before these fields stay up to date.
+    left_out = {"description", *(name for name in ("stages", "alone", "without") if _is_default(wanted, name))}
     content = {
         "definition": wanted.model_dump(mode="json", exclude=left_out),
         "python": environments.minor(platform.python_version()),
@@ -239,6 +245,10 @@ def _record(name: str, wanted: Definition) -> Built:
         packages=packages,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _is_default(wanted: Definition, field: str) -> bool:
+    return bool(getattr(wanted, field) == Definition.model_fields[field].default)
 
 
 def _by_hand(path: Path) -> bool:
@@ -288,6 +298,10 @@ def _build(folder: Path, record: Built, wanted: Definition, say: Say) -> None:
         pip.install(torch)
     say(f"{record.name}: installing {', '.join(wanted.packages)}, and what quantmill needs")
     pip.install(*needs, *wanted.packages)
+    if wanted.alone:
+        pip.install("--no-deps", *wanted.alone)
+    if wanted.without:
+        pip.uninstall(*wanted.without)
     _copy_quantmill(site)
     say(f"{record.name}: checking")
     _check(record.name, folder, wanted.stages)
@@ -305,6 +319,10 @@ class _Pip:
 
     def install(self, *requirements: str) -> None:
         self._run("install", "--no-input", "--progress-bar=off", *self.options, *requirements)
+
+    def uninstall(self, *names: str) -> None:
+        """Remove distributions; one that isn't there changes nothing."""
+        self._run("uninstall", "--yes", *names)
 
     def freeze(self) -> str:
         return self._run("freeze")

@@ -140,8 +140,8 @@ def _verify(job: Job, recipe: str | None, pace: Pace) -> StageResult:
     assert recipe is not None
     manifest = verify(job, job.order(recipe), model_folder(job))
     # The processes that loaded the source and, later, the artifact ran at the same time as this one.
-    loaders = (manifest.source_check, manifest.verdict.runtime)
-    loader = PeakMemory(host=max(found.host_bytes if found else 0 for found in loaders))
+    loaders = (manifest.source_check, *manifest.verdict.runtimes)
+    loader = PeakMemory(host=max((found.host_bytes for found in loaders if found), default=0))
     return StageResult(stage=Stage.VERIFY, recipe=recipe, manifest=manifest, memory=loader)
 
 

@@ -70,6 +70,14 @@ def publish(
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="YAML: thresholds that differ from configs/gates.yaml, by family (w4, nf4, ...).",
 )
+@click.option(
+    "--runtime",
+    "runtimes",
+    multiple=True,
+    metavar="NAME",
+    help="Load it in this library: transformers, vLLM, llama.cpp or mlx-lm; more than once for several; left out: in "
+    "its format's own.",
+)
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @click.option("--allow-pickle", is_flag=True, help="Read the reference's pickle weights, for want of others.")
 @click.option("--task", "tasks", multiple=True, help="Also run this task of lm-eval on both (extra 'eval').")
@@ -89,6 +97,7 @@ def verify(
     tokens: int,
     sequence_length: int,
     gates: Path | None,
+    runtimes: tuple[str, ...],
     trust_remote_code: bool,
     allow_pickle: bool,
     tasks: tuple[str, ...],
@@ -112,6 +121,7 @@ def verify(
         tasks=tasks,
         task_folder=task_folder,
         limit=limit,
+        runtimes=runtimes,
     )
     report, thresholds, family = checking.check(request, out)
     verdict = report["verdict"]

@@ -24,7 +24,7 @@ def doctor(recipes: tuple[str, ...], zoo: Path | None, out: Path) -> None:
     click.echo(
         f"{facts.node}: Python {facts.python}, {facts.cpus} cores, {facts.host_memory / 1e9:.1f} GB, GPU: {devices}"
     )
-    problems = doctor.examine(chosen, facts, out)
+    problems = doctor.examine(chosen, facts, out, doctor.runtimes(zoo))
     rows = [
         {"recipe": r.name, "environment": r.environment or "", "state": "; ".join(problems[r.name]) or "ready"}
         for r in chosen

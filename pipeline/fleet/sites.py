@@ -14,8 +14,7 @@ from pipeline.fleet.retry import Choices, RetryMode
 from pipeline.fleet.steps import JobRun, Step
 from workers.machine import preflight
 from workers.machine.preflight import MachineFacts
-from workers.spec.job import Job, Stage, StageResult
-from workers.spec.recipes import Recipe
+from workers.spec.job import Job, Order, Stage, StageResult
 
 # Most queued jobs examined for one whose files fit a node's free disk.
 LOOK_AHEAD = 64
@@ -139,8 +138,8 @@ class Sites:
     @property
     def environments(self) -> list[str | None]:
         """The environments that jobs need, and the driver's own (None)."""
-        recipes = {order.recipe.name: order.recipe for run in self._jobs for order in run.job.orders}
-        named = {name for recipe in recipes.values() for name in preflight.environments_of(recipe)}
+        needs = {order.recipe.name: order for run in self._jobs for order in run.job.orders}
+        named = {name for o in needs.values() for name in preflight.environments_of(o.recipe, o.runtimes)}
         return [None, *sorted(named)]
 
     # ------------------------------------------------------------------------------------------- nodes
@@ -190,8 +189,8 @@ class Sites:
         node, facts = room.facts.node, site.facts.get(environment(job), "no answer")
         if isinstance(facts, str):
             return [f"{node}: {facts}"]
-        lines = [line for order in job.orders for line in self._lacks_for(site, order.recipe, facts)]
-        needed = sorted({name for order in job.orders for name in preflight.environments_of(order.recipe)})
+        lines = [line for order in job.orders for line in self._lacks_for(site, order, facts)]
+        needed = sorted({n for order in job.orders for n in preflight.environments_of(order.recipe, order.runtimes)})
         answers = [site.facts.get(name, "no answer") for name in needed]
         lines += [f"{node}: {problem}" for problem in answers if isinstance(problem, str)]
         lines += lacking(room, demand.largest, demand.disk, f"{job.model.id!r}")
@@ -200,12 +199,13 @@ class Sites:
             lines.append(f"memory: no more on {node} than on {outgrown.facts.node}, where it ran out")
         return list(dict.fromkeys(lines))
 
-    def _lacks_for(self, site: Site, recipe: Recipe, facts: MachineFacts) -> list[str]:
+    def _lacks_for(self, site: Site, order: Order, facts: MachineFacts) -> list[str]:
         """What nodes of this kind lack for a recipe with any model: packages, capabilities, labels. Cached."""
+        recipe = order.recipe
         key = site.kind, recipe.name
         if key not in self._lacks:
             labels = site.room.node.labels
-            self._lacks[key] = preflight.problems(facts, recipe) + [
+            self._lacks[key] = preflight.problems(facts, recipe, order.runtimes) + [
                 f"label {name} of {facts.node}: got {labels.get(name)!r}, expected {recipe.labels[name]!r} for recipe "
                 f"{recipe.name!r}"
                 for name in unmatched(labels, recipe.labels)

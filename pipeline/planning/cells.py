@@ -57,6 +57,17 @@ class Cells:
         self.refused: dict[tuple[str, str], RefusedArtifact] = {}
         self.made: list[tuple[PinnedModel, Order]] = []
 
+    @property
+    def notes(self) -> list[str]:
+        """Recipes that are checked in another runtime than the zoo names, for want of one that reads their format."""
+        named = self._zoo.verify.runtimes
+        return [
+            f"recipe {recipe.name!r}: none of verify.runtimes ({', '.join(named)}) reads the format {recipe.format}; "
+            f"it is checked in {', '.join(self._zoo.runtimes_of(recipe))}"
+            for recipe in (self._zoo.resolved_recipes if named else ())
+            if named and not set(self._zoo.runtimes_of(recipe)) & set(named)
+        ]
+
     def resolve(self, workspace: Path, silence: Silence) -> None:
         """Pin the models."""
 
@@ -98,7 +109,8 @@ class Cells:
 
     def _misfit(self, entry: ModelEntry, source: PinnedModel, recipe: Recipe) -> bool:
         try:
-            problems = list(fitting.recipe_problems(source, _for_source(source, recipe)))
+            own = _for_source(source, recipe)
+            problems = list(fitting.recipe_problems(source, own, self._zoo.runtimes_of(recipe)))
         except Exception as error:  # odd headers or settings: this model's fault, not the zoo's
             self._refuse(entry, [recipe], error)
             return True
@@ -139,6 +151,7 @@ class Cells:
             thresholds=self._zoo.thresholds(entry, recipe),
             repo_id=publish.repo_id(source.name, recipe) if publish else None,
             gathered=publish is not None and publish.gathers(recipe.format),
+            runtimes=self._zoo.runtimes_of(recipe),
         )
 
     def _refuse_twins(self, ordered: Sequence[tuple[ModelEntry, PinnedModel, Order]]) -> None:

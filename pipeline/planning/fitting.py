@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.planning.sources import PinnedModel
 from workers.spec.formats import FORMATS, group_size_held
-from workers.spec.layers import EXPERT, LayerKinds, LayerScheme, loaded_dtype, out_in_shape, quantizable, scheme_for
+from workers.spec.layers import (
+    EXPERT,
+    LayerKinds,
+    LayerScheme,
+    kinds_of,
+    loaded_dtype,
+    out_in_shape,
+    quantizable,
+    scheme_for,
+)
 from workers.spec.recipes import GridRecipe, Recipe
-from workers.spec.runtimes import misfit
+from workers.spec.runtimes import checkers, misfit
 from workers.spec.schemes import IntScheme, MicroscalingScheme, Scheme
 from workers.spec.tensors import TensorHeader
 
@@ -34,12 +43,15 @@ def model_problem(source: PinnedModel) -> str | None:
     return f"model {source.pin.id!r}: model_type {kind!r} isn't supported: {reason}; leave it out"
 
 
-def recipe_problems(source: PinnedModel, recipe: Recipe) -> Iterator[str]:
-    """Why a recipe doesn't fit a model, with a remedy; empty if it fits."""
+def recipe_problems(source: PinnedModel, recipe: Recipe, runtimes: Sequence[str] = ()) -> Iterator[str]:
+    """Why a recipe doesn't fit a model, with a remedy; empty if it fits.
+
+    ``runtimes`` check its artifacts; none named: the one of its format.
+    """
     layers = [_layer(source, recipe, tensor) for tensor in source.tensors if quantizable(tensor, recipe)]
     if not source.tensors and source.family.conv1d:  # a pickled checkpoint has no headers, but its family is known
         layers = [_Layer("its layers", (0, 0), LayerScheme(recipe.scheme, recipe.scheme))]
-    problem = _format_problem(source, recipe, layers) or _shape_problem(source, recipe, layers)
+    problem = _runtime_problem(source, recipe, layers, runtimes) or _shape_problem(source, recipe, layers)
     if problem:
         yield problem
 
@@ -49,21 +61,26 @@ def _layer(source: PinnedModel, recipe: Recipe, tensor: TensorHeader) -> _Layer:
     return _Layer(tensor.name, shape_OI, scheme_for(recipe, tensor.name.removesuffix(".weight"), shape_OI))
 
 
-def _format_problem(source: PinnedModel, recipe: Recipe, layers: Iterable[_Layer]) -> str | None:
-    """The first layer that the runtime which checks the recipe's format can't read, as a message; or None."""
+def _runtime_problem(
+    source: PinnedModel, recipe: Recipe, layers: Iterable[_Layer], runtimes: Sequence[str]
+) -> str | None:
+    """The first layer that a runtime which checks the recipe can't read, as a message; or None."""
     first: dict[tuple[Scheme, LayerKinds], str] = {}
     dtype, model_type = loaded_dtype(source.config, source.tensors), str(source.config.get("model_type") or "")
+    whole = LayerKinds(conv1d=source.family.conv1d, dtype=dtype, model_type=model_type)
+    if runtimes:  # the formats' own look at each layer by itself
+        whole = kinds_of(recipe, source.tensors, conv1d=source.family.conv1d, dtype=dtype, model_type=model_type)
     for layer in layers:
-        experts = EXPERT.search(layer.name) is not None
-        kinds = LayerKinds(experts=experts, conv1d=source.family.conv1d, dtype=dtype, model_type=model_type)
+        kinds = whole._replace(experts=EXPERT.search(layer.name) is not None)
         first.setdefault((layer.fit.wanted, kinds), layer.name)
-    for (scheme, kinds), name in first.items():
-        why = misfit(recipe.format, scheme, kinds)
-        if why:
-            return (
-                f"recipe {recipe.name!r}, format {recipe.format}: {name} of {source.pin.id!r} {why}; or give that "
-                "model recipes of its own (models: [{id: ..., recipes: [...]}])"
-            )
+    for runtime in checkers(recipe.format, runtimes):
+        for (scheme, kinds), name in first.items():
+            if why := runtime.reads(recipe.format, scheme, kinds):
+                other = f", or take {runtime.name} out of verify.runtimes" if runtimes else ""
+                return (
+                    f"recipe {recipe.name!r}, format {recipe.format}: {name} of {source.pin.id!r} {why}; or give that "
+                    f"model recipes of its own (models: [{{id: ..., recipes: [...]}}]){other}"
+                )
     return None
 
 

@@ -102,7 +102,7 @@ def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None,
     standing = _standing(orders, workspace, endpoint, verification, zoo.storage, silence)
     estimates = sizing.Estimates(calibration, verification)
     artifacts = tuple(
-        PlannedArtifact(source, order, estimates.of(source, order.recipe), *(existing or ()))
+        PlannedArtifact(source, order, estimates.of(source, order.recipe, order.runtimes), *(existing or ()))
         for (source, order), existing in zip(cells.made, standing, strict=True)
     )
     destination, collection = None, None
@@ -111,7 +111,7 @@ def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None,
         if publish.collection:
             collection = Collection(publish.collection, publish.namespace, endpoint, publish.private)
     jobs = _jobs(artifacts, calibration, verification, destination, workspace, zoo.storage)
-    notes = tuple(note for source in cells.sources.values() for note in source.notes)
+    notes = (*cells.notes, *(note for source in cells.sources.values() for note in source.notes))
     return Plan(zoo.name, artifacts, jobs, collection, tuple(cells.refused.values()), notes)
 
 
@@ -202,7 +202,8 @@ def _local(order: Order, workspace: Path, verification: Verification, storage: s
         manifest = Manifest.model_validate_json(text or b"")
     except (OSError, ValueError):
         return None
-    same_criteria = manifest.thresholds == order.thresholds and manifest.verification.same_as(verification)
+    same_text = manifest.verification.same_as(verification) and manifest.checked_in(order.runtimes)
+    same_criteria = manifest.thresholds == order.thresholds and same_text
     return (manifest, None) if manifest.verdict.accepted and same_criteria else None
 
 

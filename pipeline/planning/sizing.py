@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,6 +17,7 @@ from workers.spec.formats import FORMATS
 from workers.spec.job import Calibration, Stage, Verification
 from workers.spec.layers import EXPERT, LAYER, out_in_shape, quantizable, scheme_for
 from workers.spec.recipes import Recipe
+from workers.spec.runtimes import Runtime, checkers
 from workers.spec.split import gathered_bytes
 from workers.spec.tensors import TensorHeader
 from workers.spec.workspace import MAX_SHARD_BYTES, MICRO_BATCH_TOKENS
@@ -95,9 +96,16 @@ class Estimate:
 
 
 def estimate(
-    source: PinnedModel, recipe: Recipe, calibration: Calibration | None, verification: Verification
+    source: PinnedModel,
+    recipe: Recipe,
+    calibration: Calibration | None,
+    verification: Verification,
+    runtimes: Sequence[str] = (),
 ) -> Estimate:
-    """Estimate one model under one recipe; zeros for a pickled checkpoint, which has no readable headers."""
+    """Estimate one model under one recipe; zeros for a pickled checkpoint, which has no readable headers.
+
+    ``runtimes`` check the artifact; none named: the one of its format.
+    """
     shape = shape_of(source)
     artifact = _artifact_bytes(source, shape, recipe)
     calibrated = _calibration_tokens(recipe, calibration)
@@ -106,7 +114,7 @@ def estimate(
         source_bytes=shape.bytes,
         artifact_bytes=artifact,
         quantize=_quantizing(source, shape, recipe, calibration, verification),
-        verify=_verifying(source, shape, verification),
+        verify=_verifying(source, shape, verification, checkers(recipe.format, runtimes)),
         # A shard is copied from its spool file; a pass writes its new state before it deletes the last one.
         spool_bytes=min(artifact, MAX_SHARD_BYTES),
         state_bytes=2 * hidden * (verification.tokens + calibrated),
@@ -123,11 +131,11 @@ class Estimates:
         self._calibration, self._verification = calibration, verification
         self._known: dict[tuple[object, ...], Estimate] = {}
 
-    def of(self, source: PinnedModel, recipe: Recipe) -> Estimate:
+    def of(self, source: PinnedModel, recipe: Recipe, runtimes: Sequence[str] = ()) -> Estimate:
         """Cached ``estimate``."""
         key = (*alike(source), recipe.name)
         if key not in self._known:
-            self._known[key] = estimate(source, recipe, self._calibration, self._verification)
+            self._known[key] = estimate(source, recipe, self._calibration, self._verification, runtimes)
         return self._known[key]
 
 
@@ -272,7 +280,7 @@ def _quantizing(
     return Need(host, device)
 
 
-def _verifying(source: PinnedModel, shape: Shape, verification: Verification) -> Need:
+def _verifying(source: PinnedModel, shape: Shape, verification: Verification, runtimes: Sequence[Runtime] = ()) -> Need:
     """Need of verifying: both models streamed side by side, and a process that loads the whole artifact as users do
     (most runtimes decode it to float32 on a CPU), or, before it, the whole source as it's streamed: float32, too, on a
     CPU, on a GPU its own dtype."""
@@ -282,6 +290,7 @@ def _verifying(source: PinnedModel, shape: Shape, verification: Verification) ->
     working = _activations(source, shape, verification.sequence_length, verification.tokens) + LOGITS_BYTES * logits
     hidden = _size(source, "hidden_size", "n_embd") * verification.tokens
     host = PROCESS_BYTES + 8 * outside + LAYER_BYTES * layer + 8 * hidden + working + LOADER_BYTES + 4 * shape.weights
+    host += max((runtime.host_bytes for runtime in runtimes), default=0)
     device = 2 * DEVICE_BYTES + 4 * outside + (LAYER_BYTES // 2) * layer + working
     device += max(2 * shape.weights, shape.bytes)
     return Need(host, device)

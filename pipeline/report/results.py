@@ -56,6 +56,17 @@ class RuntimeEntry(Frozen):
     max_abs_logit_difference: float
 
 
+class CheckEntry(Frozen):
+    """A library that loaded the artifact: on which processor, and how far its check went."""
+
+    name: str
+    version: str
+    processor: str
+    verdict: str
+    relative_logit_difference: float
+    kl_mean: float | None
+
+
 class ErrorEntry(Frozen):
     """Why an artifact failed."""
 
@@ -87,6 +98,7 @@ class ArtifactEntry(Frozen):
     outcome: Outcome | None = None
     worst_layers: tuple[tuple[str, float], ...] = ()
     generations: tuple[Generation, ...] = ()
+    runtimes: tuple[CheckEntry, ...] = ()
 
 
 class Results(Frozen):
@@ -206,6 +218,7 @@ def _artifact(
         outcome=manifest.verdict.outcome if manifest else None,
         worst_layers=manifest.verdict.worst_layers if manifest else (),
         generations=manifest.verdict.generations if manifest else (),
+        runtimes=_checks(manifest),
     )
 
 
@@ -242,3 +255,10 @@ def _runtime(manifest: Manifest | None) -> RuntimeEntry | None:
         return None
     fields = set(RuntimeEntry.model_fields)
     return RuntimeEntry.model_validate(manifest.verdict.runtime.model_dump(include=fields))
+
+
+def _checks(manifest: Manifest | None) -> tuple[CheckEntry, ...]:
+    if manifest is None:
+        return ()
+    fields = CheckEntry.model_fields
+    return tuple(CheckEntry(**{name: getattr(found, name) for name in fields}) for found in manifest.verdict.runtimes)

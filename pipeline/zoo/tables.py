@@ -10,24 +10,23 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.zoo import shipped
+from pipeline.zoo import outcomes, shipped
+from pipeline.zoo.outcomes import Outcome
 from workers.machine.files import write_text
 from workers.spec.formats import FORMATS
 from workers.spec.layers import LayerKinds
 from workers.spec.recipes import Recipe, words
-from workers.spec.runtimes import RUNTIMES, Runtime, checking
+from workers.spec.runtimes import RUNTIMES, checking
 
 
 def recipes_table() -> str:
     """Markdown table of the shipped recipes, and of the runtimes that read their artifacts."""
-    others = [row for row in RUNTIMES.values() if row.entry is None]
+    found = outcomes.read()
     rows = [
-        (f"`{recipe.name}`", recipe.method, _scheme(recipe), recipe.format, _checked(recipe), _read_by(recipe, others))
-        for recipe in map(shipped.recipe, shipped.recipe_names())
+        (f"`{r.name}`", r.method, _scheme(r), r.format, _checked(r), _also(r, found))
+        for r in map(shipped.recipe, shipped.recipe_names())
     ]
-    table = _table(("recipe", "method", "scheme", "format", "checked in", "not checked, but read by"), rows)
-    tried = [f"{row.name}: what was seen with {row.tried}." for row in others]
-    return "\n".join([table, "", *tried])
+    return _table(("recipe", "method", "scheme", "format", "checked in", "also read by"), rows)
 
 
 def formats_table() -> str:
@@ -65,15 +64,17 @@ def _checked(recipe: Recipe) -> str:
     return checking(recipe.format).name
 
 
-def _read_by(recipe: Recipe, others: Iterable[Runtime]) -> str:
+def _also(recipe: Recipe, found: Iterable[Outcome]) -> str:
+    """The other runtimes that read a recipe's artifacts, with what was seen of them (docs/runtimes.md)."""
     mixed = bool(getattr(recipe, "overrides", ()))
     readers = []
-    for row in others:
-        if row.reads(recipe.format, recipe.scheme, LayerKinds(mixed=mixed)) is None:
-            dense = (
-                row.reads(recipe.format, recipe.scheme, LayerKinds(mixed=mixed, experts=True, mixture=True)) is not None
-            )
-            readers.append(f"{row.name}{' (dense models)' if dense else ''}")
+    for row in RUNTIMES.values():
+        kinds = LayerKinds(mixed=mixed)
+        rule = row.reads(recipe.format, recipe.scheme, kinds) if recipe.format in row.rules else "another format"
+        if rule is None and row is not checking(recipe.format):
+            dense = row.reads(recipe.format, recipe.scheme, kinds._replace(experts=True, mixture=True)) is not None
+            seen = outcomes.in_short(found, recipe.name, row.name) or "not tried"
+            readers.append(f"{row.name}{' (dense models)' if dense else ''}: {seen}")
     return ", ".join(readers)
 
 

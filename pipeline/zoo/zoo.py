@@ -19,6 +19,7 @@ from workers.spec.bounds import ZOO_BYTES
 from workers.spec.formats import can_be_gathered, gathered_formats
 from workers.spec.job import Calibration, Dataset, Destination, HubLimits, Thresholds, Verification
 from workers.spec.recipes import Recipe
+from workers.spec.runtimes import checkers, runtime_named
 from workers.transfer import destinations
 
 LOOPBACK = "loopback"
@@ -67,6 +68,18 @@ class Verify(Frozen):
         description="A set from configs/gates.yaml, or what differs from the default one, by family of recipes (w4, "
         "nf4, ...) or by recipe.",
     )
+    runtimes: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="Runtimes that load each artifact, all of which must agree: transformers, vLLM, llama.cpp, mlx-lm; "
+        "null: the one of each recipe's format. Those that don't read a recipe's format are left out for it.",
+    )
+
+    @field_validator("runtimes")
+    @classmethod
+    def _known_runtimes(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        """Names as the rows have them, each once."""
+        return None if value is None else tuple(dict.fromkeys(runtime_named(name).name for name in value))
 
     @model_validator(mode="after")
     def _enough_for_a_bound(self) -> Self:
@@ -229,6 +242,12 @@ class Zoo(Frozen):
     def recipes_of(self, model: ModelEntry) -> tuple[Recipe, ...]:
         """The recipes that a model gets, in the zoo's order."""
         return tuple(r for r in self.resolved_recipes if not model.recipes or r.name in model.recipes)
+
+    def runtimes_of(self, recipe: Recipe) -> tuple[str, ...]:
+        """Names of the runtimes that check a recipe's artifacts; empty where the zoo names none: its format's own."""
+        if self.verify.runtimes is None:
+            return ()
+        return tuple(row.name for row in checkers(recipe.format, self.verify.runtimes))
 
     def thresholds(self, model: ModelEntry, recipe: Recipe) -> Thresholds:
         """The thresholds of an artifact: the named set's, overridden by the zoo's gates, then by the model's.

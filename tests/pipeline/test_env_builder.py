@@ -27,14 +27,15 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "envs"
 
 
-def wheel(folder: Path, name: str, version: str) -> Path:
-    """A wheel with one module that knows its version."""
+def wheel(folder: Path, name: str, version: str, *needs: str) -> Path:
+    """A wheel with one module that knows its version, and requires others."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}-{version}-py3-none-any.whl"
     info = f"{name}-{version}.dist-info"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(f"{name}/__init__.py", f"VERSION = {version!r}\n")
-        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        required = "".join(f"Requires-Dist: {need}\n" for need in needs)
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{required}")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(
             f"{info}/RECORD", f"{name}/__init__.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n"
@@ -71,6 +72,7 @@ def test_shipped_definitions_are_valid(name: str) -> None:
         ('description: x\npackages: ["a b"]', "'a b' is no requirement"),
         ("description: x\npackages: [a]\npython: new", "no version bounds"),
         ("description: x\npackages: [a]\npackage: [b]", "unknown key, got 'package'"),
+        ("description: x\npackages: [a]\nalone: ['b c']", "'b c' is no requirement"),
         ("description: [", "not a readable YAML file"),
     ],
 )
@@ -122,6 +124,7 @@ def test_an_environment_from_its_definition_to_its_end(tmp_path: Path, root: Pat
         "llama-cpp": "not built",
         "mlx": "not built",
         "mine": "built",
+        "vllm-cpu": "not built",
     }
 
     # A build that was killed half-way: its folder is there, its record isn't.
@@ -144,6 +147,18 @@ def test_an_environment_from_its_definition_to_its_end(tmp_path: Path, root: Pat
     assert not half.exists()
     with pytest.raises(PreflightError, match="isn't built"):
         interpreter("mine")
+
+
+@pytest.mark.slow
+def test_packages_without_their_requirements_and_without_what_came_along(tmp_path: Path) -> None:
+    wheel(tmp_path / "wheels", "millstone", "1.0", "chaff")
+    wheel(tmp_path / "wheels", "chaff", "1.0")
+    wheel(tmp_path / "wheels", "sieve", "1.0", "nothing-like-it")
+    extra = "alone: [sieve]\nwithout: [chaff, never-there]\nstages: false\n"
+    python = env_builder.create("mine", write(tmp_path, "millstone", extra=extra), lambda line: None)
+    assert ask(python, "import millstone, sieve; print(sieve.VERSION)") == "1.0"
+    found = ask(python, "import importlib.util; print(importlib.util.find_spec('chaff'))")
+    assert found == "None", "it came with millstone, and was uninstalled"
 
 
 def test_what_was_made_by_hand_is_left_alone(tmp_path: Path, root: Path) -> None:
@@ -228,5 +243,7 @@ def test_identity_of_a_definition() -> None:
     first = Definition(description="x", packages=("a",))
     same = env_builder.folder_of("mine", first.model_copy(update={"description": "y"}))
     assert same == env_builder.folder_of("mine", first)
+    for field in ("alone", "without"):
+        assert env_builder.folder_of("mine", first.model_copy(update={field: ("b",)})) != same
     assert env_builder.folder_of("mine", first.model_copy(update={"packages": ("a", "b")})) != same
     assert env_builder.folder_of("mine", first.model_copy(update={"inherit": True})) != same

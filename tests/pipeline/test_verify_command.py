@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -143,6 +144,25 @@ def test_the_tokenizer_counts_by_what_it_does(verify: Verify, ours: Path, tmp_pa
     code, said = verify(folder, LLAMA, tmp_path)
     assert code == 1
     assert "the tokenizer differs from the source's: tokens of the held-out text, vocabulary" in said
+
+
+def test_a_runtime_is_named_and_the_table_says_what_was_checked(verify: Verify, ours: Path, tmp_path: Path) -> None:
+    code, said = verify(ours, LLAMA, tmp_path, "--runtime", "Transformers")
+    assert code == 0, said
+    assert re.search(r"transformers 5[\d.]* on \w+( with [\w-]+)?: checked, logits differ by", said)
+
+
+def test_a_runtime_that_is_unknown_or_not_here_is_told_with_the_remedy(
+    verify: Verify, ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, said = verify(ours, LLAMA, tmp_path, "--runtime", "vlm")
+    assert code == 2
+    assert "--runtime: unknown runtime, got 'vlm'; did you mean 'vLLM'?" in said
+    monkeypatch.setenv("QUANTMILL_ENVS", str(tmp_path / "none"))
+    code, said = verify(ours, LLAMA, tmp_path, "--runtime", "vllm")
+    assert code != 0
+    assert "environment 'vllm-cpu' isn't built" in said
+    assert "run `quantmill env create vllm-cpu` there" in said
 
 
 def test_the_reference_itself_is_no_quantized_checkpoint(verify: Verify, tmp_path: Path) -> None:

@@ -42,7 +42,12 @@ def encode(weight: CodedWeight, scheme: LinearScheme) -> dict[str, Tensor]:
     return {"toy_codes": weight.codes_OI.contiguous(), "toy_scale": weight.scale_OG.contiguous()}
 
 
-def config(schemes: Mapping[str, LinearScheme], kept: Iterable[str], conv1d: Iterable[str] = ()) -> dict[str, Any]:
+def config(
+    schemes: Mapping[str, LinearScheme],
+    unquantized: Iterable[str],
+    conv1d: Iterable[str] = (),
+    runtimes: Iterable[str] = (),
+) -> dict[str, Any]:
     """Only the name: every linear layer of a decoder layer is quantized, or says so by its tensors."""
     return {"quant_method": "toy"}
 

@@ -15,6 +15,20 @@ from workers.spec.recipes import Recipe
 ZOO = Path(__file__).parents[1] / "zoo"
 LOOSE = Thresholds(kl_mean=5, top1_agreement=0.1, perplexity_ratio=20, runtime_logit_difference=0.1)
 
+# What makes recipes quick, and leaves the sizes of their artifacts as they are.
+QUICK: dict[str, dict[str, Any]] = {
+    "gptq": {"refine": 0, "scales": "minmax"},
+    "awq": {"grid": 1, "clip": False},
+    "hqq": {"iterations": 1},
+    "ggml": {"codes": "llama.cpp"},
+}
+
+
+def quick(recipe: Recipe) -> Recipe:
+    """The recipe with options that take little time, and give an artifact of the same form."""
+    options = recipe.options.model_copy(update=QUICK.get(recipe.method, {}))
+    return recipe.model_copy(update={"options": options})
+
 
 def text(name: str) -> Dataset:
     return Dataset(path="text", data_files=(str(ZOO / "text" / f"{name}.txt"),))

@@ -51,7 +51,8 @@ class StoredMaker(Maker):
     def quantization_config(self) -> dict[str, Any]:
         """The quantization config as the format defines it."""
         conv1d = [self._weights[key].module for key in self._schemes if self._weights[key].transposed]
-        return self._config(self._by_stored_module(), self._unquantized_modules(), conv1d)
+        by_module, others = self._by_stored_module(), self._unquantized_modules()
+        return self._config(by_module, others, conv1d, runtimes=self.order.runtimes)
 
     def _by_stored_module(self) -> dict[str, LinearScheme]:
         """The schemes by the modules' names in the artifact.

@@ -94,7 +94,10 @@ def check_declared(config: Mapping[str, Any]) -> None:
 
 
 def quantization_config(
-    schemes: Mapping[str, LinearScheme], unquantized: Iterable[str], conv1d: Iterable[str] = ()
+    schemes: Mapping[str, LinearScheme],
+    unquantized: Iterable[str],
+    conv1d: Iterable[str] = (),
+    runtimes: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Return the ``quantization_config`` of config.json; arguments as in ``formats.gptq``.
 
@@ -103,7 +106,7 @@ def quantization_config(
             different schemes, or no kernel reads the group size.
     """
     scheme = one_scheme(AWQ.name, schemes)
-    one_block(AWQ.name, schemes, conv1d)
+    one_block(AWQ.name, schemes, conv1d, runtimes)
     return {
         "bits": BITS,
         "group_size": scheme.group_size,

@@ -114,7 +114,10 @@ def input_rounding(device: str) -> Callable[[Tensor], Tensor] | None:
 
 
 def quantization_config(
-    schemes: Mapping[str, LinearScheme], unquantized: Iterable[str], conv1d: Iterable[str] = ()
+    schemes: Mapping[str, LinearScheme],
+    unquantized: Iterable[str],
+    conv1d: Iterable[str] = (),
+    runtimes: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Return the ``quantization_config`` of config.json.
 
@@ -125,7 +128,8 @@ def quantization_config(
         UnsupportedRecipe: there are Conv1D modules, or only some of a layer's experts are quantized.
     """
     conv1d, unquantized = sorted(conv1d), sorted(set(unquantized))
-    why = misfit(FP8.name, next(iter(schemes.values())), LayerKinds(conv1d=True)) if conv1d else None
+    first = next(iter(schemes.values()))
+    why = misfit(FP8.name, first, LayerKinds(conv1d=True), runtimes) if conv1d else None
     if why:
         raise UnsupportedRecipe(f"fp8: {some(conv1d)} {why}")
     # transformers replaces a layer's experts as one module, which must be listed under its own name.

@@ -114,7 +114,11 @@ class Version:
         return IntWeight(codes_OI, scale_GO.t().contiguous(), zero_OG if zero_OG.any() else None, bits, group_size)
 
     def quantization_config(
-        self, schemes: Mapping[str, LinearScheme], unquantized: Iterable[str], conv1d: Iterable[str] = ()
+        self,
+        schemes: Mapping[str, LinearScheme],
+        unquantized: Iterable[str],
+        conv1d: Iterable[str] = (),
+        runtimes: Iterable[str] = (),
     ) -> dict[str, Any]:
         """Return the ``quantization_config`` of config.json.
 
@@ -126,7 +130,7 @@ class Version:
                 with different schemes, or a scheme that gptqmodel computes wrongly.
         """
         scheme = one_scheme(GPTQ.name, schemes)
-        blocks = one_block(GPTQ.name, schemes, conv1d)
+        blocks = one_block(GPTQ.name, schemes, conv1d, runtimes)
         inside = sorted({name for name in unquantized if _block(name) == blocks})
         return {
             "bits": scheme.bits,
@@ -166,7 +170,9 @@ def declared(config: Mapping[str, Any]) -> tuple[Version, int]:
     return known[version_name], int(config["bits"])
 
 
-def one_block(fmt: str, schemes: Mapping[str, LinearScheme], conv1d: Iterable[str]) -> str:
+def one_block(
+    fmt: str, schemes: Mapping[str, LinearScheme], conv1d: Iterable[str], runtimes: Iterable[str] = ()
+) -> str:
     """The list of layers that contains all quantized modules; ``gptq`` and ``awq`` support only one.
 
     Raises:
@@ -178,9 +184,9 @@ def one_block(fmt: str, schemes: Mapping[str, LinearScheme], conv1d: Iterable[st
             f"{fmt}: group_size {scheme.group_size} is read by no kernel; choose another, or "
             f"{others_that_hold(fmt, scheme)}"
         )
-    _refuse(fmt, sorted(schemes), misfit(fmt, scheme, LayerKinds()))
-    _refuse(fmt, sorted(conv1d), misfit(fmt, scheme, LayerKinds(conv1d=True)))
-    _refuse(fmt, experts, misfit(fmt, scheme, LayerKinds(experts=True)))
+    _refuse(fmt, sorted(schemes), misfit(fmt, scheme, LayerKinds(), runtimes))
+    _refuse(fmt, sorted(conv1d), misfit(fmt, scheme, LayerKinds(conv1d=True), runtimes))
+    _refuse(fmt, experts, misfit(fmt, scheme, LayerKinds(experts=True), runtimes))
     blocks = Counter(_block(name) for name in schemes).most_common(1)[0][0]
     _refuse(
         fmt,

@@ -56,7 +56,10 @@ def encode(weight: CodedWeight, scheme: LinearScheme) -> dict[str, Tensor]:
 
 
 def quantization_config(
-    schemes: Mapping[str, LinearScheme], unquantized: Iterable[str], conv1d: Iterable[str] = ()
+    schemes: Mapping[str, LinearScheme],
+    unquantized: Iterable[str],
+    conv1d: Iterable[str] = (),
+    runtimes: Iterable[str] = (),
 ) -> dict[str, Any]:
     """The ``quantization_config`` of config.json, which mlx-lm calls ``quantization``: the settings of most layers, and
     under their names those of the others.
@@ -65,7 +68,7 @@ def quantization_config(
         UnsupportedRecipe: there are Conv1D modules.
     """
     names, first = sorted(conv1d), next(iter(schemes.values()))
-    if names and (why := misfit(MLX.name, first, LayerKinds(conv1d=True))):
+    if names and (why := misfit(MLX.name, first, LayerKinds(conv1d=True), runtimes)):
         raise UnsupportedRecipe(f"{MLX.name}: {some(names)} {why}")
     usual, _ = Counter(schemes.values()).most_common(1)[0]
     others = {name: _settings(scheme) for name, scheme in sorted(schemes.items()) if scheme != usual}

@@ -31,13 +31,17 @@ class Configure(Protocol):
     """Builds the description of a checkpoint for its config.json."""
 
     def __call__(
-        self, schemes: Mapping[str, LinearScheme], unquantized: Iterable[str], conv1d: Iterable[str] = ()
+        self,
+        schemes: Mapping[str, LinearScheme],
+        unquantized: Iterable[str],
+        conv1d: Iterable[str] = (),
+        runtimes: Iterable[str] = (),
     ) -> dict[str, Any]:
         """The ``quantization_config``.
 
         ``schemes`` is each quantized module's scheme, fallbacks included; ``unquantized`` are the other Linear modules
         (where a module and its checkpoint key differ in name, both names); ``conv1d`` are those of ``schemes`` that are
-        transformers' Conv1D.
+        transformers' Conv1D; ``runtimes`` are those that a zoo names to check the artifact, none: the format's own.
 
         Raises:
             UnsupportedRecipe: modules that the format, or the runtime that checks it, doesn't support.

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from workers.machine.memory import host_memory as host_memory
@@ -15,7 +16,7 @@ from workers.spec.base import Frozen
 from workers.spec.engines import ENGINES
 from workers.spec.formats import FORMATS
 from workers.spec.recipes import Recipe
-from workers.spec.runtimes import RUNTIMES, checking
+from workers.spec.runtimes import RUNTIMES, checkers
 
 # Distributions that every stage needs.
 BASE_PACKAGES = ("torch", "transformers", "safetensors", "datasets", "huggingface_hub", "greenlet", "accelerate")
@@ -66,23 +67,25 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "platform": platform.machine(), **installed}
 
 
-def environments_of(recipe: Recipe) -> list[str]:
-    """The prebuilt environments that a recipe needs: its own, its engine's, and its runtime's."""
-    names = (recipe.environment, ENGINES[recipe.engine].environment, checking(recipe.format).environment)
+def environments_of(recipe: Recipe, runtimes: Iterable[str] = ()) -> list[str]:
+    """The prebuilt environments that a recipe needs: its own, its engine's, and those of the runtimes that check it."""
+    read_in = [row.environment for row in checkers(recipe.format, runtimes)]
+    names = (recipe.environment, ENGINES[recipe.engine].environment, *read_in)
     return [name for name in dict.fromkeys(names) if name is not None]
 
 
-def problems(facts: MachineFacts, recipe: Recipe) -> list[str]:
+def problems(facts: MachineFacts, recipe: Recipe, runtimes: Iterable[str] = ()) -> list[str]:
     """Everything that the machine lacks for a recipe, each with the command that fixes it. Pure."""
-    engine, runtime = ENGINES[recipe.engine], checking(recipe.format)
+    engine = ENGINES[recipe.engine]
     in_process = () if engine.environment else engine.packages
     needed = [*BASE_PACKAGES, *in_process, *FORMATS[recipe.format].needs]
     lacking = [name for name in needed if name not in facts.packages]
-    if runtime.environment is None:
-        lacking += runtime.lacks(recipe.format, facts.packages)
+    in_process_runtimes = [row for row in checkers(recipe.format, runtimes) if row.environment is None]
+    lacking += [name for row in in_process_runtimes for name in row.lacks(recipe.format, facts.packages)]
+    extras = {name: extra for row in in_process_runtimes for name, extra in row.extras.items()}
     missing = [
         f"package {name} is not installed, expected for recipe {recipe.name!r}; run "
-        f"`pip install '{runtime.extras.get(name, name)}'`"
+        f"`pip install '{extras.get(name, name)}'`"
         for name in dict.fromkeys(lacking)
     ]
     return (

@@ -5,6 +5,7 @@ Learnt from vLLM's ``packed_modules_mapping`` (0.32); SGLang and TensorRT-LLM fu
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping
 from typing import TypeVar
@@ -21,6 +22,7 @@ FUSED: tuple[frozenset[str], ...] = (
     frozenset({"in_proj_qkv", "in_proj_z"}),
     frozenset({"in_proj_a", "in_proj_b"}),
 )
+_EXPERT = re.compile(r"(.*\.experts)\.\d+\.")
 _GROUP_OF = {leaf: number for number, leaves in enumerate(FUSED) for leaf in leaves}
 
 
@@ -32,11 +34,16 @@ def fused_group(module: str) -> str | None:
 
 
 def split_groups(schemes: Mapping[str, object]) -> list[list[str]]:
-    """The modules of each fused layer whose parts have several schemes; ``schemes`` by module, None: half precision."""
+    """The modules of each fused layer whose parts have several schemes; ``schemes`` by module, None: half precision.
+
+    All experts of a layer become one, too.
+    """
     groups: dict[str, dict[str, object]] = defaultdict(dict)
     for module, scheme in schemes.items():
         if (group := fused_group(module)) is not None:
             groups[group][module] = scheme
+        if (found := _EXPERT.match(module)) is not None:
+            groups[found[1]][module] = scheme
     return [sorted(members) for members in groups.values() if len(set(members.values())) > 1]
 
 

@@ -147,6 +147,7 @@ class Order(Frozen):
     thresholds: Thresholds
     repo_id: str | None = None
     gathered: bool = Field(False, description="Its repository holds other artifacts of the model, too.")
+    runtimes: tuple[str, ...] = Field((), description="Runtimes that check it; empty: the one of its format.")
 
 
 class Job(Frozen):
@@ -217,8 +218,14 @@ class Metrics(Frozen):
     perplexity_ratio_lower: float = 0.0
 
 
+# How far a runtime's check went: on this processor as its users run it, or without its kernels.
+Checked = Literal["checked", "loader checked, kernels not"]
+CHECKED: Checked = "checked"
+LOADER_CHECKED: Checked = "loader checked, kernels not"
+
+
 class RuntimeAgreement(Frozen):
-    """Agreement between the users' library and our own decoder."""
+    """Agreement between the users' library and our own decoder; the last four fields are absent in older manifests."""
 
     name: str
     version: str
@@ -226,6 +233,25 @@ class RuntimeAgreement(Frozen):
     relative_logit_difference: float
     generated: str
     host_bytes: int = Field(0, description="Peak of the process that loaded it; 0 in older manifests.")
+    kl_mean: float | None = Field(None, description="Of its predictions from ours, in nats.")
+    processor: str = ""
+    verdict: Checked = CHECKED
+    kernels: str = Field("", description="Why the library's own kernels weren't run here; empty if they were.")
+
+    @model_serializer(mode="wrap")
+    def _as_it_was_written(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Omit what older manifests don't have, so that theirs keep their bytes."""
+        content: dict[str, Any] = serialize(self)
+        if self.kl_mean is None:
+            for name in ("kl_mean", "processor", "verdict", "kernels"):
+                content.pop(name, None)
+        return content
+
+    @property
+    def said(self) -> str:
+        """Library, version, processor and what was checked, as reports show it."""
+        processor = f" on {self.processor}" if self.processor else ""
+        return f"{self.name} {self.version}{processor}: {self.verdict}"
 
 
 class SourceCheck(Frozen):
@@ -293,6 +319,14 @@ class Verdict(Frozen):
     runtime: RuntimeAgreement | None = None
     worst_layers: tuple[tuple[str, float], ...] = Field((), description="Lowest SQNR first, in dB.")
     generations: tuple[Generation, ...] = ()
+    other_runtimes: tuple[RuntimeAgreement, ...] = Field(
+        (), description="Agreement with further runtimes, where a zoo names several; `runtime` is the first."
+    )
+
+    @property
+    def runtimes(self) -> tuple[RuntimeAgreement, ...]:
+        """All runtimes whose logits were compared."""
+        return (*((self.runtime,) if self.runtime else ()), *self.other_runtimes)
 
     @model_validator(mode="before")
     @classmethod
@@ -305,10 +339,11 @@ class Verdict(Frozen):
 
     @model_serializer(mode="wrap")
     def _without_empty_codes(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit empty codes, so that accepted artifacts' manifests have the same bytes as before codes were added."""
+        """Omit empty codes and further runtimes, so that manifests have the same bytes as before those were added."""
         content: dict[str, Any] = serialize(self)
-        if not self.codes:
-            del content["codes"]
+        for name in ("codes", "other_runtimes"):
+            if not getattr(self, name):
+                content.pop(name, None)
         return content
 
 
@@ -341,6 +376,10 @@ class Manifest(Frozen):
         None, description="Special tokens before each sequence that was calibrated on and compared; None: not said."
     )
     source_check: SourceCheck | None = Field(None, description="None in older manifests.")
+
+    def checked_in(self, runtimes: tuple[str, ...]) -> bool:
+        """Whether it was compared with all of these runtimes; none named: with any."""
+        return set(runtimes) <= {runtime.name for runtime in self.verdict.runtimes}
 
 
 class PeakMemory(Frozen):

@@ -1,13 +1,15 @@
 """The table of runtimes, the libraries that users load checkpoints with.
 
-``entry`` is called in a fresh process to check an artifact (``workers.verify.runtimes``); the rules of a runtime
-without one come from observation, and cards and tables say so. To add a runtime, add a row here, its module, and, if
-its packages conflict with ours, an environment file in configs/environments.
+``entry`` is called in a fresh process to check an artifact (``workers.verify.runtimes``): the first runtime that reads
+a format checks it, or those that a zoo names (``verify.runtimes``). The rules of a runtime without one come from
+observation, and cards say so. To add a runtime, add a row here, its module, and, if its packages conflict with ours, an
+environment file in configs/environments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from pydantic import Field
@@ -60,7 +62,8 @@ class Runtime:
     ``rules`` are keyed by the formats that it reads; ``packages`` are those that a format needs besides its own
     distribution, and ``extras`` quantmill's extra that installs one of them. ``environment`` names the prebuilt
     environment that its check runs in; None: the one that the artifact is verified in. ``snippet`` is the Python code
-    in the card for a repository; ``tried`` is what the rules of a runtime without ``entry`` were observed with.
+    in the card for a repository; ``tried`` is what its rules were observed with, for what wasn't checked in it.
+    ``host_bytes`` is what its process takes of host memory beyond one of transformers, whatever the model.
     ``library`` is the Hub's name for the library that loads such files, for the card's metadata.
     """
 
@@ -73,6 +76,7 @@ class Runtime:
     packages: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     extras: Mapping[str, str] = field(default_factory=dict)
     tried: str = ""
+    host_bytes: int = 0
     library: str = "transformers"
 
     def reads(self, fmt: str, scheme: Scheme, kinds: LayerKinds) -> str | None:
@@ -215,48 +219,38 @@ TRANSFORMERS = Runtime(
 # -------------------------------------------------------------------------------------------------- vLLM
 
 
-_NOT_COMPARED = "their logits weren't compared, for the CPU lacked the kernel"
-
-
 def _ct_by_vllm(scheme: Scheme, kinds: LayerKinds) -> str | None:
     match scheme:
         case _ if kinds.split:
-            return "have several schemes within q, k and v, or gate and up, which vLLM fuses into one layer"
-        case _ if kinds.mixture:
-            return f"are of a mixture of experts: integers of 4 and 8 bits were loaded, but {_NOT_COMPARED}"
-        case _ if kinds.mixed:
-            return "have several schemes, which weren't tried"
+            return (
+                "have several schemes within what vLLM fuses into one layer (q, k and v; gate and up; the experts of a "
+                "layer); give them one"
+            )
         case IntScheme(bits=bits, activations="none") if bits not in (4, 8):
-            return f"have {bits} bits, and vLLM has kernels for 4 and 8"
-        case Float8Scheme(activations="static"):
-            return f"have static scales of activations: they were loaded, but {_NOT_COMPARED}"
-        case MicroscalingScheme() if scheme.activations == "dynamic":
-            return f"round their inputs as their weights: {_NOT_COMPARED}"
-        case MicroscalingScheme(type="mxfp8"):
-            return "are mxfp8, which wasn't tried"
-        case MicroscalingScheme(type="nvfp4"):
-            return "share a global scale where vLLM fuses them, as it needs; that wasn't tried since"
+            return f"have {bits} bits, and vLLM has kernels of its own for 4 and 8"
+        case MicroscalingScheme() if scheme.activations == "dynamic" or scheme.type == "mxfp8":
+            return f"are {scheme.type} with rounded inputs, for which quantmill has no arithmetic to check vLLM's by"
     return _not_conv1d(scheme, kinds)
 
 
 def _gptq_by_vllm(scheme: Scheme, kinds: LayerKinds) -> str | None:
     if not isinstance(scheme, IntScheme) or scheme.bits not in (4, 8) or not scheme.symmetric:
         return "aren't symmetric integers of 4 or 8 bits, the only ones that vLLM takes in this format"
-    return _not_conv1d(scheme, kinds)
+    return _dense_in_vllm(scheme, kinds)
 
 
-def _fp8_by_vllm(scheme: Scheme, kinds: LayerKinds) -> str | None:
-    if kinds.mixture:
-        return "are of a mixture of experts, whose routers are declared, as vLLM needs; that wasn't tried since"
-    return f"were loaded, but {_NOT_COMPARED}"
+def _dense_in_vllm(scheme: Scheme, kinds: LayerKinds) -> str | None:
+    return "are experts, which weren't tried in this format" if kinds.experts else _not_conv1d(scheme, kinds)
 
 
 def _bnb_by_vllm(scheme: Scheme, kinds: LayerKinds) -> str | None:
     if kinds.mixture:
         return "are of a mixture of experts, all of which vLLM's plugin takes for its own"
+    if kinds.conv1d:
+        return "are Conv1D, whose models vLLM doesn't load in this format"
     if isinstance(scheme, FourBitFloatScheme) and scheme.type != "nf4":
         return f"are {scheme.type}, which wasn't tried with vLLM's plugin"
-    return _not_conv1d(scheme, kinds)
+    return None
 
 
 def _not_conv1d(scheme: Scheme, kinds: LayerKinds) -> str | None:
@@ -274,13 +268,17 @@ VLLM = Runtime(
         COMPRESSED_TENSORS.name: _ct_by_vllm,
         GPTQ.name: _gptq_by_vllm,
         GPTQ_V2.name: _gptq_by_vllm,
-        AWQ.name: _not_conv1d,
-        FP8.name: _fp8_by_vllm,
+        AWQ.name: _dense_in_vllm,
+        FP8.name: _not_conv1d,
         BITSANDBYTES.name: _bnb_by_vllm,
     },
     snippet=_with_vllm,
+    entry="workers.verify.runtimes.vllm:answer",
+    environment="vllm-cpu",
     packages={BITSANDBYTES.name: ("vllm-bnb-plugin", *BITSANDBYTES.needs)},
     tried="vLLM 0.32 on a CPU, with small models",
+    # Measured with models of 8 MB: 1.8 GB, also where it starts once more without its kernels.
+    host_bytes=1_200_000_000,
 )
 
 # --------------------------------------------------------------------------------------------- llama.cpp
@@ -366,6 +364,30 @@ def checking(fmt: str | None) -> Runtime:
     return next((row for row in able if fmt in row.rules), able[0])
 
 
-def misfit(fmt: str, scheme: Scheme, kinds: LayerKinds) -> str | None:
-    """Why the runtime that checks a format doesn't read layers of these kinds under a scheme; None if it does."""
-    return checking(fmt).reads(fmt, scheme, kinds)
+def checkers(fmt: str | None, names: Iterable[str] = ()) -> tuple[Runtime, ...]:
+    """The runtimes that check artifacts of a format: those of ``names`` that read it, else its default alone."""
+    named = tuple(row for row in map(runtime_named, names) if fmt in row.rules)
+    return named or (checking(fmt),)
+
+
+def runtime_named(name: str) -> Runtime:
+    """The runtime of a name, in upper or lower case.
+
+    Raises:
+        ValueError: no runtime of that name has an ``entry``; names those that do.
+    """
+    able = {row.name.casefold(): row for row in RUNTIMES.values() if row.entry}
+    if row := able.get(name.casefold()):
+        return row
+    close = difflib.get_close_matches(name.casefold(), able, n=1)
+    meant = f"did you mean {able[close[0]].name!r}? " if close else ""
+    raise ValueError(f"unknown runtime, got {name!r}; {meant}Known are {', '.join(row.name for row in able.values())}")
+
+
+def misfit(fmt: str, scheme: Scheme, kinds: LayerKinds, runtimes: Iterable[str] = ()) -> str | None:
+    """Why a runtime that checks a format's artifacts doesn't read layers of these kinds under a scheme; None if all do.
+
+    ``runtimes`` are those that a zoo names; none: the format's own checks alone.
+    """
+    reasons = (row.reads(fmt, scheme, kinds) for row in checkers(fmt, runtimes))
+    return next((why for why in reasons if why), None)

@@ -16,10 +16,10 @@ from workers.machine.files import read_bounded
 from workers.spec.bounded_yaml import BadYaml, parse_yaml
 from workers.spec.bounds import CARD_BYTES, printable, printable_lines
 from workers.spec.families import DEFAULT_LOADER
-from workers.spec.job import Dataset, Job, Order, SourceCheck, Verdict
+from workers.spec.job import CHECKED, Dataset, Job, Order, RuntimeAgreement, SourceCheck, Verdict
 from workers.spec.layers import LayerKinds
 from workers.spec.recipes import GgufRecipe, KeepRecipe, Recipe, words
-from workers.spec.runtimes import RUNTIMES, checking
+from workers.spec.runtimes import RUNTIMES, Runtime, checkers
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags")
 
@@ -79,7 +79,7 @@ def card_metadata(job: Job, order: Order, source: Mapping[str, Any], verdict: Ve
     base = {} if job.model.folder else {"base_model": job.model.id, "base_model_relation": "quantized"}
     metadata = {
         **base,
-        "library_name": checking(order.recipe.format).library,
+        "library_name": checkers(order.recipe.format, order.runtimes)[0].library,
         "pipeline_tag": "text-generation",
         **inherited,
         "tags": list(dict.fromkeys(tags)),
@@ -142,8 +142,8 @@ def _body(
         _measured(verdict, "the source, decoded" if isinstance(recipe, KeepRecipe) else "the half-precision original"),
         *_source_checked(checked),
         "## Load it\n",
-        _loading(recipe, repo, loader),
-        *_other_runtimes(recipe, repo, kinds, loader),
+        *(_loading(runtime, recipe, repo, loader) for runtime in checkers(recipe.format, order.runtimes)),
+        *_other_runtimes(order, repo, kinds, loader),
     ]
     if fallbacks:
         parts += ["## Deviations from the recipe\n", "".join(f"- {line}\n" for line in fallbacks)]
@@ -168,25 +168,24 @@ def _made_of(job: Job, recipe: Recipe) -> str:
     return f"{at}, quantized by quantmill: {words(recipe)} (method {recipe.method}, format {recipe.format}).\n"
 
 
-def _loading(recipe: Recipe, repo: str, loader: str) -> str:
-    """How to load it in the runtime that it was checked in."""
-    runtime = checking(recipe.format)
+def _loading(runtime: Runtime, recipe: Recipe, repo: str, loader: str) -> str:
+    """How to load it in a runtime."""
     return f"```\n{runtime.install(recipe.format)}\n```\n\n```python\n{runtime.snippet(repo, loader)}```\n"
 
 
-def _other_runtimes(recipe: Recipe, repo: str, kinds: LayerKinds, loader: str) -> Iterator[str]:
+def _other_runtimes(order: Order, repo: str, kinds: LayerKinds, loader: str) -> Iterator[str]:
     """What is known about the runtimes that it wasn't checked in."""
+    recipe = order.recipe
+    checked = checkers(recipe.format, order.runtimes)
     for runtime in RUNTIMES.values():
-        if runtime.entry or recipe.format not in runtime.rules:
+        if runtime in checked or recipe.format not in runtime.rules:
             continue
         why = runtime.reads(recipe.format, recipe.scheme, kinds)
         if why:
             yield f"{runtime.name}: the quantized layers {why}.\n"
         else:
-            yield (
-                f"Not checked in {runtime.name}; files of this scheme and format were read by {runtime.tried}:\n\n"
-                f"```\n{runtime.install(recipe.format)}\n```\n\n```python\n{runtime.snippet(repo, loader)}```\n"
-            )
+            seen = f"; files of this scheme and format were read by {runtime.tried}" if runtime.tried else ""
+            yield f"Not checked in {runtime.name}{seen}:\n\n{_loading(runtime, recipe, repo, loader)}"
 
 
 def _made_with(job: Job, order: Order, environment: Mapping[str, str]) -> str:
@@ -212,6 +211,7 @@ def zoo_of(job: Job, order: Order) -> dict[str, Any]:
     flags |= {"variant": job.model.variant} if job.model.variant else {}
     verify = {**_plain(job.verification), "dataset": _text(job.verification.dataset)}
     verify.pop("data")  # digest of the text's content, computed by the plan
+    verify |= {"runtimes": list(order.runtimes)} if order.runtimes else {}
     zoo: dict[str, Any] = {
         "name": "again",
         "models": [{**model, **flags}],
@@ -231,7 +231,7 @@ def _text(dataset: Dataset) -> dict[str, Any]:
 
 
 def _measured(verdict: Verdict, reference: str) -> str:
-    metrics, runtime = verdict.metrics, verdict.runtime
+    metrics = verdict.metrics
     if metrics is None:
         return "Nothing: the artifact failed before it could be measured.\n"
     lines = [
@@ -242,12 +242,20 @@ def _measured(verdict: Verdict, reference: str) -> str:
         f"| KL divergence, mean (p99), nats | {metrics.kl_mean:.5f} ({metrics.kl_p99:.4f}) | 0 |",
         f"| top-1 agreement (95 % bound) | {metrics.top1_agreement:.4f} ({metrics.top1_agreement_lower:.4f}) | 1 |",
     ]
-    if runtime is not None:
-        lines.append(
-            f"\nLoaded by {runtime.name} {runtime.version}: logits within {runtime.max_abs_logit_difference:.2g} "
-            "of the measured ones."
-        )
+    lines += map(_loaded, verdict.runtimes)
     return "\n".join([*lines, *_continued(verdict)]) + "\n"
+
+
+def _loaded(runtime: RuntimeAgreement) -> str:
+    """What a runtime's check came to; one without its kernels says so."""
+    within = f"logits within {runtime.max_abs_logit_difference:.2g} of the measured ones"
+    on = f" on {runtime.processor}" if runtime.processor else ""
+    if runtime.verdict == CHECKED:
+        return f"\nLoaded by {runtime.name} {runtime.version}{on}: {within}."
+    return (
+        f"\nLoaded by {runtime.name} {runtime.version}'s own loader{on}; its kernels weren't run on this processor, "
+        f"and PyTorch computed with what it loaded: {within}."
+    )
 
 
 def _source_checked(checked: SourceCheck | None) -> list[str]:

@@ -26,10 +26,21 @@ from workers.model.forward import LogitsHead, stream
 from workers.model.loading import StreamedModel
 from workers.model.reference import ReferenceFile
 from workers.model.text import Sequences, check_ids, held_out_tokens, load_tokenizer
+from workers.numerics import divergence
 from workers.spec.families import family_of
 from workers.spec.formats import recognised
-from workers.spec.job import Generation, Job, Metrics, ModelPin, RuntimeAgreement, SourceCheck, Verification
-from workers.spec.runtimes import RuntimeRequest, checking
+from workers.spec.job import (
+    CHECKED,
+    LOADER_CHECKED,
+    Generation,
+    Job,
+    Metrics,
+    ModelPin,
+    RuntimeAgreement,
+    SourceCheck,
+    Verification,
+)
+from workers.spec.runtimes import Runtime, RuntimeRequest, checking, runtime_named
 from workers.verify import fidelity, gates, source_check
 from workers.verify.activations import rounded_inputs
 from workers.verify.integrity import Findings
@@ -49,11 +60,12 @@ class Comparison:
     source: ModelSource
     verification: Verification
     workspace: Path
+    runtimes: tuple[str, ...] = ()
 
     @classmethod
-    def of_job(cls, job: Job, source: ModelSource) -> Self:
-        """The comparison of a job's artifacts."""
-        return cls(job.model, source, job.verification, Path(job.workspace))
+    def of_job(cls, job: Job, source: ModelSource, runtimes: tuple[str, ...] = ()) -> Self:
+        """The comparison of a job's artifacts; ``runtimes`` check them, empty: the one of their format."""
+        return cls(job.model, source, job.verification, Path(job.workspace), runtimes)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -112,7 +124,7 @@ class Comparison:
         """Compare a source that is quantized already, as we decode it, with the runtime that reads its format."""
         if (known := source_check.kept(self._reference_file)) is not None:
             return known
-        answer, layers = self._ask(self.source.folder), len(self.reference.layers)
+        (answer,), layers = self._ask(self.source.folder, ()), len(self.reference.layers)
         if answer.infeasible:
             return SourceCheck(all_layers=layers, unchecked="; ".join(answer.infeasible))
         agreement, problems = self._agreement(answer, LogitsHead(self.reference), self._reference_hidden())
@@ -143,33 +155,35 @@ class Comparison:
     def measure(self, folder: Path, artifact: Source | Decoded, findings: Findings) -> gates.Evidence:
         """Measure an artifact's fidelity, runtime and continuations; ``findings`` are those of its files."""
         # The runtime's process runs beside this one, which computes what its answer is compared with.
-        runtime = _Asking(lambda: self._ask(folder))
+        runtime = _Asking(lambda: self._ask(folder, self.runtimes))
         ours = self._streamed(folder, artifact)
         with rounded_inputs(ours, artifact) as rounded:
             hidden = stream(ours, reference.micro_batches(self.tokens))
         head = LogitsHead(ours)
         metrics = self._metrics(head, hidden)
-        answer = runtime.answer()
-        agreement, problems = self._agreement(answer, head, hidden)
+        answers = runtime.answer()
+        compared = [self._agreement(answer, head, hidden) for answer in answers]
+        agreements = tuple(agreement for agreement, _ in compared if agreement is not None)
         return gates.Evidence(
             integrity=[*findings.problems, *rounded.problems],
-            runtime_problems=problems,
-            infeasible=answer.infeasible,
+            runtime_problems=[problem for _, problems in compared for problem in problems],
+            infeasible=[reason for answer in answers for reason in answer.infeasible],
             metrics=metrics,
-            runtime=agreement,
+            runtime=agreements[0] if agreements else None,
+            other_runtimes=agreements[1:],
             worst_layers=findings.worst,
-            generations=self._generations(answer),
+            generations=self._generations(answers[0]),
             promised_tokens=self.verification.tokens,
         )
 
     def only_runtime(self, folder: Path, integrity: list[str], infeasible: list[str]) -> gates.Evidence:
         """Evidence from the runtime alone, for files that we can't decode."""
-        answer = self._ask(folder)
+        answers = self._ask(folder, self.runtimes)
         return gates.Evidence(
             integrity=integrity,
-            runtime_problems=answer.problems,
-            infeasible=(*infeasible, *answer.infeasible),
-            generations=self._generations(answer),
+            runtime_problems=[problem for answer in answers for problem in answer.problems],
+            infeasible=[*infeasible, *(reason for answer in answers for reason in answer.infeasible)],
+            generations=self._generations(answers[0]),
         )
 
     def _metrics(self, head: LogitsHead, hidden: list[Tensor]) -> Metrics:
@@ -195,8 +209,11 @@ class Comparison:
         reference.store(file, hidden)
         return hidden
 
-    def _ask(self, folder: Path) -> RuntimeAnswer:
-        """Load the artifact in the users' library, in its own process."""
+    def _ask(self, folder: Path, runtimes: tuple[str, ...]) -> tuple[RuntimeAnswer, ...]:
+        """Load a checkpoint in the users' libraries, one after the other, each in its own process.
+
+        Those that are named check it, whether they know its format or not; the format's own, if none is.
+        """
         tokens = self.tokens[:RUNTIME_SEQUENCES, :RUNTIME_TOKENS].clone()
         prompts = self.tokens[:PROMPTS, :PROMPT_TOKENS].clone()
         scratch_root = self.workspace / "scratch"
@@ -204,16 +221,21 @@ class Comparison:
         config = json.loads((folder / "config.json").read_text())
         declared = config.get("quantization_config") or {}
         row = recognised(declared)
-        with tempfile.TemporaryDirectory(dir=scratch_root) as scratch:
-            request = RuntimeRequest(
-                artifact=str(folder),
-                scratch=scratch,
-                trust_remote_code=self.model.trust_remote_code,
-                arithmetic=row.arithmetic(declared) if row else "any",
-                loader=family_of(config.get("model_type")).loader,
-                unused=self.reference.unused,
-            )
-            return ask(checking(row.name if row else None), request, tokens, prompts)
+
+        def answer(runtime: Runtime) -> RuntimeAnswer:
+            with tempfile.TemporaryDirectory(dir=scratch_root) as scratch:
+                request = RuntimeRequest(
+                    artifact=str(folder),
+                    scratch=scratch,
+                    trust_remote_code=self.model.trust_remote_code,
+                    arithmetic=row.arithmetic(declared) if row else "any",
+                    loader=family_of(config.get("model_type")).loader,
+                    unused=self.reference.unused,
+                )
+                return ask(runtime, request, tokens, prompts)
+
+        asked = tuple(map(runtime_named, runtimes)) or (checking(row.name if row else None),)
+        return tuple(map(answer, asked))
 
     def _agreement(
         self, answer: RuntimeAnswer, head: LogitsHead, hidden: list[Tensor]
@@ -233,6 +255,10 @@ class Comparison:
             relative_logit_difference=difference.square().mean().sqrt().item() / max(ours.std().item(), 1e-9),
             generated=self.tokenizer.decode(answer.generated[0]) if answer.generated else "",
             host_bytes=answer.host_bytes,
+            kl_mean=divergence.kl_divergence(ours, answer.logits).mean().item(),
+            processor=answer.processor,
+            verdict=LOADER_CHECKED if answer.kernels else CHECKED,
+            kernels=answer.kernels,
         )
         return agreement, answer.problems
 
@@ -280,20 +306,20 @@ class Comparison:
 
 
 class _Asking:
-    """A runtime that is asked in a thread, which doesn't keep this process from ending."""
+    """Runtimes that are asked in a thread, which doesn't keep this process from ending."""
 
-    def __init__(self, ask: Callable[[], RuntimeAnswer]) -> None:
-        self._ended: SimpleQueue[RuntimeAnswer | BaseException] = SimpleQueue()
+    def __init__(self, ask: Callable[[], tuple[RuntimeAnswer, ...]]) -> None:
+        self._ended: SimpleQueue[tuple[RuntimeAnswer, ...] | BaseException] = SimpleQueue()
         Thread(target=self._run, args=(ask,), name="runtime check", daemon=True).start()
 
-    def _run(self, ask: Callable[[], RuntimeAnswer]) -> None:
+    def _run(self, ask: Callable[[], tuple[RuntimeAnswer, ...]]) -> None:
         try:
             self._ended.put(ask())
         except BaseException as error:
             self._ended.put(error)
 
-    def answer(self) -> RuntimeAnswer:
-        """The runtime's answer, once it has one.
+    def answer(self) -> tuple[RuntimeAnswer, ...]:
+        """The runtimes' answers, once there are all.
 
         Raises:
             OutOfMemory, WorkerDied: as ``ask`` says.

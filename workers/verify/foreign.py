@@ -38,6 +38,7 @@ class CheckRequest(Frozen):
     verification: Verification
     thresholds: Thresholds
     workspace: str
+    runtimes: tuple[str, ...] = Field((), description="Runtimes that check it; empty: the one of its format.")
 
 
 class CheckReport(Frozen):
@@ -62,7 +63,9 @@ def check(request: CheckRequest) -> CheckReport:
     reference = Path(request.reference.folder or "")
     pin = request.reference
     with Source(reference, allow_pickle=pin.allow_pickle, variant=pin.variant) as source:
-        comparison = Comparison(request.reference, source, request.verification, Path(request.workspace))
+        comparison = Comparison(
+            request.reference, source, request.verification, Path(request.workspace), request.runtimes
+        )
         comparison.load()
         comparison.check_source()
         findings = Findings([*_sealed(folder), *_companions(comparison, folder)])

@@ -21,6 +21,7 @@ class Evidence:
     infeasible: Sequence[str] = ()
     metrics: Metrics | None = None
     runtime: RuntimeAgreement | None = None
+    other_runtimes: tuple[RuntimeAgreement, ...] = ()
     worst_layers: tuple[tuple[str, float], ...] = ()
     generations: tuple[Generation, ...] = ()
     promised_tokens: int = 0
@@ -42,8 +43,8 @@ def judge(facts: Evidence, thresholds: Thresholds) -> Verdict:
     if facts.metrics is not None:
         reasons += _fidelity(facts.metrics, thresholds)
         reasons += _anomalies(facts.metrics, thresholds, facts.promised_tokens)
-    if facts.runtime is not None:
-        reasons += _runtime(facts.runtime, thresholds)
+    for runtime in (*((facts.runtime,) if facts.runtime else ()), *facts.other_runtimes):
+        reasons += _runtime(runtime, thresholds)
     outcomes = {reason.outcome for reason in reasons}
     return Verdict(
         accepted=not reasons,
@@ -52,6 +53,7 @@ def judge(facts: Evidence, thresholds: Thresholds) -> Verdict:
         codes=tuple(reason.code for reason in reasons),
         metrics=facts.metrics,
         runtime=facts.runtime,
+        other_runtimes=facts.other_runtimes,
         worst_layers=facts.worst_layers,
         generations=facts.generations,
     )

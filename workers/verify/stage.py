@@ -53,7 +53,7 @@ def verify(job: Job, order: Order, source_folder: Path) -> Manifest:
     """
     folder = artifact_folder(job.workspace, order)
     record = ArtifactMade.model_validate_json(record_path(folder).read_text())
-    previous = _verified_before(folder, job.verification)
+    previous = _verified_before(folder, job.verification, order)
     if previous is not None:
         verdict = _judged_again(previous.verdict, order)
         about = Circumstances(previous.source_check, previous.sequences_begin_with, previous.fallbacks)
@@ -68,9 +68,9 @@ def verify(job: Job, order: Order, source_folder: Path) -> Manifest:
     return _seal(job, order, folder, source_folder, record, verdict, about)
 
 
-def _verified_before(folder: Path, verification: Verification) -> Manifest | None:
-    """The manifest of exactly these bytes and this text, if only thresholds decided it, and the source was checked;
-    otherwise remove it."""
+def _verified_before(folder: Path, verification: Verification, order: Order) -> Manifest | None:
+    """The manifest of exactly these bytes, this text and these runtimes, if only thresholds decided it, and the source
+    was checked; otherwise remove it."""
     try:
         manifest = hub.check_bytes(folder)
     except CheckpointError:
@@ -79,6 +79,7 @@ def _verified_before(folder: Path, verification: Verification) -> Manifest | Non
         manifest
         and manifest.source_check is not None
         and manifest.verification.same_as(verification)
+        and manifest.checked_in(order.runtimes)
         and all(code.by_threshold for code in manifest.verdict.codes)
     ):
         return manifest
@@ -91,6 +92,7 @@ def _judged_again(verdict: Verdict, order: Order) -> Verdict:
     facts = gates.Evidence(
         metrics=verdict.metrics,
         runtime=verdict.runtime,
+        other_runtimes=verdict.other_runtimes,
         worst_layers=verdict.worst_layers,
         generations=verdict.generations,
     )
@@ -99,7 +101,7 @@ def _judged_again(verdict: Verdict, order: Order) -> Verdict:
 
 def _verdict(job: Job, order: Order, source: ModelSource, folder: Path) -> tuple[Verdict, Circumstances]:
     """Check the source, gather the evidence about one artifact, and judge it."""
-    comparison = Comparison.of_job(job, source)
+    comparison = Comparison.of_job(job, source, order.runtimes)
     comparison.load()
     checked, notes = comparison.check_source(), comparison.held_out.notes
     if checked.unchecked:

@@ -16,6 +16,7 @@ from pipeline.zoo import shipped, zoo
 from tests.pipeline.fleet import test_decisions as decisions
 from workers.errors import HubRefused, HubUnavailable, UserError
 from workers.spec.job import Dataset, ModelPin, Verification
+from workers.spec.runtimes import RUNTIMES
 from workers.spec.tensors import TensorHeader
 from workers.spec.workspace import MANIFEST, artifact_folder
 from workers.transfer import destinations
@@ -49,6 +50,70 @@ def make(tmp_path: Path, made: zoo.Zoo, endpoint: str | None = None) -> plan.Pla
 
 def copy_llama(tmp_path: Path) -> Path:
     return Path(shutil.copytree(LLAMA, tmp_path / "model"))
+
+
+def test_the_zoo_names_the_runtimes_and_the_plan_says_who_checks_what(tmp_path: Path) -> None:
+    chosen = "gptq-w4-g128, bnb-nf4"
+    plain = make(tmp_path, write(tmp_path, chosen))
+    assert all(order.runtimes == () for job in plain.jobs for order in job.orders)
+    named = zoo.load(_naming(tmp_path, chosen, "[vllm, Transformers]"))
+    made = make(tmp_path, named)
+    assert {order.runtimes for job in made.jobs for order in job.orders} == {("vLLM", "transformers")}
+    prints = [[artifact.order.fingerprint for artifact in planned.artifacts] for planned in (plain, made)]
+    assert prints[0] == prints[1], "who checks an artifact is no part of its identity"
+
+    made = make(tmp_path, zoo.load(_naming(tmp_path, "gptq-w4-g128, gguf-q8_0", "[vllm]")))
+    assert [order.runtimes for order in made.jobs[0].orders] == [("vLLM",), ("llama.cpp",)]
+    (note,) = (note for note in made.notes if "verify.runtimes" in note)
+    assert note == (
+        "recipe 'gguf-q8_0': none of verify.runtimes (vLLM) reads the format gguf; it is checked in llama.cpp"
+    )
+
+
+def _naming(tmp_path: Path, recipes: str, runtimes: str) -> Path:
+    write(tmp_path, recipes)
+    path = tmp_path / "zoo.yaml"
+    path.write_text(path.read_text().replace("heldout.txt]}}", f"heldout.txt]}}, runtimes: {runtimes}}}"))
+    return path
+
+
+def test_what_a_named_runtime_refuses_is_refused_for_the_pair(tmp_path: Path) -> None:
+    own = "{name: mine, method: gptq, format: compressed-tensors, scheme: {bits: 4, group_size: 128}, overrides: "
+    own += '[{modules: ["*.v_proj"], scheme: {bits: 8, group_size: 128}}]}'
+    chosen = f"gptq-w3-g128, gptq-w4-g128, {own}"
+    assert not plan.make_plan(write(tmp_path, chosen), tmp_path, tmp_path / "runs", None).refused
+    made = plan.make_plan(zoo.load(_naming(tmp_path, chosen, "[transformers, vllm]")), tmp_path, tmp_path / "r", None)
+    why = {cell.recipe: cell.failure.message for cell in made.refused}
+    assert set(why) == {"gptq-w3-g128", "mine"}
+    assert "have 3 bits, and vLLM has kernels of its own for 4 and 8" in why["gptq-w3-g128"]
+    assert "have several schemes within what vLLM fuses into one layer" in why["mine"]
+    assert all("take vLLM out of verify.runtimes" in message for message in why.values())
+    assert [order.recipe.name for order in made.jobs[0].orders] == ["gptq-w4-g128"]
+
+
+@pytest.mark.parametrize("recipe", ["fp8-static", "w8a8-int8", "nvfp4"])
+def test_what_only_vllm_loads_is_made_where_it_alone_checks(tmp_path: Path, recipe: str) -> None:
+    write(tmp_path, recipe)
+    path = tmp_path / "zoo.yaml"
+    path.write_text(path.read_text().replace("llama-tiny", "qwen3-moe-tiny"))
+    plain = path.read_text()
+    for runtimes, made in (("null", 0), ("[transformers, vllm]", 0), ("[vllm]", 1)):
+        path.write_text(plain.replace("heldout.txt]}}", f"heldout.txt]}}, runtimes: {runtimes}}}"))
+        planned = plan.make_plan(zoo.load(path), tmp_path, tmp_path / "runs", None)
+        assert (len(planned.jobs), len(planned.refused)) == (made, 1 - made), runtimes
+
+
+@pytest.mark.parametrize(
+    ("runtimes", "said"),
+    [
+        ("[vlm]", "verify.runtimes: unknown runtime, got 'vlm'; did you mean 'vLLM'?"),
+        ("[]", "verify.runtimes: Tuple should have at least 1 item"),
+    ],
+)
+def test_runtimes_of_a_zoo_are_known(tmp_path: Path, runtimes: str, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        _ = zoo.load(_naming(tmp_path, "bnb-nf4", "null")), zoo.load(_naming(tmp_path, "bnb-nf4", runtimes))
+    assert said in str(error.value)
 
 
 def test_one_job_for_a_model_with_all_of_its_recipes(tmp_path: Path) -> None:
@@ -369,3 +434,14 @@ def test_a_plan_tells_what_this_machine_has_no_room_for(tmp_path: Path, monkeypa
     assert lacks.exit_code == 1
     assert "INFEASIBLE: 1 problem(s) for" in lacks.output
     assert "host memory: 1.0 GB" in lacks.output
+
+
+def test_a_named_runtimes_process_counts_in_the_memory_of_its_check(tmp_path: Path) -> None:
+    pinned = sources.resolve(zoo.ModelEntry(id=str(LLAMA)), tmp_path)
+    chosen = shipped.recipe("bnb-nf4")
+    verification = Verification(dataset=Dataset(path="text"))
+    alone, both = (
+        sizing.estimate(pinned, chosen, None, verification, runtimes).verify.host
+        for runtimes in ((), ("transformers", "vLLM"))
+    )
+    assert both - alone == RUNTIMES["vLLM"].host_bytes > 0

@@ -38,6 +38,9 @@ def test_schemes_that_part_a_fused_layer_are_found() -> None:
     schemes = {"l.0.q_proj": 4, "l.0.k_proj": 4, "l.0.v_proj": 8, "l.0.o_proj": 8, "l.1.q_proj": 8, "l.1.k_proj": 8}
     assert fusion.split_groups(schemes) == [["l.0.k_proj", "l.0.q_proj", "l.0.v_proj"]]
     assert fusion.split_groups({"gate_proj": 4, "up_proj": None}) == [["gate_proj", "up_proj"]]
+    experts = {f"l.0.experts.{number}.{leaf}": 4 for number in range(2) for leaf in ("gate_proj", "down_proj")}
+    assert fusion.split_groups(experts) == []
+    assert fusion.split_groups({**experts, "l.0.experts.1.down_proj": 8}) == [sorted(experts)]
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if shipped.recipe(name).format in VLLM.rules])

@@ -32,13 +32,6 @@ from workers.verify import source_check
 
 ROOT = Path(__file__).parents[3]
 RECIPES = shipped.recipe_names()
-# What makes recipes quick, and leaves the sizes of their artifacts as they are.
-QUICK = {
-    "gptq": {"refine": 0, "scales": "minmax"},
-    "awq": {"grid": 1, "clip": False},
-    "hqq": {"iterations": 1},
-    "ggml": {"codes": "llama.cpp"},
-}
 
 
 def recipe_classes() -> list[type]:
@@ -101,13 +94,10 @@ def test_constants_that_rooms_cannot_share_are_equal() -> None:
 def test_a_mixture_is_one_whichever_of_its_layers_are_quantized() -> None:
     """vLLM's rules are about the model: its routers are linear layers there, also where experts stay as they are."""
     source = sources.resolve(ModelEntry(id="qwen3-moe-tiny"), jobs.ZOO / "models")
-    for recipe in (
-        shipped.recipe("bnb-nf4"),
-        shipped.recipe("gptq-w4-g128").model_copy(update={"ignore": ("*.experts.*",)}),
-    ):
-        kinds = kinds_of(recipe, source.tensors, conv1d=False)
-        assert kinds == LayerKinds(experts=False, mixture=True)
-        assert VLLM.reads(recipe.format, recipe.scheme, kinds) is not None
+    recipe = shipped.recipe("bnb-nf4").model_copy(update={"ignore": ("*.experts.*",)})
+    kinds = kinds_of(recipe, source.tensors, conv1d=False)
+    assert kinds == LayerKinds(experts=False, mixture=True)
+    assert VLLM.reads(recipe.format, recipe.scheme, kinds) is not None
 
 
 def test_an_engine_in_an_environment_needs_none_of_its_packages_here(
@@ -164,8 +154,7 @@ def test_planned_sizes_are_those_that_are_made(model: str, tmp_path: Path) -> No
     for recipe in map(shipped.recipe, RECIPES):
         if environments.interpreters(preflight.environments_of(recipe))[1]:
             continue  # its environment isn't built here; tests/workers/formats/test_gguf.py compares such sizes
-        options = recipe.options.model_copy(update=QUICK.get(recipe.method, {}))
-        quick.append(recipe.model_copy(update={"options": options}))
+        quick.append(jobs.quick(recipe))
     job = jobs.job(folder, tmp_path, *quick, samples=1)
     made, _ = quantize(job, folder)
     source = sources.resolve(ModelEntry(id=model), folder.parent)

@@ -116,9 +116,10 @@ def test_what_it_says_makes_the_same_recipe_again(tmp_path: Path, recipe: str) -
     ("recipe", "kinds", "in_vllm"),
     [
         ("gptq-w4-g128", LayerKinds(), True),
-        ("gptq-w4-g128", LayerKinds(mixture=True), False),
+        ("gptq-w4-g128", LayerKinds(experts=True, mixture=True), True),
+        ("gptq-w4-g128", LayerKinds(split=True), False),
         ("gptq-w3-g128", LayerKinds(), False),
-        ("gptq-mixed-4-8", LayerKinds(mixed=True), False),
+        ("gptq-mixed-4-8", LayerKinds(mixed=True), True),
         ("hqq-w4-g64", LayerKinds(), False),
         ("bnb-nf4", LayerKinds(), True),
         ("bnb-nf4", LayerKinds(mixture=True), False),

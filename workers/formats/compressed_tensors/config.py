@@ -62,16 +62,19 @@ def form_of(scheme: LinearScheme) -> str:
 
 
 def quantization_config(
-    schemes: Mapping[str, LinearScheme], unquantized: Iterable[str], conv1d: Iterable[str] = ()
+    schemes: Mapping[str, LinearScheme],
+    unquantized: Iterable[str],
+    conv1d: Iterable[str] = (),
+    runtimes: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Return the ``quantization_config`` of config.json.
 
     ``schemes`` is each quantized module's scheme, fallbacks included; ``unquantized`` are the other Linear modules
     (where a module and its checkpoint key differ in name, both names); ``conv1d`` are those of ``schemes`` that are
-    transformers' Conv1D.
+    transformers' Conv1D; ``runtimes`` are those that a zoo names to check the artifact.
 
     Raises:
-        UnsupportedRecipe: there are Conv1D modules, or experts that transformers loads wrongly.
+        UnsupportedRecipe: there are Conv1D modules, or experts that a runtime which checks it loads wrongly.
     """
     unquantized = sorted(set(unquantized))
     conv1d = list(conv1d)
@@ -80,8 +83,8 @@ def quantization_config(
     experts = [name for name in schemes if EXPERT.search(name)]
     # transformers 5.23 uses the first group for experts, and with dequantize=True for every other module too.
     base = Counter(schemes[name] for name in experts or schemes).most_common(1)[0][0]
-    _refuse_unreadable(conv1d, base, LayerKinds(conv1d=True))
-    _refuse_unreadable(experts, base, LayerKinds(experts=True))
+    _refuse_unreadable(conv1d, base, LayerKinds(conv1d=True), runtimes)
+    _refuse_unreadable(experts, base, LayerKinds(experts=True), runtimes)
     _refuse_uneven_experts([name for name in experts if schemes[name] != base], experts, unquantized, base)
     groups = [{"targets": ["Linear"], **_contents(base)}]
     for scheme in dict.fromkeys(schemes.values()):
@@ -234,9 +237,9 @@ def _inputs(scheme: LinearScheme) -> dict[str, Any] | None:
     }
 
 
-def _refuse_unreadable(modules: list[str], scheme: LinearScheme, kinds: LayerKinds) -> None:
-    """Refuse modules of these kinds if the runtime that checks the format can't load them."""
-    why = misfit(NAME, scheme, kinds) if modules else None
+def _refuse_unreadable(modules: list[str], scheme: LinearScheme, kinds: LayerKinds, runtimes: Iterable[str]) -> None:
+    """Refuse modules of these kinds if a runtime that checks the artifact can't load them."""
+    why = misfit(NAME, scheme, kinds, tuple(runtimes)) if modules else None
     if why:
         raise UnsupportedRecipe(f"{NAME}: {some(modules)} {why}")
 

@@ -24,7 +24,8 @@ DEADLINE_SECONDS = 1800.0
 class RuntimeAnswer:
     """A runtime's result; ``logits`` is None if it couldn't load the artifact.
 
-    ``generated`` are the tokens after each prompt; ``infeasible`` are reasons why this machine can't run the check.
+    ``generated`` are the tokens after each prompt; ``infeasible`` are reasons why this machine can't run the check;
+    ``kernels`` says why the library's own kernels weren't run here, empty if they were.
     """
 
     name: str
@@ -34,6 +35,8 @@ class RuntimeAnswer:
     generated: tuple[tuple[int, ...], ...] = ()
     logits: Any = None
     host_bytes: int = 0
+    processor: str = ""
+    kernels: str = ""
 
 
 def ask(row: Runtime, request: RuntimeRequest, tokens_NT: Tensor, prompts_PT: Tensor) -> RuntimeAnswer:
@@ -62,7 +65,14 @@ def ask(row: Runtime, request: RuntimeRequest, tokens_NT: Tensor, prompts_PT: Te
     logits = load_file(scratch / "logits.safetensors")["logits"]
     generated = tuple(tuple(row) for row in answer["generated"])
     return RuntimeAnswer(
-        row.name, answer["version"], tuple(answer["problems"]), (), generated, logits, answer["host_bytes"]
+        name=row.name,
+        version=answer["version"],
+        problems=tuple(answer["problems"]),
+        generated=generated,
+        logits=logits,
+        host_bytes=answer["host_bytes"],
+        processor=answer["processor"],
+        kernels=answer.get("kernels", ""),
     )
 
 

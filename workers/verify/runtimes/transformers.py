@@ -62,6 +62,7 @@ def _load_and_run(request: dict[str, Any]) -> dict[str, Any]:
         "problems": [*_loading_problems(loading, request["unused"]), *_settings_problems(artifact), *problems],
         "generated": generated,
         "host_bytes": peak_host_bytes(),
+        **({"processor": torch.cuda.get_device_name()} if device == "cuda" else {}),
     }
 
 

@@ -1,0 +1,179 @@
+"""Artifacts in vLLM itself, in the environment ``vllm-cpu``: every recipe that it reads, and planted faults."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.planning import fitting, sources
+from pipeline.zoo import shipped
+from pipeline.zoo.zoo import ModelEntry
+from tests.workers import jobs
+from workers.errors import PreflightError
+from workers.machine.environments import interpreter
+from workers.quantize.one_pass import quantize
+from workers.spec.job import CHECKED, LOADER_CHECKED, Job, ReasonCode, Verdict
+from workers.spec.recipes import Recipe
+from workers.spec.runtimes import VLLM
+from workers.verify.foreign import CheckRequest, check
+from workers.verify.stage import verify
+
+
+def environment() -> Path | None:
+    try:
+        return interpreter(VLLM.environment or "")
+    except PreflightError:
+        return None
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(3600),
+    pytest.mark.skipif(environment() is None, reason="`quantmill env create vllm-cpu` wasn't run here"),
+]
+# An AVX2 machine has kernels for these alone.
+NATIVE = {"fp8-dynamic", "w8a8-int8", "bnb-nf4", "bnb-int8"}
+
+
+def of(model: str) -> list[str]:
+    """The shipped recipes that the plan makes of a model for vLLM."""
+    source = sources.resolve(ModelEntry(id=model), jobs.ZOO / "models")
+    chosen = [recipe for recipe in map(shipped.recipe, shipped.recipe_names()) if recipe.format in VLLM.rules]
+    fitting_both = [r for r in chosen if not list(fitting.recipe_problems(source, r, ("transformers", VLLM.name)))]
+    return [recipe.name for recipe in fitting_both]
+
+
+def made_of(model: str, workspace: Path, recipes: list[Recipe]) -> Job:
+    job = jobs.job(jobs.ZOO / "models" / model, workspace, *map(jobs.quick, recipes), samples=4)
+    made, _ = quantize(job, jobs.ZOO / "models" / model)
+    assert [artifact.error for artifact in made if artifact.error] == []
+    return job
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return made_of("llama-tiny", tmp_path_factory.mktemp("dense"), list(map(shipped.recipe, of("llama-tiny"))))
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    recipes = [shipped.recipe(name) for name in ("gptq-w4-g128", "fp8-block")]
+    return made_of("qwen3-moe-tiny", tmp_path_factory.mktemp("mixture"), recipes)
+
+
+def in_vllm(job: Job, recipe: str) -> Verdict:
+    order = job.order(recipe).model_copy(update={"runtimes": (VLLM.name,)})
+    return verify(job, order, Path(job.model.folder or "")).verdict
+
+
+@pytest.mark.parametrize("recipe", of("llama-tiny"))
+def test_each_recipe_that_vllm_reads_is_loaded_by_it(recipe: str, dense: Job) -> None:
+    verdict = in_vllm(dense, recipe)
+    assert verdict.accepted, verdict.reasons
+    assert verdict.runtime is not None
+    assert verdict.runtime.version.startswith("0.32")
+    assert verdict.runtime.kl_mean is not None
+    assert verdict.runtime.kl_mean < 0.01
+    assert len(verdict.generations) == 4
+    if "AVX2" in verdict.runtime.processor:
+        assert verdict.runtime.verdict == (CHECKED if recipe in NATIVE else LOADER_CHECKED)
+        assert bool(verdict.runtime.kernels) is (recipe not in NATIVE)
+
+
+@pytest.mark.parametrize("recipe", ["gptq-w4-g128", "fp8-block"])
+def test_a_mixtures_experts_are_loaded_by_it(recipe: str, mixture: Job) -> None:
+    verdict = in_vllm(mixture, recipe)
+    assert verdict.accepted, verdict.reasons
+    assert verdict.runtime is not None
+    assert verdict.runtime.relative_logit_difference < 0.05
+
+
+@pytest.mark.parametrize("recipe", ["fp8-static", "w8a8-int8", "nvfp4"])
+def test_experts_that_transformers_cannot_load_are_made_for_vllm_alone(recipe: str, tmp_path: Path) -> None:
+    model = jobs.ZOO / "models" / "qwen3-moe-tiny"
+    job = jobs.job(model, tmp_path, jobs.quick(shipped.recipe(recipe)), samples=4)
+    for runtimes, refused in (((), True), (("transformers", VLLM.name), True), ((VLLM.name,), False)):
+        orders = (job.orders[0].model_copy(update={"runtimes": runtimes}),)
+        (artifact,), _ = quantize(job.model_copy(update={"orders": orders}), model)
+        assert (artifact.error is not None) is refused, runtimes
+    verdict = in_vllm(job, recipe)
+    assert verdict.accepted, verdict.reasons
+
+
+Edit = Callable[[dict[str, Any]], None]
+
+
+def folder_of(job: Job, recipe: str) -> Path:
+    return next(path for path in Path(job.workspace, "artifacts").glob(f"{recipe}-????????????????") if path.is_dir())
+
+
+def planted(job: Job, recipe: str, to: Path) -> Path:
+    """A copy of an artifact, as a checkpoint of nobody's."""
+    shutil.copytree(folder_of(job, recipe), to)
+    (to / "quantmill.json").unlink(missing_ok=True)
+    return to
+
+
+def declare(folder: Path, edit: Edit) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    edit(config["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def reasons(job: Job, checkpoint: Path, workspace: Path) -> str:
+    """What ``quantmill verify CHECKPOINT --runtime vllm`` says of it."""
+    request = CheckRequest(
+        checkpoint=str(checkpoint), reference=job.model, verification=job.verification, thresholds=jobs.LOOSE,
+        workspace=str(workspace), runtimes=(VLLM.name,),
+    )  # fmt: skip
+    verdict = check(request).verdict
+    assert verdict is not None
+    assert not verdict.accepted
+    assert {ReasonCode.RUNTIME, ReasonCode.RUNTIME_LOGITS} & set(verdict.codes)
+    return "\n".join(verdict.reasons)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "key", "said"),
+    [
+        ("gptq-w4-g128", "ignore", "no module or parameter named 'layers.0.mlp.gate.weight'"),
+        (
+            "fp8-block",
+            "modules_to_not_convert",
+            "no tensor of the checkpoint sets model.layers.0.mlp.gate.weight_scale",
+        ),
+    ],
+)
+def test_a_mixture_without_its_routers_declared_is_named(
+    recipe: str, key: str, said: str, mixture: Job, tmp_path: Path
+) -> None:
+    folder = planted(mixture, recipe, tmp_path / "planted")
+    declare(folder, lambda config: config.update({key: [n for n in config[key] if not n.endswith("mlp.gate")]}))
+    assert said in reasons(mixture, folder, tmp_path)
+
+
+def test_global_scales_that_differ_within_qkv_are_named(dense: Job, tmp_path: Path) -> None:
+    folder = planted(dense, "nvfp4", tmp_path / "planted")
+    tensors = load_file(folder / "model.safetensors")
+    key = "model.layers.0.self_attn.k_proj."
+    tensors[f"{key}weight_global_scale"] /= 2
+    tensors[f"{key}weight_scale"] = (tensors[f"{key}weight_scale"].float() / 2).to(torch.float8_e4m3fn)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    said = reasons(dense, folder, tmp_path)
+    assert "model.layers.0.self_attn.qkv_proj.weight_global_scale: the parts of this fused layer have several" in said
+
+
+def test_several_schemes_within_qkv_are_named(tmp_path: Path) -> None:
+    own = shipped.recipe("gptq-w4-g128").model_dump(mode="json")
+    own |= {"name": "parted", "overrides": [{"modules": ["*.v_proj"], "scheme": {"bits": 8, "group_size": 128}}]}
+    job = made_of("llama-tiny", tmp_path / "made", [jobs.recipe(**own)])
+    said = reasons(job, planted(job, "parted", tmp_path / "planted"), tmp_path)
+    assert "vLLM fuses model.layers.0.self_attn.k_proj" in said
+    assert "whose parts must be stored alike" in said
