@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from pipeline.planning.sources import PinnedModel
+from workers.spec.auto_classes import is_multimodal
 from workers.spec.formats import FORMATS, group_size_held
 from workers.spec.layers import EXPERT, LayerKinds, LayerScheme, loaded_dtype, out_in_shape, quantizable, scheme_for
 from workers.spec.recipes import GridRecipe, Recipe
@@ -55,7 +56,13 @@ def _format_problem(source: PinnedModel, recipe: Recipe, layers: Iterable[_Layer
     dtype, model_type = loaded_dtype(source.config, source.tensors), str(source.config.get("model_type") or "")
     for layer in layers:
         experts = EXPERT.search(layer.name) is not None
-        kinds = LayerKinds(experts=experts, conv1d=source.family.conv1d, dtype=dtype, model_type=model_type)
+        kinds = LayerKinds(
+            experts=experts,
+            conv1d=source.family.conv1d,
+            dtype=dtype,
+            model_type=model_type,
+            multimodal=is_multimodal(source.config),
+        )
         first.setdefault((layer.fit.wanted, kinds), layer.name)
     for (scheme, kinds), name in first.items():
         why = misfit(recipe.format, scheme, kinds)

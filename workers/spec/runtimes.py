@@ -187,10 +187,12 @@ _TRANSFORMERS: dict[str, Rule] = {
 
 
 def _with_transformers(repo: str, loader: str) -> str:
+    prepares = "tokenizer" if loader == DEFAULT_LOADER else "processor"
+    auto = f"Auto{prepares.capitalize()}"
     return (
-        f"from transformers import {loader}, AutoTokenizer\n\n"
+        f"from transformers import {loader}, {auto}\n\n"
         f'model = {loader}.from_pretrained("{repo}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n'
+        f'{prepares} = {auto}.from_pretrained("{repo}")\n'
     )
 
 
@@ -286,6 +288,15 @@ VLLM = Runtime(
 # --------------------------------------------------------------------------------------------- llama.cpp
 
 
+def _gguf_by_llama_cpp(scheme: Scheme, kinds: LayerKinds) -> str | None:
+    if kinds.multimodal:
+        return (
+            "are of a multimodal model, of which llama.cpp takes text model and projector as two files, and quantmill "
+            f"writes one; choose {_formats([COMPRESSED_TENSORS.name])}"
+        )
+    return None
+
+
 def _with_llama_cpp(repo: str, loader: str) -> str:
     return (
         "from llama_cpp import Llama\n\n"
@@ -298,7 +309,7 @@ def _with_llama_cpp(repo: str, loader: str) -> str:
 LLAMA_CPP = Runtime(
     name="llama.cpp",
     distribution="llama-cpp-python",
-    rules={GGUF.name: lambda scheme, kinds: None},
+    rules={GGUF.name: _gguf_by_llama_cpp},
     snippet=_with_llama_cpp,
     entry="workers.verify.runtimes.llama_cpp:answer",
     environment="llama-cpp",
@@ -309,6 +320,11 @@ LLAMA_CPP = Runtime(
 
 
 def _mlx_by_mlx_lm(scheme: Scheme, kinds: LayerKinds) -> str | None:
+    if kinds.multimodal:
+        return (
+            "are of a multimodal model, of which mlx-lm takes the text model alone; choose "
+            f"{_formats([COMPRESSED_TENSORS.name])}"
+        )
     if kinds.model_type and kinds.model_type not in mlx.FAMILIES:
         return (
             f"are of the family {kinds.model_type}, for which mlx-lm {mlx.VERSION} has no model; choose "

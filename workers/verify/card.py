@@ -16,7 +16,7 @@ from workers.machine.files import read_bounded
 from workers.spec.bounded_yaml import BadYaml, parse_yaml
 from workers.spec.bounds import CARD_BYTES, printable, printable_lines
 from workers.spec.families import DEFAULT_LOADER
-from workers.spec.job import Dataset, Job, Order, SourceCheck, Verdict
+from workers.spec.job import Dataset, Job, Order, PictureCheck, SourceCheck, Verdict
 from workers.spec.layers import LayerKinds
 from workers.spec.recipes import Recipe, words
 from workers.spec.runtimes import RUNTIMES, checking
@@ -234,7 +234,18 @@ def _measured(verdict: Verdict) -> str:
             f"\nLoaded by {runtime.name} {runtime.version}: logits within {runtime.max_abs_logit_difference:.2g} "
             "of the measured ones."
         )
+    if verdict.picture is not None:
+        lines.append(_picture(verdict.picture))
     return "\n".join([*lines, *_continued(verdict)]) + "\n"
+
+
+def _picture(picture: PictureCheck) -> str:
+    if picture.unchecked:
+        return f"\nNo picture was shown to it: {picture.unchecked}."
+    return (
+        f"\nA picture was shown to it and to the original in transformers {picture.version}: KL divergence on the "
+        f"{picture.tokens} tokens after it {picture.kl_mean:.5f} nats, top-1 agreement {picture.top1_agreement:.2f}."
+    )
 
 
 def _source_checked(checked: SourceCheck | None) -> list[str]:
