@@ -93,7 +93,13 @@ class LinearMaker(Maker):
     def quantization_config(self) -> dict[str, Any]:
         """The quantization config as the format defines it."""
         conv1d = [self._weights[key].module for key in self._schemes if self._weights[key].transposed]
-        config = self._config(self._by_stored_module(), self._unquantized_modules(), conv1d)
+        in_model = {
+            weight.module: weight.input.module
+            for key, weight in self._weights.items()
+            # Experts are one module in the model, whatever they are called in the checkpoint.
+            if key in self._schemes and weight.input.expert is None and weight.input.module != weight.module
+        }
+        config = self._config(self._by_stored_module(), self._unquantized_modules(), conv1d, in_model)
         declaration = FORMATS[self._recipe.format].cache_declaration
         return {**config, **declaration} if declaration and self._recipe.kv_cache else config
 

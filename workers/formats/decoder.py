@@ -9,6 +9,8 @@ from torch import Tensor
 
 from workers.checkpoint.source import Header, TensorSource
 
+NO_NAMES: Mapping[str, str] = {}
+
 
 @dataclass(frozen=True)
 class Decoder:

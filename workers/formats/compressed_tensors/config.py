@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from workers.errors import UnsupportedRecipe
+from workers.formats.decoder import NO_NAMES
 from workers.spec.formats import COMPRESSED_TENSORS
 from workers.spec.layers import EXPERT as EXPERT
 from workers.spec.layers import LayerKinds
@@ -62,13 +63,17 @@ def form_of(scheme: LinearScheme) -> str:
 
 
 def quantization_config(
-    schemes: Mapping[str, LinearScheme], unquantized: Iterable[str], conv1d: Iterable[str] = ()
+    schemes: Mapping[str, LinearScheme],
+    unquantized: Iterable[str],
+    conv1d: Iterable[str] = (),
+    in_model: Mapping[str, str] = NO_NAMES,
 ) -> dict[str, Any]:
     """Return the ``quantization_config`` of config.json.
 
     ``schemes`` is each quantized module's scheme, fallbacks included; ``unquantized`` are the other Linear modules
     (where a module and its checkpoint key differ in name, both names); ``conv1d`` are those of ``schemes`` that are
-    transformers' Conv1D.
+    transformers' Conv1D; ``in_model`` has the names in the model of those of ``schemes`` whose names in the checkpoint
+    differ.
 
     Raises:
         UnsupportedRecipe: there are Conv1D modules, or experts that transformers loads wrongly.
@@ -86,7 +91,9 @@ def quantization_config(
     groups = [{"targets": ["Linear"], **_contents(base)}]
     for scheme in dict.fromkeys(schemes.values()):
         if scheme != base:
-            names = sorted(name for name, other in schemes.items() if other == scheme)
+            stored = [name for name, other in schemes.items() if other == scheme]
+            # vLLM goes by the checkpoint's names, transformers by the model's.
+            names = sorted({*stored, *(in_model[name] for name in stored if name in in_model)})
             groups.append({"targets": names, **_contents(scheme)})
     forms = {group["format"] for group in groups}
     return {
