@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from pipeline.planning.sources import PinnedModel
 from workers.spec.auto_classes import is_multimodal
@@ -28,10 +29,15 @@ class _Layer:
 
 def model_problem(source: PinnedModel) -> str | None:
     """Why models of this family can't be quantized at all, or None."""
-    reason = source.family.refused
+    family, kind = source.family, source.config.get("model_type")
+    reason = family.refused or (None if is_multimodal(source.config) else family.refused_alone)
+    if not reason and family.package and find_spec(family.package) is None:
+        return (
+            f"model {source.pin.id!r}: model_type {kind!r}: its class needs the package {family.package}, which isn't "
+            f"installed; pip install {family.package} on every node, or leave it out"
+        )
     if not reason:
         return None
-    kind = source.config.get("model_type")
     return f"model {source.pin.id!r}: model_type {kind!r} isn't supported: {reason}; leave it out"
 
 

@@ -107,14 +107,24 @@ class StreamedModel:
 
     @property
     def base_name(self) -> str:
-        """The model's attribute that holds its decoder; a few classes have a wrong ``base_model_prefix``."""
+        """The name of the module that is the decoder without its head.
+
+        A few classes have a wrong ``base_model_prefix``. Some multimodal ones hold a whole causal LM, head and all.
+        """
         prefix: str = self.model.base_model_prefix
-        return prefix if hasattr(self.model, prefix) else self.layers_name.partition(".")[0]
+        name = prefix if hasattr(self.model, prefix) else self.layers_name.partition(".")[0]
+        while True:
+            module = self.model.get_submodule(name)
+            inner = f"{name}.{getattr(module, 'base_model_prefix', '')}"
+            get_head = getattr(module, "get_output_embeddings", None)
+            if get_head is None or get_head() is None or not self.layers_name.startswith(f"{inner}."):
+                return name
+            name = inner
 
     @property
     def base(self) -> nn.Module:
         """The decoder without its head: the streamed part."""
-        module: nn.Module = getattr(self.model, self.base_name)
+        module: nn.Module = self.model.get_submodule(self.base_name)
         return module
 
     @property

@@ -21,7 +21,7 @@ LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 # Parts of names, before a layer's number, of what isn't the text model's decoder: towers for images, video and sound,
 # what projects their features, speech synthesis, prediction heads. Learnt from the classes of transformers 5.23.
 BESIDE = re.compile(
-    r"(^|[._])(vision|visual|vit|vpm|image|images|video|audio|speech|sound|acoustic|semantic|conformer|whisper|sam|"
+    r"^blocks$|(^|[._])(vision|visual|vit|vpm|image|images|video|audio|speech|sound|acoustic|semantic|conformer|whisper|sam|"
     r"vqmodel|vq|qformer|resampler|perceiver|projector|projection|connector|adapter|adaptor|aligner|merger|abstractor|"
     r"talker|code_predictor|code2wav|token2wav|mtp|eagle)(?=[._\d]|model|tower|encoder|$)"
 )
