@@ -21,7 +21,7 @@ COLUMNS = ("family", "class", "plan", "stream, GPTQ, AWQ, load", "share in codes
 
 
 def main() -> None:
-    """Walk through what the table lacks; other processes may walk through other kinds (arguments: causal, multimodal)."""
+    """Walk through what the table lacks, of the kinds that the arguments name (causal, multimodal; none: both)."""
     kinds = [kind == "multimodal" for kind in sys.argv[1:] or ("causal", "multimodal")]
     for multimodal in kinds:
         for family in families(multimodal=multimodal):
