@@ -50,12 +50,16 @@ FAMILIES: dict[str, Family] = {
     "blip-2": Family(refused=_NEEDS_A_PICTURE),
     "diffusion_gemma": Family(refused="it writes a block of tokens at once, by diffusion, not one after the other"),
     "emu3": Family(refused_alone=_TEXT_PART),
+    "ernie4_5_vl_moe": Family(
+        refused="its checkpoints hold the experts for text and those for pictures in one series, of two tensors"
+    ),
     "evolla": Family(refused="transformers 5.23 lists it as a multimodal model, but builds none of its config"),
     "fast_vlm": Family(package="timm"),
     "florence2": Family(refused=_ENCODER),
     "gemma3n": Family(package="timm"),
     "gemma4_assistant": Family(refused=_OTHER_MODEL),
     "gemma4_unified_assistant": Family(refused=_OTHER_MODEL),
+    "glm5_next": Family(refused=_CONVERSION),
     "hrm_text": Family(refused="its forward runs the same layers several times"),
     "idefics": Family(refused=_NEEDS_A_PICTURE),
     "inkling_mm_model": Family(package="scipy"),

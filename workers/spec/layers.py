@@ -22,7 +22,7 @@ LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 # what projects their features, speech synthesis, prediction heads. Learnt from the classes of transformers 5.23.
 BESIDE = re.compile(
     r"^blocks$|(^|[._])(vision|visual|vit|vpm|image|images|video|audio|speech|sound|acoustic|semantic|conformer|whisper|sam|"
-    r"vqmodel|vq|qformer|resampler|perceiver|projector|projection|connector|adapter|adaptor|aligner|merger|abstractor|"
+    r"vqmodel|vq|qformer|resampler|perceiver|projectors?|projection|qwen2_model|connector|adapter|adaptor|aligner|merger|abstractor|"
     r"talker|code_predictor|code2wav|token2wav|mtp|eagle)(?=[._\d]|model|tower|encoder|$)"
 )
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "half": "F16", "float32": "F32", "float": "F32", "float64": "F64"}

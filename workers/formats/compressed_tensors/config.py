@@ -17,7 +17,7 @@ from workers.errors import UnsupportedRecipe
 from workers.formats.decoder import NO_NAMES
 from workers.spec.formats import COMPRESSED_TENSORS
 from workers.spec.layers import EXPERT as EXPERT
-from workers.spec.layers import LayerKinds
+from workers.spec.layers import LayerKinds, layer_of
 from workers.spec.runtimes import misfit
 from workers.spec.schemes import Float8Scheme, IntScheme, LinearScheme, MicroscalingScheme
 
@@ -252,7 +252,8 @@ def _refuse_uneven_experts(uneven: list[str], experts: list[str], unquantized: l
     # transformers 5.23 decodes all experts by one group while it fuses them. It drops experts that aren't quantized,
     # unless that group is fp8, for which it looks for a scale before decoding.
     if experts or not isinstance(base, Float8Scheme):
-        uneven = uneven + [name for name in unquantized if EXPERT.search(name)]
+        # Those of towers are modules of their own.
+        uneven = uneven + [name for name in unquantized if EXPERT.search(name) and layer_of(name) is not None]
     if uneven:
         raise UnsupportedRecipe(
             f"{NAME}: the experts {some(uneven)} deviate (another scheme than other experts, or left as "
