@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import re
-from collections.abc import Callable, Mapping
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from workers.errors import CheckpointError, UnsupportedModel
+from workers.spec.auto_classes import AUTO_CLASSES, classes, known_types
 from workers.spec.bounds import LARGEST_NUMBER, parse_json
 from workers.spec.families import DEFAULT_LOADER, family_of
 from workers.spec.formats import recognised
@@ -27,6 +24,8 @@ POSITIONS: tuple[str, ...] = (
     "seq_length",
 )
 POSITIONS += ("max_target_positions", "seq_len", "max_seq_length")
+# Keys of a composite config's part for text, or that holds it, in the order of looking.
+TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
 # A stored weight of an unquantized model is one of FLOATS; others are codes, whatever config.json says.
 WEIGHT = re.compile(r"(\.|^)(weight|qweight|weight_packed|gate_up_proj|down_proj|\w+_blocks)$")
 
@@ -65,6 +64,25 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+def _levels(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The config, and the parts of a composite one that describe its text model, each with its keys' prefix."""
+    yield "", config
+    for outer in TEXT_PARTS:
+        part = config.get(outer)
+        if isinstance(part, dict):
+            yield f"{outer}.", part
+            inner = part.get("text_config")
+            if isinstance(inner, dict):
+                yield f"{outer}.text_config.", inner
+
+
+def setting(config: Mapping[str, Any], *names: str) -> Any:
+    """The first of some settings that a config, or its text part, has; None if neither has any."""
+    return next(
+        (value for _, level in _levels(config) for name in names if (value := level.get(name)) is not None), None
+    )
+
+
 def parse_config(text: bytes, what: str) -> dict[str, Any]:
     """The content of config.json, with the keys that planning reads of the right types; null is as good as left out.
 
@@ -74,8 +92,7 @@ def parse_config(text: bytes, what: str) -> dict[str, Any]:
     config = parse_json(text, f"{what}: config.json")
     if not isinstance(config, dict):
         raise CheckpointError(f"{what}: config.json: expected a mapping, got {type(config).__name__}; replace it")
-    nested = config.get("text_config")
-    for where, level in (("", config), ("text_config.", nested if isinstance(nested, dict) else {})):
+    for where, level in _levels(config):
         for key, (fits, expected) in _KEYS.items():
             value = level.get(key)
             if value is not None and not fits(value):
@@ -129,10 +146,12 @@ def _check_quantized(config: Mapping[str, Any], tensors: tuple[TensorHeader, ...
 
 def _check_class(config: Mapping[str, Any], what: str) -> None:
     kind, architectures = config.get("model_type"), config.get("architectures") or []
-    if architectures and not any(CAUSAL_LM.search(name) for name in architectures):
+    built = {name for auto in AUTO_CLASSES for name in (classes(auto.table).get(str(kind)),) if name}
+    if architectures and not any(CAUSAL_LM.search(name) or name in built for name in architectures):
         raise UnsupportedModel(
             f"{what} has no causal LM head, got architectures {str(architectures)[:200]}; "
-            "quantmill quantizes decoders (a class ...ForCausalLM or ...LMHeadModel)"
+            "quantmill quantizes decoders (a class ...ForCausalLM or ...LMHeadModel), and multimodal models around one"
+            + (f" ({' or '.join(sorted(built))})" if built else "")
         )
     own = config.get("auto_map") or {}
     if kind is None:
@@ -141,7 +160,7 @@ def _check_class(config: Mapping[str, Any], what: str) -> None:
         raise CheckpointError(f"{what}: config.json has no model_type; name a transformers checkpoint")
     if family_of(kind).loader != DEFAULT_LOADER or "AutoModelForCausalLM" in own:
         return
-    known = causal_classes()
+    known = known_types()
     if known and kind not in known:
         raise UnsupportedModel(
             f"{what}: transformers {_version()} has no causal LM for model_type {kind[:80]!r}"
@@ -149,36 +168,11 @@ def _check_class(config: Mapping[str, Any], what: str) -> None:
         )
 
 
-def _near(kind: str, known: Mapping[str, str]) -> str:
+def _near(kind: str, known: Collection[str]) -> str:
     import difflib
 
-    close = difflib.get_close_matches(kind, known, n=1)
+    close = difflib.get_close_matches(kind, sorted(known), n=1)
     return f" (it has {close[0]!r})" if close else ""
-
-
-@cache
-def causal_classes() -> dict[str, str]:
-    """Causal LM classes of the installed transformers by model type, read from its source without importing it.
-
-    Empty if it isn't installed here, or holds its list in another way.
-    """
-    found = importlib.util.find_spec("transformers")
-    if found is None or not found.submodule_search_locations:
-        return {}
-    path = Path(found.submodule_search_locations[0]) / "models/auto/modeling_auto.py"
-    tree = ast.parse(path.read_text()) if path.is_file() else ast.Module([], [])
-    for node in tree.body:
-        named = isinstance(node, ast.Assign) and any(
-            isinstance(target, ast.Name) and target.id == "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES" for target in node.targets
-        )
-        if named:
-            pairs = [tuple(item.elts) for item in ast.walk(node) if isinstance(item, ast.Tuple) and len(item.elts) == 2]
-            return {
-                str(key.value): str(value.value if isinstance(value, ast.Constant) else "")
-                for key, value in pairs
-                if isinstance(key, ast.Constant)
-            }
-    return {}
 
 
 def _version() -> str:
@@ -189,8 +183,7 @@ def _version() -> str:
 
 def pad_problem(config: Mapping[str, Any]) -> str | None:
     """Why no embedding can be built with the config's padding token; None if one can."""
-    nested = config.get("text_config")
-    for level in (config, nested if isinstance(nested, dict) else {}):
+    for _, level in _levels(config):
         pad, rows = level.get("pad_token_id"), level.get("vocab_size")
         if type(pad) is int and type(rows) is int and not -rows <= pad < rows:
             return f"pad_token_id: got {pad}, but vocab_size is {rows}; correct config.json, as in the original model"
@@ -199,8 +192,7 @@ def pad_problem(config: Mapping[str, Any]) -> str | None:
 
 def positions(config: Mapping[str, Any]) -> int | None:
     """The number of positions that a config allows, under whatever name; None if it says none."""
-    nested = config.get("text_config")
-    for level in (config, nested if isinstance(nested, dict) else {}):
+    for _, level in _levels(config):
         for name in POSITIONS:
             value = level.get(name)
             if type(value) is int and value > 0:

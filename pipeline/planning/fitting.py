@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from pipeline.planning.sources import PinnedModel
+from workers.spec.auto_classes import is_multimodal
 from workers.spec.formats import FORMATS, group_size_held
 from workers.spec.layers import (
     EXPERT,
@@ -36,10 +38,15 @@ class _Layer:
 
 def model_problem(source: PinnedModel) -> str | None:
     """Why models of this family can't be quantized at all, or None."""
-    reason = source.family.refused
+    family, kind = source.family, source.config.get("model_type")
+    reason = family.refused or (None if is_multimodal(source.config) else family.refused_alone)
+    if not reason and family.package and find_spec(family.package) is None:
+        return (
+            f"model {source.pin.id!r}: model_type {kind!r}: its class needs the package {family.package}, which isn't "
+            f"installed; pip install {family.package} on every node, or leave it out"
+        )
     if not reason:
         return None
-    kind = source.config.get("model_type")
     return f"model {source.pin.id!r}: model_type {kind!r} isn't supported: {reason}; leave it out"
 
 
@@ -67,11 +74,12 @@ def _runtime_problem(
     """The first layer that a runtime which checks the recipe can't read, as a message; or None."""
     first: dict[tuple[Scheme, LayerKinds], str] = {}
     dtype, model_type = loaded_dtype(source.config, source.tensors), str(source.config.get("model_type") or "")
+    multimodal = is_multimodal(source.config)
     whole = LayerKinds(conv1d=source.family.conv1d, dtype=dtype, model_type=model_type)
     if runtimes:  # the formats' own look at each layer by itself
         whole = kinds_of(recipe, source.tensors, conv1d=source.family.conv1d, dtype=dtype, model_type=model_type)
     for layer in layers:
-        kinds = whole._replace(experts=EXPERT.search(layer.name) is not None)
+        kinds = whole._replace(multimodal=multimodal, experts=EXPERT.search(layer.name) is not None)
         first.setdefault((layer.fit.wanted, kinds), layer.name)
     for runtime in checkers(recipe.format, runtimes):
         for (scheme, kinds), name in first.items():

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from pipeline.planning.configs import setting
 from pipeline.planning.sources import PinnedModel
 from workers.spec.engines import ENGINES
 from workers.spec.formats import FORMATS
 from workers.spec.job import Calibration, Stage, Verification
-from workers.spec.layers import EXPERT, LAYER, out_in_shape, quantizable, scheme_for
+from workers.spec.layers import EXPERT, LAYER, layer_of, out_in_shape, quantizable, scheme_for
 from workers.spec.recipes import Recipe
 from workers.spec.runtimes import Runtime, checkers
 from workers.spec.split import gathered_bytes
@@ -141,7 +142,7 @@ class Estimates:
 
 def alike(source: PinnedModel) -> tuple[object, ...]:
     """Cache key: sources with equal keys share estimates and fit the same recipes. Tensors compare by identity."""
-    return id(source.tensors), *(str(source.config.get(name)) for name in CONFIG)
+    return id(source.tensors), *(str(setting(source.config, name)) for name in CONFIG)
 
 
 def deadline_seconds(stage: Stage, source_bytes: int, work: int, cpus: int, gpus: int) -> float:
@@ -161,7 +162,8 @@ def _calibration_tokens(recipe: Recipe, calibration: Calibration | None) -> int:
 
 
 def _size(source: PinnedModel, *names: str) -> int:
-    return next((int(value) for name in names if isinstance(value := source.config.get(name), int)), 0)
+    values = (setting(source.config, name) for name in names)
+    return next((int(value) for value in values if isinstance(value, int)), 0)
 
 
 def _in_features(tensor: TensorHeader, source: PinnedModel) -> int:
@@ -181,7 +183,7 @@ def _in_one_file(tensor: TensorHeader, source: PinnedModel) -> tuple[str, tuple[
     """A tensor as ``Format.file_bytes`` takes it; vectors are stored in float32."""
     if len(tensor.shape) != 2:
         return tensor.name, (1, tensor.numel), 4 * tensor.numel
-    conv1d = source.family.conv1d and LAYER.search(tensor.name) is not None
+    conv1d = source.family.conv1d and layer_of(tensor.name) is not None
     return tensor.name, out_in_shape(tensor, conv1d=conv1d), tensor.bytes
 
 
@@ -217,11 +219,11 @@ def _shape(tensors: _Same) -> Shape:
     outside: list[TensorHeader] = []
     layers: dict[str, list[TensorHeader]] = defaultdict(list)
     for tensor in tensors.tensors:
-        match = LAYER.search(tensor.name)
-        if match is None:
+        number = layer_of(tensor.name)
+        if number is None:
             outside.append(tensor)
         else:
-            layers[match.group(1)].append(tensor)
+            layers[number].append(tensor)
     kinds: dict[tuple[tuple[str, tuple[int, ...], str], ...], list[tuple[TensorHeader, ...]]] = defaultdict(list)
     for layer in layers.values():
         # Compare tensors by the part of the name after the layer's number.

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers as tf
 from torch import Tensor
 
-from tests.walk.smallest import VOCABULARY, load_plain, save_smallest
+from pipeline.planning.fitting import model_problem
+from pipeline.planning.sources import resolve
+from pipeline.zoo.zoo import ModelEntry
+from tests.walk.smallest import VOCABULARY, load_plain, loader, save_smallest
 from tests.workers.families import save_tokenizer
 from tests.workers.jobs import job, recipe
 from workers.checkpoint.source import Source
@@ -19,6 +23,7 @@ from workers.model.forward import LogitsHead, stream
 from workers.model.loading import StreamedModel, find_layers
 from workers.quantize.one_pass import quantize
 from workers.spec.job import ArtifactMade, Job
+from workers.spec.layers import quantizable
 from workers.spec.workspace import artifact_folder, folds_folder
 from workers.verify.activations import rounded_inputs
 
@@ -49,16 +54,19 @@ def tokens() -> list[Tensor]:
     return [torch.randint(4, VOCABULARY // 4, (2, 24), generator=generator) for _ in range(2)]
 
 
-def check(model_type: str, folder: Path) -> Outcome:
-    """Take the smallest model of a family all the way.
+def check(model_type: str, folder: Path, *, multimodal: bool = False, planned: bool = True) -> Outcome:
+    """Take the smallest model of a family all the way; past the plan's refusal, if it isn't ``planned``.
 
     Raises:
         AssertionError, QuantmillError, or whatever the library raises: where it doesn't get there.
     """
     model = folder / "model"
-    save_smallest(model_type, model)
+    auto = loader(model_type, multimodal=multimodal)
+    save_smallest(model_type, model, multimodal=multimodal)
     save_tokenizer(model, VOCABULARY)
-    share = check_stream(model)
+    if planned:
+        check_plan(model)
+    share = check_stream(model, auto)
     for scheme in (PACKED, PLAIN):
         of = job(
             model,
@@ -70,7 +78,7 @@ def check(model_type: str, folder: Path) -> Outcome:
         refused = [a.error.message for a in made if a.error and a.error.kind == "UnsupportedRecipe"]
         if not refused:
             for artifact, order in zip(made, of.orders, strict=True):
-                check_artifact(artifact, artifact_folder(of.workspace, order))
+                check_artifact(artifact, artifact_folder(of.workspace, order), auto)
             return Outcome(share, scheme is PACKED, folds=_folded_layers(of))
         assert len(refused) == len(made), refused
     return Outcome(share, False, refused[0])
@@ -80,9 +88,23 @@ def _folded_layers(of: Job) -> int:
     return len(list(folds_folder(artifact_folder(of.workspace, of.orders[1])).glob("*.safetensors")))
 
 
-def check_stream(model: Path) -> float:
+def check_plan(model: Path) -> None:
+    """The plan takes it, and counts those tensors as layers' that the worker quantizes."""
+    source = resolve(ModelEntry(id=str(model)), model.parent)
+    assert model_problem(source) is None, model_problem(source)
+    plain = recipe(name="walk-plain", method="rtn", scheme=PACKED, ignore=[])
+    planned = {tensor.name for tensor in source.tensors if quantizable(tensor, plain)}
+    with Source(model) as opened:
+        streamed = StreamedModel(model, opened, dtype=torch.float32)
+        missed = {weight.key for weight in streamed.weights} - planned
+        beside = planned & set(streamed.outside_keys)
+    assert not missed, f"the plan doesn't count {sorted(missed)[:3]}"
+    assert not beside, f"the plan counts {sorted(beside)[:3]}, which belong to no layer"
+
+
+def check_stream(model: Path, auto: Any = tf.AutoModelForCausalLM) -> float:
     """Streamed logits are the plain ones; which share of the layers' matrices can be quantized."""
-    plain = load_plain(model)
+    plain = load_plain(model, auto)
     with torch.inference_mode():
         expected = [plain(input_ids=batch, use_cache=False).logits for batch in tokens()]
     assert all(bool(want.isfinite().all()) and want.std() > 1e-3 for want in expected), "the model itself is no good"
@@ -105,7 +127,7 @@ def _quantizable_share(streamed: StreamedModel) -> float:
     return sum(sizes[weight.key] for weight in streamed.weights) / sum(sizes.values())
 
 
-def check_artifact(made: ArtifactMade, place: Path) -> None:
+def check_artifact(made: ArtifactMade, place: Path, auto: Any = tf.AutoModelForCausalLM) -> None:
     """transformers loads what was made, with nothing missing or left over, and computes what we decode."""
     assert made.error is None, made.error
     with open_decoded(place) as decoded:
@@ -115,7 +137,7 @@ def check_artifact(made: ArtifactMade, place: Path) -> None:
         with rounded_inputs(streamed, decoded):
             hidden = stream(streamed, tokens())
         ours = [head.logits(states) for states in hidden]
-    theirs, info = tf.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+    theirs, info = auto.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
     found = {kind: keys for kind, keys in info.items() if keys}
     assert found == {}, str(found)[:300]
     if hasattr(theirs, "set_experts_implementation"):

@@ -1,4 +1,4 @@
-"""The smallest random model of each family that transformers knows as a causal LM.
+"""The smallest random model of each family that transformers knows as a causal LM, or as a multimodal one.
 
 A config class's own defaults are shrunk by the names of their fields; OVERRIDES says where that doesn't do.
 """
@@ -12,7 +12,13 @@ import torch
 import transformers as tf
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
+
+from tests.walk.multimodal import OVERRIDES as MULTIMODAL
 
 VOCABULARY = 256
 # No model of the walk may be larger: one that is hasn't been shrunk.
@@ -158,14 +164,23 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def families() -> list[str]:
-    """Every model type of transformers' mapping of causal language models."""
-    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+def families(*, multimodal: bool = False) -> list[str]:
+    """Every model type of transformers' mapping of causal, or of multimodal language models."""
+    return list(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES if multimodal else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def smallest_config(model_type: str) -> tf.PretrainedConfig:
+def loader(model_type: str, *, multimodal: bool) -> Any:
+    """The auto class that publishers' models of a type are loaded with."""
+    if not multimodal:
+        return tf.AutoModelForCausalLM
+    pictures = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return tf.AutoModelForImageTextToText if pictures else tf.AutoModelForMultimodalLM
+
+
+def smallest_config(model_type: str, *, multimodal: bool = False) -> tf.PretrainedConfig:
     """A config of the family with few layers of each kind, few heads, narrow matrices."""
-    return _shrunk(CONFIG_MAPPING[model_type], OVERRIDES.get(model_type, {}))
+    given = OVERRIDES.get(model_type, {}) | (MULTIMODAL.get(model_type, {}) if multimodal else {})
+    return _shrunk(CONFIG_MAPPING[model_type], given)
 
 
 def _shrunk(kind: type[tf.PretrainedConfig], overrides: dict[str, Any]) -> tf.PretrainedConfig:
@@ -215,14 +230,14 @@ def _first_of_each(entries: list[tuple[str, ...]]) -> list[int]:
     return chosen
 
 
-def save_smallest(model_type: str, folder: Path) -> None:
+def save_smallest(model_type: str, folder: Path, *, multimodal: bool = False) -> None:
     """Save the family's smallest model with random weights: matrices that keep the scale, norms away from 1."""
-    config = smallest_config(model_type)
+    config, auto = smallest_config(model_type, multimodal=multimodal), loader(model_type, multimodal=multimodal)
     with torch.device("meta"):
-        count = sum(p.numel() for p in tf.AutoModelForCausalLM.from_config(config).parameters())
+        count = sum(p.numel() for p in auto.from_config(config).parameters())
     assert count <= MOST_PARAMETERS, f"{model_type}: {count} parameters; shrink it by an entry in OVERRIDES"
     torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = auto.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -232,9 +247,9 @@ def save_smallest(model_type: str, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def load_plain(folder: Path, **arguments: Any) -> Any:
+def load_plain(folder: Path, auto: Any = tf.AutoModelForCausalLM, **arguments: Any) -> Any:
     """The model as transformers' plain loading gives it back."""
-    plain = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **arguments)
+    plain = auto.from_pretrained(folder, dtype=torch.float32, **arguments)
     if hasattr(plain, "set_experts_implementation"):
         plain.set_experts_implementation("eager")
     return plain.eval()

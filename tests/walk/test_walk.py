@@ -1,7 +1,10 @@
-"""Every causal language model of transformers, all the way: the most used in every run, the others by `make walk`."""
+"""Every causal and multimodal language model of transformers, all the way: the most used in every run, the others by
+`make walk`.
+"""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -34,10 +37,7 @@ MOST = 0.9
 # What breaks when one that is refused is taken all the way.
 BREAKS = {
     "bailing_hybrid": "automatic conversion of the weights",
-    "dots3_note": "'num_attention_heads' is a per-layer attribute",
-    "dots3_note_text": "'num_attention_heads' is a per-layer attribute",
     "emu3": "Unrecognized configuration class .*Emu3TextConfig",
-    "gemma3n": "requires the timm library",
     "gemma4_assistant": "layer types producing a cache is different",
     "gemma4_unified_assistant": "layer types producing a cache is different",
     "hrm_text": "its forward comes to a layer again after the last",
@@ -58,23 +58,44 @@ NO_DEFAULT = (
     "qwen4_exp", "qwen4_exp_text", "reformer",
 )  # fmt: skip
 
-REFUSED = {name for name, family in FAMILIES.items() if family.refused}
+# Refused as a whole, or as a text model alone; and those whose class imports a package that isn't here.
+REFUSED_ALWAYS = {name for name, family in FAMILIES.items() if family.refused}
+REFUSED_ALONE = {name for name, family in FAMILIES.items() if family.refused_alone}
+PACKAGE_MISSING = {name for name, row in FAMILIES.items() if row.package and find_spec(row.package) is None}
+# Multimodal ones in every run; the others by `make walk`.
+MOST_USED_MULTIMODAL = ("gemma3", "qwen2_5_vl", "qwen3_vl", "qwen3_5_moe", "llava", "mistral3", "kimi_k25")
+# All experts of a layer in one tensor, as in MOSTLY_KEPT.
+MULTIMODAL_MOSTLY_KEPT = {
+    "aria": 0.27, "inkling2": 0.26, "mistral4": 0.35, "muse_spark": 0.33, "qwen3_vl_moe": 0.20, "glm5_next": 0.84,
+    "step3p7": 0.86,
+}  # fmt: skip
 
 
-def supported() -> list[str]:
+def refused() -> set[str]:
+    """Causal LMs that the plan refuses."""
     from tests.walk.smallest import families
 
-    return [family for family in families() if family not in REFUSED]
+    return (REFUSED_ALWAYS | REFUSED_ALONE | PACKAGE_MISSING) & set(families())
+
+
+def supported(*, multimodal: bool = False) -> list[str]:
+    from tests.walk.smallest import families
+
+    without = REFUSED_ALWAYS | PACKAGE_MISSING | (set() if multimodal else REFUSED_ALONE)
+    return [family for family in families(multimodal=multimodal) if family not in without]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """The most used families; the others, whose names transformers has, only where the walk is asked for."""
-    if "family" not in metafunc.fixturenames or metafunc.definition.get_closest_marker("parametrize"):
+    if metafunc.definition.get_closest_marker("parametrize"):
         return
     asked = metafunc.config.option.markexpr.replace("not walk", "")
-    names = supported() if "walk" in asked or not metafunc.config.option.markexpr else MOST_USED
-    marks = {name: () if name in MOST_USED else pytest.mark.walk for name in names}
-    metafunc.parametrize("family", [pytest.param(name, marks=marks[name]) for name in names])
+    everything = "walk" in asked or not metafunc.config.option.markexpr
+    for fixture, most in (("family", MOST_USED), ("multimodal_family", MOST_USED_MULTIMODAL)):
+        if fixture in metafunc.fixturenames:
+            names = supported(multimodal=most is MOST_USED_MULTIMODAL) if everything else most
+            marks = {name: () if name in most else pytest.mark.walk for name in names}
+            metafunc.parametrize(fixture, [pytest.param(name, marks=marks[name]) for name in names])
 
 
 def test_a_family_goes_all_the_way(family: str, tmp_path: Path) -> None:
@@ -93,6 +114,17 @@ def test_a_family_goes_all_the_way(family: str, tmp_path: Path) -> None:
     assert (outcome.folds == 0) == (family in NO_PAIRS)
 
 
+def test_a_multimodal_family_goes_all_the_way(multimodal_family: str, tmp_path: Path) -> None:
+    from tests.walk.check import check
+
+    outcome = check(multimodal_family, tmp_path, multimodal=True)
+    assert outcome.refused == ""
+    if multimodal_family in MULTIMODAL_MOSTLY_KEPT:
+        assert outcome.share == pytest.approx(MULTIMODAL_MOSTLY_KEPT[multimodal_family], abs=0.01)
+    else:
+        assert outcome.share > MOST
+
+
 def test_the_smallest_model_has_every_kind_of_layer(family: str) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -108,20 +140,21 @@ def test_the_smallest_model_has_every_kind_of_layer(family: str) -> None:
 
 
 @pytest.mark.walk
-@pytest.mark.parametrize("family", sorted(REFUSED))
+@pytest.mark.parametrize("family", sorted(BREAKS))
 def test_a_refused_family_breaks_where_its_reason_says(family: str, tmp_path: Path) -> None:
     from tests.walk.check import check
 
     with pytest.raises(Exception, match=f"(?s){BREAKS[family]}"):
-        check(family, tmp_path)
+        check(family, tmp_path, planned=False)
 
 
 def test_every_family_is_either_supported_or_refused_with_a_reason() -> None:
     from tests.walk.smallest import families
 
     known = families()
-    assert set(known) >= REFUSED
-    assert set(BREAKS) == REFUSED
+    assert {*known, *families(multimodal=True)} >= REFUSED_ALWAYS | REFUSED_ALONE
+    assert set(BREAKS) == refused() - PACKAGE_MISSING
+    assert set(MOST_USED_MULTIMODAL) | set(MULTIMODAL_MOSTLY_KEPT) <= set(supported(multimodal=True))
     assert {*MOST_USED, *CONV1D, *NO_PAIRS, *NOT_PACKED, *MOSTLY_KEPT, *NO_DEFAULT} <= set(supported())
     assert len(MOST_USED) >= 30
     assert len(supported()) - len(CONV1D) >= 100

@@ -48,14 +48,15 @@ class Plan:
     unquantized: tuple[str, ...]
 
 
-def plan(model: PreTrainedModel, recipe: BitsAndBytesRecipe) -> Plan:
-    """Determine which modules of ``model`` (on the meta device, not modified) the library converts.
+def plan(streamed: StreamedModel, recipe: BitsAndBytesRecipe) -> Plan:
+    """Determine which modules of the model (on the meta device, not modified) the library converts.
 
-    The library's own default always applies: the output head and tied weights stay. Modules that the recipe ignores in
-    addition are in ``skipped``.
+    The library's own default always applies: the output head and tied weights stay. What the recipe ignores in
+    addition, and what belongs to no decoder layer (towers of multimodal models), is in ``skipped``.
     """
+    model, inside = streamed.model, {weight.input.module for weight in streamed.weights}
     converted = _converted(model, recipe, None)
-    ignored = {name for name in converted if recipe.ignores(name)}
+    ignored = {name for name in converted if name not in inside or recipe.ignores(name)}
     skipped: tuple[str, ...] | None = None
     if ignored:
         skipped = tuple(sorted(ignored | set(get_keys_to_not_convert(model))))
@@ -156,7 +157,7 @@ class BitsAndBytesMaker(Maker):
         recipe = order.recipe
         assert isinstance(recipe, BitsAndBytesRecipe)
         self._recipe = recipe
-        self._plan = plan(streamed.model, recipe)
+        self._plan = plan(streamed, recipe)
         self._modules = {weight.key: weight.input.module for weight in streamed.weights}
         if not self._plan.converted:
             raise UnsupportedRecipe(

@@ -51,8 +51,14 @@ class StoredMaker(Maker):
     def quantization_config(self) -> dict[str, Any]:
         """The quantization config as the format defines it."""
         conv1d = [self._weights[key].module for key in self._schemes if self._weights[key].transposed]
+        in_model = {
+            weight.module: weight.input.module
+            for key, weight in self._weights.items()
+            # Experts are one module in the model, whatever they are called in the checkpoint.
+            if key in self._schemes and weight.input.expert is None and weight.input.module != weight.module
+        }
         by_module, others = self._by_stored_module(), self._unquantized_modules()
-        return self._config(by_module, others, conv1d, runtimes=self.order.runtimes)
+        return self._config(by_module, others, conv1d, self.order.runtimes, in_model)
 
     def _by_stored_module(self) -> dict[str, LinearScheme]:
         """The schemes by the modules' names in the artifact.

@@ -66,7 +66,7 @@ def _layout_again(recipe: Recipe, streamed: StreamedModel) -> dict[str, Scheme]:
     if isinstance(recipe, BitsAndBytesRecipe):
         from workers.engines import bitsandbytes
 
-        converted = bitsandbytes.plan(streamed.model, recipe).converted
+        converted = bitsandbytes.plan(streamed, recipe).converted
         modules = [w.module for w in streamed.weights if w.input.module in converted]
         return dict.fromkeys(modules, recipe.scheme)
     from workers.methods.schemes import schemes_of

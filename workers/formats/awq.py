@@ -14,7 +14,7 @@ from torch import Tensor
 
 from workers.checkpoint.source import Header, Source
 from workers.errors import NumericalError, UnsupportedRecipe
-from workers.formats.decoder import Decoder
+from workers.formats.decoder import NO_NAMES, Decoder
 from workers.formats.gptq import one_block, one_scheme
 from workers.numerics.codes import CodedWeight, IntWeight
 from workers.numerics.packing import pack, unpack
@@ -98,6 +98,7 @@ def quantization_config(
     unquantized: Iterable[str],
     conv1d: Iterable[str] = (),
     runtimes: Iterable[str] = (),
+    in_model: Mapping[str, str] = NO_NAMES,
 ) -> dict[str, Any]:
     """Return the ``quantization_config`` of config.json; arguments as in ``formats.gptq``.
 

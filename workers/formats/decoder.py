@@ -10,6 +10,8 @@ from torch import Tensor
 from workers.checkpoint.source import Header, TensorSource
 from workers.numerics.codes import IntWeight
 
+NO_NAMES: Mapping[str, str] = {}
+
 
 @dataclass(frozen=True)
 class Decoder:

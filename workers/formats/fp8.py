@@ -15,7 +15,7 @@ from torch import Tensor
 from workers.checkpoint.source import Header, Source
 from workers.errors import CheckpointError, UnsupportedRecipe
 from workers.formats.compressed_tensors.config import EXPERT, some
-from workers.formats.decoder import Decoder
+from workers.formats.decoder import NO_NAMES, Decoder
 from workers.numerics import activations, fp8
 from workers.numerics.codes import CodedWeight, Float8Weight
 from workers.spec.formats import FP8, others_that_hold
@@ -118,6 +118,7 @@ def quantization_config(
     unquantized: Iterable[str],
     conv1d: Iterable[str] = (),
     runtimes: Iterable[str] = (),
+    in_model: Mapping[str, str] = NO_NAMES,
 ) -> dict[str, Any]:
     """Return the ``quantization_config`` of config.json.
 

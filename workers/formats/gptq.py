@@ -19,7 +19,7 @@ from torch import Tensor
 from workers.checkpoint.source import Header, Source
 from workers.errors import NumericalError, UnsupportedRecipe
 from workers.formats.compressed_tensors.module import check_words, some
-from workers.formats.decoder import Decoder
+from workers.formats.decoder import NO_NAMES, Decoder
 from workers.numerics.codes import CodedWeight, IntWeight
 from workers.numerics.packing import pack_gptq, unpack_gptq
 from workers.spec.formats import (
@@ -119,16 +119,19 @@ class Version:
         unquantized: Iterable[str],
         conv1d: Iterable[str] = (),
         runtimes: Iterable[str] = (),
+        in_model: Mapping[str, str] = NO_NAMES,
     ) -> dict[str, Any]:
         """Return the ``quantization_config`` of config.json.
 
-        All names are modules of the transformers model. ``schemes`` is each quantized module's scheme, fallbacks
-        included; ``unquantized`` are the other Linear modules; ``conv1d`` are those of ``schemes`` that are Conv1D.
+        ``schemes`` is each quantized module's scheme, fallbacks included; ``unquantized`` are the other Linear modules;
+        ``conv1d`` are those of ``schemes`` that are Conv1D; ``in_model`` has the names in the model, by which
+        transformers finds them, of those whose names in the checkpoint differ.
 
         Raises:
             UnsupportedRecipe: there are Conv1D modules, quantized experts, modules outside of the decoder layers or
                 with different schemes, or a scheme that gptqmodel computes wrongly.
         """
+        schemes = {in_model.get(name, name): scheme for name, scheme in schemes.items()}
         scheme = one_scheme(GPTQ.name, schemes)
         blocks = one_block(GPTQ.name, schemes, conv1d, runtimes)
         inside = sorted({name for name in unquantized if _block(name) == blocks})

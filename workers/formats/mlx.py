@@ -18,7 +18,7 @@ from torch import Tensor
 from workers.checkpoint.source import Header, Source
 from workers.errors import CheckpointError, NumericalError, UnsupportedRecipe
 from workers.formats.compressed_tensors.config import some
-from workers.formats.decoder import Decoder
+from workers.formats.decoder import NO_NAMES, Decoder
 from workers.numerics import microscaling
 from workers.numerics.codes import CodedWeight, Float4Weight, IntWeight
 from workers.numerics.packing import WORD, pack, unpack
@@ -60,6 +60,7 @@ def quantization_config(
     unquantized: Iterable[str],
     conv1d: Iterable[str] = (),
     runtimes: Iterable[str] = (),
+    in_model: Mapping[str, str] = NO_NAMES,
 ) -> dict[str, Any]:
     """The ``quantization_config`` of config.json, which mlx-lm calls ``quantization``: the settings of most layers, and
     under their names those of the others.

@@ -14,7 +14,7 @@ from torch import Tensor
 from workers.checkpoint.source import Source
 from workers.formats import awq, fp8, gguf, gptq, mlx
 from workers.formats.compressed_tensors import module as compressed_tensors
-from workers.formats.decoder import Decoder
+from workers.formats.decoder import NO_NAMES, Decoder
 from workers.numerics.codes import CodedWeight
 from workers.spec import formats as rows
 from workers.spec.schemes import LinearScheme
@@ -36,12 +36,14 @@ class Configure(Protocol):
         unquantized: Iterable[str],
         conv1d: Iterable[str] = (),
         runtimes: Iterable[str] = (),
+        in_model: Mapping[str, str] = NO_NAMES,
     ) -> dict[str, Any]:
         """The ``quantization_config``.
 
         ``schemes`` is each quantized module's scheme, fallbacks included; ``unquantized`` are the other Linear modules
         (where a module and its checkpoint key differ in name, both names); ``conv1d`` are those of ``schemes`` that are
-        transformers' Conv1D; ``runtimes`` are those that a zoo names to check the artifact, none: the format's own.
+        transformers' Conv1D; ``runtimes`` are those that a zoo names to check the artifact, none: the format's own;
+        ``in_model`` has the names in the model of those of ``schemes`` whose names in the checkpoint differ.
 
         Raises:
             UnsupportedRecipe: modules that the format, or the runtime that checks it, doesn't support.

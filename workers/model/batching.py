@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -30,10 +31,15 @@ def bytes_per_token(streamed: StreamedModel, sequence_length: int) -> int:
     for weight in streamed.weights:
         if weight.input.expert in (None, 0):
             widths[weight.layer] = widths.get(weight.layer, 0) + sum(weight.shape_OI)
-    config = streamed.model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", 1) or 1
-    scores = 2 * (heads if isinstance(heads, int) else max(heads)) * sequence_length
+    scores = 2 * _heads(streamed.model.config.get_text_config()) * sequence_length
     return math.ceil(4 * (max(widths.values(), default=1) + scores))
+
+
+def _heads(config: Any) -> int:
+    """The largest number of attention heads of a text model's layers, which some configs give for each."""
+    layers = getattr(config, "per_layer_config", None) or (config,)
+    given = [getattr(layer, "num_attention_heads", None) or 1 for layer in layers]
+    return max(count if isinstance(count, int) else max(count) for count in given)
 
 
 def halved(tokens: int, sequence_length: int) -> int | None:

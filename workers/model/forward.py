@@ -316,16 +316,17 @@ class LogitsHead:
 
     def logits(self, hidden_BTH: Tensor) -> Tensor:
         """Logits [B, T, V] of the decoder's output [B, T, hidden], bit-identical to those of the whole forward."""
-        model, name = self._streamed.model, self._streamed.base_name
-        base = model._modules[name]
+        model, (outer, _, name) = self._streamed.model, self._streamed.base_name.rpartition(".")
+        around = model.get_submodule(outer)
+        base = around._modules[name]
         hidden = hidden_BTH.to(self._streamed.device)
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-        model._modules[name] = _Replay(hidden, base)
+        around._modules[name] = _Replay(hidden, base)
         try:
             with torch.inference_mode():
                 logits: Tensor = model(input_ids=tokens, use_cache=False).logits
         finally:
-            model._modules[name] = base
+            around._modules[name] = base
         return logits
 
 

@@ -7,6 +7,7 @@ fails loudly when they move.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from workers.checkpoint.source import Header, TensorSource
 from workers.errors import CheckpointError, UnsupportedModel
 from workers.model.buffers import make_buffers
 from workers.model.cut import first_layers
+from workers.spec.auto_classes import loader_of
 from workers.spec.families import family_of
 
 
@@ -105,14 +107,24 @@ class StreamedModel:
 
     @property
     def base_name(self) -> str:
-        """The model's attribute that holds its decoder; a few classes have a wrong ``base_model_prefix``."""
+        """The name of the module that is the decoder without its head.
+
+        A few classes have a wrong ``base_model_prefix``. Some multimodal ones hold a whole causal LM, head and all.
+        """
         prefix: str = self.model.base_model_prefix
-        return prefix if hasattr(self.model, prefix) else self.layers_name.partition(".")[0]
+        name = prefix if hasattr(self.model, prefix) else self.layers_name.partition(".")[0]
+        while True:
+            module = self.model.get_submodule(name)
+            inner = f"{name}.{getattr(module, 'base_model_prefix', '')}"
+            get_head = getattr(module, "get_output_embeddings", None)
+            if get_head is None or get_head() is None or not self.layers_name.startswith(f"{inner}."):
+                return name
+            name = inner
 
     @property
     def base(self) -> nn.Module:
         """The decoder without its head: the streamed part."""
-        module: nn.Module = getattr(self.model, self.base_name)
+        module: nn.Module = self.model.get_submodule(self.base_name)
         return module
 
     @property
@@ -222,15 +234,25 @@ def build_on_meta(folder: Path, dtype: torch.dtype, trust_remote_code: bool = Fa
         # A quantized checkpoint is decoded before its tensors get here.
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        loader = getattr(transformers, family_of(config.model_type).loader)
+        loader = getattr(transformers, loader_of(read_config(folder)))
         with torch.device("meta"):
             model = loader.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, ImportError, OSError) as error:
-        raise UnsupportedModel(f"model {folder.name!r}: transformers builds no causal LM of it ({error})") from error
+        raise UnsupportedModel(f"model {folder.name!r}: transformers builds no model of it ({error})") from error
     if hasattr(model, "set_experts_implementation"):
         # The eager implementation multiplies expert by expert, so that each expert's input can be observed.
         model.set_experts_implementation("eager")
     return model.eval()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of a checkpoint's config.json.
+
+    Raises:
+        OSError, ValueError: there is none, or it is no JSON.
+    """
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
 
 
 def find_layers(model: nn.Module) -> tuple[str, list[nn.Module]]:

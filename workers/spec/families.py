@@ -1,7 +1,7 @@
 """The table of model families with special handling, by the ``model_type`` of config.json.
 
-Refused families are causal LMs of transformers that failed the walk: tests/walk runs the smallest model of every family
-through all stages, and fails if a refused family passes.
+Refused families are causal or multimodal LMs of transformers that failed the walk: tests/walk runs the smallest model
+of every family through all stages, and fails if a refused family passes.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ DEFAULT_LOADER = "AutoModelForCausalLM"
 class Family:
     """One model family.
 
-    ``refused`` is the reason why it can't be quantized. ``loader`` is the class of transformers that builds it, and
-    ``text_prefix`` the module that holds its text part, empty if that is the whole model. ``conv1d``: its linear layers
-    are Conv1D, stored (in, out).
+    ``refused`` is the reason why it can't be quantized, ``refused_alone`` the one why its text part alone can't, which
+    AutoModelForCausalLM builds; ``package`` is one that its class imports beside transformers. ``loader`` is the class
+    of transformers that builds it, and ``text_prefix`` the module that holds its text part, empty if that is the whole
+    model. ``conv1d``: its linear layers are Conv1D, stored (in, out).
     """
 
     refused: str | None = None
+    refused_alone: str | None = None
+    package: str | None = None
     loader: str = DEFAULT_LOADER
     text_prefix: str = ""
     conv1d: bool = False
@@ -34,28 +37,59 @@ _SPLIT_EXPERTS = (
     "checkpoints hold as one tensor"
 )
 _OTHER_MODEL = "it drafts on the keys and values of another model; transformers 5.23 builds no model of it alone"
-_HEADS = "the number of its heads differs by layer, and quantmill can't tell how much memory its layers take"
 _COMPOSITE = "AutoModelForCausalLM can't be built of its composite config"
+
+_NEEDS_A_PICTURE = "its forward needs a picture, and is calibrated and measured on text"
+_ENCODER = "its decoder reads what an encoder of pictures or of another text hands it"
+_CONVERSION = "transformers 5.23 fails to convert the weights when a quantized checkpoint of it is loaded"
+_NO_FORWARD = "its class has no forward of its own; its thinker, a model_type of its own, is supported"
 
 FAMILIES: dict[str, Family] = {
     "bailing_hybrid": Family(refused=_FUSED_CONVOLUTIONS),
-    "dots3_note": Family(refused=_HEADS),
-    "dots3_note_text": Family(refused=_HEADS),
-    "emu3": Family(refused=_TEXT_PART),
-    "gemma3n": Family(
-        refused="its class needs the package timm, for images; gemma3n_text, the text model alone, is supported"
+    "blip": Family(refused=_NEEDS_A_PICTURE),
+    "blip-2": Family(refused=_NEEDS_A_PICTURE),
+    "diffusion_gemma": Family(refused="it writes a block of tokens at once, by diffusion, not one after the other"),
+    "emu3": Family(refused_alone=_TEXT_PART),
+    "ernie4_5_vl_moe": Family(
+        refused="its checkpoints hold the experts for text and those for pictures in one series, of two tensors"
     ),
+    "evolla": Family(refused="transformers 5.23 lists it as a multimodal model, but builds none of its config"),
+    "fast_vlm": Family(package="timm"),
+    "florence2": Family(refused=_ENCODER),
+    "gemma3n": Family(package="timm"),
     "gemma4_assistant": Family(refused=_OTHER_MODEL),
     "gemma4_unified_assistant": Family(refused=_OTHER_MODEL),
+    "glm5_next": Family(refused=_CONVERSION),
     "hrm_text": Family(refused="its forward runs the same layers several times"),
+    "idefics": Family(refused=_NEEDS_A_PICTURE),
+    "inkling_mm_model": Family(package="scipy"),
+    "instructblip": Family(refused=_NEEDS_A_PICTURE),
+    "instructblipvideo": Family(refused=_NEEDS_A_PICTURE),
     "kimi_linear": Family(refused=_FUSED_CONVOLUTIONS),
+    "kosmos-2": Family(refused=_NEEDS_A_PICTURE),
+    "kosmos-2.5": Family(refused=_NEEDS_A_PICTURE),
+    "kyutai_speech_to_text": Family(refused="it reads codes of sound beside each token of text"),
     "llama4": Family(refused=_SPLIT_EXPERTS),
     "llama4_text": Family(refused=_SPLIT_EXPERTS),
-    "mllama": Family(refused=_TEXT_PART),
+    "minimax_m3_vl": Family(refused=_CONVERSION),
+    "mllama": Family(refused_alone=_TEXT_PART),
     "musicgen": Family(refused=_COMPOSITE),
     "musicgen_melody": Family(refused=_COMPOSITE),
+    "nemo_speechlm": Family(refused="transformers 5.23 doesn't load what it saves of it: sizes differ"),
     "olmo_hybrid": Family(refused=_FUSED_CONVOLUTIONS),
+    "perception_lm": Family(package="timm"),
+    "pi0": Family(refused="it moves a robot: its forward needs the state of one"),
+    "pix2struct": Family(refused=_ENCODER),
+    "pp_formulanet": Family(refused=_ENCODER),
     "prophetnet": Family(refused="its forward predicts several tokens at once, from streams of its own"),
+    "qianfan_ocr": Family(refused=_CONVERSION),
+    "qwen2_5_omni": Family(refused=_NO_FORWARD),
+    "qwen3_omni_moe": Family(refused=_NO_FORWARD),
+    "shieldgemma2": Family(refused="it classifies pictures by a model that transformers 5.23 saves under other names"),
+    "t5gemma2": Family(refused=_ENCODER),
+    "udop": Family(refused=_ENCODER),
+    "vision-encoder-decoder": Family(refused=_ENCODER),
+    "voxtral_realtime": Family(refused="its forward needs a stream of sound"),
     "zamba": Family(refused=_SHARED_BLOCK),
     "zamba2": Family(refused=_SHARED_BLOCK),
     "gpt2": Family(conv1d=True),

@@ -266,6 +266,18 @@ class SourceCheck(Frozen):
     host_bytes: int = Field(0, description="Peak of the process that loaded it; 0 if that was in an earlier stage.")
 
 
+class PictureCheck(Frozen):
+    """Agreement between a multimodal artifact and its source on a prompt with a picture, both in transformers."""
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
+    version: str = Field("", description="Of transformers.")
+    kl_mean: float = Field(0.0, description="Nats, over the tokens after the picture.")
+    top1_agreement: float = 0.0
+    tokens: int = 0
+    unchecked: str = Field("", description="Why no picture was shown to it; empty if one was.")
+
+
 class Outcome(StrEnum):
     """A verdict's outcome: accepted; broken or worse than allowed; implausibly good, or evaluated on too few tokens; or
     undecidable here (a runtime isn't installed, or the sample is too small). Only accepted artifacts are published."""
@@ -287,6 +299,7 @@ class ReasonCode(StrEnum):
     PERPLEXITY = "perplexity"
     EVAL_TOKENS = "eval-tokens"
     RUNTIME_LOGITS = "runtime-logits"
+    PICTURE = "picture"
     UNSAID = "unsaid"
 
     @property
@@ -295,7 +308,9 @@ class ReasonCode(StrEnum):
         return self in _BY_THRESHOLD
 
 
-_BY_THRESHOLD = frozenset({ReasonCode.KL, ReasonCode.TOP1, ReasonCode.PERPLEXITY, ReasonCode.RUNTIME_LOGITS})
+_BY_THRESHOLD = frozenset(
+    {ReasonCode.KL, ReasonCode.TOP1, ReasonCode.PERPLEXITY, ReasonCode.RUNTIME_LOGITS, ReasonCode.PICTURE}
+)
 
 
 class Generation(Frozen):
@@ -322,6 +337,7 @@ class Verdict(Frozen):
     other_runtimes: tuple[RuntimeAgreement, ...] = Field(
         (), description="Agreement with further runtimes, where a zoo names several; `runtime` is the first."
     )
+    picture: PictureCheck | None = Field(None, description="Of multimodal models alone.")
 
     @property
     def runtimes(self) -> tuple[RuntimeAgreement, ...]:
@@ -339,9 +355,9 @@ class Verdict(Frozen):
 
     @model_serializer(mode="wrap")
     def _without_empty_codes(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit empty codes and further runtimes, so that manifests have the same bytes as before those were added."""
+        """Omit what is empty of codes, further runtimes and pictures: manifests keep the bytes of before those."""
         content: dict[str, Any] = serialize(self)
-        for name in ("codes", "other_runtimes"):
+        for name in ("codes", "other_runtimes", "picture"):
             if not getattr(self, name):
                 content.pop(name, None)
         return content

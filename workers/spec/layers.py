@@ -16,8 +16,15 @@ from workers.spec.tensors import FLOATS, TensorHeader
 
 # A weight of one expert; transformers fuses these into one tensor per layer on loading.
 EXPERT = re.compile(r"\.experts\.\d+\.")
-# The number of a decoder layer in a tensor's name.
+# The number of a layer in a tensor's name.
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+# Parts of names, before a layer's number, of what isn't the text model's decoder: towers for images, video and sound,
+# what projects their features, speech synthesis, prediction heads. Learnt from the classes of transformers 5.23.
+BESIDE = re.compile(
+    r"^blocks$|(^|[._])(vision|visual|vit|vpm|image|images|video|audio|speech|sound|acoustic|semantic|conformer|whisper|sam|"
+    r"vqmodel|vq|qformer|resampler|perceiver|projectors?|projection|qwen2_model|connector|adapter|adaptor|aligner|merger|abstractor|"
+    r"talker|code_predictor|code2wav|token2wav|mtp|eagle)(?=[._\d]|model|tower|encoder|$)"
+)
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "half": "F16", "float32": "F32", "float": "F32", "float64": "F64"}
 PACKING_REMEDY = "ignore that layer, or choose another format"
 GROUP_REMEDY = "set scheme.group_size to a divisor or null, or scheme.indivisible to channel or keep"
@@ -29,6 +36,7 @@ class LayerKinds(NamedTuple):
     ``conv1d``: stored (in, out), as in GPT-2. ``mixed``: more than one scheme. ``mixture``: the model is a mixture of
     experts, whether its experts are quantized (``experts``) or not. ``dtype`` is that of the model once it's loaded, by
     the name of safetensors headers; empty if unknown. ``split``: parts of what runtimes fuse have several schemes.
+    ``multimodal``: the model takes pictures or sounds, too.
     """
 
     experts: bool = False
@@ -38,6 +46,7 @@ class LayerKinds(NamedTuple):
     dtype: str = ""
     split: bool = False
     model_type: str = ""
+    multimodal: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,15 +84,21 @@ class Layout(Frozen):
         return cls(schemes=tuple(distinct), modules={name: distinct.index(scheme) for name, scheme in schemes.items()})
 
 
+def layer_of(name: str) -> str | None:
+    """The number of the decoder layer that a tensor belongs to, by its name; None if it belongs to none."""
+    match = LAYER.search(name)
+    return match.group(1) if match and not BESIDE.search(name[: match.start()]) else None
+
+
 def is_matrix_of_a_layer(tensor: TensorHeader) -> bool:
     """Whether a tensor is the weight matrix of a module inside a decoder layer."""
-    return tensor.name.endswith(".weight") and len(tensor.shape) == 2 and LAYER.search(tensor.name) is not None
+    return tensor.name.endswith(".weight") and len(tensor.shape) == 2 and layer_of(tensor.name) is not None
 
 
 def is_quantized_outside(tensor: TensorHeader, recipe: Recipe) -> bool:
     """Whether a tensor is the matrix of embeddings or head, and the recipe quantizes it."""
     module = tensor.name.removesuffix(".weight")
-    inside = LAYER.search(tensor.name) is not None
+    inside = layer_of(tensor.name) is not None
     return not inside and len(tensor.shape) == 2 and recipe.scheme_outside(module) is not None
 
 

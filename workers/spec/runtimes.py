@@ -191,10 +191,12 @@ _TRANSFORMERS: dict[str, Rule] = {
 
 
 def _with_transformers(repo: str, loader: str) -> str:
+    prepares = "tokenizer" if loader == DEFAULT_LOADER else "processor"
+    auto = f"Auto{prepares.capitalize()}"
     return (
-        f"from transformers import {loader}, AutoTokenizer\n\n"
+        f"from transformers import {loader}, {auto}\n\n"
         f'model = {loader}.from_pretrained("{repo}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n'
+        f'{prepares} = {auto}.from_pretrained("{repo}")\n'
     )
 
 
@@ -284,6 +286,16 @@ VLLM = Runtime(
 # --------------------------------------------------------------------------------------------- llama.cpp
 
 
+def _gguf_by_llama_cpp(scheme: Scheme, kinds: LayerKinds) -> str | None:
+    if kinds.multimodal:
+        return (
+            "are of a multimodal model, of which llama.cpp takes text model and projector as two files, and quantmill "
+            f"writes one; choose {_formats([COMPRESSED_TENSORS.name])}"
+        )
+    why = ggml.UNSUPPORTED.get(kinds.model_type)
+    return f"can't be written: {why} the family {kinds.model_type}; choose another format" if why else None
+
+
 def _with_llama_cpp(repo: str, loader: str) -> str:
     """``repo`` may end in ``:TYPE``, as llama.cpp's ``-hf`` takes it."""
     name, _, kind = repo.partition(":")
@@ -293,11 +305,6 @@ def _with_llama_cpp(repo: str, loader: str) -> str:
         'llm("Once upon a time", max_tokens=64)\n\n'
         f"# or in a shell: llama-cli -hf {repo}\n"
     )
-
-
-def _gguf_by_llama_cpp(scheme: Scheme, kinds: LayerKinds) -> str | None:
-    why = ggml.UNSUPPORTED.get(kinds.model_type)
-    return f"can't be written: {why} the family {kinds.model_type}; choose another format" if why else None
 
 
 LLAMA_CPP = Runtime(
@@ -314,6 +321,11 @@ LLAMA_CPP = Runtime(
 
 
 def _mlx_by_mlx_lm(scheme: Scheme, kinds: LayerKinds) -> str | None:
+    if kinds.multimodal:
+        return (
+            "are of a multimodal model, of which mlx-lm takes the text model alone; choose "
+            f"{_formats([COMPRESSED_TENSORS.name])}"
+        )
     if kinds.model_type and kinds.model_type not in mlx.FAMILIES:
         return (
             f"are of the family {kinds.model_type}, for which mlx-lm {mlx.VERSION} has no model; choose "

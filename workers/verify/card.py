@@ -16,7 +16,7 @@ from workers.machine.files import read_bounded
 from workers.spec.bounded_yaml import BadYaml, parse_yaml
 from workers.spec.bounds import CARD_BYTES, printable, printable_lines
 from workers.spec.families import DEFAULT_LOADER
-from workers.spec.job import CHECKED, Dataset, Job, Order, RuntimeAgreement, SourceCheck, Verdict
+from workers.spec.job import CHECKED, Dataset, Job, Order, PictureCheck, RuntimeAgreement, SourceCheck, Verdict
 from workers.spec.layers import LayerKinds
 from workers.spec.recipes import GgufRecipe, KeepRecipe, Recipe, words
 from workers.spec.runtimes import RUNTIMES, Runtime, checkers
@@ -243,6 +243,8 @@ def _measured(verdict: Verdict, reference: str) -> str:
         f"| top-1 agreement (95 % bound) | {metrics.top1_agreement:.4f} ({metrics.top1_agreement_lower:.4f}) | 1 |",
     ]
     lines += map(_loaded, verdict.runtimes)
+    if verdict.picture is not None:
+        lines.append(_picture(verdict.picture))
     return "\n".join([*lines, *_continued(verdict)]) + "\n"
 
 
@@ -255,6 +257,15 @@ def _loaded(runtime: RuntimeAgreement) -> str:
     return (
         f"\nLoaded by {runtime.name} {runtime.version}'s own loader{on}; its kernels weren't run on this processor, "
         f"and PyTorch computed with what it loaded: {within}."
+    )
+
+
+def _picture(picture: PictureCheck) -> str:
+    if picture.unchecked:
+        return f"\nNo picture was shown to it: {picture.unchecked}."
+    return (
+        f"\nA picture was shown to it and to the original in transformers {picture.version}: KL divergence on the "
+        f"{picture.tokens} tokens after it {picture.kl_mean:.5f} nats, top-1 agreement {picture.top1_agreement:.2f}."
     )
 
 

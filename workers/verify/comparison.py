@@ -27,7 +27,7 @@ from workers.model.loading import StreamedModel
 from workers.model.reference import ReferenceFile
 from workers.model.text import Sequences, check_ids, held_out_tokens, load_tokenizer
 from workers.numerics import divergence
-from workers.spec.families import family_of
+from workers.spec.auto_classes import loader_of
 from workers.spec.formats import recognised
 from workers.spec.job import (
     CHECKED,
@@ -229,7 +229,7 @@ class Comparison:
                     scratch=scratch,
                     trust_remote_code=self.model.trust_remote_code,
                     arithmetic=row.arithmetic(declared) if row else "any",
-                    loader=family_of(config.get("model_type")).loader,
+                    loader=loader_of(config),
                     unused=self.reference.unused,
                 )
                 return ask(runtime, request, tokens, prompts)

@@ -6,10 +6,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from workers.spec.job import Generation, Metrics, Outcome, ReasonCode, RuntimeAgreement, Thresholds, Verdict
+from workers.spec.job import (
+    Generation,
+    Metrics,
+    Outcome,
+    PictureCheck,
+    ReasonCode,
+    RuntimeAgreement,
+    Thresholds,
+    Verdict,
+)
 
 # Outcomes by severity: the verdict takes the first one present.
 WEIGHT = (Outcome.REGRESSION, Outcome.ANOMALOUS, Outcome.INFEASIBLE)
+# How many times the text's bound the KL divergence after a picture may be: it is one prompt's, and the text's bound is
+# for a mean over thousands of tokens. A tower that isn't where its class looks for it costs more.
+PICTURE_FACTOR = 5.0
 
 
 @dataclass(frozen=True)
@@ -25,6 +37,7 @@ class Evidence:
     worst_layers: tuple[tuple[str, float], ...] = ()
     generations: tuple[Generation, ...] = ()
     promised_tokens: int = 0
+    picture: PictureCheck | None = None
 
 
 class Reason(NamedTuple):
@@ -45,6 +58,8 @@ def judge(facts: Evidence, thresholds: Thresholds) -> Verdict:
         reasons += _anomalies(facts.metrics, thresholds, facts.promised_tokens)
     for runtime in (*((facts.runtime,) if facts.runtime else ()), *facts.other_runtimes):
         reasons += _runtime(runtime, thresholds)
+    if facts.picture is not None and not facts.picture.unchecked:
+        reasons += _picture(facts.picture, thresholds)
     outcomes = {reason.outcome for reason in reasons}
     return Verdict(
         accepted=not reasons,
@@ -56,6 +71,7 @@ def judge(facts: Evidence, thresholds: Thresholds) -> Verdict:
         other_runtimes=facts.other_runtimes,
         worst_layers=facts.worst_layers,
         generations=facts.generations,
+        picture=facts.picture,
     )
 
 
@@ -131,3 +147,12 @@ def _runtime(runtime: RuntimeAgreement, thresholds: Thresholds) -> Iterator[Reas
         f"expected at most {thresholds.runtime_logit_difference:g}"
     )
     yield Reason(Outcome.REGRESSION, ReasonCode.RUNTIME_LOGITS, text)
+
+
+def _picture(picture: PictureCheck, thresholds: Thresholds) -> Iterator[Reason]:
+    """Yield a reason if the artifact makes something else of a picture than its source."""
+    bound = PICTURE_FACTOR * thresholds.kl_mean
+    if picture.kl_mean <= bound:
+        return
+    text = f"KL divergence after a picture {picture.kl_mean:.4f} on {picture.tokens} tokens, expected at most {bound:g}"
+    yield Reason(Outcome.REGRESSION, ReasonCode.PICTURE, f"{text} nats")

@@ -23,9 +23,9 @@ from workers.machine.files import write_text
 from workers.machine.preflight import available_host_bytes
 from workers.methods.scaling import some
 from workers.model.forward import LogitsHead, stream
-from workers.model.loading import StreamedModel
+from workers.model.loading import StreamedModel, read_config
 from workers.model.reference import ReferenceFile
-from workers.spec.families import family_of
+from workers.spec.auto_classes import loader_of
 from workers.spec.job import ModelPin, SourceCheck
 from workers.verify.runtimes.ask import in_a_process
 from workers.verify.runtimes.source import SourceRequest
@@ -164,7 +164,7 @@ def _by_transformers(of: Checked, tokens_NT: Tensor, layers: int | None) -> _The
             dtype=str(of.streamed.dtype).removeprefix("torch."),
             positions=POSITIONS,
             layers=layers,
-            loader=family_of(of.streamed.model.config.model_type).loader,
+            loader=loader_of(read_config(of.folder)),
             trust_remote_code=of.model.trust_remote_code,
             variant=of.model.variant,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -15,6 +15,8 @@ from workers.formats.folded import Folded
 from workers.formats.kept import KeptSource, open_source
 from workers.machine.files import file_sha256, write_text
 from workers.machine.preflight import versions
+from workers.model.loading import read_config
+from workers.spec.auto_classes import loader_of
 from workers.spec.families import family_of
 from workers.spec.job import (
     ArtifactMade,
@@ -32,7 +34,7 @@ from workers.spec.layers import kinds_of
 from workers.spec.tensors import TensorHeader
 from workers.spec.workspace import MANIFEST, artifact_folder, folds_folder, record_path
 from workers.transfer import hub
-from workers.verify import gates, integrity
+from workers.verify import gates, integrity, picture
 from workers.verify.card import render_card
 from workers.verify.comparison import Comparison
 
@@ -95,6 +97,7 @@ def _judged_again(verdict: Verdict, order: Order) -> Verdict:
         other_runtimes=verdict.other_runtimes,
         worst_layers=verdict.worst_layers,
         generations=verdict.generations,
+        picture=verdict.picture,
     )
     return gates.judge(facts, order.thresholds)
 
@@ -106,10 +109,16 @@ def _verdict(job: Job, order: Order, source: ModelSource, folder: Path) -> tuple
     checked, notes = comparison.check_source(), comparison.held_out.notes
     if checked.unchecked:
         notes += (f"the source's reading wasn't checked against transformers: {checked.unchecked}",)
+    workspace = Path(job.workspace)
+    config = read_config(source.folder)
+    shown = None if checked.unchecked else picture.source_shown(job.model, source.folder, config, workspace)
     about = Circumstances(checked, comparison.begin_with, notes)
     try:
         with open_decoded(folder, trust_remote_code=job.model.trust_remote_code) as artifact:
             facts = _facts(order, comparison, folder, artifact)
+        if shown is not None and not facts.integrity:
+            seen, problems = picture.check(shown, job.model, folder, config, workspace)
+            facts = replace(facts, picture=seen, runtime_problems=(*facts.runtime_problems, *problems))
     except (UserError, NumericalError) as error:
         # The source is already loaded, so the unreadable file is the artifact's.
         facts = gates.Evidence(integrity=[f"integrity: {error}"])
@@ -150,12 +159,13 @@ def _seal(
     environment = versions()
     with open_source(source_folder, job.model) as source:
         reference_bytes = source.bytes
-        model_type = _model_type(source_folder)
+        config = read_config(source_folder)
+        model_type = str(config.get("model_type") or "")
         family = family_of(model_type)
         kinds = kinds_of(order.recipe, _headers(source), conv1d=family.conv1d, model_type=model_type)
     checked = about.source_check
     fallbacks = tuple(dict.fromkeys((*record.fallbacks, *about.notes)))
-    card = render_card(job, order, source_folder, verdict, environment, fallbacks, kinds, family.loader, checked)
+    card = render_card(job, order, source_folder, verdict, environment, fallbacks, kinds, loader_of(config), checked)
     write_text(folder / "README.md", card)
     files = {
         str(path.relative_to(folder)): FileEntry(sha256=file_sha256(path), size=path.stat().st_size)
@@ -186,7 +196,3 @@ def _seal(
 
 def _headers(source: ModelSource) -> list[TensorHeader]:
     return [TensorHeader(name, tuple(header.shape), "") for name, header in source.headers.items()]
-
-
-def _model_type(folder: Path) -> str:
-    return str(json.loads((folder / "config.json").read_text()).get("model_type") or "")

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from workers.errors import UnsupportedRecipe
+from workers.formats.decoder import NO_NAMES
 from workers.spec.formats import COMPRESSED_TENSORS
 from workers.spec.layers import EXPERT as EXPERT
-from workers.spec.layers import LayerKinds
+from workers.spec.layers import LayerKinds, layer_of
 from workers.spec.runtimes import misfit
 from workers.spec.schemes import Float8Scheme, IntScheme, LinearScheme, MicroscalingScheme
 
@@ -66,12 +67,14 @@ def quantization_config(
     unquantized: Iterable[str],
     conv1d: Iterable[str] = (),
     runtimes: Iterable[str] = (),
+    in_model: Mapping[str, str] = NO_NAMES,
 ) -> dict[str, Any]:
     """Return the ``quantization_config`` of config.json.
 
     ``schemes`` is each quantized module's scheme, fallbacks included; ``unquantized`` are the other Linear modules
     (where a module and its checkpoint key differ in name, both names); ``conv1d`` are those of ``schemes`` that are
-    transformers' Conv1D; ``runtimes`` are those that a zoo names to check the artifact.
+    transformers' Conv1D; ``runtimes`` are those that a zoo names to check the artifact; ``in_model`` has the names in
+    the model of those of ``schemes`` whose names in the checkpoint differ.
 
     Raises:
         UnsupportedRecipe: there are Conv1D modules, or experts that a runtime which checks it loads wrongly.
@@ -89,7 +92,9 @@ def quantization_config(
     groups = [{"targets": ["Linear"], **_contents(base)}]
     for scheme in dict.fromkeys(schemes.values()):
         if scheme != base:
-            names = sorted(name for name, other in schemes.items() if other == scheme)
+            stored = [name for name, other in schemes.items() if other == scheme]
+            # vLLM goes by the checkpoint's names, transformers by the model's.
+            names = sorted({*stored, *(in_model[name] for name in stored if name in in_model)})
             groups.append({"targets": names, **_contents(scheme)})
     forms = {group["format"] for group in groups}
     return {
@@ -248,7 +253,8 @@ def _refuse_uneven_experts(uneven: list[str], experts: list[str], unquantized: l
     # transformers 5.23 decodes all experts by one group while it fuses them. It drops experts that aren't quantized,
     # unless that group is fp8, for which it looks for a scale before decoding.
     if experts or not isinstance(base, Float8Scheme):
-        uneven = uneven + [name for name in unquantized if EXPERT.search(name)]
+        # Those of towers are modules of their own.
+        uneven = uneven + [name for name in unquantized if EXPERT.search(name) and layer_of(name) is not None]
     if uneven:
         raise UnsupportedRecipe(
             f"{NAME}: the experts {some(uneven)} deviate (another scheme than other experts, or left as "
