@@ -265,8 +265,8 @@ def _of_text(rule: Rule) -> Rule:
     def text(scheme: Scheme, kinds: LayerKinds) -> str | None:
         if kinds.multimodal:
             return (
-                "are of a multimodal model, whose class needs torchvision in vLLM, which the environment vllm-cpu leaves "
-                "out"
+                "are of a multimodal model, whose class needs torchvision in vLLM, and the environment vllm-cpu has "
+                "none"
             )
         return rule(scheme, kinds)
 
