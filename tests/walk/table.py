@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from tests.walk.check import check
@@ -67,6 +68,8 @@ def _walked(family: str, *, multimodal: bool) -> tuple[str, ...]:
     """The cells of a family's row after its class."""
     start, row = time.monotonic(), FAMILIES.get(family)
     why = row and (row.refused or (None if multimodal else row.refused_alone))
+    if row and row.package and find_spec(row.package) is None:
+        return (f"refused: its class needs the package {row.package}, which isn't installed", "", "", "")
     if why:
         return (f"refused: {why}", "", "", "")
     folder = Path(tempfile.mkdtemp(prefix="walk-"))
