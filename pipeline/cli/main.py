@@ -7,7 +7,8 @@ import click
 from pipeline.cli.checkpoints import hub, publish, verify
 from pipeline.cli.machine import doctor, env
 from pipeline.cli.options import FAILED, WRONG
-from pipeline.cli.runs import init, plan, report, run, schema, status
+from pipeline.cli.drafting import quantize
+from pipeline.cli.runs import plan, report, run, schema, status
 from pipeline.cli.submitted import cancel, logs, submit
 
 
@@ -31,6 +32,7 @@ def main() -> None:
     """From a zoo file (models x recipes) to verified, published quantized checkpoints."""
 
 
+main.add_command(quantize)
 main.add_command(run)
 main.add_command(plan)
 main.add_command(submit)
@@ -44,4 +46,3 @@ main.add_command(hub)
 main.add_command(publish)
 main.add_command(verify)
 main.add_command(schema)
-main.add_command(init)

@@ -8,7 +8,7 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -39,10 +39,14 @@ def run(zoo: Path, out: Path, address: str | None, dry_run: bool, strict: bool, 
         with session.destination(loaded, out, address) as endpoint:
             session.check_endpoint(loaded, endpoint)
             plan = session.make_plan(loaded, zoo, out, endpoint, strict=strict)
-            _print_plan(plan, loaded, endpoint)
+            print_plan(plan, loaded, endpoint)
         sys.exit(FAILED if plan.refused else 0)
     os.environ.pop("QUANTMILL_WEBHOOK", None)  # nothing that a run starts needs it
-    finished = session.run_zoo(zoo, out, address, webhook, _Terminal(), strict=strict)
+    end(session.run_zoo(zoo, out, address, webhook, Terminal(), strict=strict))
+
+
+def end(finished: Finished) -> NoReturn:
+    """Print what a run came to, and exit with its code."""
     with suppress(OSError):  # a terminal that is gone
         _print_results(finished)
         _leave(finished)
@@ -64,7 +68,7 @@ def plan(zoo: Path, out: Path, address: str | None, strict: bool) -> None:
     with session.destination(loaded, out) as endpoint:
         session.check_endpoint(loaded, endpoint)
         planned = session.make_plan(loaded, zoo, out, endpoint, strict=strict)
-        _print_plan(planned, loaded, endpoint)
+        print_plan(planned, loaded, endpoint)
         lines = feasibility.infeasible(planned, out, address)
     for line in lines:
         click.echo(line)
@@ -117,25 +121,12 @@ def schema() -> None:
     click.echo(json.dumps(Zoo.model_json_schema(), indent=1))
 
 
-@click.command()
-@click.argument("path", type=click.Path(path_type=Path), default=Path("zoo.yaml"))
-def init(path: Path) -> None:
-    """Write a first zoo file to PATH; an existing one is left alone."""
-    from pipeline.zoo import shipped
-    from workers.errors import ZooError
-
-    if path.exists():
-        raise ZooError(f"init: {str(path)!r} exists already; name another file")
-    path.write_text((shipped.configs() / "first.yaml").read_text())
-    click.echo(f"wrote {path}; edit it, then: quantmill plan {path}")
-
-
-class _Terminal:
+class Terminal:
     """The terminal as a run's ``Screen``: a live table, plain lines where output goes elsewhere."""
 
     def planned(self, plan: Plan, zoo: Zoo, endpoint: str | None) -> None:
         """See ``Screen``."""
-        _print_plan(plan, zoo, endpoint)
+        print_plan(plan, zoo, endpoint)
 
     def progress(self, plan: Plan) -> LiveProgress | PlainProgress:
         """See ``Screen``."""
@@ -147,7 +138,7 @@ class _Terminal:
         return LiveProgress(console, plan) if console.is_terminal else PlainProgress(console)
 
 
-def _print_plan(plan: Plan, zoo: Zoo, endpoint: str | None) -> None:
+def print_plan(plan: Plan, zoo: Zoo, endpoint: str | None) -> None:
     to_make = sum(len(job.orders) for job in plan.jobs)
     where = f"published at {endpoint}" if endpoint else "not published: the zoo has no 'publish'"
     fail = f", {len(plan.refused)} that can't be made" if plan.refused else ""

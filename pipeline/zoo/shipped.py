@@ -24,6 +24,13 @@ def configs() -> Path:
     return inside if inside.is_dir() else Path(__file__).parents[2] / "configs"
 
 
+def own_text() -> tuple[Path, Path]:
+    """The project's own text, to calibrate on and to compare on; its rights are in the README beside it."""
+    inside = configs() / "text"
+    folder = inside if inside.is_dir() else configs().parent / "tests" / "zoo" / "text"
+    return folder / "calibration.txt", folder / "heldout.txt"
+
+
 def recipe_names() -> list[str]:
     """Names of the shipped recipes, sorted."""
     return sorted(path.stem for path in (configs() / "recipes").glob("*.yaml"))

@@ -285,13 +285,21 @@ def load(path: Path) -> Zoo:
     Raises:
         ZooError: the message names key, value and remedy of every finding.
     """
-    raw = read_yaml(path)
+    return check(read_yaml(path), str(path))
+
+
+def check(raw: object, path: str) -> Zoo:
+    """The zoo that a parsed zoo file holds; ``path`` begins messages.
+
+    Raises:
+        ZooError: see ``load``.
+    """
     if not isinstance(raw, dict):
-        raise ZooError(f"{path}: expected a mapping with name, models, recipes, verify; got {type(raw).__name__}")
+        raise ZooError(f"{path}: expected a mapping with name, models, recipes, verify; got {_kind(raw)}")
     try:
         zoo = Zoo.model_validate(raw)
     except ValidationError as error:
-        raise ZooError(explain(error, str(path), raw, Zoo)) from error
+        raise ZooError(explain(error, path, raw, Zoo)) from error
     for where, gates in _gates(zoo):
         if unknown := gating.unknown_keys(gates, zoo.resolved_recipes):
             families = sorted({recipe.scheme.family for recipe in zoo.resolved_recipes})
@@ -317,6 +325,11 @@ def load(path: Path) -> Zoo:
     return zoo
 
 
+def _kind(raw: object) -> str:
+    """What a YAML document holds instead of a mapping, in YAML's words."""
+    return {type(None): "nothing", list: "a list", str: "a text"}.get(type(raw), f"{raw!r}")
+
+
 def _gates(zoo: Zoo) -> Iterator[tuple[str, Gates]]:
     if not isinstance(zoo.verify.gates, str):
         yield "verify.gates", zoo.verify.gates
@@ -335,10 +348,20 @@ def read_yaml(path: Path) -> object:
             content = stream.read(ZOO_BYTES + 1)
         if len(content) > ZOO_BYTES:
             raise ZooError(f"{path}: larger than {ZOO_BYTES} bytes; split the zoo")
-        return parse_yaml(content.decode())
+        return parse(content.decode(), str(path))
     except FileNotFoundError:
         raise ZooError(f"zoo file: no such file, got {str(path)!r}; `quantmill init` writes a first one") from None
     except (UnicodeDecodeError, OSError) as error:
         raise ZooError(f"{path}: not a readable YAML file: {error}") from error
+
+
+def parse(text: str, path: str) -> object:
+    """The content of a YAML text; ``path`` begins messages.
+
+    Raises:
+        ZooError: not readable, or beyond the limits of depth and aliases.
+    """
+    try:
+        return parse_yaml(text)
     except BadYaml as error:
         raise ZooError(f"{path}: {error}") from error
