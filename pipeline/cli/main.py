@@ -5,9 +5,10 @@ from __future__ import annotations
 import click
 
 from pipeline.cli.checkpoints import hub, publish, verify
+from pipeline.cli.drafting import init, quantize
 from pipeline.cli.machine import doctor, env
 from pipeline.cli.options import FAILED, WRONG
-from pipeline.cli.drafting import quantize
+from pipeline.cli.recipes import recipes, recommend
 from pipeline.cli.runs import plan, report, run, schema, status
 from pipeline.cli.submitted import cancel, logs, submit
 
@@ -35,6 +36,8 @@ def main() -> None:
 main.add_command(quantize)
 main.add_command(run)
 main.add_command(plan)
+main.add_command(recipes)
+main.add_command(recommend)
 main.add_command(submit)
 main.add_command(logs)
 main.add_command(cancel)
@@ -45,4 +48,5 @@ main.add_command(env)
 main.add_command(hub)
 main.add_command(publish)
 main.add_command(verify)
+main.add_command(init)
 main.add_command(schema)

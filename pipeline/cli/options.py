@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -20,6 +22,22 @@ ADDRESS = click.option(
     required=True,
     help="The dashboard of the cluster's head, such as http://head:8265.",
 )
+Use = Literal["inference", "qlora", "production"]
+RUNTIME = click.option("--runtime", metavar="NAME", help="What will load it: transformers, vLLM, llama.cpp or mlx-lm.")
+MEMORY = click.option("--memory", metavar="SIZE", help="Of the card or machine that it will run on, as 16GiB or 24GB.")
+USE = click.option(
+    "--use",
+    type=click.Choice(["inference", "qlora", "production"]),
+    default="inference",
+    show_default=True,
+    help="inference: the least loss that fits; qlora: adapters are trained on it; production: eight bits.",
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def print_json(value: object) -> None:
+    """Print a value as JSON; what isn't a number is null."""
+    click.echo(json.dumps(value, indent=1, allow_nan=False))
 
 
 def print_rows(rows: Sequence[Mapping[str, object]], columns: tuple[str, ...]) -> None:

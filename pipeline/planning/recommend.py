@@ -98,18 +98,21 @@ def recommend(
     use: Use,
     recipes: Sequence[Recipe],
     measured: Mapping[str, HasKl],
+    sizes: Mapping[str, int] | None = None,
 ) -> list[Recommendation]:
     """The recipes that serve a use in a runtime (None: in any), best first; those that don't fit the memory last.
 
-    ``measured`` is by the names of recipes. Rules are scaled by what was measured: where half of the measured recipes
-    lose three times as much as their rules say, the others are expected to, too.
+    ``measured`` is by the names of recipes, as are ``sizes``: bytes that are known better than by the rules. Rules are
+    scaled by what was measured: where half of the measured recipes lose three times as much as their rules say, the
+    others are expected to, too.
 
     Raises:
         ValueError: the runtime is unknown; the message names those that there are.
     """
     able = [recipe for recipe in recipes if _serves(recipe, use) and _is_read(recipe, runtime)]
     scale = _scale(able, measured)
-    rated = [_rated(recipe, parameters, scale, measured.get(recipe.name)) for recipe in able]
+    known = sizes or {}
+    rated = [_rated(recipe, parameters, scale, measured.get(recipe.name), known.get(recipe.name)) for recipe in able]
     room = None if memory_bytes is None else int(SHARE_FOR_WEIGHTS * memory_bytes)
     best = sorted(rated, key=lambda one: _rank(one, use, room))
     return [_said(one, use, room, runtime) for one in best]
@@ -138,9 +141,10 @@ def _scale(recipes: Sequence[Recipe], measured: Mapping[str, HasKl]) -> float:
     return statistics.median(ratios) if ratios else 1.0
 
 
-def _rated(recipe: Recipe, parameters: int, scale: float, known: HasKl | None) -> _Rated:
+def _rated(recipe: Recipe, parameters: int, scale: float, known: HasKl | None, size: int | None) -> _Rated:
     kl = scale * expected_kl(recipe) if known is None else known.kl_mean
-    size = round(parameters * bits_for_each_weight(recipe.scheme, recipe.format) / 8)
+    if size is None:
+        size = round(parameters * bits_for_each_weight(recipe.scheme, recipe.format) / 8)
     return _Rated(recipe, size, kl, measured=known is not None)
 
 

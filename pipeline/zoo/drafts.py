@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,7 @@ from pipeline.zoo import shipped
 from pipeline.zoo.zoo import Zoo, check, parse
 from workers.errors import ZooError
 from workers.spec.base import SLUG
+from workers.spec.runtimes import TRANSFORMERS, runtime_named
 
 # Tokens of the defaults; with them one model of 100 million parameters takes minutes on a few cores.
 SAMPLES, SEQUENCE_LENGTH, HELD_OUT_TOKENS = 128, 512, 16384
@@ -33,6 +35,10 @@ USUAL = {
     "llama.cpp": ("gguf-q4_k_m", "gguf-q8_0"),
     "mlx-lm": ("mlx-w4-g64", "mlx-w8-g64"),
 }
+REMARKS = (
+    "What to quantize, how, on which text, and where it goes. `quantmill schema` describes every key.",
+    "quantmill plan FILE shows what would be made; quantmill run FILE makes it.",
+)
 FIRST_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Calibration and held-out text for models of the Hub.
 WIKITEXT = ("Salesforce/wikitext:wikitext-2-raw-v1:train", "Salesforce/wikitext:wikitext-2-raw-v1:test")
@@ -56,6 +62,18 @@ class Draft:
     runtimes: Sequence[str] = ()
     remarks: Sequence[str] = ()
     here: Path = Path()
+
+
+def usual(runtime: str | None) -> tuple[str, ...]:
+    """The recipes of a first zoo for a runtime; None: any.
+
+    Raises:
+        ZooError: no such runtime.
+    """
+    try:
+        return USUAL[runtime_named(runtime).name if runtime else TRANSFORMERS.name]
+    except ValueError as error:
+        raise ZooError(f"--runtime: {error}") from None
 
 
 def loaded(draft: Draft, where: str) -> Zoo:
@@ -104,8 +122,6 @@ def on_own_text(draft: Draft) -> str | None:
 
 def schema_text() -> str:
     """The JSON Schema of zoo files."""
-    import json
-
     return json.dumps(Zoo.model_json_schema(), indent=1) + "\n"
 
 
