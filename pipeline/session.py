@@ -37,6 +37,7 @@ from pipeline.report.ledger import Attempt, Ledger
 from pipeline.zoo import zoo as zoos
 from pipeline.zoo.zoo import LOOPBACK, Zoo
 from workers.errors import ZooError
+from workers.spec.base import meant
 from workers.spec.job import Job, StageResult
 from workers.transfer import hub, reach
 
@@ -255,11 +256,12 @@ def find_run(out: Path, run_id: str | None) -> Path:
             if alone:
                 bury(out)
     runs = sorted({path.parent for name in (RESULTS, UNFINISHED) for path in out.glob(f"*/{name}")})
+    hint = meant(run_id, [path.name for path in runs]) if run_id else ""
     if run_id is not None:
         runs = [path for path in runs if path.name == run_id]
     if not runs:
         wanted = f"run {run_id!r}" if run_id else "any run"
-        raise ZooError(f"--out: no results of {wanted} in {out}; `quantmill status` lists the runs")
+        raise ZooError(f"--out: no results of {wanted} in {out}; {hint}`quantmill status` lists the runs")
     return runs[-1]
 
 

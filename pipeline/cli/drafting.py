@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.cli.options import FAILED, MEMORY, OUT, RUNTIME, USE, Use
+from pipeline.cli.options import FAILED, JSON, MEMORY, OUT, QUIET, RUNTIME, USE, Use
 
 CALIBRATION = click.option(
     "--calibration",
@@ -44,6 +44,8 @@ ENDPOINT = click.option(
 @click.option("--address", help="A running Ray cluster; left out: one on this machine, for this run.")
 @click.option("--dry-run", is_flag=True, help="Stop after the plan.")
 @click.option("--webhook", envvar="QUANTMILL_WEBHOOK", help="URL that is told, as JSON, how the run ended.")
+@QUIET
+@JSON
 def quantize(
     models: tuple[str, ...],
     recipes: tuple[str, ...],
@@ -56,13 +58,15 @@ def quantize(
     address: str | None,
     dry_run: bool,
     webhook: str | None,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Quantize, verify and publish each MODEL (a folder, or org/name) by each recipe, without a zoo file.
 
     The same run as `quantmill run` makes of a zoo file, with the same results and exit codes.
     """
     from pipeline import session
-    from pipeline.cli.runs import Terminal, end, print_plan
+    from pipeline.cli.runs import Terminal, end, show_plan
     from pipeline.zoo import drafts
     from workers.errors import ZooError
 
@@ -80,17 +84,19 @@ def quantize(
     zoo = drafts.loaded(draft, "quantmill quantize")
     if save_zoo:
         drafts.save(draft, save_zoo)
-        click.echo(f"wrote {save_zoo}")
-    if own := drafts.on_own_text(draft):
-        click.echo(own)
+        click.echo(f"wrote {save_zoo}", err=as_json)
+    if (own := drafts.on_own_text(draft)) and not quiet:
+        click.echo(own, err=as_json)
     if dry_run:
         with session.destination(zoo, out, address) as to:
             session.check_endpoint(zoo, to)
             plan = session.make_plan(zoo, Path.cwd() / "zoo.yaml", out, to)
-            print_plan(plan, zoo, to)
+            show_plan(plan, zoo, to, as_json=as_json)
         sys.exit(FAILED if plan.refused else 0)
     os.environ.pop("QUANTMILL_WEBHOOK", None)  # nothing that a run starts needs it
-    end(session.run_loaded(zoo.name, lambda: zoo, Path.cwd(), out, address, webhook, Terminal()))
+    screen = Terminal(quiet=quiet or as_json)
+    finished = session.run_loaded(zoo.name, lambda: zoo, Path.cwd(), out, address, webhook, screen)
+    end(finished, quiet=quiet, as_json=as_json)
 
 
 MODEL_HELP = "A folder, or org/name; may be given again."

@@ -33,6 +33,7 @@ USE = click.option(
     help="inference: the least loss that fits; qlora: adapters are trained on it; production: eight bits.",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+QUIET = click.option("-q", "--quiet", is_flag=True, help="Print failures, and where the results are, alone.")
 
 
 def print_json(value: object) -> None:

@@ -13,7 +13,7 @@ from pipeline.zoo import gating, shipped
 from pipeline.zoo.gating import Gates
 from pipeline.zoo.problems import explain
 from workers.errors import ZooError
-from workers.spec.base import SLUG, Frozen
+from workers.spec.base import SLUG, Frozen, meant
 from workers.spec.bounded_yaml import BadYaml, parse_yaml
 from workers.spec.bounds import ZOO_BYTES
 from workers.spec.formats import can_be_gathered, gathered_formats
@@ -99,7 +99,10 @@ class Verify(Frozen):
     @classmethod
     def _known_set(cls, value: str | Gates) -> str | Gates:
         if isinstance(value, str) and value not in shipped.gates():
-            raise ValueError(f"unknown set of gates; configs/gates.yaml has {', '.join(shipped.gates())}")
+            raise ValueError(
+                f"unknown set of gates, got {value!r}; configs/gates.yaml has {', '.join(shipped.gates())}; name one, "
+                "or give a mapping of what differs, as {w4: {kl_mean: 0.1}}"
+            )
         return value
 
 
@@ -266,13 +269,13 @@ class Zoo(Frozen):
         for what, names in (("recipe", recipes), ("model", [model.id for model in self.models])):
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
-                raise ValueError(f"{what} {twice[0]!r} is listed twice; list it once")
+                raise ValueError(f"{what} {twice[0]!r} is listed twice, got {len(names)} of them; list it once")
         for model in self.models:
             unknown = sorted(set(model.recipes) - set(recipes))
             if unknown:
                 raise ValueError(
                     f"model {model.id!r}: recipe {unknown[0]!r} isn't among the zoo's recipes ({', '.join(recipes)}); "
-                    "add it there, or remove it here"
+                    f"{meant(unknown[0], recipes)}Add it there, or remove it here"
                 )
         if self.calibration and self.calibration.dataset == self.verify.dataset:
             raise ValueError("verify.dataset is the calibration data; verify on text that was not calibrated on")
@@ -303,9 +306,10 @@ def check(raw: object, path: str) -> Zoo:
     for where, gates in _gates(zoo):
         if unknown := gating.unknown_keys(gates, zoo.resolved_recipes):
             families = sorted({recipe.scheme.family for recipe in zoo.resolved_recipes})
+            known = [*families, *(recipe.name for recipe in zoo.resolved_recipes)]
             raise ZooError(
                 f"{path}: {where}: {unknown[0]!r} is neither a recipe of the zoo nor the family of one "
-                f"({', '.join(families)}); correct or remove it"
+                f"({', '.join(families)}); {meant(unknown[0], known)}Correct or remove it"
             )
     for recipe in zoo.resolved_recipes:
         if zoo.publish and zoo.publish.gathers(recipe.format) and not can_be_gathered(recipe.format):

@@ -128,6 +128,9 @@ def test_schema_and_doctor(tmp_path: Path) -> None:
     doctor = run_cli("doctor", "gptq-w4-g128", "bnb-nf4", cwd=tmp_path)
     assert doctor.returncode == 0, doctor.stdout + doctor.stderr
     assert re.search(r"^gptq-w4-g128 +ready$", doctor.stdout, re.M)
+    told = json.loads(run_cli("doctor", "bnb-nf4", "--json", cwd=tmp_path).stdout)
+    assert told["problems"] == {"bnb-nf4": []}
+    assert told["machine"]["host_memory"] > 0
     # Recipes that need an environment say how to build it, where it isn't.
     whole = run_cli("doctor", cwd=tmp_path)
     for recipe, environment in (("gguf-q4_k_m", "llama-cpp"), ("mlx-w4-g64", "mlx")):

@@ -36,6 +36,19 @@ def test_quantize_is_the_run_of_the_zoo_that_it_saves(tmp_path: Path) -> None:
     again = quantmill("plan", "kept/zoo.yaml", "--out", "made", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "1 artifacts, 0 to make" in again.stdout
+    answer = quantmill("plan", "kept/zoo.yaml", "--out", "made", "--json", cwd=tmp_path)
+    (cell,) = json.loads(answer.stdout)["artifacts"]
+    assert (cell["recipe"], cell["plan"]) == ("rtn-w4-g128", "published already")
+    whole = quantmill("run", "kept/zoo.yaml", "--out", "made", "--json", cwd=tmp_path)
+    assert json.loads(whole.stdout)["artifacts"][0]["status"] == "skipped"
+    quiet = quantmill("run", "kept/zoo.yaml", "--out", "made", "--quiet", cwd=tmp_path)
+    assert [Path(line).name for line in quiet.stdout.splitlines()] == ["results.json", "report.html"]
+    runs = json.loads(quantmill("status", "--out", "made", "--json", cwd=tmp_path).stdout)
+    assert [row["status"] for row in runs] == ["ok", "ok", "ok"]
+    stages = json.loads(quantmill("status", runs[-1]["run_id"], "--out", "made", "--json", cwd=tmp_path).stdout)
+    assert [row["stage"] for row in stages] == ["fetch", "quantize", "verify", "publish"]
+    wrong = quantmill("status", f"{runs[-1]['run_id']}x", "--out", "made", cwd=tmp_path)
+    assert f"did you mean {runs[-1]['run_id']!r}?" in wrong.stderr
 
 
 def test_quantize_takes_the_projects_own_text_and_says_so(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_recommend_says_which_and_whether_it_was_measured(tmp_path: Path) -> Non
     # A run's results of this very model replace its rule, and what the others are expected to lose goes with them.
     results = {
         "run_id": "a", "artifacts": [
-            {"model": LLAMA, "recipe": "gptq-w3-g128", "bytes": 9, "metrics": {"kl_mean": 0.0102, "top1_agreement": 1.0}},
+            {"model": LLAMA, "recipe": "gptq-w3-g128", "bytes": 9, "metrics": {"kl_mean": 0.0102, "top1_agreement": 1}},
             {"model": "another", "recipe": "bnb-nf4", "bytes": 9, "metrics": {"kl_mean": 1e-12, "top1_agreement": 1.0}},
             {"model": LLAMA, "recipe": "bnb-fp4", "bytes": 9, "metrics": None},
         ],
