@@ -17,7 +17,8 @@ help:
 	@echo "make night        long runs, one of them with processes killed at random, beside a quiet one"
 	@echo "make check        lint, types, import contracts, tests and slow tests (what CI runs)"
 	@echo "make setup        the environment alone (the others make it if it's missing)"
-	@echo "make tables       print the README's tables of recipes and formats from the rows"
+	@echo "make tables       print the README's tables and docs/reference from the rows, models and commands"
+	@echo "make docs         build the documentation in site/, with strict links (an environment of its own)"
 	@echo "make runtimes     load every recipe's artifact in every runtime whose environment is built; writes docs/runtimes.md"
 	@echo "make bench        measure; results go into tests/bench/RESULTS.md by hand"
 
@@ -61,9 +62,10 @@ types: $(STAMP)
 contracts: $(STAMP)
 	$(BIN)/lint-imports
 
-# The README's tables of recipes and formats, printed from the rows.
+# The README's tables of recipes and formats and the pages of docs/reference, printed from rows, models and commands.
 tables: $(STAMP)
 	$(BIN)/python -m pipeline.zoo.tables README.md
+	$(BIN)/python -m pipeline.cli.reference docs/reference
 
 # Each recipe's artifact of each zoo model in each runtime whose environment is built (vllm-cpu: 20 minutes).
 runtimes: $(STAMP)

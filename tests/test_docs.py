@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cli.reference import PAGES as PAGES_MADE
+from pipeline.zoo import reference
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Written into paths that stand for many: X, NAME.
@@ -26,3 +29,15 @@ def test_every_decision_is_in_the_list() -> None:
     for page in (ROOT / "docs/decisions").glob("*.md"):
         assert page.name == "README.md" or f"({page.name})" in index
         assert len(page.read_text().splitlines()) <= 60, "one page"
+
+
+def test_every_key_of_a_zoo_is_described() -> None:
+    made = reference.schema()
+    for name, model in {"Zoo": made, **made["$defs"]}.items():
+        for key, value in model.get("properties", {}).items():
+            assert len(value["description"].split()) > 1, f"{name}.{key}"
+
+
+@pytest.mark.parametrize("name", PAGES_MADE)
+def test_the_reference_pages_are_up_to_date(name: str) -> None:
+    assert (ROOT / "docs/reference" / name).read_text() == PAGES_MADE[name](), "`make tables` prints them anew"

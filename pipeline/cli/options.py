@@ -13,7 +13,13 @@ import click
 WRONG, FAILED, INTERRUPTED = 2, 1, 130
 LOST = 75  # EX_TEMPFAIL: the state of a submitted run is unknown; try again
 ZOO = click.argument("zoo", type=click.Path(path_type=Path))
-OUT = click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs"), show_default=True)
+OUT = click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("runs"),
+    show_default=True,
+    help="The folder of artifacts, results and ledger.",
+)
 STRICT = click.option("--strict", is_flag=True, help="Refuse the whole zoo if one of its models can't be made.")
 ADDRESS = click.option(
     "--address",

@@ -149,9 +149,9 @@ def report(run_id: str | None, out: Path) -> None:
 @click.command()
 def schema() -> None:
     """Print the JSON Schema of a zoo file, for editors."""
-    from pipeline.zoo.zoo import Zoo
+    from pipeline.zoo import reference
 
-    click.echo(json.dumps(Zoo.model_json_schema(), indent=1))
+    click.echo(json.dumps(reference.schema(), indent=1))
 
 
 class Terminal:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.zoo import shipped
+from pipeline.zoo import reference, shipped
 from pipeline.zoo.zoo import Zoo, check, parse
 from workers.errors import ZooError
 from workers.spec.base import SLUG
@@ -122,7 +122,7 @@ def on_own_text(draft: Draft) -> str | None:
 
 def schema_text() -> str:
     """The JSON Schema of zoo files."""
-    return json.dumps(Zoo.model_json_schema(), indent=1) + "\n"
+    return json.dumps(reference.schema(), indent=1) + "\n"
 
 
 def text(draft: Draft, folder: Path) -> str:

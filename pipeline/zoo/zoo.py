@@ -62,7 +62,7 @@ class Verify(Frozen):
 
     dataset: Dataset
     tokens: int = Field(16384, ge=256, description="Held-out tokens to compare on.")
-    sequence_length: int = Field(512, ge=8)
+    sequence_length: int = Field(512, ge=8, description="Tokens of a sequence; at most the model's positions.")
     gates: str | Gates = Field(
         "default",
         description="A set from configs/gates.yaml, or what differs from the default one, by family of recipes (w4, "
@@ -213,9 +213,11 @@ NamedOrDefined = Annotated[
 class Zoo(Frozen):
     """A zoo: every model under every recipe."""
 
-    name: str = Field(pattern=SLUG.pattern, max_length=64)
-    models: tuple[ModelEntry, ...] = Field(min_length=1)
-    recipes: tuple[NamedOrDefined, ...] = Field(min_length=1)
+    name: str = Field(pattern=SLUG.pattern, max_length=64, description="Of the zoo, in the names of its runs.")
+    models: tuple[ModelEntry, ...] = Field(min_length=1, description="What is quantized.")
+    recipes: tuple[NamedOrDefined, ...] = Field(
+        min_length=1, description="How: names of shipped recipes (`quantmill recipes`), or definitions in place."
+    )
     calibration: Calibration | None = None
     verify: Verify
     publish: Publish | None = None
