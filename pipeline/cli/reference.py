@@ -1,7 +1,8 @@
-"""The reference pages, made from models and commands: ``python -m pipeline.cli.reference docs/reference``."""
+"""The reference pages, made from models and commands: ``python -m pipeline.cli.reference docs``."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import click
 
 from pipeline.cli.main import main
+from pipeline.planning.catalog import measured_table
 from pipeline.zoo import reference
 from workers.machine.files import write_text
 
@@ -50,9 +52,17 @@ def _commands(group: click.Group, names: tuple[str, ...]) -> Iterator[tuple[tupl
             yield (*names, name), command
 
 
-PAGES = {"zoo.md": reference.page, "commands.md": page}
+def with_measured(text: str) -> str:
+    """docs/choosing.md with its table of measured recipes made anew."""
+    block = f"<!-- measured -->\n{measured_table()}\n<!-- /measured -->"
+    return re.sub(r"<!-- measured -->.*?<!-- /measured -->", lambda _: block, text, flags=re.S)
+
+
+PAGES = {"reference/zoo.md": reference.page, "reference/commands.md": page}
 
 
 if __name__ == "__main__":
+    docs = Path(sys.argv[1])
     for name, made in PAGES.items():
-        write_text(Path(sys.argv[1]) / name, made())
+        write_text(docs / name, made())
+    write_text(docs / "choosing.md", with_measured((docs / "choosing.md").read_text()))

@@ -57,6 +57,17 @@ def write(rows: Iterable[MeasuredRow]) -> None:
     write_text(shipped.configs() / FILE, f"[\n{lines}\n]\n")
 
 
+def measured_table() -> str:
+    """Markdown table of what was measured, for docs/choosing.md: least KL first."""
+    rows = [row for row in catalog() if row.kl]
+    models = sorted({model for row in rows for model in row.kl})
+    lines = [("recipe", "bits", "format", *(f"KL {model}" for model in models)), ("---",) * (3 + len(models))]
+    for row in sorted(rows, key=lambda row: next(row.kl[model] for model in models if model in row.kl)):
+        numbers = (f"{row.kl[model]:.2g}" if model in row.kl else "not made" for model in models)
+        lines.append((f"`{row.name}`", f"{row.bits:.3g}{'+' * row.mixed}", row.format, *numbers))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def catalog() -> list[CatalogRow]:
     """All shipped recipes, by name."""
     measured = read()
