@@ -14,8 +14,9 @@ from pipeline.report.results import Results
 
 ROOT = Path(__file__).parents[2]
 # Recipes whose dots have their name beside them.
-NAMED = ("gptq-w3-g128", "gptq-w4-g128", "rtn-w4-g128", "gptq-mixed-4-8", "gptq-w8-g128", "bnb-nf4", "bnb-int8")
-NAMED += ("fp8-dynamic", "nvfp4", "mlx-w3-g64", "mlx-w6-g64", "mlx-w8-g64", "mxfp4-w4a4")
+NAMED = ("gptq-w3-g128", "gptq-w4-g128", "gptq-mixed-4-8", "gptq-w8-g128", "bnb-nf4", "bnb-int8", "fp8-dynamic")
+NAMED += ("nvfp4", "mlx-w3-g64", "mlx-w4-g64", "mlx-w6-g64", "mlx-w8-g64")
+MODEL = "llama-tiny"
 
 
 def rows(results: Results) -> list[MeasuredRow]:
@@ -34,23 +35,29 @@ def rows(results: Results) -> list[MeasuredRow]:
 
 
 def figure(path: Path) -> None:
-    """KL of llama-tiny's recipes against their bits, as docs/choosing.md shows it."""
+    """KL of llama-tiny's recipes against the size of the artifacts, as docs/choosing.md shows it."""
+    formats = {row.name: row.format for row in catalog()}
+    measured = [row for row in read() if row.model == MODEL]
     with plt.rc_context({"svg.hashsalt": "quantmill", "svg.fonttype": "none", "font.size": 9}):
         drawing, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-        for fmt in sorted({row.format for row in catalog() if "llama-tiny" in row.kl}):
-            rows = [row for row in catalog() if row.format == fmt and "llama-tiny" in row.kl]
-            axes.scatter([row.bits or 0 for row in rows], [row.kl["llama-tiny"] for row in rows], label=fmt, s=22)
-        for row in catalog():
-            if row.name in NAMED:
-                axes.annotate(
-                    row.name, (row.bits or 0, row.kl["llama-tiny"]), xytext=(5, 3), textcoords="offset points"
-                )
-        axes.set(
-            yscale="log", xlabel="bits for each weight, scales included", ylabel="KL, nats for each token (llama-tiny)"
-        )
+        for fmt in sorted({formats[row.recipe] for row in measured}):
+            dots = [row for row in measured if formats[row.recipe] == fmt]
+            axes.scatter([row.bytes / 1e6 for row in dots], [row.kl_mean for row in dots], label=fmt, s=22)
+        for row in measured:
+            if row.recipe in NAMED:
+                right = row.bytes < 0.6 * row.reference_bytes
+                place = {
+                    "xytext": (5 if right else -5, 2),
+                    "textcoords": "offset points",
+                    "ha": "left" if right else "right",
+                }
+                axes.annotate(row.recipe, (row.bytes / 1e6, row.kl_mean), **place)
+        whole = measured[0].reference_bytes / 1e6
+        axes.set(yscale="log", xlabel=f"MB of the artifact (the source has {whole:.1f})")
+        axes.set(ylabel=f"KL of {MODEL}, nats for each token")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-        drawing.savefig(path, metadata={"Date": None}, facecolor="white")
+        drawing.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, facecolor="white")
         plt.close(drawing)
 
 
