@@ -17,7 +17,7 @@ from torch import Tensor
 
 from workers.errors import CalibrationError, QuantmillError, UnsupportedModel
 from workers.spec.bounds import brief, printable
-from workers.spec.job import Calibration, Dataset, ModelPin, Verification
+from workers.spec.job import LEAST_TOKENS, Calibration, Dataset, ModelPin, Verification
 from workers.transfer.hub import hub_errors
 
 # Sequences are drawn from the first POOL times as many: spread over the text without tokenizing the whole corpus.
@@ -116,7 +116,7 @@ def held_out_tokens(verification: Verification, tokenizer: Any) -> Sequences:
     if count < wanted:
         raise CalibrationError(
             f"verify.tokens: got {verification.tokens}, but the data set holds {count * length} in sequences "
-            f"of {length}{_of_notes(held_out)}; {_at_most('tokens', count * length, 2 * length)}"
+            f"of {length}{_of_notes(held_out)}; {_at_most('tokens', count * length, max(2 * length, LEAST_TOKENS))}"
             f"{'shorten sequence_length, ' if count < 2 else ''}or add text"
         )
     return held_out

@@ -81,12 +81,16 @@ class Thresholds(Frozen):
     )
 
 
+# Fewest held-out tokens that a comparison takes.
+LEAST_TOKENS = 256
+
+
 class Verification(Frozen):
     """The held-out text, and the number of tokens to evaluate."""
 
     dataset: Dataset
     data: str = Field("", description="What stands for the text's content: sha256, set by the plan.")
-    tokens: int = Field(16384, ge=256)
+    tokens: int = Field(16384, ge=LEAST_TOKENS)
     sequence_length: int = Field(512, ge=8)
 
     def same_as(self, other: Verification) -> bool:
