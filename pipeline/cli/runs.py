@@ -235,7 +235,7 @@ def print_plan(plan: Plan, zoo: Zoo, endpoint: str | None) -> None:
         for cell in plan.artifacts
     ]
     if rows:
-        print_rows(rows, tuple(rows[0]))
+        print_rows(rows, tuple(rows[0]), drop=("commit", "on a GPU", "fingerprint", "host memory"))
 
 
 def _by_message(plan: Plan) -> dict[str, str]:
@@ -266,7 +266,7 @@ def _print_results(finished: Finished, quiet: bool) -> None:
             }
         )
     if rows:
-        print_rows(rows, tuple(rows[0]))
+        print_rows(rows, tuple(rows[0]), drop=("perplexity", "top-1", "published as"))
     for entry in finished.results.artifacts:
         if entry.status in ("rejected", "failed"):
             click.echo(f"{entry.status}: {Path(entry.model).name} {entry.recipe}: {entry.reason}")

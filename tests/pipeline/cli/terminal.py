@@ -23,10 +23,15 @@ def quantmill(*arguments: str, cwd: Path, **environment: str) -> subprocess.Comp
     )  # fmt: skip
 
 
-def answered(arguments: Iterable[str], answers: Iterable[tuple[str, str]], cwd: Path, seconds: float = 60) -> str:
+def answered(
+    arguments: Iterable[str], answers: Iterable[tuple[str, str]], cwd: Path, seconds: float = 60, columns: int = 120
+) -> str:
     """Run a command in a terminal, give each answer once its question stands there; returns all that was printed."""
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([*COMMAND, *arguments], cwd=cwd, stdin=theirs, stdout=theirs, stderr=theirs)
+    process = subprocess.Popen(
+        [*COMMAND, *arguments],
+        cwd=cwd, env={**os.environ, "COLUMNS": str(columns)}, stdin=theirs, stdout=theirs, stderr=theirs,
+    )  # fmt: skip
     os.close(theirs)
     printed, until = "", time.monotonic() + seconds
     waiting = list(answers)

@@ -1,13 +1,17 @@
 """The recipes that there are, and which to choose."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from pipeline.cli.options import that_fit
 from pipeline.planning import catalog, choosing
 from pipeline.zoo import shipped
-from tests.pipeline.cli.terminal import quantmill
+from tests.pipeline.cli.terminal import answered, quantmill
 from tests.pipeline.runs import MODELS
 
 LLAMA = str(MODELS / "llama-tiny")
@@ -24,7 +28,9 @@ def test_every_shipped_recipe_is_listed_with_what_it_takes(tmp_path: Path) -> No
     assert not rows["bnb-nf4"]["calibrated"]
     assert "environment llama-cpp" in rows["gguf-q4_k_m"]["needs"]
     assert rows["keep-mlx"]["bits"] is None
-    assert quantmill("recipes", cwd=tmp_path).stdout.count("\n") == 1 + len(rows)
+    table = quantmill("recipes", cwd=tmp_path).stdout.splitlines()
+    assert len(table) == 2 + len(rows)
+    assert table[0].split()[-1] == "format"
 
 
 def test_what_was_measured_is_of_shipped_recipes() -> None:
@@ -79,3 +85,26 @@ def test_wrong_questions_are_answered_by_a_remedy(tmp_path: Path) -> None:
         assert done.returncode == 2, done.stdout
         assert said in done.stderr
     assert "nothing fits 1MiB" in quantmill("recommend", LLAMA, "--memory", "1MiB", cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_a_narrow_terminal_has_fewer_columns_and_whole_names(columns: int, tmp_path: Path) -> None:
+    printed = re.sub(r"\x1b\[[0-9;]*m", "", answered(["recipes"], [], tmp_path, columns=columns))
+    lines = printed.replace("\r", "").splitlines()
+    assert [line.split()[0] for line in lines[1 : 1 + len(shipped.recipe_names())]] == shipped.recipe_names()
+    assert max(map(len, lines[: 1 + len(shipped.recipe_names())])) <= columns
+    assert ("format" in lines[0]) == (columns == 120)
+
+
+@given(widths=st.lists(st.integers(1, 30), min_size=2, max_size=6), width=st.integers(20, 120), rows=st.integers(0, 3))
+def test_columns_are_dropped_only_where_they_do_not_fit(widths: list[int], width: int, rows: int) -> None:
+    columns = tuple(str(number) for number in range(len(widths)))
+    table = [{column: "x" * wide for column, wide in zip(columns, widths, strict=True)} for _ in range(rows)]
+    drop = columns[:0:-1]
+    shown = that_fit(table, columns, drop, width)
+    taken = [max(1, wide * bool(rows)) for wide in widths]
+    total = sum(taken[: len(shown)]) + 2 * (len(shown) - 1)
+    assert shown == list(columns[: len(shown)])
+    assert total <= width or len(shown) == 1
+    if len(shown) < len(columns):
+        assert total + 2 + taken[len(shown)] > width
