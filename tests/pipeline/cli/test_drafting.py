@@ -138,7 +138,7 @@ def test_the_usual_recipes_are_read_by_their_runtime(runtime: str) -> None:
     models=st.lists(
         st.from_regex(r"[A-Za-z0-9][\w.-]{0,20}/[A-Za-z0-9][\w.: #'\"-]{0,20}", fullmatch=True), min_size=1, max_size=3
     ),
-    namespace=st.none() | st.from_regex(r"[\w.-]{1,20}", fullmatch=True),
+    namespace=st.none() | st.from_regex(r"[A-Za-z0-9_.-]{1,20}", fullmatch=True),
     recipes=st.lists(st.sampled_from(shipped.recipe_names()), min_size=1, max_size=4),
 )
 def test_every_draft_is_a_zoo_that_says_what_was_asked(
