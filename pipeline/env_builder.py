@@ -35,7 +35,7 @@ from workers.errors import PreflightError, ZooError
 from workers.machine import environments
 from workers.machine.environments import RECORD, Built
 from workers.machine.files import write_text
-from workers.spec.base import Frozen, canonical_json
+from workers.spec.base import Frozen, canonical_json, meant
 
 LOCK_LIST = "requirements.lock"
 LOG = "pip.log"
@@ -123,8 +123,8 @@ def definition(name: str, source: Path | None = None) -> Definition:
     if record := environments.built(name):
         return Definition.model_validate(record.definition)
     raise ZooError(
-        f"env: unknown environment, got {name!r}; quantmill knows {', '.join(known())}. Name one of them, or give a "
-        "definition by --from FILE.yaml (description, packages)"
+        f"env: unknown environment, got {name!r}; {meant(name, known())}quantmill knows {', '.join(known())}. Name one "
+        "of them, or give a definition by --from FILE.yaml (description, packages)"
     )
 
 

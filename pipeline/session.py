@@ -37,6 +37,7 @@ from pipeline.report.ledger import Attempt, Ledger
 from pipeline.zoo import zoo as zoos
 from pipeline.zoo.zoo import LOOPBACK, Zoo
 from workers.errors import ZooError
+from workers.spec.base import meant
 from workers.spec.job import Job, StageResult
 from workers.transfer import hub, reach
 
@@ -100,18 +101,37 @@ def run_zoo(
     zoo_path: Path, out: Path, address: str | None, webhook: str | None, screen: Screen, *, strict: bool = False
 ) -> Finished:
     """Run a zoo file, from reading it to its results; the webhook is called whatever comes of it. Raises nothing."""
+    folder = zoo_path.resolve().parent
+    return run_loaded(zoo_path.stem, lambda: zoos.load(zoo_path), folder, out, address, webhook, screen, strict=strict)
+
+
+def run_loaded(
+    name: str,
+    load: Callable[[], Zoo],
+    folder: Path,
+    out: Path,
+    address: str | None,
+    webhook: str | None,
+    screen: Screen,
+    *,
+    strict: bool = False,
+) -> Finished:
+    """Run the zoo that ``load`` gives, whose paths are relative to ``folder``; ``name`` is the run's until it's loaded.
+
+    Raises nothing; see ``run_zoo``.
+    """
 
     def work(run: Run) -> None:
-        zoo = zoos.load(zoo_path)
+        zoo = load()
         run.named(zoo.name)
         with destination(zoo, out, address) as endpoint:
             check_endpoint(zoo, endpoint)
-            plan = run.plan = make_plan(zoo, zoo_path, out, endpoint, strict=strict)
+            plan = run.plan = planning.make_plan(zoo, folder, out.resolve(), endpoint, strict=strict)
             screen.planned(plan, zoo, endpoint)
             with screen.progress(plan) as progress:
                 _drive(run, plan, address, [progress])
 
-    return concluded(Run(out, zoo_path.stem, webhook), work)
+    return concluded(Run(out, name, webhook), work)
 
 
 Start = Callable[[str | None, Path, bool], AbstractContextManager["Cluster"]]
@@ -236,11 +256,12 @@ def find_run(out: Path, run_id: str | None) -> Path:
             if alone:
                 bury(out)
     runs = sorted({path.parent for name in (RESULTS, UNFINISHED) for path in out.glob(f"*/{name}")})
+    hint = meant(run_id, [path.name for path in runs]) if run_id else ""
     if run_id is not None:
         runs = [path for path in runs if path.name == run_id]
     if not runs:
         wanted = f"run {run_id!r}" if run_id else "any run"
-        raise ZooError(f"--out: no results of {wanted} in {out}; `quantmill status` lists the runs")
+        raise ZooError(f"--out: no results of {wanted} in {out}; {hint}`quantmill status` lists the runs")
     return runs[-1]
 
 

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from pipeline.cli.options import FAILED, print_rows
+from pipeline.cli.options import FAILED, JSON, print_json, print_rows
 
 
 @click.command()
 @click.argument("recipes", nargs=-1)
 @click.option("--zoo", type=click.Path(path_type=Path), help="Look at the recipes of this zoo file instead.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), help="Where runs would write.")
-def doctor(recipes: tuple[str, ...], zoo: Path | None, out: Path) -> None:
+@JSON
+def doctor(recipes: tuple[str, ...], zoo: Path | None, out: Path, as_json: bool) -> None:
     """Check this machine against RECIPES, all that are shipped if none is named; each in its own environment."""
     from pipeline import doctor
 
     chosen = doctor.recipes(recipes, zoo)
     facts = doctor.facts(sys.executable, out)
+    if as_json:
+        found = doctor.examine(chosen, facts, out, doctor.runtimes(zoo))
+        print_json({"machine": facts.model_dump(mode="json"), "problems": found})
+        sys.exit(FAILED if any(found.values()) else 0)
     devices = ", ".join(f"{d.name} ({d.memory / 1e9:.0f} GB)" for d in facts.devices) or "none: the CPU is used"
     click.echo(
         f"{facts.node}: Python {facts.python}, {facts.cpus} cores, {facts.host_memory / 1e9:.1f} GB, GPU: {devices}"
@@ -56,10 +62,14 @@ def env_create(name: str, source: Path | None) -> None:
 
 
 @env.command("list")
-def env_list() -> None:
+@JSON
+def env_list(as_json: bool) -> None:
     """Show the known environments and those that are built here."""
     from pipeline import env_builder
 
+    if as_json:
+        print_json([asdict(row) for row in env_builder.rows()])
+        return
     rows = [
         {
             "environment": row.name,

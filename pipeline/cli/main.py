@@ -2,37 +2,70 @@
 
 from __future__ import annotations
 
+import traceback
+
 import click
 
 from pipeline.cli.checkpoints import hub, publish, verify
+from pipeline.cli.drafting import init, quantize
 from pipeline.cli.machine import doctor, env
 from pipeline.cli.options import FAILED, WRONG
-from pipeline.cli.runs import init, plan, report, run, schema, status
+from pipeline.cli.recipes import recipes, recommend
+from pipeline.cli.runs import plan, report, run, schema, status
 from pipeline.cli.submitted import cancel, logs, submit
 
 
 class _Group(click.Group):
-    """Prints the package's own errors as a message; exits with 2 for what the user can mend, else with 1."""
+    """Prints errors as a message; exits with 2 for what the user can mend, else with 1.
+
+    A fault of quantmill's own, or of a library, is one line, too, unless ``--debug`` asks for its traceback.
+    """
 
     def invoke(self, ctx: click.Context) -> object:
-        from workers.errors import QuantmillError, UserError
-        from workers.spec.bounds import printable_lines
-
         try:
             return super().invoke(ctx)
-        except QuantmillError as error:
-            click.echo(printable_lines(f"quantmill: {type(error).__name__}: {error}"), err=True)
-            ctx.exit(WRONG if isinstance(error, UserError) else FAILED)
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
+        except Exception as error:
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            message, code = _told(error)
+            click.echo(f"quantmill: {message}", err=True)
+            ctx.exit(code)
+
+
+def _told(error: Exception) -> tuple[str, int]:
+    """What to say of an error, and the exit code."""
+    from workers.errors import QuantmillError, UserError
+    from workers.machine.failures import classify
+    from workers.spec.bounds import printable_lines
+
+    known = classify(error)
+    if isinstance(known, QuantmillError):
+        return printable_lines(str(known)), WRONG if isinstance(known, UserError) else FAILED
+    if isinstance(known, OSError) and known.strerror:
+        where = f" {str(known.filename)!r}" if known.filename else ""
+        return f"{known.strerror}:{where or ' (no file is named)'}; `quantmill --debug ...` shows where", FAILED
+    said = " ".join(str(known).split())
+    return (
+        printable_lines(f"a fault that isn't expected: {said or 'without a message'} ({type(known).__name__}); ")
+        + "`quantmill --debug ...` shows where, for a report of it",
+        FAILED,
+    )
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="quantmill")
-def main() -> None:
+@click.option("--debug", is_flag=True, help="Print the traceback of an error.")
+def main(debug: bool) -> None:
     """From a zoo file (models x recipes) to verified, published quantized checkpoints."""
 
 
+main.add_command(quantize)
 main.add_command(run)
 main.add_command(plan)
+main.add_command(recipes)
+main.add_command(recommend)
 main.add_command(submit)
 main.add_command(logs)
 main.add_command(cancel)
@@ -43,5 +76,5 @@ main.add_command(env)
 main.add_command(hub)
 main.add_command(publish)
 main.add_command(verify)
-main.add_command(schema)
 main.add_command(init)
+main.add_command(schema)

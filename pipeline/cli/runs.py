@@ -6,13 +6,14 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from pipeline.cli.options import FAILED, OUT, STRICT, WRONG, ZOO, print_rows
+from pipeline.cli.options import FAILED, JSON, OUT, QUIET, STRICT, WRONG, ZOO, print_json, print_rows
 from pipeline.cli.submitted import print_submitted
 
 if TYPE_CHECKING:
@@ -29,7 +30,18 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Stop after the plan.")
 @STRICT
 @click.option("--webhook", envvar="QUANTMILL_WEBHOOK", help="URL that is told, as JSON, how the run ended.")
-def run(zoo: Path, out: Path, address: str | None, dry_run: bool, strict: bool, webhook: str | None) -> None:
+@QUIET
+@JSON
+def run(
+    zoo: Path,
+    out: Path,
+    address: str | None,
+    dry_run: bool,
+    strict: bool,
+    webhook: str | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
     """Make, verify and publish what the zoo file ZOO asks for and doesn't stand there yet."""
     from pipeline import session
     from pipeline.zoo import zoo as zoos
@@ -38,13 +50,24 @@ def run(zoo: Path, out: Path, address: str | None, dry_run: bool, strict: bool, 
         loaded = zoos.load(zoo)
         with session.destination(loaded, out, address) as endpoint:
             session.check_endpoint(loaded, endpoint)
-            plan = session.make_plan(loaded, zoo, out, endpoint, strict=strict)
-            _print_plan(plan, loaded, endpoint)
-        sys.exit(FAILED if plan.refused else 0)
+            planned = session.make_plan(loaded, zoo, out, endpoint, strict=strict)
+            show_plan(planned, loaded, endpoint, as_json=as_json)
+        sys.exit(FAILED if planned.refused else 0)
     os.environ.pop("QUANTMILL_WEBHOOK", None)  # nothing that a run starts needs it
-    finished = session.run_zoo(zoo, out, address, webhook, _Terminal(), strict=strict)
+    screen = Terminal(quiet=quiet or as_json)
+    end(session.run_zoo(zoo, out, address, webhook, screen, strict=strict), quiet=quiet, as_json=as_json)
+
+
+def end(finished: Finished, *, quiet: bool = False, as_json: bool = False) -> NoReturn:
+    """Print what a run came to, and exit with its code.
+
+    ``quiet``: what wasn't accepted, and where the results are. ``as_json``: the results alone.
+    """
     with suppress(OSError):  # a terminal that is gone
-        _print_results(finished)
+        if as_json:
+            click.echo(finished.results.model_dump_json(indent=1))
+        else:
+            _print_results(finished, quiet)
         _leave(finished)
     sys.exit(finished.exit_code)
 
@@ -54,7 +77,8 @@ def run(zoo: Path, out: Path, address: str | None, dry_run: bool, strict: bool, 
 @OUT
 @click.option("--address", help="A running Ray cluster to judge by; left out: this machine.")
 @STRICT
-def plan(zoo: Path, out: Path, address: str | None, strict: bool) -> None:
+@JSON
+def plan(zoo: Path, out: Path, address: str | None, strict: bool, as_json: bool) -> None:
     """Show what would be made, what is skipped and why, with sizes and memory, and what fits on no node."""
     from pipeline import session
     from pipeline.fleet import feasibility
@@ -64,9 +88,12 @@ def plan(zoo: Path, out: Path, address: str | None, strict: bool) -> None:
     with session.destination(loaded, out) as endpoint:
         session.check_endpoint(loaded, endpoint)
         planned = session.make_plan(loaded, zoo, out, endpoint, strict=strict)
-        _print_plan(planned, loaded, endpoint)
+        if not as_json:
+            print_plan(planned, loaded, endpoint)
         lines = feasibility.infeasible(planned, out, address)
-    for line in lines:
+        if as_json:
+            show_plan(planned, loaded, endpoint, as_json=True, infeasible=lines)
+    for line in [] if as_json else lines:
         click.echo(line)
     if lines or planned.refused:
         sys.exit(FAILED)
@@ -76,23 +103,33 @@ def plan(zoo: Path, out: Path, address: str | None, strict: bool) -> None:
 @click.argument("run_id", metavar="[RUN]", required=False)
 @OUT
 @click.option("--address", metavar="URL", help="Show the runs submitted to this cluster instead, or the one named RUN.")
-def status(run_id: str | None, out: Path, address: str | None) -> None:
+@JSON
+def status(run_id: str | None, out: Path, address: str | None, as_json: bool) -> None:
     """Show the runs of the ledger, or the stages that RUN tried."""
     from pipeline.ending import at_work
     from pipeline.report.ledger import DIED, Ledger
     from workers.errors import ZooError
+    from workers.spec.base import meant
 
     if address:
-        print_submitted(address, run_id)
+        print_submitted(address, run_id, as_json=as_json)
         return
     if not (out / "ledger.sqlite").is_file():
         raise ZooError(f"--out: no ledger in {str(out)!r}; run a zoo first, or name the --out of its run")
     with Ledger(out) as ledger:
         rows = [dict(row) for row in (ledger.attempts(run_id) if run_id else ledger.runs())]
+        known = [str(row["run_id"]) for row in ledger.runs()]
     if not run_id:
         # Whoever holds the lock has recorded the others as dead.
         unfinished = "running" if at_work(out) else DIED
         rows = [{**row, "status": row["status"] or unfinished} for row in rows]
+    if run_id and not rows and run_id not in known:
+        raise ZooError(
+            f"status: the ledger knows no run {run_id!r}; {meant(run_id, known)}`quantmill status` lists the runs"
+        )
+    if as_json:
+        print_json(rows)
+        return
     if run_id and not rows:
         raise ZooError(f"status: the ledger knows no stages of run {run_id!r}; `quantmill status` lists the runs")
     columns = ("model", "recipe", "stage", "attempt", "node", "seconds", "outcome", "error") if run_id else ()
@@ -112,30 +149,21 @@ def report(run_id: str | None, out: Path) -> None:
 @click.command()
 def schema() -> None:
     """Print the JSON Schema of a zoo file, for editors."""
-    from pipeline.zoo.zoo import Zoo
+    from pipeline.zoo import reference
 
-    click.echo(json.dumps(Zoo.model_json_schema(), indent=1))
-
-
-@click.command()
-@click.argument("path", type=click.Path(path_type=Path), default=Path("zoo.yaml"))
-def init(path: Path) -> None:
-    """Write a first zoo file to PATH; an existing one is left alone."""
-    from pipeline.zoo import shipped
-    from workers.errors import ZooError
-
-    if path.exists():
-        raise ZooError(f"init: {str(path)!r} exists already; name another file")
-    path.write_text((shipped.configs() / "first.yaml").read_text())
-    click.echo(f"wrote {path}; edit it, then: quantmill plan {path}")
+    click.echo(json.dumps(reference.schema(), indent=1))
 
 
-class _Terminal:
-    """The terminal as a run's ``Screen``: a live table, plain lines where output goes elsewhere."""
+class Terminal:
+    """The terminal as a run's ``Screen``: a live table, plain lines where output goes elsewhere, or nothing."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
 
     def planned(self, plan: Plan, zoo: Zoo, endpoint: str | None) -> None:
         """See ``Screen``."""
-        _print_plan(plan, zoo, endpoint)
+        if not self._quiet:
+            print_plan(plan, zoo, endpoint)
 
     def progress(self, plan: Plan) -> LiveProgress | PlainProgress:
         """See ``Screen``."""
@@ -143,11 +171,46 @@ class _Terminal:
 
         from pipeline.report.progress import LiveProgress, PlainProgress
 
-        console = Console()
+        console = Console(quiet=self._quiet)
+        if self._quiet:
+            return PlainProgress(console)
         return LiveProgress(console, plan) if console.is_terminal else PlainProgress(console)
 
 
-def _print_plan(plan: Plan, zoo: Zoo, endpoint: str | None) -> None:
+def show_plan(plan: Plan, zoo: Zoo, endpoint: str | None, *, as_json: bool, infeasible: Sequence[str] = ()) -> None:
+    """Print a plan, as a table or as JSON; ``infeasible`` says what no node has room for."""
+    if not as_json:
+        print_plan(plan, zoo, endpoint)
+        return
+    cells = [
+        {
+            "model": cell.source.pin.id,
+            "revision": cell.source.pin.revision,
+            "recipe": cell.order.recipe.name,
+            "fingerprint": cell.order.fingerprint,
+            "plan": cell.reason,
+            "repo_id": cell.order.repo_id,
+            "source_bytes": cell.estimate.source_bytes,
+            "artifact_bytes": cell.estimate.artifact_bytes,
+            "host_bytes": cell.estimate.host_bytes,
+            "device_bytes": cell.estimate.device_bytes,
+        }
+        for cell in plan.artifacts
+    ]
+    refused = [{"model": one.model, "recipe": one.recipe, "reason": one.failure.message} for one in plan.refused]
+    print_json(
+        {
+            "zoo": zoo.name,
+            "endpoint": endpoint,
+            "artifacts": cells,
+            "refused": refused,
+            "infeasible": list(infeasible),
+            "notes": list(plan.notes),
+        }
+    )
+
+
+def print_plan(plan: Plan, zoo: Zoo, endpoint: str | None) -> None:
     to_make = sum(len(job.orders) for job in plan.jobs)
     where = f"published at {endpoint}" if endpoint else "not published: the zoo has no 'publish'"
     fail = f", {len(plan.refused)} that can't be made" if plan.refused else ""
@@ -172,7 +235,7 @@ def _print_plan(plan: Plan, zoo: Zoo, endpoint: str | None) -> None:
         for cell in plan.artifacts
     ]
     if rows:
-        print_rows(rows, tuple(rows[0]))
+        print_rows(rows, tuple(rows[0]), drop=("commit", "on a GPU", "fingerprint", "host memory"))
 
 
 def _by_message(plan: Plan) -> dict[str, str]:
@@ -186,9 +249,9 @@ def _by_message(plan: Plan) -> dict[str, str]:
     }
 
 
-def _print_results(finished: Finished) -> None:
+def _print_results(finished: Finished, quiet: bool) -> None:
     rows = []
-    for entry in finished.results.artifacts:
+    for entry in () if quiet else finished.results.artifacts:
         metrics = entry.metrics
         rows.append(
             {
@@ -203,14 +266,14 @@ def _print_results(finished: Finished) -> None:
             }
         )
     if rows:
-        print_rows(rows, tuple(rows[0]))
+        print_rows(rows, tuple(rows[0]), drop=("perplexity", "top-1", "published as"))
     for entry in finished.results.artifacts:
         if entry.status in ("rejected", "failed"):
             click.echo(f"{entry.status}: {Path(entry.model).name} {entry.recipe}: {entry.reason}")
     for notice in finished.notices:
         click.echo(notice, err=True)
     if finished.exit_code == WRONG and finished.results.error:
-        click.echo(f"quantmill: {finished.results.error.kind}: {finished.results.error.message}", err=True)
+        click.echo(f"quantmill: {finished.results.error.message}", err=True)
     if finished.interrupted:
         click.echo("interrupted; run the same command again to go on")
     if finished.results_path:

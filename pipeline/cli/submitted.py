@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from pipeline.cli.options import ADDRESS, INTERRUPTED, LOST, ZOO, print_rows
+from pipeline.cli.options import ADDRESS, INTERRUPTED, LOST, ZOO, print_json, print_rows
 
 if TYPE_CHECKING:
     from pipeline.submit.ray_jobs import JobsClient
@@ -121,13 +121,16 @@ def _follow(head: JobsClient, submitted: str) -> NoReturn:
     sys.exit(submit.exit_code(job))
 
 
-def print_submitted(address: str, submitted: str | None) -> None:
+def print_submitted(address: str, submitted: str | None, *, as_json: bool = False) -> None:
     from pipeline.submit import submit
     from pipeline.submit.ray_jobs import JobsClient
 
     head = JobsClient(address)
     head.check()
     jobs = [submit.find(head, submitted)] if submitted else submit.submitted(head)
+    if as_json:
+        print_json([submit.row(job) for job in jobs])
+        return
     print_rows([submit.row(job) for job in jobs], ("id", "status", "exit code", "started", "seconds", "out"))
     if submitted and jobs[0].ended:
         click.echo(submit.ending(jobs[0]))

@@ -171,6 +171,11 @@ def _in_features(tensor: TensorHeader, source: PinnedModel) -> int:
     return out_in_shape(tensor, conv1d=source.family.conv1d)[1]
 
 
+def artifact_bytes(source: PinnedModel, recipe: Recipe) -> int:
+    """Bytes of the weight files that a recipe makes of a model."""
+    return _artifact_bytes(source, shape_of(source), recipe)
+
+
 def _artifact_bytes(source: PinnedModel, shape: Shape, recipe: Recipe) -> int:
     """Bytes of the artifact's weight files."""
     whole = FORMATS[recipe.format].file_bytes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.zoo.problems import explain
 from workers.errors import ZooError
+from workers.spec.base import meant
 from workers.spec.job import Thresholds
 from workers.spec.recipes import Recipe
 
@@ -22,6 +22,13 @@ def configs() -> Path:
     """The folder ``configs``: inside the package in a wheel, at the top of the project in a checkout."""
     inside = Path(__file__).parents[1] / "configs"
     return inside if inside.is_dir() else Path(__file__).parents[2] / "configs"
+
+
+def own_text() -> tuple[Path, Path]:
+    """The project's own text, to calibrate on and to compare on; its rights are in the README beside it."""
+    inside = configs() / "text"
+    folder = inside if inside.is_dir() else configs().parent / "tests" / "zoo" / "text"
+    return folder / "calibration.txt", folder / "heldout.txt"
 
 
 def recipe_names() -> list[str]:
@@ -37,10 +44,9 @@ def recipe(name: str) -> Recipe:
         ZooError: no shipped recipe has that name.
     """
     if name not in recipe_names():
-        close = difflib.get_close_matches(name, recipe_names(), n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
+        known = recipe_names()
         raise ZooError(
-            f"recipes: unknown recipe, got {name!r}; {hint}quantmill ships {', '.join(recipe_names())}. "
+            f"recipes: unknown recipe, got {name!r}; {meant(name, known)}quantmill ships {', '.join(known)}. "
             "Name one of them, or define the recipe in place (name, method, scheme, format)."
         )
     path = configs() / "recipes" / f"{name}.yaml"

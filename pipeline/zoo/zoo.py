@@ -13,7 +13,7 @@ from pipeline.zoo import gating, shipped
 from pipeline.zoo.gating import Gates
 from pipeline.zoo.problems import explain
 from workers.errors import ZooError
-from workers.spec.base import SLUG, Frozen
+from workers.spec.base import SLUG, Frozen, meant
 from workers.spec.bounded_yaml import BadYaml, parse_yaml
 from workers.spec.bounds import ZOO_BYTES
 from workers.spec.formats import can_be_gathered, gathered_formats
@@ -67,7 +67,7 @@ class Verify(Frozen):
 
     dataset: Dataset
     tokens: int = Field(16384, ge=256, description="Held-out tokens to compare on.")
-    sequence_length: int = Field(512, ge=8)
+    sequence_length: int = Field(512, ge=8, description="Tokens of a sequence; at most the model's positions.")
     gates: str | Gates = Field(
         "default",
         description="A set from configs/gates.yaml, or what differs from the default one, by family of recipes (w4, "
@@ -104,7 +104,10 @@ class Verify(Frozen):
     @classmethod
     def _known_set(cls, value: str | Gates) -> str | Gates:
         if isinstance(value, str) and value not in shipped.gates():
-            raise ValueError(f"unknown set of gates; configs/gates.yaml has {', '.join(shipped.gates())}")
+            raise ValueError(
+                f"unknown set of gates, got {value!r}; configs/gates.yaml has {', '.join(shipped.gates())}; name one, "
+                "or give a mapping of what differs, as {w4: {kl_mean: 0.1}}"
+            )
         return value
 
 
@@ -215,9 +218,11 @@ NamedOrDefined = Annotated[
 class Zoo(Frozen):
     """A zoo: every model under every recipe."""
 
-    name: str = Field(pattern=SLUG.pattern, max_length=64)
-    models: tuple[ModelEntry, ...] = Field(min_length=1)
-    recipes: tuple[NamedOrDefined, ...] = Field(min_length=1)
+    name: str = Field(pattern=SLUG.pattern, max_length=64, description="Of the zoo, in the names of its runs.")
+    models: tuple[ModelEntry, ...] = Field(min_length=1, description="What is quantized.")
+    recipes: tuple[NamedOrDefined, ...] = Field(
+        min_length=1, description="How: names of shipped recipes (`quantmill recipes`), or definitions in place."
+    )
     calibration: Calibration | None = None
     verify: Verify
     publish: Publish | None = None
@@ -271,13 +276,13 @@ class Zoo(Frozen):
         for what, names in (("recipe", recipes), ("model", [model.id for model in self.models])):
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
-                raise ValueError(f"{what} {twice[0]!r} is listed twice; list it once")
+                raise ValueError(f"{what} {twice[0]!r} is listed twice, got {len(names)} of them; list it once")
         for model in self.models:
             unknown = sorted(set(model.recipes) - set(recipes))
             if unknown:
                 raise ValueError(
                     f"model {model.id!r}: recipe {unknown[0]!r} isn't among the zoo's recipes ({', '.join(recipes)}); "
-                    "add it there, or remove it here"
+                    f"{meant(unknown[0], recipes)}Add it there, or remove it here"
                 )
         if self.calibration and self.calibration.dataset == self.verify.dataset:
             raise ValueError("verify.dataset is the calibration data; verify on text that was not calibrated on")
@@ -290,19 +295,28 @@ def load(path: Path) -> Zoo:
     Raises:
         ZooError: the message names key, value and remedy of every finding.
     """
-    raw = read_yaml(path)
+    return check(read_yaml(path), str(path))
+
+
+def check(raw: object, path: str) -> Zoo:
+    """The zoo that a parsed zoo file holds; ``path`` begins messages.
+
+    Raises:
+        ZooError: see ``load``.
+    """
     if not isinstance(raw, dict):
-        raise ZooError(f"{path}: expected a mapping with name, models, recipes, verify; got {type(raw).__name__}")
+        raise ZooError(f"{path}: expected a mapping with name, models, recipes, verify; got {_kind(raw)}")
     try:
         zoo = Zoo.model_validate(raw)
     except ValidationError as error:
-        raise ZooError(explain(error, str(path), raw, Zoo)) from error
+        raise ZooError(explain(error, path, raw, Zoo)) from error
     for where, gates in _gates(zoo):
         if unknown := gating.unknown_keys(gates, zoo.resolved_recipes):
             families = sorted({recipe.scheme.family for recipe in zoo.resolved_recipes})
+            known = [*families, *(recipe.name for recipe in zoo.resolved_recipes)]
             raise ZooError(
                 f"{path}: {where}: {unknown[0]!r} is neither a recipe of the zoo nor the family of one "
-                f"({', '.join(families)}); correct or remove it"
+                f"({', '.join(families)}); {meant(unknown[0], known)}Correct or remove it"
             )
     for recipe in zoo.resolved_recipes:
         if zoo.publish and zoo.publish.gathers(recipe.format) and not can_be_gathered(recipe.format):
@@ -320,6 +334,11 @@ def load(path: Path) -> Zoo:
                 "add one (dataset, samples, sequence_length), or take a data-free recipe"
             )
     return zoo
+
+
+def _kind(raw: object) -> str:
+    """What a YAML document holds instead of a mapping, in YAML's words."""
+    return {type(None): "nothing", list: "a list", str: "a text"}.get(type(raw), f"{raw!r}")
 
 
 def _gates(zoo: Zoo) -> Iterator[tuple[str, Gates]]:
@@ -340,10 +359,20 @@ def read_yaml(path: Path) -> object:
             content = stream.read(ZOO_BYTES + 1)
         if len(content) > ZOO_BYTES:
             raise ZooError(f"{path}: larger than {ZOO_BYTES} bytes; split the zoo")
-        return parse_yaml(content.decode())
+        return parse(content.decode(), str(path))
     except FileNotFoundError:
         raise ZooError(f"zoo file: no such file, got {str(path)!r}; `quantmill init` writes a first one") from None
     except (UnicodeDecodeError, OSError) as error:
         raise ZooError(f"{path}: not a readable YAML file: {error}") from error
+
+
+def parse(text: str, path: str) -> object:
+    """The content of a YAML text; ``path`` begins messages.
+
+    Raises:
+        ZooError: not readable, or beyond the limits of depth and aliases.
+    """
+    try:
+        return parse_yaml(text)
     except BadYaml as error:
         raise ZooError(f"{path}: {error}") from error

@@ -168,7 +168,8 @@ def test_exit_code_2_calls_the_webhook_and_leaves_nothing(
     arguments = ["run", str(make(tmp_path)), "--out", str(tmp_path / "runs"), "--webhook", receiver.url]
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 2, done.output
-    assert "quantmill: ZooError: " in done.stderr
+    assert "quantmill: " in done.stderr
+    assert "ZooError" not in done.stderr
     (told,) = receiver.got
     assert told["status"] == "failed"
     assert "ZooError: " in told["text"]
@@ -343,7 +344,7 @@ def test_a_head_that_dies_ends_the_run_with_its_results(tmp_path: Path, receiver
             break
     said, complaints = process.communicate(timeout=RUN_SECONDS)
     assert process.returncode == 1, said + complaints
-    assert f"quantmill: ClusterLost: Ray's head on this machine died ({vital} ended)" in complaints
+    assert f"quantmill: Ray's head on this machine died ({vital} ended)" in complaints
     results = Results.model_validate_json(Path(said.strip().splitlines()[-2]).read_text())
     assert results.error is not None
     assert results.error.kind == "ClusterLost"
@@ -376,7 +377,7 @@ def test_the_head_of_a_cluster_that_dies_ends_the_run_before_ray_ends_the_driver
                 break
         said, complaints = process.communicate(timeout=RUN_SECONDS)
         assert process.returncode == 1, said + complaints
-        assert f"quantmill: ClusterLost: Ray's head at {address} doesn't answer any more" in complaints
+        assert f"quantmill: Ray's head at {address} doesn't answer any more" in complaints
         assert Results.model_validate_json(Path(said.strip().splitlines()[-2]).read_text()).error is not None
     finally:
         head.stdin.close()

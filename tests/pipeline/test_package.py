@@ -81,6 +81,26 @@ def test_the_wheel_plans_a_zoo_from_another_folder(installed: Path, tmp_path: Pa
     assert where.splitlines()[-1] == "True"
 
 
+def test_the_wheel_has_the_default_text_and_the_package_of_its_name(installed: Path, tmp_path: Path) -> None:
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [installed, "quantize", str(MODELS / "llama-tiny"), "--recipe", "gptq-w4-g128", "--dry-run"]
+    planned = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True, check=False)
+    assert planned.returncode == 0, planned.stderr
+    assert "1 artifacts, 1 to make" in planned.stdout
+    code = (
+        "import quantmill; from pipeline.zoo import shipped\n"
+        "print(quantmill.__file__); print(*shipped.own_text(), sep='\\n'); print(len(quantmill.recipes()))\n"
+        "print(sum(bool(row.kl) for row in quantmill.recipes()))"
+    )
+    python = installed.with_name("python")
+    there = subprocess.run([python, "-c", code], cwd=tmp_path, env=clean, capture_output=True, text=True, check=True)
+    package, calibration, held_out, recipes, measured = there.stdout.splitlines()
+    for path in (package, calibration, held_out):
+        assert str(installed.parents[1]) in path, "the wheel's own files are used, not the checkout's"
+        assert Path(path).is_file()
+    assert int(recipes) > int(measured) > 20
+
+
 def run_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pipeline.cli", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
@@ -128,6 +148,9 @@ def test_schema_and_doctor(tmp_path: Path) -> None:
     doctor = run_cli("doctor", "gptq-w4-g128", "bnb-nf4", cwd=tmp_path)
     assert doctor.returncode == 0, doctor.stdout + doctor.stderr
     assert re.search(r"^gptq-w4-g128 +ready$", doctor.stdout, re.M)
+    told = json.loads(run_cli("doctor", "bnb-nf4", "--json", cwd=tmp_path).stdout)
+    assert told["problems"] == {"bnb-nf4": []}
+    assert told["machine"]["host_memory"] > 0
     # Recipes that need an environment say how to build it, where it isn't.
     whole = run_cli("doctor", cwd=tmp_path)
     for recipe, environment in (("gguf-q4_k_m", "llama-cpp"), ("mlx-w4-g64", "mlx")):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import sys
 import traceback
+from pathlib import Path
 
 from workers.errors import DiskFull, HubUnavailable, OutOfMemory, QuantmillError, WorkerDied
 from workers.machine.child import Ended
@@ -33,8 +35,19 @@ def classify(error: BaseException) -> BaseException:
     # safetensors reports a full disk as its own error, with the system's text in it.
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or "No space left on device" in str(error):
-        return DiskFull(f"no space left on the device ({error}); free some, or choose another --out")
+        return DiskFull(f"{no_space(error)}; free some, or choose another --out")
     return error
+
+
+def no_space(error: BaseException) -> str:
+    """What a full disk has: the file that didn't fit, and the free bytes of its file system, where they are known."""
+    named = getattr(error, "filename", None)
+    if not isinstance(named, str):
+        return f"no space left on the device ({error})"
+    folder = next((path for path in Path(named).absolute().parents if path.is_dir()), Path("/"))
+    disk = shutil.disk_usage(folder)
+    free = f"{disk.free / 1e9:.3g} GB of {disk.total / 1e9:.3g} GB are free"
+    return f"no space left for {named!r}: {free} in {str(folder)!r}"
 
 
 def of_a_process(what: str, ended: Ended) -> OutOfMemory | WorkerDied:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from workers.errors import CalibrationError, QuantmillError, UnsupportedModel
 from workers.spec.bounds import brief, printable
-from workers.spec.job import Calibration, Dataset, ModelPin, Verification
+from workers.spec.job import LEAST_TOKENS, Calibration, Dataset, ModelPin, Verification
 from workers.transfer.hub import hub_errors
 
 # Sequences are drawn from the first POOL times as many: spread over the text without tokenizing the whole corpus.
@@ -97,7 +97,7 @@ def calibration_tokens(calibration: Calibration, tokenizer: Any) -> Sequences:
     if count < samples:
         raise CalibrationError(
             f"calibration.samples: got {samples}, but the data set holds {count} sequences of {length} tokens"
-            f"{_of_notes(pool)}; set samples to at most {count}, shorten sequence_length, or add text"
+            f"{_of_notes(pool)}; {_at_most('samples', count, 1)}shorten sequence_length, or add text"
         )
     chosen = sorted(random.Random(calibration.seed).sample(range(count), samples))
     return Sequences(pool.tokens_NT[chosen], pool.prefix, pool.notes)
@@ -116,9 +116,15 @@ def held_out_tokens(verification: Verification, tokenizer: Any) -> Sequences:
     if count < wanted:
         raise CalibrationError(
             f"verify.tokens: got {verification.tokens}, but the data set holds {count * length} in sequences "
-            f"of {length}{_of_notes(held_out)}; set tokens to at most {count * length}, or add text"
+            f"of {length}{_of_notes(held_out)}; {_at_most('tokens', count * length, max(2 * length, LEAST_TOKENS))}"
+            f"{'shorten sequence_length, ' if count < 2 else ''}or add text"
         )
     return held_out
+
+
+def _at_most(setting: str, most: int, least: int) -> str:
+    """The remedy of a smaller setting, where one that works is left."""
+    return f"set {setting} to at most {most}, " if most >= least else ""
 
 
 def _of_notes(found: Sequences) -> str:

@@ -35,8 +35,33 @@ def parse_yaml(text: str) -> object:
             loader.dispose()
     except BadYaml:
         raise
+    except yaml.MarkedYAMLError as error:
+        raise BadYaml(f"not a readable YAML file: {_marked(error, text)}") from error
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
-        raise BadYaml(f"not a readable YAML file: {error}") from error
+        raise BadYaml(f"not a readable YAML file: {' '.join(str(error).split())}; correct it there") from error
+
+
+def _marked(error: yaml.MarkedYAMLError, text: str) -> str:
+    """Where a YAML text stops to be one, what stands there, and the remedy."""
+    mark, problem = error.problem_mark or error.context_mark, error.problem or "it can't be read"
+    line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ""
+    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    got = f", got {line.strip()[:60]!r}" if line.strip() else ""
+    if "\t" in line[: len(line) - len(line.lstrip())] or "\\t" in problem:
+        return f"{where}a tab{got}; YAML is indented by spaces alone: replace the tab by spaces"
+    remedy = next((hint for words, hint in _REMEDIES.items() if words in problem), "correct it there")
+    return f"{where}{problem}{got}; {remedy}"
+
+
+_REMEDIES = {
+    "mapping values are not allowed": "a text with ': ' in it is put in quotes; keys of a mapping begin in one column",
+    "',' or": "close the bracket, or put a comma between its parts",
+    "is given twice": "keep one of them",
+    "did not find expected <document start>": "begin every line of a mapping with 'key:'",
+    "could not find expected ':'": "write it as 'key: value'",
+    "undefined alias": "a text that begins with '*' is put in quotes",
+    "cannot start any token": "put the text in quotes",
+}
 
 
 def _check_depth(text: str) -> None:

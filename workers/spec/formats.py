@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, WithJsonSchema
 
 from workers.spec import ggml, mlx
+from workers.spec.base import meant
 from workers.spec.schemes import (
     FP8_BLOCK,
     Float8Scheme,
@@ -429,7 +430,9 @@ FORMATS: dict[str, Format] = {
 
 def _known(name: str) -> str:
     if name not in FORMATS:
-        raise ValueError(f"unknown format; known are {', '.join(FORMATS)}")
+        raise ValueError(
+            f"unknown format, got {name!r}; {meant(name, FORMATS)}Known are {', '.join(FORMATS)}; name one"
+        )
     return name
 
 

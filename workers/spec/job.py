@@ -23,11 +23,11 @@ class Dataset(Frozen):
     """Text, as ``datasets.load_dataset`` reads it."""
 
     path: str = Field(description="A builder (text, json, parquet, ...) or a Hub data set.")
-    name: str | None = None
+    name: str | None = Field(None, description="Configuration of a Hub data set, as wikitext-2-raw-v1.")
     data_files: tuple[str, ...] = Field((), description="Files, relative to the zoo file.")
-    split: str = "train"
-    column: str = "text"
-    revision: str | None = None
+    split: str = Field("train", description="Part of the data set; local files are all in train.")
+    column: str = Field("text", description="The column that is read.")
+    revision: str | None = Field(None, description="Of a Hub data set: branch, tag or commit; null: the newest.")
     separator: str = Field("\n", description="Put between two rows when they are joined into one stream of tokens.")
     holds: Literal["auto", "text", "messages", "token_ids"] = Field(
         "auto",
@@ -50,9 +50,9 @@ class Calibration(Frozen):
     """The text and settings of calibration."""
 
     dataset: Dataset
-    samples: int = Field(128, ge=1)
-    sequence_length: int = Field(512, ge=8)
-    seed: int = 0
+    samples: int = Field(128, ge=1, description="Sequences; they are drawn from four times as many.")
+    sequence_length: int = Field(512, ge=8, description="Tokens of a sequence; at most the model's positions.")
+    seed: int = Field(0, description="Of the draw; another one makes other artifacts.")
     experts: Literal["routed", "all"] = Field(
         "routed", description="routed: an expert learns from the tokens sent to it; all: from every token of its layer."
     )
@@ -81,12 +81,16 @@ class Thresholds(Frozen):
     )
 
 
+# Fewest held-out tokens that a comparison takes.
+LEAST_TOKENS = 256
+
+
 class Verification(Frozen):
     """The held-out text, and the number of tokens to evaluate."""
 
     dataset: Dataset
     data: str = Field("", description="What stands for the text's content: sha256, set by the plan.")
-    tokens: int = Field(16384, ge=256)
+    tokens: int = Field(16384, ge=LEAST_TOKENS)
     sequence_length: int = Field(512, ge=8)
 
     def same_as(self, other: Verification) -> bool:
@@ -102,10 +106,10 @@ class HubLimits(Frozen):
 
     requests: int = Field(1000, ge=1, description="Of the API, in any request_seconds.")
     files: int = Field(5000, ge=1, description="Requests for files (/resolve/), in any request_seconds.")
-    request_seconds: float = Field(300.0, gt=0)
+    request_seconds: float = Field(300.0, gt=0, description="Length of the window for requests, in seconds.")
     commits: int = Field(1000, ge=1, description="To all repositories together, in any commit_seconds.")
-    commits_to_a_repository: int = Field(128, ge=1)
-    commit_seconds: float = Field(3600.0, gt=0)
+    commits_to_a_repository: int = Field(128, ge=1, description="To one repository, in any commit_seconds.")
+    commit_seconds: float = Field(3600.0, gt=0, description="Length of the window for commits, in seconds.")
 
 
 class Destination(Frozen):

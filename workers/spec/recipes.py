@@ -81,7 +81,7 @@ class SmoothQuantOptions(Frozen):
 class HqqOptions(Frozen):
     """Settings of half-quadratic quantization (Badri and Shaji, 2023)."""
 
-    iterations: int = Field(20, ge=1, le=1000)
+    iterations: int = Field(20, ge=1, le=1000, description="Rounds of half-quadratic splitting.")
     norm: float = Field(0.7, gt=0, lt=2, description="p of the l_p norm of the error that is made small.")
 
 
@@ -154,8 +154,8 @@ class RecipeBase(Frozen):
         """The numerics of this recipe: ``numerics``, raised where they changed for its scheme alone."""
         return self.numerics
 
-    name: str = Field(pattern=SLUG.pattern, max_length=64)
-    description: str = ""
+    name: str = Field(pattern=SLUG.pattern, max_length=64, description="In tables, folders and repositories.")
+    description: str = Field("", description="A sentence for people; no part of what is made.")
     environment: str | None = Field(
         None,
         pattern=SLUG.pattern,

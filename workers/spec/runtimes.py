@@ -8,14 +8,13 @@ environment file in configs/environments.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from pydantic import Field
 
 from workers.spec import ggml, mlx
-from workers.spec.base import Frozen
+from workers.spec.base import Frozen, meant
 from workers.spec.families import DEFAULT_LOADER
 from workers.spec.formats import (
     AWQ,
@@ -405,9 +404,8 @@ def runtime_named(name: str) -> Runtime:
     able = {row.name.casefold(): row for row in RUNTIMES.values() if row.entry}
     if row := able.get(name.casefold()):
         return row
-    close = difflib.get_close_matches(name.casefold(), able, n=1)
-    meant = f"did you mean {able[close[0]].name!r}? " if close else ""
-    raise ValueError(f"unknown runtime, got {name!r}; {meant}Known are {', '.join(row.name for row in able.values())}")
+    names = [row.name for row in able.values()]
+    raise ValueError(f"unknown runtime, got {name!r}; {meant(name, names)}Known are {', '.join(names)}; name one")
 
 
 def misfit(fmt: str, scheme: Scheme, kinds: LayerKinds, runtimes: Iterable[str] = ()) -> str | None:

@@ -18,9 +18,9 @@ class IntScheme(Frozen):
     """Weights on an integer grid with one scale for each group of input columns."""
 
     type: Literal["int"] = "int"
-    bits: int = Field(ge=2, le=8)
+    bits: int = Field(ge=2, le=8, description="Of a weight's code; scales come on top.")
     group_size: int | None = Field(128, ge=1, description="Input columns that share a scale; null: a whole row.")
-    symmetric: bool = True
+    symmetric: bool = Field(True, description="true: no zero points; false: one for each scale.")
     activations: Literal["none", "int8"] = Field(
         "none", description="int8: each token's activations are rounded to 8 bits while the model runs."
     )
@@ -88,7 +88,7 @@ class MicroscalingScheme(Frozen):
     and one float32 scale for the tensor.
     """
 
-    type: Literal["mxfp4", "nvfp4", "mxfp8"]
+    type: Literal["mxfp4", "nvfp4", "mxfp8"] = Field(description="The numbers, and with them the size of a group.")
     activations: Literal["none", "dynamic"] = Field(
         "none",
         description="dynamic: groups of each token's inputs are rounded as the weights are while the model runs; for "
@@ -112,7 +112,7 @@ class MicroscalingScheme(Frozen):
 class FourBitFloatScheme(Frozen):
     """bitsandbytes' 4-bit codebooks: NF4 (arXiv 2305.14314) or FP4, one absmax for each block of 64."""
 
-    type: Literal["nf4", "fp4"]
+    type: Literal["nf4", "fp4"] = Field(description="The codebook.")
     double_quantization: bool = Field(True, description="Store the absmax values themselves in 8 bits.")
 
     @property
@@ -128,7 +128,7 @@ class LlmInt8Scheme(Frozen):
     """LLM.int8() (arXiv 2208.07339): int8 rows, outlier columns of the activations in half precision."""
 
     type: Literal["llm-int8"] = "llm-int8"
-    outlier_threshold: float = Field(6.0, ge=0)
+    outlier_threshold: float = Field(6.0, ge=0, description="Inputs of a larger magnitude stay in half precision.")
 
     @property
     def family(self) -> str:
@@ -143,7 +143,7 @@ class GgufScheme(Frozen):
     """A mix of ggml's types, chosen for each tensor as llama.cpp chooses it; the name is that of its quantize tool."""
 
     type: Literal["gguf-mix"] = "gguf-mix"
-    mix: Mix
+    mix: Mix = Field(description="The name of the type in llama.cpp's quantize tool, in lower case.")
 
     @property
     def family(self) -> str:

@@ -166,7 +166,11 @@ def hub_errors(thing: str) -> Iterator[None]:
     except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
         raise HubRefused(f"{thing}: not the address of a Hub ({_brief(error)}); set HF_ENDPOINT to its URL") from error
     except (httpx2.ConnectError, httpx2.ConnectTimeout, ConnectionRefusedError) as error:
-        raise HubUnavailable(f"{thing}: nothing answers at that address ({_brief(error)})", reached=False) from error
+        raise HubUnavailable(
+            f"{thing}: nothing answers at that address ({_plain(error)}); check the network and HF_ENDPOINT, or "
+            "name a local folder or file instead",
+            reached=False,
+        ) from error
     except (httpx2.HTTPError, ConnectionError, TimeoutError, json.JSONDecodeError, LocalEntryNotFoundError) as error:
         raise HubUnavailable(f"{thing}: no usable answer from the Hub ({_brief(error)})") from error
     except OSError as error:
@@ -219,6 +223,12 @@ def _retry_after(response: Any) -> float | None:
     except (ValueError, TypeError):
         limit = parse_ratelimit_headers(response.headers)
         return float(limit.reset_in_seconds) if limit is not None and limit.remaining == 0 else None
+
+
+def _plain(error: Exception) -> str:
+    """The system's own words for a failed connection."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else "no answer"
 
 
 def _brief(error: Exception) -> str:

@@ -153,7 +153,10 @@ def test_every_shipped_recipe_is_valid_and_has_gates() -> None:
         assert recipe.scheme.family in shipped.gates()["default"]
 
 
-@pytest.mark.parametrize("path", sorted(shipped.configs().glob("*.yaml")), ids=lambda path: path.name)
+CONFIGS = sorted([*shipped.configs().glob("*.yaml"), *shipped.configs().glob("examples/*.yaml")])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_shipped_config_loads(path: Path) -> None:
     if path.name == "gates.yaml":
         assert shipped.gates()["default"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from workers.errors import CalibrationError, QuantmillError, UnsupportedModel
 from workers.model import text
-from workers.spec.job import Dataset, ModelPin
+from workers.spec.job import Calibration, Dataset, ModelPin, Verification
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
 
@@ -176,3 +178,34 @@ def test_a_broken_tokenizer_is_named_with_its_file(content: str, tmp_path: Path)
     with pytest.raises(UnsupportedModel, match=r"'acme/model': tokenizer\.json can't be read .*; replace") as caught:
         text.load_tokenizer(tmp_path, pin)
     assert isinstance(caught.value, QuantmillError)
+
+
+@given(letters=st.integers(1, 600))
+@settings(max_examples=30, deadline=None)
+def test_a_short_text_is_refused_with_settings_that_work(letters: int) -> None:
+    """Whatever its length: the settings that the message names are taken, and none is named that isn't."""
+    dataset, tokenizer = Dataset(path="json"), bytes_tokenizer()
+    with pytest.MonkeyPatch.context() as patch:
+        rows(patch, ["x" * letters])
+        wanted = Calibration(dataset=dataset, samples=100, sequence_length=8)
+        if message := _refused(lambda: text.calibration_tokens(wanted, tokenizer)):
+            most = re.search(r"set samples to at most (\d+),", message)
+            assert "add text" in message
+            assert (most is not None) == (letters + 1 >= 8)
+            if most:
+                text.calibration_tokens(wanted.model_copy(update={"samples": int(most[1])}), tokenizer)
+        compared = Verification(dataset=dataset, tokens=1024, sequence_length=8)
+        if message := _refused(lambda: text.held_out_tokens(compared, tokenizer)):
+            most = re.search(r"set tokens to at most (\d+),", message)
+            assert "add text" in message
+            if most:
+                least = Verification(dataset=dataset, tokens=int(most[1]), sequence_length=8)
+                text.held_out_tokens(least, tokenizer)
+
+
+def _refused(action: Callable[[], object]) -> str:
+    try:
+        action()
+    except CalibrationError as error:
+        return str(error)
+    return ""
