@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pipeline import registry
 from pipeline.zoo import shipped
 from pipeline.zoo import zoo as zoos
 from workers.errors import PreflightError, ZooError
@@ -60,7 +61,13 @@ def examine(
             facts_by_environment[name] = facts(environments.interpreter(name), out)
         except PreflightError as error:
             facts_by_environment[name] = str(error)
-    return {recipe.name: _problems(facts_by_environment, recipe, runtimes) for recipe in chosen}
+    asked = registry.ask(chosen)
+    refused = {**asked.here, **asked.never}
+    known = {
+        name: facts if isinstance(facts, str) else facts.model_copy(update={"refused": refused})
+        for name, facts in facts_by_environment.items()
+    }
+    return {recipe.name: _problems(known, recipe, runtimes) for recipe in chosen}
 
 
 def _problems(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+from pipeline import registry
 from pipeline.planning import fitting, sizing, sources
 from pipeline.planning.configs import pad_problem, positions
 from pipeline.planning.sources import PinnedModel
@@ -91,6 +92,7 @@ class Cells:
     def check(self, calibration: Calibration | None, verification: Verification) -> None:
         """Set apart models and recipes that don't fit; models of the same shape, such as finetunes, share checks."""
         fine: set[tuple[object, ...]] = set()
+        never = registry.ask(self._zoo.resolved_recipes).never
         for entry in self._zoo.models:
             source = self.sources.get(entry.id)
             if source is None:
@@ -103,6 +105,9 @@ class Cells:
                 self._refuse(entry, recipes, UnsupportedModel("; ".join(found)))
                 continue
             for recipe in recipes:
+                if recipe.name in never:
+                    self._refuse(entry, [recipe], UnsupportedRecipe(never[recipe.name]))
+                    continue
                 key = (*sizing.alike(source), recipe.name)
                 if (key not in fine or source.kept) and not self._misfit(entry, source, recipe):
                     fine.add(key)

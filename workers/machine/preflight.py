@@ -11,12 +11,15 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from pydantic import Field
+
 from workers.machine.memory import host_memory as host_memory
 from workers.spec.base import Frozen
 from workers.spec.engines import ENGINES
 from workers.spec.formats import FORMATS
 from workers.spec.recipes import Recipe
 from workers.spec.runtimes import RUNTIMES, checkers
+from workers.spec.schemes import TransformersScheme
 
 # Distributions that every stage needs.
 BASE_PACKAGES = ("torch", "transformers", "safetensors", "datasets", "huggingface_hub", "greenlet", "accelerate")
@@ -41,6 +44,7 @@ class MachineFacts(Frozen):
     host_memory: int
     disk_free: int
     cpus: int
+    refused: dict[str, str] = Field(default_factory=dict, description="Why recipes can't be made here, by their names.")
 
 
 def probe(workspace: Path, with_devices: bool = True) -> MachineFacts:
@@ -78,7 +82,8 @@ def problems(facts: MachineFacts, recipe: Recipe, runtimes: Iterable[str] = ()) 
     """Everything that the machine lacks for a recipe, each with the command that fixes it. Pure."""
     engine = ENGINES[recipe.engine]
     in_process = () if engine.environment else engine.packages
-    needed = [*BASE_PACKAGES, *in_process, *FORMATS[recipe.format].needs]
+    in_recipe = recipe.scheme.packages if isinstance(recipe.scheme, TransformersScheme) else ()
+    needed = [*BASE_PACKAGES, *in_process, *FORMATS[recipe.format].needs, *in_recipe]
     lacking = [name for name in needed if name not in facts.packages]
     in_process_runtimes = [row for row in checkers(recipe.format, runtimes) if row.environment is None]
     lacking += [name for row in in_process_runtimes for name in row.lacks(recipe.format, facts.packages)]
@@ -88,8 +93,10 @@ def problems(facts: MachineFacts, recipe: Recipe, runtimes: Iterable[str] = ()) 
         f"`pip install '{extras.get(name, name)}'`"
         for name in dict.fromkeys(lacking)
     ]
+    refused = [facts.refused[recipe.name]] if recipe.name in facts.refused and not missing else []
     return (
         missing
+        + refused
         + [
             f"compute capability {'.'.join(map(str, device.capability))} of {device.name}: {engine.name} expects "
             f"{'.'.join(map(str, engine.least_capability))} or more; use the CPU"
@@ -101,7 +108,8 @@ def problems(facts: MachineFacts, recipe: Recipe, runtimes: Iterable[str] = ()) 
 
 def _named() -> set[str]:
     """All distributions named in the tables, and those that every stage needs."""
-    made_with = {name for row in ENGINES.values() if row.environment is None for name in row.packages}
+    in_this = [row for row in ENGINES.values() if row.environment is None]
+    made_with = {name for row in in_this for name in (*row.packages, *row.optional)}
     stored_with = {name for row in FORMATS.values() for name in row.needs}
     # Packages of an engine or a runtime in its own environment can't be seen from this process.
     in_process = [row for row in RUNTIMES.values() if row.entry and row.environment is None]

@@ -462,6 +462,8 @@ def _known_before(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     later = {"activations"} if value.get("type") in ("mxfp4", "nvfp4") and value.get("activations") == "none" else set()
+    if value.get("type") == "transformers":
+        later = {"packages", "expected"}  # of which no byte depends
     return {key: _known_before(inner) for key, inner in value.items() if key not in later}
 
 

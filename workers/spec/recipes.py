@@ -13,7 +13,15 @@ from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 from pydantic import Field, field_validator, model_validator
 
 from workers.spec.base import SLUG, Frozen
-from workers.spec.formats import BITSANDBYTES, FORMATS, GGUF, FormatName, check_holds, formats_with_schemes_by_layer
+from workers.spec.formats import (
+    BITSANDBYTES,
+    FORMATS,
+    GGUF,
+    HF_QUANTIZER,
+    FormatName,
+    check_holds,
+    formats_with_schemes_by_layer,
+)
 from workers.spec.schemes import (
     AnyLinearScheme,
     CacheScheme,
@@ -26,6 +34,7 @@ from workers.spec.schemes import (
     LinearScheme,
     LlmInt8Scheme,
     MicroscalingScheme,
+    TransformersScheme,
 )
 
 # ------------------------------------------------------------------------------------------ methods
@@ -487,8 +496,30 @@ class KeepRecipe(RecipeBase):
         return self.scheme
 
 
+class TransformersRecipe(RecipeBase):
+    """A quantizer of the installed transformers: the library loads, quantizes and saves the whole model."""
+
+    engine: ClassVar[str] = "transformers"
+
+    method: Literal["transformers"]
+    scheme: TransformersScheme
+    format: FormatName = HF_QUANTIZER.name
+    options: NoOptions = NoOptions()
+
+    @model_validator(mode="after")
+    def _readable(self) -> Self:
+        check_holds(self.name, self.format, self.scheme)
+        return self
+
+    def scheme_of(self, module: str) -> TransformersScheme:
+        """The recipe's scheme for a module."""
+        return self.scheme
+
+
 LinearRecipe = GptqRecipe | RtnRecipe | AwqRecipe | SmoothQuantRecipe | HqqRecipe
-Recipe = Annotated[LinearRecipe | BitsAndBytesRecipe | GgufRecipe | KeepRecipe, Field(discriminator="method")]
+Recipe = Annotated[
+    LinearRecipe | BitsAndBytesRecipe | GgufRecipe | KeepRecipe | TransformersRecipe, Field(discriminator="method")
+]
 
 
 def words(recipe: Recipe) -> str:

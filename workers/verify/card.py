@@ -18,7 +18,7 @@ from workers.spec.bounds import CARD_BYTES, printable, printable_lines
 from workers.spec.families import DEFAULT_LOADER
 from workers.spec.job import CHECKED, Dataset, Job, Order, PictureCheck, RuntimeAgreement, SourceCheck, Verdict
 from workers.spec.layers import LayerKinds
-from workers.spec.recipes import GgufRecipe, KeepRecipe, Recipe, words
+from workers.spec.recipes import GgufRecipe, KeepRecipe, Recipe, TransformersRecipe, words
 from workers.spec.runtimes import RUNTIMES, Runtime, checkers
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags")
@@ -170,7 +170,9 @@ def _made_of(job: Job, recipe: Recipe) -> str:
 
 def _loading(runtime: Runtime, recipe: Recipe, repo: str, loader: str) -> str:
     """How to load it in a runtime."""
-    return f"```\n{runtime.install(recipe.format)}\n```\n\n```python\n{runtime.snippet(repo, loader)}```\n"
+    needs = recipe.scheme.packages if isinstance(recipe, TransformersRecipe) else ()
+    install = " ".join([runtime.install(recipe.format), *needs])
+    return f"```\n{install}\n```\n\n```python\n{runtime.snippet(repo, loader)}```\n"
 
 
 def _other_runtimes(order: Order, repo: str, kinds: LayerKinds, loader: str) -> Iterator[str]:
