@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_ser
 
 from workers.spec.base import Frozen, canonical_json
 from workers.spec.formats import FORMATS
-from workers.spec.recipes import Recipe
+from workers.spec.recipes import BitsAndBytesRecipe, Recipe
 
 # ----------------------------------------------------------------------------- data, gates, destination
 
@@ -454,6 +454,8 @@ LATER = ("outside", "kv_cache")
 
 def _what_determines_bytes(recipe: Recipe) -> dict[str, Any]:
     content = recipe.model_dump(mode="json", exclude={"name", "description", "environment", "labels"})
+    if isinstance(recipe, BitsAndBytesRecipe):
+        content["options"] = recipe.options.model_dump(mode="json", exclude_defaults=True)
     return {key: _known_before(value) for key, value in content.items() if key not in LATER or value is not None}
 
 

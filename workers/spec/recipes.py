@@ -93,6 +93,22 @@ class HqqOptions(Frozen):
     norm: float = Field(0.7, gt=0, lt=2, description="p of the l_p norm of the error that is made small.")
 
 
+class BitsAndBytesOptions(Frozen):
+    """Settings of bitsandbytes, as transformers' config has them; its threshold is the scheme's."""
+
+    compute_dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
+        None, description="What 4-bit layers compute in; null: the checkpoint's dtype."
+    )
+    quant_storage: Literal["uint8", "float16", "bfloat16", "float32"] = Field(
+        "uint8", description="The dtype that 4-bit codes are packed in: FSDP shards what has the other weights' dtype."
+    )
+    fp32_cpu_offload: bool = Field(
+        False,
+        description="Let loaders keep modules on the CPU, in float32, which a device_map places there; without it, "
+        "transformers refuses such a map.",
+    )
+
+
 class GgufOptions(Frozen):
     """Settings of GGUF files."""
 
@@ -427,7 +443,17 @@ class BitsAndBytesRecipe(RecipeBase):
     method: Literal["bitsandbytes"]
     scheme: Annotated[FourBitFloatScheme | LlmInt8Scheme, Field(discriminator="type")]
     format: FormatName = BITSANDBYTES.name
-    options: NoOptions = NoOptions()
+    options: BitsAndBytesOptions = BitsAndBytesOptions()
+
+    @model_validator(mode="after")
+    def _of_four_bits(self) -> Self:
+        given = [name for name in ("compute_dtype", "quant_storage") if name in self.options.model_fields_set]
+        if given and isinstance(self.scheme, LlmInt8Scheme):
+            raise ValueError(
+                f"recipe {self.name!r}: options.{given[0]} is for layers of 4 bits, got scheme.type 'llm-int8', which "
+                "computes in float16 and stores int8; remove it, or set scheme.type: nf4"
+            )
+        return self
 
     @model_validator(mode="after")
     def _readable(self) -> Self:
