@@ -54,7 +54,10 @@ def run(zoo: Path, out: Path, address: str | None, dry_run: bool, strict: bool, 
 @OUT
 @click.option("--address", help="A running Ray cluster to judge by; left out: this machine.")
 @STRICT
-def plan(zoo: Path, out: Path, address: str | None, strict: bool) -> None:
+@click.option(
+    "--modules", is_flag=True, help="Also list each model's modules under each recipe, and what stays as it is."
+)
+def plan(zoo: Path, out: Path, address: str | None, strict: bool, modules: bool) -> None:
     """Show what would be made, what is skipped and why, with sizes and memory, and what fits on no node."""
     from pipeline import session
     from pipeline.fleet import feasibility
@@ -65,6 +68,8 @@ def plan(zoo: Path, out: Path, address: str | None, strict: bool) -> None:
         session.check_endpoint(loaded, endpoint)
         planned = session.make_plan(loaded, zoo, out, endpoint, strict=strict)
         _print_plan(planned, loaded, endpoint)
+        if modules:
+            _print_modules(planned)
         lines = feasibility.infeasible(planned, out, address)
     for line in lines:
         click.echo(line)
@@ -172,6 +177,28 @@ def _print_plan(plan: Plan, zoo: Zoo, endpoint: str | None) -> None:
         for cell in plan.artifacts
     ]
     if rows:
+        print_rows(rows, tuple(rows[0]))
+
+
+def _print_modules(plan: Plan) -> None:
+    """What every recipe does to every matrix of every model."""
+    from pipeline.planning.modules import modules_of
+
+    for cell in plan.artifacts:
+        click.echo(f"\n{cell.source.name} {cell.order.recipe.name}:")
+        if not cell.source.tensors:
+            click.echo("its weights are pickles, whose names can't be read beforehand")
+            continue
+        rows = [
+            {
+                "modules": row.name,
+                "how many": str(row.count),
+                "outputs x inputs": f"{row.shape_OI[0]} x {row.shape_OI[1]}",
+                "becomes": row.scheme or "stays",
+                "because of": row.why,
+            }
+            for row in modules_of(cell.source, cell.order.recipe)
+        ]
         print_rows(rows, tuple(rows[0]))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline import registry
-from pipeline.planning import fitting, sizing, sources
+from pipeline.planning import fitting, modules, sizing, sources
 from pipeline.planning.configs import pad_problem, positions
 from pipeline.planning.sources import PinnedModel
 from pipeline.zoo.zoo import ModelEntry, Zoo
@@ -234,7 +234,7 @@ def _for_source(source: PinnedModel, recipe: Recipe) -> Recipe:
                 f"models: {source.pin.id!r} is quantized already ({source.kept.format}), and recipe {recipe.name!r} "
                 "quantizes; name the original checkpoint for it, or give that model recipes of method: keep alone"
             )
-        return recipe
+        return modules.with_layers_of(source, recipe)
     if source.kept is None:
         raise UnsupportedRecipe(
             f"recipe {recipe.name!r}: method keep converts a checkpoint that is quantized already, and "

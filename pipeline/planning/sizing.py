@@ -263,7 +263,7 @@ def shape_of(source: PinnedModel) -> Shape:
 
 def _tensors(shape: Shape, recipe: Recipe) -> Iterable[tuple[TensorHeader, int]]:
     """Tensors and their counts; one by one if a recipe's patterns may match single layers."""
-    if any(ONE_LAYER.search(pattern) for pattern in recipe.patterns):
+    if recipe.layers is not None or any(ONE_LAYER.search(pattern) for pattern in recipe.patterns):
         return [(tensor, 1) for tensor in shape.every]
     inside = [(tensor, count) for layer, count in shape.layers for tensor in layer]
     return [*((tensor, 1) for tensor in shape.outside), *inside]

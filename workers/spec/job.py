@@ -449,7 +449,7 @@ StageResult.model_rebuild()
 
 
 # Fields of recipes that earlier releases didn't know. Where one isn't set, their artifacts keep their identity.
-LATER = ("outside", "kv_cache")
+LATER = ("outside", "kv_cache", "include", "layers")
 
 
 def _what_determines_bytes(recipe: Recipe) -> dict[str, Any]:
