@@ -116,6 +116,11 @@ def test_every_matrix_is_listed_once(model: str, name: str) -> None:
     assert all(row.scheme or row.why for row in rows), "what stays says why"
 
 
+def test_a_mix_of_ggml_has_a_type_for_embeddings_and_head_too() -> None:
+    rows = modules_of(source_of("llama-tiny"), shipped.recipe("gguf-q4_k_m"))
+    assert all(row.scheme for row in rows)
+
+
 def test_a_recipe_that_leaves_nothing_is_refused_with_where_to_look() -> None:
     problems = list(fitting.recipe_problems(source_of("llama-tiny"), jobs.recipe(**RTN, include=("*.nothing",))))
     assert "is left to quantize" in problems[0]
@@ -126,8 +131,8 @@ def test_the_command_prints_what_matches(tmp_path: Path) -> None:
     zoo = tmp_path / "zoo.yaml"
     zoo.write_text(
         f"name: z\nmodels: [{{id: {jobs.ZOO}/models/llama-tiny}}]\n"
-        "recipes:\n- {name: mine, method: rtn, format: compressed-tensors, layers: '0,-1', ignore: [lm_head, '*.k_proj'],\n"
-        "   scheme: {type: int, bits: 4, group_size: 32}}\n"
+        "recipes:\n- {name: mine, method: rtn, format: compressed-tensors, scheme: {type: int, bits: 4, group_size: 32},\n"
+        "   layers: '0,-1', ignore: [lm_head, '*.k_proj']}\n"
         f"verify: {{dataset: {{path: text, data_files: [{jobs.ZOO}/text/heldout.txt]}}}}\n"
     )
     result = CliRunner().invoke(main, ["plan", str(zoo), "--out", str(tmp_path / "out"), "--modules"])
