@@ -131,8 +131,8 @@ def test_the_command_prints_what_matches(tmp_path: Path) -> None:
     zoo = tmp_path / "zoo.yaml"
     zoo.write_text(
         f"name: z\nmodels: [{{id: {jobs.ZOO}/models/llama-tiny}}]\n"
-        "recipes:\n- {name: mine, method: rtn, format: compressed-tensors, scheme: {type: int, bits: 4, group_size: 32},\n"
-        "   layers: '0,-1', ignore: [lm_head, '*.k_proj']}\n"
+        "recipes:\n- {name: mine, method: rtn, format: compressed-tensors, layers: '0,-1',\n"
+        "   ignore: [lm_head, '*.k_proj'], scheme: {type: int, bits: 4, group_size: 32}}\n"
         f"verify: {{dataset: {{path: text, data_files: [{jobs.ZOO}/text/heldout.txt]}}}}\n"
     )
     result = CliRunner().invoke(main, ["plan", str(zoo), "--out", str(tmp_path / "out"), "--modules"])
