@@ -481,7 +481,10 @@ class BitsAndBytesRecipe(RecipeBase):
 
     @model_validator(mode="after")
     def _of_four_bits(self) -> Self:
-        given = [name for name in ("compute_dtype", "quant_storage") if name in self.options.model_fields_set]
+        plain = BitsAndBytesOptions(fp32_cpu_offload=self.options.fp32_cpu_offload)
+        given = [
+            name for name in ("compute_dtype", "quant_storage") if getattr(self.options, name) != getattr(plain, name)
+        ]
         if given and isinstance(self.scheme, LlmInt8Scheme):
             raise ValueError(
                 f"recipe {self.name!r}: options.{given[0]} is for layers of 4 bits, got scheme.type 'llm-int8', which "
