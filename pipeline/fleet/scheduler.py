@@ -196,10 +196,25 @@ class Driver:
         return self._work_left / self._sites.speed
 
     def _offer(self, index: int) -> None:
-        """Queue a job at the nodes that it fits; fail it with the reasons if it fits none."""
-        lines = self._sites.offer(index)
-        if lines is not None:
-            self._refuse(self.jobs[index], lines)
+        """Queue a job at the nodes that it fits; fail it with the reasons if it fits none.
+
+        Recipes that no node can make fail alone.
+        """
+        lines, run = self._sites.offer(index), self.jobs[index]
+        if lines is None:
+            return
+        apart = self._sites.unmakeable(index)
+        if not apart or len(apart) == len(run.job.orders):
+            self._refuse(run, lines)
+            return
+        for recipe, lacks in apart.items():
+            what = f"{run.job.model.id!r} under recipe {recipe!r}"
+            failure = _infeasible(what, lacks)
+            step = run.leave_out(recipe, failure)
+            for watcher in self.watchers:
+                watcher.ended(run.job, step, 1, StageResult(stage=step.stage, recipe=recipe, failure=failure), None)
+        self._sites.queued.add(index)
+        self._offer(index)
 
     def _place(self, run: JobRun, name: str) -> None:
         self._sites.queued.discard(run.index)
@@ -413,9 +428,7 @@ class Driver:
     # ------------------------------------------------------------------------------------------ refusals
 
     def _refuse(self, run: JobRun, lines: Sequence[str]) -> None:
-        lines = list(dict.fromkeys(lines)) or ["no node of the cluster answers; start one"]
-        message = f"INFEASIBLE: {len(lines)} problem(s) for {run.job.model.id!r}: " + "; ".join(lines)
-        self._fail(run, Failure(kind=PreflightError.__name__, message=message))
+        self._fail(run, _infeasible(repr(run.job.model.id), lines or ["no node of the cluster answers; start one"]))
 
     def _refuse_rest(self) -> None:
         """Fail the jobs still queued when nothing runs: files of other jobs fill the disks."""
@@ -436,6 +449,13 @@ class Driver:
         for watcher in self.watchers:
             watcher.ended(run.job, run.first(), 1, result, None)
         self._let_go(run)
+
+
+def _infeasible(what: str, lines: Sequence[str]) -> Failure:
+    """The failure of what fits on no node; ``lines`` say what the nodes lack."""
+    lines = list(dict.fromkeys(lines))
+    message = f"INFEASIBLE: {len(lines)} problem(s) for {what}: {'; '.join(lines)}"
+    return Failure(kind=PreflightError.__name__, message=message)
 
 
 def _key(step: Step) -> Key:

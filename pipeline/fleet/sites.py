@@ -190,17 +190,26 @@ class Sites:
         if isinstance(facts, str):
             return [f"{node}: {facts}"]
         lines = [line for order in job.orders for line in self._lacks_for(site, order, facts)]
-        needed = sorted({n for order in job.orders for n in preflight.environments_of(order.recipe, order.runtimes)})
-        answers = [site.facts.get(name, "no answer") for name in needed]
-        lines += [f"{node}: {problem}" for problem in answers if isinstance(problem, str)]
         lines += lacking(room, demand.largest, demand.disk, f"{job.model.id!r}")
         mode, outgrown = self._outgrown.get(index, (RetryMode.SAME, room))
         if mode is RetryMode.LARGER and not room.larger_than(outgrown):
             lines.append(f"memory: no more on {node} than on {outgrown.facts.node}, where it ran out")
         return list(dict.fromkeys(lines))
 
+    def unmakeable(self, index: int) -> dict[str, list[str]]:
+        """The recipes of a job that no node can make or check, and what the nodes lack for each."""
+        job = self._jobs[index].job
+        firsts = [self._by_name[names[0]] for names in self._members.values()]
+        known = [(site, facts) for site in firsts if not isinstance(facts := site.facts.get(environment(job), ""), str)]
+        lacks = {o.recipe.name: [self._lacks_for(site, o, facts) for site, facts in known] for o in job.orders}
+        return {
+            name: list(dict.fromkeys(line for lines in by_kind for line in lines))
+            for name, by_kind in lacks.items()
+            if by_kind and all(by_kind)
+        }
+
     def _lacks_for(self, site: Site, order: Order, facts: MachineFacts) -> list[str]:
-        """What nodes of this kind lack for a recipe with any model: packages, capabilities, labels. Cached."""
+        """What nodes of this kind lack for a recipe with any model: environments, packages, labels and more. Cached."""
         recipe = order.recipe
         key = site.kind, recipe.name
         if key not in self._lacks:
@@ -210,6 +219,9 @@ class Sites:
                 f"{recipe.name!r}"
                 for name in unmatched(labels, recipe.labels)
             ]
+            needed = sorted(preflight.environments_of(recipe, order.runtimes))
+            answers = [site.facts.get(name, "no answer") for name in needed]
+            self._lacks[key] += [f"{facts.node}: {problem}" for problem in answers if isinstance(problem, str)]
         return self._lacks[key]
 
     def next_job(self, site: Site, horizon: float) -> int | None:

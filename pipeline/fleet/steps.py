@@ -73,6 +73,13 @@ class JobRun:
         self._leave_out_finished()
         return self.first()
 
+    def leave_out(self, recipe: str, failure: Failure) -> Step:
+        """Record that a recipe can't be made, and leave it out of the job; returns the step that would have made it."""
+        self.artifacts[recipe].failure = failure
+        left = tuple(order for order in self.job.orders if order.recipe.name != recipe)
+        self.job = self.job.model_copy(update={"orders": left})
+        return self._step(Stage.QUANTIZE, recipe)
+
     def made_elsewhere(self, artifacts: Mapping[str, tuple[Manifest, str | None]]) -> None:
         """Record artifacts that another driver has made: manifest and commit, by recipe."""
         for name, (manifest, commit) in artifacts.items():

@@ -235,6 +235,11 @@ def _for_source(source: PinnedModel, recipe: Recipe) -> Recipe:
                 "quantizes; name the original checkpoint for it, or give that model recipes of method: keep alone"
             )
         return modules.with_layers_of(source, recipe)
+    if source.decoded is not None:
+        raise UnsupportedRecipe(
+            f"recipe {recipe.name!r}: method keep takes a quantized checkpoint as it is, and {source.pin.id!r} is "
+            "decoded here; list it once more with `as: NAME`, source: original and recipes of method: keep alone"
+        )
     if source.kept is None:
         raise UnsupportedRecipe(
             f"recipe {recipe.name!r}: method keep converts a checkpoint that is quantized already, and "

@@ -134,7 +134,8 @@ def _check_quantized(config: Mapping[str, Any], tensors: tuple[TensorHeader, ...
         method = str(declared.get("quant_method") or getattr(recognised(declared), "name", None))[:40]
         raise UnsupportedModel(
             f"{what} is quantized already, got quant_method {method!r}; name the original checkpoint, or take recipes "
-            "of method: keep alone, which store its codes in another format"
+            "of method: keep alone, which store its codes in another format; if there is no original, set "
+            "source: dequantize"
         )
     coded = next((t for t in tensors if t.dtype not in FLOATS and len(t.shape) > 1 and WEIGHT.search(t.name)), None)
     if coded is not None:

@@ -19,7 +19,7 @@ from workers.machine.files import (
     read_bounded,
     read_head,
 )
-from workers.spec import kept
+from workers.spec import kept, low_bit
 from workers.spec.base import canonical_json
 from workers.spec.bounds import CONFIG_BYTES, HEADER_BYTES
 from workers.spec.checkpoint_files import CONFIG, CheckpointFiles, checkpoint_files, folder_left_out, summary
@@ -51,6 +51,8 @@ class PinnedModel:
     notes: tuple[str, ...] = ()
     # The codes of a source that is quantized already; its ``tensors`` are then as they are decoded.
     kept: Kept | None = None
+    # The format of a source that is quantized already and is decoded; its ``tensors`` are then as they are decoded.
+    decoded: str | None = None
 
     @property
     def family(self) -> Family:
@@ -86,9 +88,29 @@ def resolve(
     else:
         source = _resolve_repository(entry, hub.connect(), silence, calibrated)
     what = f"models: {entry.id!r}"
-    source = _with_codes(source, what) if keeps else source
-    check_loadable(source.config, source.tensors, what, entry.trust_remote_code, kept=source.kept is not None)
+    if source.config.get("quantization_config") and (
+        entry.source == "dequantize" or (low_bit.is_native(source.config) and not keeps)
+    ):
+        source = _decoded(source, what)
+    elif keeps:
+        source = _with_codes(source, what)
+    known = source.kept is not None or source.decoded is not None
+    check_loadable(source.config, source.tensors, what, entry.trust_remote_code, kept=known)
     return source
+
+
+def _decoded(source: PinnedModel, what: str) -> PinnedModel:
+    """The source as it is decoded.
+
+    Raises:
+        UnsupportedModel: it can't be told what it decodes to.
+    """
+    found = low_bit.read(source.config, source.tensors)
+    if isinstance(found, str):
+        raise UnsupportedModel(f"{what}: is quantized, and can't be decoded: {found}; name a half-precision original")
+    note = f"{source.name}: is quantized ({found.format}); what it decodes to, in {found.dtype}, is the source"
+    pin = source.pin.model_copy(update={"dequantize": True})
+    return replace(source, pin=pin, tensors=found.tensors, decoded=found.format, notes=(*source.notes, note))
 
 
 def _with_codes(source: PinnedModel, what: str) -> PinnedModel:

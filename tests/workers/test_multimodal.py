@@ -122,6 +122,8 @@ def test_formats_of_text_models_alone_are_refused_by_the_plan(llava: Path) -> No
         (problem,) = recipe_problems(source, shipped.recipe(name))
         assert said in problem
     assert list(recipe_problems(source, shipped.recipe("gptq-w4-g128"))) == []
+    (problem,) = recipe_problems(source, shipped.recipe("gptq-w4-g128"), ("transformers", "vLLM"))
+    assert "needs torchvision in vLLM" in problem
 
 
 def test_the_tables_of_classes_are_those_of_transformers() -> None:

@@ -49,7 +49,7 @@ class LinearMaker(StoredMaker):
                 f"recipe {self._recipe.name!r}: kv_cache: no attention of {type(streamed.model).__name__} is known to "
                 "cache keys and values as they are (self_attn with k_proj and v_proj, or qkv_proj); leave kv_cache out"
             )
-        self.fallbacks = dict.fromkeys(schemes.deviations(self._recipe, streamed.weights, self._schemes))
+        self.fallbacks |= dict.fromkeys(schemes.deviations(self._recipe, streamed.weights, self._schemes))
         self.fallbacks.update(dict.fromkeys(schemes.left_outside(self._recipe, streamed, outside)))
         unknown = self._other_matrices()
         if unknown:

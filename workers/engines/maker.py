@@ -65,6 +65,9 @@ class Maker(ABC):
         self.final: InputStatistics | None = None
         self._streamed = streamed
         self._source = source
+        if job.model.dequantize:
+            note = "the source is quantized already: what it decodes to was quantized, and is the reference"
+            self.fallbacks[note] = None
         self.target = artifact_folder(job.workspace, order)
         self._partial = partial
         self._shards: ShardWriter | None = None

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from workers.checkpoint.source import DTYPES, Source
+from workers.checkpoint.source import DTYPES, Header, Source
 from workers.errors import CheckpointError, NumericalError, UnsupportedModel
 from workers.formats.decoded import Decoded
 from workers.formats.table import CODECS
 from workers.numerics import ggml
 from workers.numerics.codes import IntWeight
-from workers.spec import kept
+from workers.spec import kept, low_bit
 from workers.spec.checkpoint_files import CheckpointFiles
 from workers.spec.formats import FORMATS
 from workers.spec.ggml import TYPES
@@ -28,6 +30,49 @@ from workers.spec.schemes import IntScheme
 from workers.spec.tensors import TensorHeader
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class DecodedSource(Decoded):
+    """A quantized source whose weights are those that it decodes to, in the dtype that its config.json names.
+
+    Raises:
+        UnsupportedModel: it isn't known how it is decoded.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], source: Source) -> None:
+        headers = tuple(TensorHeader(name, h.shape, DTYPE_NAMES[h.dtype]) for name, h in source.headers.items())
+        found = low_bit.read(config, headers)
+        declared = config["quantization_config"]
+        if isinstance(found, str):
+            raise UnsupportedModel(f"checkpoint {folder}: it can't be decoded: {found}")
+        self.format = found.format
+        super().__init__(source, CODECS[found.format].open(declared, source, False))
+        self._dtype = DTYPES[found.dtype]
+        self.headers = {
+            key: Header(header.shape, self._dtype) if self._is_decoded(key) else header
+            for key, header in self.headers.items()
+        }
+        self.folder = folder
+        self.variant: str | None = source.variant
+
+    def _is_decoded(self, key: str) -> bool:
+        module, _, leaf = key.rpartition(".")
+        return leaf == "weight" and module in self.quantized
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, on the CPU, contiguous; a quantized weight in the dtype that config.json names."""
+        tensor = super().read(name)
+        return tensor.to(self._dtype) if self._is_decoded(name) else tensor
+
+    @property
+    def files(self) -> CheckpointFiles:
+        """The files of the checkpoint."""
+        return self._source.files
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors, decoded."""
+        return sum(math.prod(header.shape) * header.dtype.itemsize for header in self.headers.values())
 
 
 class KeptSource(Decoded):
@@ -76,11 +121,12 @@ class KeptSource(Decoded):
         return self.codes(module).dequantize() if module in self._stored and key.endswith(".weight") else None
 
 
-OpenSource = Source | KeptSource
+QuantizedSource = KeptSource | DecodedSource
+OpenSource = Source | QuantizedSource
 
 
 def open_source(folder: Path, model: ModelPin) -> OpenSource:
-    """Open a job's source: decoded if it is quantized already, which the plan allows for recipes that keep its codes.
+    """Open a job's source: decoded if it is quantized already, with its codes for recipes that keep them.
 
     Raises:
         CheckpointError: the files aren't a checkpoint.
@@ -88,7 +134,10 @@ def open_source(folder: Path, model: ModelPin) -> OpenSource:
     """
     source = Source(folder, allow_pickle=model.allow_pickle, variant=model.variant)
     try:
-        config = json.loads((folder / "config.json").read_text()).get("quantization_config")
+        whole = json.loads((folder / "config.json").read_text())
+        config = whole.get("quantization_config")
+        if config and model.dequantize:
+            return DecodedSource(folder, whole, source)
         return KeptSource(folder, config, source) if config else source
     except (OSError, ValueError) as error:
         source.__exit__(None, None, None)

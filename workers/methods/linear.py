@@ -6,7 +6,7 @@ B problems, O output features, I input features, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,7 +20,7 @@ from workers.numerics.codes import Float4Weight, Float8Weight, IntWeight, Mxfp8W
 from workers.spec.formats import FORMATS
 from workers.spec.fusion import fused_group, together
 from workers.spec.recipes import LinearRecipe
-from workers.spec.schemes import Float8Scheme, IntScheme, LinearScheme, MicroscalingScheme
+from workers.spec.schemes import Float8Scheme, IntScheme, LinearScheme, MicroscalingScheme, has_tensor_scale
 
 # Maximum number of weight elements stacked into one problem: bounds the memory of a layer with many experts.
 STACKED_ELEMENTS = 1 << 26
@@ -47,8 +47,7 @@ def _problems(weights: Sequence[tuple[QuantizableWeight, LinearScheme]], layer: 
         name: object = (id(statistics), weight.input.expert)
         if statistics is None:
             # What runtimes fuse shares a global scale, and is coded together.
-            shared = isinstance(scheme, MicroscalingScheme) and scheme.type == "nvfp4"
-            name = (fused_group(weight.module) if shared else None) or weight.key
+            name = (fused_group(weight.module) if has_tensor_scale(scheme) else None) or weight.key
         together.setdefault((name, scheme), []).append(weight)
     for (_, scheme), group in together.items():
         matrices = [require_finite(weight.key, layer.read(weight)) for weight in group]
@@ -121,8 +120,10 @@ def _code_fp8(scheme: Float8Scheme, problem: Problem, layer: Layer) -> Iterator[
     if scheme.activations == "static":
         input_scale, notes = _input_scale(problem, layer.dtype)
     dtype = torch.float32 if scheme.scales == "block" else layer.dtype
-    for weight, matrix_OI in zip(problem.weights, _matrices(problem), strict=True):
-        values_OI, scale = fp8.quantize(matrix_OI, scheme.scales, scale_dtype=dtype)
+    matrices = {weight.module: matrix_OI for weight, matrix_OI in zip(problem.weights, _matrices(problem), strict=True)}
+    largest = _fused_maxima(matrices) if scheme.scales == "tensor" else {}
+    for weight, matrix_OI in zip(problem.weights, matrices.values(), strict=True):
+        values_OI, scale = fp8.quantize(matrix_OI, scheme.scales, scale_dtype=dtype, largest=largest.get(weight.module))
         coded = Float8Weight(values_OI, scale, blocks=scheme.scales == "block", input_scale=input_scale)
         yield Coded(weight, coded, notes)
 
@@ -171,14 +172,19 @@ def _rounded(
         return [Float4Weight(*microscaling.mxfp4(matrix_OI, importance_I), None) for matrix_OI in matrices.values()]
     if scheme.type == "mxfp8":
         return [Mxfp8Weight(*microscaling.mxfp8(matrix_OI, importance_I)) for matrix_OI in matrices.values()]
-    global_scales: dict[str, Tensor] = {}
-    for members in together(matrices):
-        largest = torch.stack([matrices[module].abs().amax() for module in members]).amax()
-        global_scales.update(dict.fromkeys(members, microscaling.nvfp4_global_scale(largest)))
+    largest = _fused_maxima(matrices)
     return [
-        Float4Weight(*microscaling.nvfp4(matrix_OI, global_scales[module], importance_I))
+        Float4Weight(*microscaling.nvfp4(matrix_OI, microscaling.nvfp4_global_scale(largest[module]), importance_I))
         for module, matrix_OI in matrices.items()
     ]
+
+
+def _fused_maxima(matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The largest magnitude, by module, of all that runtimes fuse it with: they keep one scale for the whole."""
+    largest: dict[str, Tensor] = {}
+    for members in together(matrices):
+        largest |= dict.fromkeys(members, torch.stack([matrices[module].abs().amax() for module in members]).amax())
+    return largest
 
 
 def _input_global_scale(scheme: MicroscalingScheme, problem: Problem) -> tuple[Tensor | None, tuple[str, ...]]:

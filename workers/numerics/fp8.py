@@ -15,17 +15,21 @@ LARGEST = 448.0
 
 
 def quantize(
-    w_OI: Tensor, scales: Literal["tensor", "channel", "block"], scale_dtype: torch.dtype = torch.float32
+    w_OI: Tensor,
+    scales: Literal["tensor", "channel", "block"],
+    scale_dtype: torch.dtype = torch.float32,
+    largest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The nearest values, float8_e4m3fn [O, I], and their scale in ``scale_dtype``: [1], [O, 1] or [P, Q].
 
     A scale is the largest magnitude over 448. It is rounded to ``scale_dtype`` before the values are computed, so that
-    readers multiply by the same number that was divided by. All-zero weights stay zero.
+    readers multiply by the same number that was divided by. All-zero weights stay zero. ``largest`` is the magnitude
+    (any shape, one element) that a tensor's scale is made for, instead of its own.
     """
     w_OI = w_OI.float()
     match scales:
         case "tensor":
-            largest = w_OI.abs().amax().reshape(1)
+            largest = (w_OI.abs().amax() if largest is None else largest.float()).reshape(1)
         case "channel":
             largest = w_OI.abs().amax(-1, keepdim=True)
         case "block":

@@ -133,6 +133,7 @@ class ModelPin(Frozen):
         False, description="Its tokenizer begins texts with special tokens, or may: part of what calibration sees."
     )
     variant: str | None = Field(None, description="Of the weight files' names: model.VARIANT.safetensors.")
+    dequantize: bool = Field(False, description="It is quantized, and what it decodes to is the source.")
     mixture: bool = Field(
         False,
         description="A mixture of experts, or with prediction heads: its artifacts declare matrices of no Linear.",

@@ -36,6 +36,7 @@ from workers.spec.schemes import (
     LlmInt8Scheme,
     MicroscalingScheme,
     TransformersScheme,
+    has_tensor_scale,
 )
 
 # ------------------------------------------------------------------------------------------ methods
@@ -449,9 +450,8 @@ class RtnRecipe(CodedRecipe):
 
     @property
     def revision(self) -> int:
-        """Raised by one for nvfp4, whose global scales are shared by what runtimes fuse since then."""
-        nvfp4 = isinstance(self.scheme, MicroscalingScheme) and self.scheme.type == "nvfp4"
-        return self.numerics + nvfp4
+        """Raised by one for schemes with a scale for each tensor, which what runtimes fuse shares since then."""
+        return self.numerics + has_tensor_scale(self.scheme)
 
     @model_validator(mode="after")
     def _readable(self) -> Self:

@@ -262,6 +262,20 @@ def _not_conv1d(scheme: Scheme, kinds: LayerKinds) -> str | None:
     return "are Conv1D, which weren't tried" if kinds.conv1d else None
 
 
+def _of_text(rule: Rule) -> Rule:
+    """A rule of vLLM's for text models; its multimodal classes import torchvision, which the environment lacks."""
+
+    def text(scheme: Scheme, kinds: LayerKinds) -> str | None:
+        if kinds.multimodal:
+            return (
+                "are of a multimodal model, whose class needs torchvision in vLLM, and the environment vllm-cpu has "
+                "none"
+            )
+        return rule(scheme, kinds)
+
+    return text
+
+
 def _with_vllm(repo: str, loader: str) -> str:
     return f'from vllm import LLM\n\nllm = LLM("{repo}")\n'
 
@@ -270,12 +284,12 @@ VLLM = Runtime(
     name="vLLM",
     distribution="vllm",
     rules={
-        COMPRESSED_TENSORS.name: _ct_by_vllm,
-        GPTQ.name: _gptq_by_vllm,
-        GPTQ_V2.name: _gptq_by_vllm,
-        AWQ.name: _dense_in_vllm,
-        FP8.name: _not_conv1d,
-        BITSANDBYTES.name: _bnb_by_vllm,
+        COMPRESSED_TENSORS.name: _of_text(_ct_by_vllm),
+        GPTQ.name: _of_text(_gptq_by_vllm),
+        GPTQ_V2.name: _of_text(_gptq_by_vllm),
+        AWQ.name: _of_text(_dense_in_vllm),
+        FP8.name: _of_text(_not_conv1d),
+        BITSANDBYTES.name: _of_text(_bnb_by_vllm),
     },
     snippet=_with_vllm,
     entry="workers.verify.runtimes.vllm:answer",

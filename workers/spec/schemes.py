@@ -240,6 +240,14 @@ CacheScheme = Literal["fp8"]
 LinearScheme = IntScheme | Float8Scheme | MicroscalingScheme
 
 
+def has_tensor_scale(scheme: Scheme) -> bool:
+    """Whether a scale belongs to a whole tensor: what runtimes fuse must share it, for they keep one of them."""
+    match scheme:
+        case Float8Scheme(scales="tensor") | MicroscalingScheme(type="nvfp4"):
+            return True
+    return False
+
+
 def _kind(value: object) -> str:
     """The discriminator of a value's scheme class; int by default."""
     type_name = value.get("type", "int") if isinstance(value, dict) else getattr(value, "type", "int")

@@ -139,7 +139,7 @@ def _body(
         f"# {name}, {recipe.name}\n",
         _made_of(job, recipe),
         "## Measured\n",
-        _measured(verdict, "the source, decoded" if isinstance(recipe, KeepRecipe) else "the half-precision original"),
+        _measured(verdict, _reference(job, recipe)),
         *_source_checked(checked),
         "## Load it\n",
         *(_loading(runtime, recipe, repo, loader) for runtime in checkers(recipe.format, order.runtimes)),
@@ -158,6 +158,12 @@ def _body(
     return "\n".join(parts)
 
 
+def _reference(job: Job, recipe: Recipe) -> str:
+    """What the artifact was compared with."""
+    decoded = job.model.dequantize or isinstance(recipe, KeepRecipe)
+    return "the source, decoded" if decoded else "the half-precision original"
+
+
 def _made_of(job: Job, recipe: Recipe) -> str:
     """What was made of which model."""
     at = f"{Path(job.model.id).name} at `{job.model.revision[:12]}`"
@@ -167,7 +173,8 @@ def _made_of(job: Job, recipe: Recipe) -> str:
             f"converted by quantmill to {recipe.format} without loss: the same codes, scales and zero points "
             f"({words(recipe)}). Every decoded weight was compared with the source's, and is equal bit for bit.\n"
         )
-    return f"{at}, quantized by quantmill: {words(recipe)} (method {recipe.method}, format {recipe.format}).\n"
+    decoded = ", from what its own quantized weights decode to" if job.model.dequantize else ""
+    return f"{at}, quantized by quantmill{decoded}: {words(recipe)} (method {recipe.method}, format {recipe.format}).\n"
 
 
 def _loading(runtime: Runtime, recipe: Recipe, repo: str, loader: str) -> str:
@@ -232,6 +239,7 @@ def zoo_of(job: Job, order: Order) -> dict[str, Any]:
         name: True for name in ("trust_remote_code", "allow_pickle") if getattr(job.model, name)
     }
     flags |= {"variant": job.model.variant} if job.model.variant else {}
+    flags |= {"source": "dequantize"} if job.model.dequantize else {}
     verify = {**_plain(job.verification), "dataset": _text(job.verification.dataset)}
     verify.pop("data")  # digest of the text's content, computed by the plan
     verify |= {"runtimes": list(order.runtimes)} if order.runtimes else {}

@@ -19,7 +19,7 @@ from torch import Tensor
 from workers.checkpoint.source import ModelSource, Source, TensorSource
 from workers.errors import CheckpointError
 from workers.formats.decoded import Decoded
-from workers.formats.kept import KeptSource
+from workers.formats.kept import QuantizedSource
 from workers.model import reference
 from workers.model.device import checkpoint_dtype, compute_device
 from workers.model.forward import LogitsHead, stream
@@ -108,7 +108,7 @@ class Comparison:
         Raises:
             QuantmillError: they disagree, or transformers can't load the source.
         """
-        if isinstance(self.source, KeptSource):
+        if isinstance(self.source, QuantizedSource):
             return self._check_kept()
         checked = Checked(
             self.model,

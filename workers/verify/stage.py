@@ -16,7 +16,7 @@ from workers.formats.kept import KeptSource, open_source
 from workers.machine.files import file_sha256, write_text
 from workers.machine.preflight import versions
 from workers.model.loading import read_config
-from workers.spec.auto_classes import loader_of
+from workers.spec.auto_classes import is_multimodal, loader_of
 from workers.spec.families import family_of
 from workers.spec.formats import FORMATS
 from workers.spec.job import (
@@ -180,6 +180,7 @@ def _seal(
         model_type = str(config.get("model_type") or "")
         family = family_of(model_type)
         kinds = kinds_of(order.recipe, _headers(source), conv1d=family.conv1d, model_type=model_type)
+        kinds = kinds._replace(multimodal=is_multimodal(config))
     checked = about.source_check
     fallbacks = tuple(dict.fromkeys((*record.fallbacks, *about.notes)))
     card = render_card(job, order, source_folder, verdict, environment, fallbacks, kinds, loader_of(config), checked)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.fleet.placement import Claim, Node, Room, unmatched
 from pipeline.fleet.scheduler import PATIENCE, TRANSFERS, Driver
+from pipeline.fleet.sites import Probed
 from pipeline.fleet.steps import Step
 from pipeline.planning.sizing import STARTING_SECONDS, Need, deadline_seconds
 from tests.pipeline.simulated import (
@@ -349,3 +351,26 @@ def test_what_fits_nowhere_is_told_without_starting_anything() -> None:
     assert run.index == 1
     assert message.startswith("INFEASIBLE: 2 problem(s) for 'org/model-1': host memory: 1.1 GB on a")
     assert not fleet.log
+
+
+def test_a_recipe_that_no_node_can_make_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = SimulatedFleet([node("a"), node("b")])
+    whole = fleet.probe
+
+    def probe(nodes: Sequence[Node], environments: Iterable[str | None]) -> Probed:
+        answers = whole(nodes, environments)
+        return {name: {**facts, "llama-cpp": "environment 'llama-cpp' isn't built"} for name, facts in answers.items()}
+
+    monkeypatch.setattr(fleet, "probe", probe)
+    driver = drive(fleet, plan_of([size(), size()], "gguf-q4_0", "bnb-nf4"))
+    assert commits(driver) == [None, "c"] * 2
+    for run in driver.jobs:
+        failure = run.artifacts["gguf-q4_0"].failure
+        assert failure is not None
+        assert failure.kind == "PreflightError"
+        assert "under recipe 'gguf-q4_0': a: environment 'llama-cpp' isn't built" in failure.message
+        assert run.artifacts["bnb-nf4"].failure is None
+    alone = drive(fleet, plan_of([size()], "gguf-q4_0"))
+    failure = alone.jobs[0].artifacts["gguf-q4_0"].failure
+    assert failure is not None
+    assert "problem(s) for 'org/model-0': " in failure.message

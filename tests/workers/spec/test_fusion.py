@@ -60,10 +60,19 @@ def made(model: Path, tmp_path: Path, *names: str) -> dict[str, Path]:
     return {artifact.recipe: Path(artifact.path) for artifact in artifacts}
 
 
-def test_nvfp4_shares_a_global_scale_where_vllm_keeps_one(tmp_path: Path) -> None:
-    folder = made(LLAMA, tmp_path, "nvfp4")["nvfp4"]
+@pytest.mark.parametrize(
+    ("name", "leaf"),
+    [
+        ("nvfp4", ".weight_global_scale"),
+        ("nvfp4-w4a4", ".input_global_scale"),
+        ("fp8-static", ".weight_scale"),
+        ("fp8-static", ".input_scale"),
+    ],
+)
+def test_what_vllm_keeps_one_scale_of_shares_it(name: str, leaf: str, tmp_path: Path) -> None:
+    folder = made(LLAMA, tmp_path, name)[name]
     tensors = load_file(folder / "model.safetensors")
-    scales = {key.removesuffix(".weight_global_scale"): t for key, t in tensors.items() if key.endswith("global_scale")}
+    scales = {key.removesuffix(leaf): t for key, t in tensors.items() if key.endswith(leaf)}
     assert len(scales) > 20
     for group in fusion.together(scales):
         assert len({scales[name].item() for name in group}) == 1, group

@@ -1,0 +1,91 @@
+"""Sources whose weights are low-bit already, and that are quantized from what these decode to. Pure: no tensors.
+
+Some models are published in FP8 or in four bits alone. Others are quantized copies of a half-precision original, which
+is the better source; a zoo says `source: dequantize` to take such a copy all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from workers.spec import kept
+from workers.spec.formats import COMPRESSED_TENSORS, FP8, recognised
+from workers.spec.layers import loaded_dtype
+from workers.spec.tensors import TensorHeader
+
+# Families whose publishers give no half-precision weights: DeepSeek, MiniMax, Kimi and Mistral, by model_type.
+NATIVE = frozenset({"deepseek_v3", "deepseek_v32", "deepseek_v4", "kimi_k2", "kimi_k25", "minimax_m2", "ministral3"})
+# Tensors of a quantized module that aren't its weight, by format.
+BESIDE = {
+    FP8.name: frozenset({"weight_scale_inv"}),
+    COMPRESSED_TENSORS.name: frozenset(
+        {"weight_scale", "weight_shape", "weight_global_scale", "input_scale", "input_global_scale"}
+    ),
+}
+# Numbers in an element of packed codes, where their number of bits follows from the dtype.
+PACKED_PAIRS = 2
+
+
+@dataclass(frozen=True)
+class LowBit:
+    """A low-bit source: its format, the dtype that its weights decode to, and its tensors as they are decoded."""
+
+    format: str
+    dtype: str
+    tensors: tuple[TensorHeader, ...]
+
+
+def is_native(config: Mapping[str, Any]) -> bool:
+    """Whether a quantized source is its model's original."""
+    return config.get("model_type") in NATIVE
+
+
+def read(config: Mapping[str, Any], tensors: tuple[TensorHeader, ...]) -> LowBit | str:
+    """What a quantized source decodes to, by its config.json and headers; or why that can't be told."""
+    declared = config.get("quantization_config") or {}
+    row = recognised(declared)
+    dtype = loaded_dtype(config, [t for t in tensors if t.dtype != "F32"]) or "BF16"
+    if row is not None and row.name in BESIDE:
+        found = _decoded(row.name, dtype, tensors)
+        if not isinstance(found, str):
+            return LowBit(row.name, dtype, found)
+        if row.name == FP8.name:
+            return found
+    codes = kept.read(declared, tensors)
+    if isinstance(codes, str):
+        method = str(declared.get("quant_method") or getattr(row, "name", None))[:40]
+        return f"quant_method {method!r}: {codes}"
+    quantized = {f"{module}.weight" for module in codes.schemes}
+    return LowBit(codes.format, dtype, tuple(_in(t, dtype) if t.name in quantized else t for t in codes.tensors))
+
+
+def _in(tensor: TensorHeader, dtype: str) -> TensorHeader:
+    return tensor._replace(dtype=dtype)
+
+
+def _decoded(fmt: str, dtype: str, tensors: Iterable[TensorHeader]) -> tuple[TensorHeader, ...] | str:
+    """The tensors of a checkpoint as they are decoded; or the module that isn't known how to decode."""
+    by_module: dict[str, set[str]] = {}
+    for tensor in tensors:
+        module, _, leaf = tensor.name.rpartition(".")
+        by_module.setdefault(module, set()).add(leaf)
+    decoded = []
+    for tensor in tensors:
+        module, _, leaf = tensor.name.rpartition(".")
+        if leaf in BESIDE[fmt]:
+            continue
+        scaled = bool(by_module[module] & {"weight_scale", "weight_scale_inv"})
+        if leaf == "weight_packed":
+            if tensor.dtype != "U8":
+                return f"{module}: packed as {tensor.dtype}"
+            rows, pairs = tensor.shape
+            decoded.append(TensorHeader(f"{module}.weight", (rows, PACKED_PAIRS * pairs), dtype))
+        elif leaf == "weight" and scaled:
+            decoded.append(_in(tensor, dtype))
+        elif leaf == "weight_zero_point":
+            return f"{module}: it has zero points"
+        else:
+            decoded.append(tensor)
+    return tuple(decoded)
