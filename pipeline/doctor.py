@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pipeline import registry
 from pipeline.zoo import shipped
 from pipeline.zoo import zoo as zoos
-from workers.errors import PreflightError, ZooError
+from workers.errors import PreflightError, QuantmillError, ZooError
 from workers.machine import child, environments, preflight
 from workers.machine.preflight import MachineFacts
 from workers.spec.base import meant
 from workers.spec.recipes import Recipe
+from workers.transfer import destinations, hub, reach
 
 
 def recipes(names: Sequence[str], zoo: Path | None) -> list[Recipe]:
@@ -63,7 +66,34 @@ def examine(
             facts_by_environment[name] = facts(environments.interpreter(name), out)
         except PreflightError as error:
             facts_by_environment[name] = str(error)
-    return {recipe.name: _problems(facts_by_environment, recipe, runtimes) for recipe in chosen}
+    asked = registry.ask(chosen)
+    refused = {**asked.here, **asked.never}
+    known = {
+        name: facts if isinstance(facts, str) else facts.model_copy(update={"refused": refused})
+        for name, facts in facts_by_environment.items()
+    }
+    return {recipe.name: _problems(known, recipe, runtimes) for recipe in chosen}
+
+
+def zoo_problems(zoo: Path, out: Path) -> list[str]:
+    """What a zoo's run would lack of its destination (reach, token, permission) and of its output folder.
+
+    Raises:
+        ZooError: the zoo is invalid.
+    """
+    publish, found = zoos.load(zoo).publish, list[str]()
+    if publish is not None and publish.endpoint != zoos.LOOPBACK:
+        try:
+            endpoint = hub.normalized(publish.endpoint)
+            if endpoint.startswith(("http://", "https://")):
+                reach.check(endpoint, "publish.endpoint")
+            destinations.check(endpoint, publish.namespace)
+        except QuantmillError as error:
+            found.append(str(error))
+    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        found.append(f"--out: {str(existing)!r} can't be written by this user; name another folder, or chmod it")
+    return found
 
 
 def _problems(

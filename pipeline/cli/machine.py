@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from pipeline.cli.options import FAILED, JSON, print_json, print_rows
 def doctor(recipes: tuple[str, ...], zoo: Path | None, out: Path, as_json: bool) -> None:
     """Check this machine against RECIPES, all that are shipped if none is named; each in its own environment."""
     from pipeline import doctor
+    from workers.machine.preflight import notes
 
     chosen = doctor.recipes(recipes, zoo)
     facts = doctor.facts(sys.executable, out)
@@ -30,14 +32,22 @@ def doctor(recipes: tuple[str, ...], zoo: Path | None, out: Path, as_json: bool)
     click.echo(
         f"{facts.node}: Python {facts.python}, {facts.cpus} cores, {facts.host_memory / 1e9:.1f} GB, GPU: {devices}"
     )
+    of_the_zoo = doctor.zoo_problems(zoo, out) if zoo else []
+    for problem in of_the_zoo:
+        click.echo(f"{zoo}: {problem}")
+    click.echo(f"{out}: {facts.disk_free / 1e9:.1f} GB free")
     problems = doctor.examine(chosen, facts, out, doctor.runtimes(zoo))
     rows = [
-        {"recipe": r.name, "environment": r.environment or "", "state": "; ".join(problems[r.name]) or "ready"}
+        {"recipe": r.name, "environment": r.environment or "", "state": _state(problems[r.name], notes(facts, r))}
         for r in chosen
     ]
     columns = ("recipe", "environment", "state") if any(r.environment for r in chosen) else ("recipe", "state")
     print_rows(rows, columns)
-    sys.exit(FAILED if any(problems.values()) else 0)
+    sys.exit(FAILED if of_the_zoo or any(problems.values()) else 0)
+
+
+def _state(problems: Sequence[str], notes: Sequence[str]) -> str:
+    return "; ".join(problems) or " but: ".join(["ready", *notes])
 
 
 @click.group()

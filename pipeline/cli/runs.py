@@ -78,7 +78,10 @@ def end(finished: Finished, *, quiet: bool = False, as_json: bool = False) -> No
 @click.option("--address", help="A running Ray cluster to judge by; left out: this machine.")
 @STRICT
 @JSON
-def plan(zoo: Path, out: Path, address: str | None, strict: bool, as_json: bool) -> None:
+@click.option(
+    "--modules", is_flag=True, help="Also list each model's modules under each recipe, and what stays as it is."
+)
+def plan(zoo: Path, out: Path, address: str | None, strict: bool, as_json: bool, modules: bool) -> None:
     """Show what would be made, what is skipped and why, with sizes and memory, and what fits on no node."""
     from pipeline import session
     from pipeline.fleet import feasibility
@@ -90,6 +93,8 @@ def plan(zoo: Path, out: Path, address: str | None, strict: bool, as_json: bool)
         planned = session.make_plan(loaded, zoo, out, endpoint, strict=strict)
         if not as_json:
             print_plan(planned, loaded, endpoint)
+            if modules:
+                _print_modules(planned)
         lines = feasibility.infeasible(planned, out, address)
         if as_json:
             show_plan(planned, loaded, endpoint, as_json=True, infeasible=lines)
@@ -236,6 +241,28 @@ def print_plan(plan: Plan, zoo: Zoo, endpoint: str | None) -> None:
     ]
     if rows:
         print_rows(rows, tuple(rows[0]), drop=("commit", "on a GPU", "fingerprint", "host memory"))
+
+
+def _print_modules(plan: Plan) -> None:
+    """What every recipe does to every matrix of every model."""
+    from pipeline.planning.modules import modules_of
+
+    for cell in plan.artifacts:
+        click.echo(f"\n{cell.source.name} {cell.order.recipe.name}:")
+        if not cell.source.tensors:
+            click.echo("its weights are pickles, whose names can't be read beforehand")
+            continue
+        rows = [
+            {
+                "modules": row.name,
+                "how many": str(row.count),
+                "outputs x inputs": f"{row.shape_OI[0]} x {row.shape_OI[1]}",
+                "becomes": row.scheme or "stays",
+                "because of": row.why,
+            }
+            for row in modules_of(cell.source, cell.order.recipe)
+        ]
+        print_rows(rows, tuple(rows[0]))
 
 
 def _by_message(plan: Plan) -> dict[str, str]:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pipeline import doctor
+from pipeline import doctor, registry
 from pipeline.fleet.placement import Claim, Node
 from pipeline.fleet.scheduler import Driver
 from pipeline.fleet.sites import Fleet, Probed
@@ -16,6 +16,7 @@ from workers.errors import PreflightError
 from workers.machine import environments, preflight
 from workers.machine.preflight import MachineFacts
 from workers.spec.job import Job, StageResult
+from workers.spec.recipes import Recipe
 
 CARD = Path("/dev/nvidia0")
 
@@ -27,7 +28,7 @@ def infeasible(plan: Plan, out: Path, address: str | None) -> list[str]:
         ZooError: no Ray cluster at ``address``.
     """
     if address is None:
-        return _judged(plan, ThisMachine(out))
+        return _judged(plan, ThisMachine(out, [order.recipe for job in plan.jobs for order in job.orders]))
     from pipeline.fleet.cluster import Cluster
 
     with Cluster(address, out.resolve()) as cluster:
@@ -41,10 +42,13 @@ def _judged(plan: Plan, fleet: Fleet) -> list[str]:
 class ThisMachine:
     """A fleet of this machine alone, as the embedded Ray would see it; starts nothing."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, recipes: Iterable[Recipe] = ()) -> None:
         self._out = out
+        # By name: a zoo has each of its recipes once for each model.
+        self._refused = registry.ask({recipe.name: recipe for recipe in recipes}.values()).here
         # Probing GPUs loads torch, so a separate process does it.
-        self._facts = doctor.facts(sys.executable, out) if CARD.exists() else preflight.probe(out, False)
+        facts = doctor.facts(sys.executable, out) if CARD.exists() else preflight.probe(out, False)
+        self._facts = facts.model_copy(update={"refused": self._refused})
 
     def nodes(self) -> list[Node]:
         """This machine, as one node."""

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline.planning import fitting, sizing, sources
+from pipeline import registry
+from pipeline.planning import fitting, modules, sizing, sources
 from pipeline.planning.configs import pad_problem, positions
 from pipeline.planning.sources import PinnedModel
 from pipeline.zoo.zoo import ModelEntry, Zoo
@@ -91,6 +92,7 @@ class Cells:
     def check(self, calibration: Calibration | None, verification: Verification) -> None:
         """Set apart models and recipes that don't fit; models of the same shape, such as finetunes, share checks."""
         fine: set[tuple[object, ...]] = set()
+        never = registry.ask(self._zoo.resolved_recipes).never
         for entry in self._zoo.models:
             source = self.sources.get(entry.id)
             if source is None:
@@ -103,6 +105,9 @@ class Cells:
                 self._refuse(entry, recipes, UnsupportedModel("; ".join(found)))
                 continue
             for recipe in recipes:
+                if recipe.name in never:
+                    self._refuse(entry, [recipe], UnsupportedRecipe(never[recipe.name]))
+                    continue
                 key = (*sizing.alike(source), recipe.name)
                 if (key not in fine or source.kept) and not self._misfit(entry, source, recipe):
                     fine.add(key)
@@ -229,7 +234,7 @@ def _for_source(source: PinnedModel, recipe: Recipe) -> Recipe:
                 f"models: {source.pin.id!r} is quantized already ({source.kept.format}), and recipe {recipe.name!r} "
                 "quantizes; name the original checkpoint for it, or give that model recipes of method: keep alone"
             )
-        return recipe
+        return modules.with_layers_of(source, recipe)
     if source.decoded is not None:
         raise UnsupportedRecipe(
             f"recipe {recipe.name!r}: method keep takes a quantized checkpoint as it is, and {source.pin.id!r} is "

@@ -19,7 +19,7 @@ from workers.spec.layers import (
     quantizable,
     scheme_for,
 )
-from workers.spec.recipes import GridRecipe, Recipe
+from workers.spec.recipes import GridRecipe, KeepRecipe, Recipe
 from workers.spec.runtimes import checkers, misfit
 from workers.spec.schemes import IntScheme, MicroscalingScheme, Scheme
 from workers.spec.tensors import TensorHeader
@@ -58,6 +58,12 @@ def recipe_problems(source: PinnedModel, recipe: Recipe, runtimes: Sequence[str]
     layers = [_layer(source, recipe, tensor) for tensor in source.tensors if quantizable(tensor, recipe)]
     if not source.tensors and source.family.conv1d:  # a pickled checkpoint has no headers, but its family is known
         layers = [_Layer("its layers", (0, 0), LayerScheme(recipe.scheme, recipe.scheme))]
+    if source.tensors and not layers and not isinstance(recipe, KeepRecipe):
+        yield (
+            f"recipe {recipe.name!r}: nothing of {source.pin.id!r} is left to quantize, got ignore "
+            f"{list(recipe.ignore)}, include {recipe.include and list(recipe.include)}, layers {recipe.layers}; "
+            "`quantmill plan --modules` shows the names of a model's modules"
+        )
     problem = _runtime_problem(source, recipe, layers, runtimes) or _shape_problem(source, recipe, layers)
     if problem:
         yield problem

@@ -117,12 +117,17 @@ def estimate(
         quantize=_quantizing(source, shape, recipe, calibration, verification),
         verify=_verifying(source, shape, verification, checkers(recipe.format, runtimes)),
         # A shard is copied from its spool file; a pass writes its new state before it deletes the last one.
-        spool_bytes=min(artifact, MAX_SHARD_BYTES),
+        spool_bytes=max(min(artifact, MAX_SHARD_BYTES), _logits_bytes(source, recipe, verification)),
         state_bytes=2 * hidden * (verification.tokens + calibrated),
         gathered_bytes=gathered_bytes(calibrated, _widths(source, shape, recipe), 4),
         pass_work=shape.weights * (verification.tokens + calibrated),
         own_work=shape.weights * verification.tokens,
     )
+
+
+def _logits_bytes(source: PinnedModel, recipe: Recipe, verification: Verification) -> int:
+    """Bytes of the logits of all held-out text, which the runtime leaves of artifacts that quantmill doesn't decode."""
+    return 0 if FORMATS[recipe.format].decoded else 4 * _size(source, "vocab_size") * verification.tokens
 
 
 class Estimates:
@@ -263,7 +268,7 @@ def shape_of(source: PinnedModel) -> Shape:
 
 def _tensors(shape: Shape, recipe: Recipe) -> Iterable[tuple[TensorHeader, int]]:
     """Tensors and their counts; one by one if a recipe's patterns may match single layers."""
-    if any(ONE_LAYER.search(pattern) for pattern in recipe.patterns):
+    if recipe.layers is not None or any(ONE_LAYER.search(pattern) for pattern in recipe.patterns):
         return [(tensor, 1) for tensor in shape.every]
     inside = [(tensor, count) for layer, count in shape.layers for tensor in layer]
     return [*((tensor, 1) for tensor in shape.outside), *inside]

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from workers.checkpoint.source import Header, Source
-from workers.formats.decoder import Decoder
+from workers.formats.decoder import NO_NAMES, Decoder
 from workers.formats.table import Codec
 from workers.numerics.codes import CodedWeight, IntWeight
 from workers.spec.formats import Format
@@ -47,6 +47,7 @@ def config(
     unquantized: Iterable[str],
     conv1d: Iterable[str] = (),
     runtimes: Iterable[str] = (),
+    in_model: Mapping[str, str] = NO_NAMES,
 ) -> dict[str, Any]:
     """Only the name: every linear layer of a decoder layer is quantized, or says so by its tensors."""
     return {"quant_method": "toy"}

@@ -69,12 +69,19 @@ def plan(streamed: StreamedModel, recipe: BitsAndBytesRecipe) -> Plan:
     )
 
 
-def quantize(weight: Tensor, scheme: FourBitFloatScheme | LlmInt8Scheme, *, transposed: bool) -> dict[str, Tensor]:
+def quantize(
+    weight: Tensor,
+    scheme: FourBitFloatScheme | LlmInt8Scheme,
+    *,
+    transposed: bool,
+    storage: torch.dtype = torch.uint8,
+) -> dict[str, Tensor]:
     """Quantize one weight with the library's kernel, on the weight's own device.
 
     ``weight`` is (out, in), or (in, out) if ``transposed``, in the checkpoint's dtype. Returns the stored tensors by
-    their names within the module: 4-bit ``weight`` uint8 (n/2, 1) with ``weight.absmax``, ``weight.quant_map`` and the
-    packed state; LLM.int8 ``weight`` int8 (out, in), ``SCB`` float32 (out,), ``weight_format`` uint8 ().
+    their names within the module: 4-bit ``weight`` uint8 (n/2, 1), or its bytes as ``storage``, with ``weight.absmax``,
+    ``weight.quant_map`` and the packed state; LLM.int8 ``weight`` int8 (out, in), ``SCB`` float32 (out,),
+    ``weight_format`` uint8 ().
     """
     weight_OI = (weight.T if transposed else weight).contiguous()
     match scheme:
@@ -84,7 +91,7 @@ def quantize(weight: Tensor, scheme: FourBitFloatScheme | LlmInt8Scheme, *, tran
                 blocksize=BNB_BLOCK,
                 compress_statistics=scheme.double_quantization,
                 quant_type=scheme.type,
-                quant_storage=torch.uint8,
+                quant_storage=storage,
             )
             return {"weight": packed, **{f"weight.{name}": t for name, t in state.as_dict(packed=True).items()}}
         case LlmInt8Scheme():
@@ -98,7 +105,8 @@ def quantization_config(
 ) -> dict[str, Any]:
     """Return the ``quantization_config`` of config.json, as ``save_pretrained`` writes it.
 
-    ``dtype`` is the checkpoint's: 4-bit layers compute in it. ``skipped`` comes from :func:`plan`.
+    ``dtype`` is the checkpoint's: 4-bit layers compute in it, unless the recipe says in what. ``skipped`` comes from
+    :func:`plan`.
     """
     config: dict[str, Any] = _library_config(recipe, dtype, skipped).to_dict()
     return {**config, "quant_method": config["quant_method"].value}
@@ -107,20 +115,23 @@ def quantization_config(
 def _library_config(
     recipe: BitsAndBytesRecipe, dtype: torch.dtype, skipped: tuple[str, ...] | None
 ) -> BitsAndBytesConfig:
-    skip_modules = None if skipped is None else list(skipped)
+    skip_modules, options = None if skipped is None else list(skipped), recipe.options
     match recipe.scheme:
         case FourBitFloatScheme() as scheme:
             return BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type=scheme.type,
                 bnb_4bit_use_double_quant=scheme.double_quantization,
-                bnb_4bit_compute_dtype=dtype,
+                bnb_4bit_compute_dtype=getattr(torch, options.compute_dtype) if options.compute_dtype else dtype,
+                bnb_4bit_quant_storage=options.quant_storage,
+                llm_int8_enable_fp32_cpu_offload=options.fp32_cpu_offload,
                 llm_int8_skip_modules=skip_modules,
             )
         case LlmInt8Scheme() as scheme:
             return BitsAndBytesConfig(
                 load_in_8bit=True,
                 llm_int8_threshold=scheme.outlier_threshold,
+                llm_int8_enable_fp32_cpu_offload=options.fp32_cpu_offload,
                 llm_int8_skip_modules=skip_modules,
             )
 
@@ -187,4 +198,6 @@ class BitsAndBytesMaker(Maker):
                 continue
             tensor = require_finite(key, work.tensors[key].to(self._streamed.device))
             transposed = module in self._plan.transposed
-            self.put(key.removesuffix(".weight"), quantize(tensor, self._recipe.scheme, transposed=transposed))
+            storage = getattr(torch, self._recipe.options.quant_storage)
+            parts = quantize(tensor, self._recipe.scheme, transposed=transposed, storage=storage)
+            self.put(key.removesuffix(".weight"), parts)

@@ -24,7 +24,7 @@ from workers.numerics import fp8
 from workers.numerics.precision import coarse_products
 from workers.spec.formats import FORMATS
 from workers.spec.job import ArtifactMade, Job, Order
-from workers.spec.recipes import BitsAndBytesRecipe, GgufRecipe, KeepRecipe
+from workers.spec.recipes import BitsAndBytesRecipe, GgufRecipe, KeepRecipe, TransformersRecipe
 from workers.spec.schemes import LinearScheme
 from workers.spec.workspace import folds_folder
 
@@ -36,7 +36,7 @@ class LinearMaker(StoredMaker):
     """Quantizes linear layers."""
 
     def __init__(self, job: Job, order: Order, streamed: StreamedModel, source: ModelSource, partial: Path) -> None:
-        assert not isinstance(order.recipe, BitsAndBytesRecipe | GgufRecipe | KeepRecipe)
+        assert not isinstance(order.recipe, BitsAndBytesRecipe | GgufRecipe | KeepRecipe | TransformersRecipe)
         self._recipe = order.recipe
         super().__init__(job, order, streamed, source, partial)
         outside = {key: weight for key, weight in self._weights.items() if weight.layer < 0}

@@ -59,7 +59,9 @@ def _decode_4bit(codes: Tensor, state_tensors: dict[str, Tensor]) -> Tensor:
     # Blocks continue across row ends. The CPU kernel of bitsandbytes 0.50.2 starts a new block at each row, which is
     # wrong unless 64 divides the width; on one long row it is correct, and equal to CUDA's.
     state.shape = (shape.numel(),)
-    flat: Tensor = bnb.functional.dequantize_4bit(codes, state)
+    # Codes may be packed in the dtype of the other weights, for FSDP.
+    packed = codes.reshape(-1).view(torch.uint8)[:, None]
+    flat: Tensor = bnb.functional.dequantize_4bit(packed, state)
     return flat.reshape(shape)
 
 

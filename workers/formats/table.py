@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from workers.checkpoint.source import Source
+from workers.errors import UnsupportedRecipe
 from workers.formats import awq, fp8, gguf, gptq, mlx
 from workers.formats.compressed_tensors import module as compressed_tensors
 from workers.formats.decoder import NO_NAMES, Decoder
@@ -69,6 +70,14 @@ def _open_bitsandbytes(config: Mapping[str, Any], source: Source, trust_remote_c
     return bitsandbytes.open_(config, source, trust_remote_code)
 
 
+def _not_decoded(config: Mapping[str, Any], source: Source, trust_remote_code: bool) -> Decoder:
+    able = sorted(row.name for row in rows.FORMATS.values() if row.decoded)
+    raise UnsupportedRecipe(
+        f"checkpoint {source.folder}: quant_method {config.get('quant_method')!r} in config.json; can decode "
+        f"{', '.join(able)}"
+    )
+
+
 CODECS: dict[str, Codec] = {
     rows.COMPRESSED_TENSORS.name: Codec(
         compressed_tensors.open_, compressed_tensors.encode, compressed_tensors.quantization_config
@@ -80,4 +89,5 @@ CODECS: dict[str, Codec] = {
     rows.BITSANDBYTES.name: Codec(_open_bitsandbytes),
     rows.GGUF.name: Codec(gguf.open_),
     rows.MLX.name: Codec(mlx.open_, mlx.encode, mlx.quantization_config),
+    rows.HF_QUANTIZER.name: Codec(_not_decoded),
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 from workers.errors import DiskFull, HubUnavailable, OutOfMemory, QuantmillError, WorkerDied
 from workers.machine.child import Ended
 from workers.machine.memory import peak_host_bytes, ran_out
+from workers.machine.remedies import with_remedy
 from workers.spec.bounds import printable_lines
 from workers.spec.job import Failure, PeakMemory
 
@@ -18,9 +19,11 @@ from workers.spec.job import Failure, PeakMemory
 def describe(error: BaseException) -> Failure:
     """Describe an error for the driver: its class in ``workers.errors``, or its own class if it isn't ours."""
     known = classify(error)
+    message = printable_lines(str(known)) or type(known).__name__
     return Failure(
         kind=type(known).__name__,
-        message=printable_lines(str(known)) or type(known).__name__,
+        # Ours name their remedy themselves.
+        message=message if isinstance(known, QuantmillError) else with_remedy(message),
         retry_after=known.retry_after if isinstance(known, HubUnavailable) else None,
         traceback=printable_lines("".join(traceback.format_exception(error))[-8000:]),
     )

@@ -20,7 +20,10 @@ from workers.spec.recipes import Recipe
 class Engine:
     """One engine: the distributions that it needs, and the minimum compute capability of a GPU.
 
-    ``loads_whole_model``: the plan counts all of the model's weights in float32 into the host memory of its stage.
+    ``asks``: the entry of a process in which a library says why recipes can't be made (``RegistryAnswer``).
+    ``optional`` are distributions that some of its recipes need (``TransformersScheme.packages``), whose versions
+    manifests record. ``loads_whole_model``: the plan counts all of the model's weights in float32 into the host memory
+    of its stage.
     """
 
     name: str
@@ -29,6 +32,8 @@ class Engine:
     script: str | None = None
     environment: str | None = None
     loads_whole_model: bool = False
+    asks: str | None = None
+    optional: tuple[str, ...] = ()
 
 
 class WholeRequest(Frozen):
@@ -50,6 +55,20 @@ class WholeAnswer(Frozen):
     error: str | None = None
 
 
+class RegistryRequest(Frozen):
+    """Request to what an engine ``asks``: the recipes, whether each is also to be tried on a tiny model."""
+
+    recipes: tuple[Recipe, ...]
+    tried: bool = True
+
+
+class RegistryAnswer(Frozen):
+    """Why recipes can't be made, by their names: ``never``, whatever the machine, or not ``here``."""
+
+    never: dict[str, str] = Field(default_factory=dict)
+    here: dict[str, str] = Field(default_factory=dict)
+
+
 LINEAR = Engine("linear")
 # Its environment's library encodes, its converter names: both are called from the pass, which stays in this process.
 GGML = Engine("ggml", environment="llama-cpp")
@@ -57,4 +76,12 @@ BITSANDBYTES = Engine("bitsandbytes", packages=("bitsandbytes",), least_capabili
 # Stores codes that exist already; a GGUF file's names come from the environment of the runtime that checks it.
 KEEP = Engine("keep")
 
-ENGINES: dict[str, Engine] = {row.name: row for row in (LINEAR, BITSANDBYTES, GGML, KEEP)}
+TRANSFORMERS = Engine(
+    "transformers",
+    script="workers.engines.hf_script",
+    loads_whole_model=True,
+    asks="workers.engines.hf_registry:answer",
+    optional=("torchao", "optimum-quanto", "hqq", "kernels", "fbgemm-gpu-genai", "sinq"),
+)
+
+ENGINES: dict[str, Engine] = {row.name: row for row in (LINEAR, BITSANDBYTES, GGML, KEEP, TRANSFORMERS)}

@@ -24,6 +24,7 @@ from workers.spec.schemes import (
     LlmInt8Scheme,
     MicroscalingScheme,
     Scheme,
+    TransformersScheme,
 )
 from workers.spec.tensors import TensorHeader
 
@@ -57,6 +58,7 @@ class Format:
     ``place`` says of a model_type and the name of a tensor or module in the source where it is stored, if it is one of
     several in a stack. ``keeps``: integers of a source that is quantized already can be written as they are
     (``spec.kept``).
+    ``decoded``: quantmill has a decoder of its own; of formats without one, the runtime's predictions are measured.
     ``cache_declaration``: what ``quantization_config`` says of keys and values in FP8, whose scales
     are tensors of their attention modules (``k_scale``, ``v_scale``).
     """
@@ -85,6 +87,7 @@ class Format:
     settings: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
     place: Callable[[str, str], mlx.Place | None] = lambda model_type, name: None
     keeps: bool = False
+    decoded: bool = True
     cache_declaration: Mapping[str, Any] | None = None
 
 
@@ -420,8 +423,37 @@ MLX = Format(
     keeps=True,
 )
 
+# ------------------------------------------------------------------------------- transformers' quantizers
+
+
+def _hf_stored(scheme: Scheme, weight: TensorHeader) -> list[TensorHeader]:
+    assert isinstance(scheme, TransformersScheme), "the format holds no other schemes"
+    (rows, columns), expected = weight.shape, scheme.expected
+    groups = rows * -(-columns // (expected.group_size or columns))
+    codes = TensorHeader("_weight_qdata", (weight.numel * expected.bits // 8,), "U8")
+    return [codes, TensorHeader("_weight_scale", (groups * expected.group_bits // 8,), "U8")]
+
+
+def _of_no_other(config: Mapping[str, Any]) -> bool:
+    others = (row for row in FORMATS.values() if row is not HF_QUANTIZER)
+    return bool(config.get("quant_method")) and not any(row.declares(config) for row in others)
+
+
+HF_QUANTIZER = Format(
+    name="hf-quantizer",
+    says="what a quantizer of the installed transformers makes and saves: torchao's int8, float8 and int4, and others",
+    holds=lambda scheme: isinstance(scheme, TransformersScheme),
+    stored=_hf_stored,
+    declares=_of_no_other,
+    family=lambda config: ["w4"],
+    experts=lambda scheme: "transformers' quantizers convert linear modules alone, and transformers fuses experts",
+    arithmetic=lambda config: "own",
+    only_method="transformers",
+    decoded=False,
+)
+
 FORMATS: dict[str, Format] = {
-    row.name: row for row in (COMPRESSED_TENSORS, GPTQ, GPTQ_V2, AWQ, FP8, BITSANDBYTES, GGUF, MLX)
+    row.name: row for row in (COMPRESSED_TENSORS, GPTQ, GPTQ_V2, AWQ, FP8, BITSANDBYTES, GGUF, MLX, HF_QUANTIZER)
 }
 
 

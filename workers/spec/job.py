@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_ser
 
 from workers.spec.base import Frozen, canonical_json
 from workers.spec.formats import FORMATS
-from workers.spec.recipes import Recipe
+from workers.spec.recipes import BitsAndBytesRecipe, Recipe
 
 # ----------------------------------------------------------------------------- data, gates, destination
 
@@ -454,11 +454,13 @@ StageResult.model_rebuild()
 
 
 # Fields of recipes that earlier releases didn't know. Where one isn't set, their artifacts keep their identity.
-LATER = ("outside", "kv_cache")
+LATER = ("outside", "kv_cache", "include", "layers")
 
 
 def _what_determines_bytes(recipe: Recipe) -> dict[str, Any]:
     content = recipe.model_dump(mode="json", exclude={"name", "description", "environment", "labels"})
+    if isinstance(recipe, BitsAndBytesRecipe):
+        content["options"] = recipe.options.model_dump(mode="json", exclude_defaults=True)
     return {key: _known_before(value) for key, value in content.items() if key not in LATER or value is not None}
 
 
@@ -467,6 +469,8 @@ def _known_before(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     later = {"activations"} if value.get("type") in ("mxfp4", "nvfp4") and value.get("activations") == "none" else set()
+    if value.get("type") == "transformers":
+        later = {"packages", "expected"}  # of which no byte depends
     return {key: _known_before(inner) for key, inner in value.items() if key not in later}
 
 

@@ -10,21 +10,14 @@ from typing import NamedTuple, Self
 from workers.spec.base import Frozen
 from workers.spec.formats import FORMATS
 from workers.spec.fusion import split_groups
+from workers.spec.patterns import LAYER as LAYER
+from workers.spec.patterns import layer_of as layer_of
 from workers.spec.recipes import Recipe
 from workers.spec.schemes import FP8_BLOCK, AnyScheme, Float8Scheme, IntScheme, MicroscalingScheme, Scheme
 from workers.spec.tensors import FLOATS, TensorHeader
 
 # A weight of one expert; transformers fuses these into one tensor per layer on loading.
 EXPERT = re.compile(r"\.experts\.\d+\.")
-# The number of a layer in a tensor's name.
-LAYER = re.compile(r"(?:^|\.)(\d+)\.")
-# Parts of names, before a layer's number, of what isn't the text model's decoder: towers for images, video and sound,
-# what projects their features, speech synthesis, prediction heads. Learnt from the classes of transformers 5.23.
-BESIDE = re.compile(
-    r"^blocks$|(^|[._])(vision|visual|vit|vpm|image|images|video|audio|speech|sound|acoustic|semantic|conformer|whisper|sam|"
-    r"vqmodel|vq|qformer|resampler|perceiver|projectors?|projection|qwen2_model|connector|adapter|adaptor|aligner|merger|abstractor|"
-    r"talker|code_predictor|code2wav|token2wav|mtp|eagle)(?=[._\d]|model|tower|encoder|$)"
-)
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "half": "F16", "float32": "F32", "float": "F32", "float64": "F64"}
 PACKING_REMEDY = "ignore that layer, or choose another format"
 GROUP_REMEDY = "set scheme.group_size to a divisor or null, or scheme.indivisible to channel or keep"
@@ -82,12 +75,6 @@ class Layout(Frozen):
         """The layout of modules with their schemes."""
         distinct = list(dict.fromkeys(schemes.values()))
         return cls(schemes=tuple(distinct), modules={name: distinct.index(scheme) for name, scheme in schemes.items()})
-
-
-def layer_of(name: str) -> str | None:
-    """The number of the decoder layer that a tensor belongs to, by its name; None if it belongs to none."""
-    match = LAYER.search(name)
-    return match.group(1) if match and not BESIDE.search(name[: match.start()]) else None
 
 
 def is_matrix_of_a_layer(tensor: TensorHeader) -> bool:

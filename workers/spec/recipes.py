@@ -6,14 +6,23 @@ refused. No torch: the driver imports it.
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from workers.spec.base import SLUG, Frozen
-from workers.spec.formats import BITSANDBYTES, FORMATS, GGUF, FormatName, check_holds, formats_with_schemes_by_layer
+from workers.spec.formats import (
+    BITSANDBYTES,
+    FORMATS,
+    GGUF,
+    HF_QUANTIZER,
+    FormatName,
+    check_holds,
+    formats_with_schemes_by_layer,
+)
+from workers.spec.patterns import LAYERS, compiled, is_among, layer_of
+from workers.spec.patterns import matches as matches
 from workers.spec.schemes import (
     AnyLinearScheme,
     CacheScheme,
@@ -26,6 +35,7 @@ from workers.spec.schemes import (
     LinearScheme,
     LlmInt8Scheme,
     MicroscalingScheme,
+    TransformersScheme,
     has_tensor_scale,
 )
 
@@ -83,6 +93,22 @@ class HqqOptions(Frozen):
 
     iterations: int = Field(20, ge=1, le=1000, description="Rounds of half-quadratic splitting.")
     norm: float = Field(0.7, gt=0, lt=2, description="p of the l_p norm of the error that is made small.")
+
+
+class BitsAndBytesOptions(Frozen):
+    """Settings of bitsandbytes, as transformers' config has them; its threshold is the scheme's."""
+
+    compute_dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
+        None, description="What 4-bit layers compute in; null: the checkpoint's dtype."
+    )
+    quant_storage: Literal["uint8", "float16", "bfloat16", "float32"] = Field(
+        "uint8", description="The dtype that 4-bit codes are packed in: FSDP shards what has the other weights' dtype."
+    )
+    fp32_cpu_offload: bool = Field(
+        False,
+        description="Let loaders keep modules on the CPU, in float32, which a device_map places there; without it, "
+        "transformers refuses such a map.",
+    )
 
 
 class GgufOptions(Frozen):
@@ -173,10 +199,29 @@ class RecipeBase(Frozen):
         "Mamba's dt_proj, whose weight isn't used as a linear layer's.",
     )
 
-    @field_validator("ignore")
+    include: tuple[str, ...] | None = Field(
+        None, description="Modules that are quantized, by the same patterns; null: all but those of `ignore`."
+    )
+    layers: str | None = Field(
+        None, pattern=LAYERS, description="Layers that are quantized, as in 0-3,-1; null: all. -1 is the last."
+    )
+
+    @field_validator("ignore", "include")
     @classmethod
-    def _compiles(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return _compiled("ignore", value)
+    def _compiles(cls, value: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
+        return None if value is None else compiled(str(info.field_name), value)
+
+    @model_validator(mode="after")
+    def _outside_is_named_outside(self) -> Self:
+        for pattern in self.include or ():
+            if HEAD.search(pattern) or EMBEDDINGS.search(pattern):
+                able = " or ".join(row.name for row in FORMATS.values() if row.outside)
+                part = "head" if HEAD.search(pattern) else "embeddings"
+                raise ValueError(
+                    f"recipe {self.name!r}: include: {pattern!r} is outside of the layers; set outside: {{{part}: "
+                    f"{{bits: 8, group_size: 64}}}} with format: {able}, the only one that holds it"
+                )
+        return self
 
     @property
     def needs(self) -> PassNeeds:
@@ -191,7 +236,7 @@ class RecipeBase(Frozen):
     @property
     def patterns(self) -> tuple[str, ...]:
         """All patterns of module names in the recipe."""
-        return self.ignore
+        return (*self.ignore, *(self.include or ()))
 
     def scheme_outside(self, module: str) -> LinearScheme | None:
         """The scheme of a module outside of the layers; None if it stays as it is."""
@@ -199,7 +244,21 @@ class RecipeBase(Frozen):
 
     def ignores(self, module: str) -> bool:
         """Whether the module named ``module`` stays in half precision."""
-        return any(matches(pattern, module) for pattern in self.ignore)
+        return self.why_ignored(module) is not None
+
+    def why_ignored(self, module: str) -> str | None:
+        """What leaves a module in half precision: a field of the recipe, with its value; None if nothing does.
+
+        ``layers`` has no numbers from the end here: the plan resolves them by the model's layers.
+        """
+        if pattern := next((pattern for pattern in self.ignore if matches(pattern, module)), None):
+            return f"ignore: {pattern}"
+        if self.include is not None and not any(matches(pattern, module) for pattern in self.include):
+            return f"include: {', '.join(self.include) or 'nothing'}"
+        number = layer_of(f"{module}.")
+        if self.layers is not None and number is not None and not is_among(self.layers, int(number)):
+            return f"layers: {self.layers}"
+        return None
 
 
 class Override(Frozen):
@@ -211,7 +270,7 @@ class Override(Frozen):
     @field_validator("modules")
     @classmethod
     def _compiles(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return _compiled("modules", value)
+        return compiled("modules", value)
 
 
 def _static_inputs(scheme: LinearScheme) -> bool:
@@ -285,7 +344,7 @@ class GridRecipe(CodedRecipe):
     @property
     def patterns(self) -> tuple[str, ...]:
         """All patterns of module names in the recipe."""
-        return (*self.ignore, *(pattern for override in self.overrides for pattern in override.modules))
+        return (*super().patterns, *(pattern for override in self.overrides for pattern in override.modules))
 
     def scheme_of(self, module: str) -> LinearScheme:
         """The recipe's scheme for a module."""
@@ -418,7 +477,20 @@ class BitsAndBytesRecipe(RecipeBase):
     method: Literal["bitsandbytes"]
     scheme: Annotated[FourBitFloatScheme | LlmInt8Scheme, Field(discriminator="type")]
     format: FormatName = BITSANDBYTES.name
-    options: NoOptions = NoOptions()
+    options: BitsAndBytesOptions = BitsAndBytesOptions()
+
+    @model_validator(mode="after")
+    def _of_four_bits(self) -> Self:
+        plain = BitsAndBytesOptions(fp32_cpu_offload=self.options.fp32_cpu_offload)
+        given = [
+            name for name in ("compute_dtype", "quant_storage") if getattr(self.options, name) != getattr(plain, name)
+        ]
+        if given and isinstance(self.scheme, LlmInt8Scheme):
+            raise ValueError(
+                f"recipe {self.name!r}: options.{given[0]} is for layers of 4 bits, got scheme.type 'llm-int8', which "
+                "computes in float16 and stores int8; remove it, or set scheme.type: nf4"
+            )
+        return self
 
     @model_validator(mode="after")
     def _readable(self) -> Self:
@@ -474,6 +546,10 @@ class KeepRecipe(RecipeBase):
 
     @model_validator(mode="after")
     def _can_be_written(self) -> Self:
+        if self.include is not None or self.layers is not None:
+            raise ValueError(
+                f"recipe {self.name!r}: method keep stores what the source has quantized; remove include and layers"
+            )
         if not FORMATS[self.format].keeps:
             able = " or ".join(row.name for row in FORMATS.values() if row.keeps)
             raise ValueError(
@@ -487,8 +563,30 @@ class KeepRecipe(RecipeBase):
         return self.scheme
 
 
+class TransformersRecipe(RecipeBase):
+    """A quantizer of the installed transformers: the library loads, quantizes and saves the whole model."""
+
+    engine: ClassVar[str] = "transformers"
+
+    method: Literal["transformers"]
+    scheme: TransformersScheme
+    format: FormatName = HF_QUANTIZER.name
+    options: NoOptions = NoOptions()
+
+    @model_validator(mode="after")
+    def _readable(self) -> Self:
+        check_holds(self.name, self.format, self.scheme)
+        return self
+
+    def scheme_of(self, module: str) -> TransformersScheme:
+        """The recipe's scheme for a module."""
+        return self.scheme
+
+
 LinearRecipe = GptqRecipe | RtnRecipe | AwqRecipe | SmoothQuantRecipe | HqqRecipe
-Recipe = Annotated[LinearRecipe | BitsAndBytesRecipe | GgufRecipe | KeepRecipe, Field(discriminator="method")]
+Recipe = Annotated[
+    LinearRecipe | BitsAndBytesRecipe | GgufRecipe | KeepRecipe | TransformersRecipe, Field(discriminator="method")
+]
 
 
 def words(recipe: Recipe) -> str:
@@ -499,19 +597,3 @@ def words(recipe: Recipe) -> str:
     others = {override.scheme.bits for override in overrides}
     scheme = recipe.scheme.words(others) if isinstance(recipe.scheme, IntScheme) else recipe.scheme.words()
     return f"{scheme}{outside}{cached}"
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether a module name matches a pattern of a recipe."""
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], name) is not None
-    return fnmatch.fnmatchcase(name, pattern)
-
-
-def _compiled(field: str, patterns: tuple[str, ...]) -> tuple[str, ...]:
-    for pattern in patterns:
-        try:
-            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
-        except re.error as error:
-            raise ValueError(f"{field}: {pattern!r} is no regular expression ({error}); mend it") from error
-    return patterns

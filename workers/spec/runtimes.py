@@ -25,6 +25,7 @@ from workers.spec.formats import (
     GGUF,
     GPTQ,
     GPTQ_V2,
+    HF_QUANTIZER,
     MLX,
     Arithmetic,
     formats_that_hold,
@@ -40,7 +41,8 @@ Rule = Callable[[Scheme, LayerKinds], str | None]
 class RuntimeRequest(Frozen):
     """Request to a runtime's module, as JSON, in its own process.
 
-    The folder ``scratch`` contains ``tokens.safetensors`` (``tokens`` int64 [N, T], ``prompts`` int64 [P, T]); the
+    The folder ``scratch`` contains ``tokens.safetensors`` (``tokens`` int64 [N, T], ``prompts`` int64 [P, T], and
+    ``held_out`` int64 [M, U] where the logits of all held-out text are wanted, one file for each sequence); the
     logits are written there as ``logits.safetensors`` (float32 [N, T, V]). ``loader`` is transformers' class for the
     family.
     """
@@ -186,6 +188,7 @@ _TRANSFORMERS: dict[str, Rule] = {
     AWQ.name: _dense_alone,
     FP8.name: _fp8_by_transformers,
     BITSANDBYTES.name: lambda scheme, kinds: None,
+    HF_QUANTIZER.name: lambda scheme, kinds: _conv1d(kinds),
 }
 
 

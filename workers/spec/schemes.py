@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from workers.spec.base import Frozen
+from workers.spec.base import Frozen, canonical_json
 from workers.spec.ggml import FILE_TYPES, Kind, Mix
 
 # Rows and columns of a block of weights that share an fp8 scale (as in DeepSeek-V3).
@@ -183,6 +183,57 @@ class KeptScheme(Frozen):
         return "the source's codes, scales and zero points"
 
 
+class Expected(Frozen):
+    """What to expect of a quantizer of transformers: how it is judged, and the size of what it stores.
+
+    Nothing of the artifact depends on it; the plan's size and the gates do.
+    """
+
+    family: str = Field("w4", description="Whose thresholds judge it (configs/gates.yaml).")
+    bits: int = Field(8, ge=1, le=16, description="Stored for each weight, without scales.")
+    group_size: int | None = Field(None, ge=1, description="Input columns that share scales; null: a whole row.")
+    group_bits: int = Field(32, ge=0, description="Stored for each group: scales and zero points.")
+
+
+class TransformersScheme(Frozen):
+    """What one of transformers' own quantizers makes, by the class of its config and that class's arguments."""
+
+    type: Literal["transformers"] = "transformers"
+    config: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9]*Config$", description="A class of transformers: TorchAoConfig.")
+    arguments: dict[str, Any] = Field(
+        {}, description="The class's arguments, as config.json's quantization_config has them."
+    )
+    packages: tuple[str, ...] = Field((), description="Distributions that the quantizer needs, by their names on PyPI.")
+    expected: Expected = Expected()
+
+    def __hash__(self) -> int:
+        return hash((self.config, canonical_json(self.arguments)))
+
+    @property
+    def family(self) -> str:
+        return self.expected.family
+
+    def words(self) -> str:
+        """The scheme in words: the config, with the names and numbers among its arguments."""
+        return " ".join([self.config, *_leaves(self.arguments)])
+
+
+def _leaves(value: Any) -> list[str]:
+    """The names and numbers in nested arguments, without the keys that torchao puts around them."""
+    match value:
+        case dict():
+            inner = {key: item for key, item in value.items() if key != "_version"}
+            return [word for key, item in inner.items() for word in _named(key, item)]
+        case list() | tuple():
+            return [word for item in value for word in _leaves(item)]
+    return [str(value)]
+
+
+def _named(key: str, value: Any) -> list[str]:
+    wrapped = key.startswith("_") or key in ("default", "quant_type") or isinstance(value, dict | list)
+    return _leaves(value) if wrapped else [f"{key}={value}"]
+
+
 # What keys and values are rounded to before runtimes cache them: E4M3, with one scale for each layer's keys, one for
 # its values.
 CacheScheme = Literal["fp8"]
@@ -212,9 +263,16 @@ AnyLinearScheme = Annotated[
 GridScheme = Annotated[
     Annotated[IntScheme, Tag("int")] | Annotated[MicroscalingScheme, Tag("microscaling")], Discriminator(_kind)
 ]
-Scheme = LinearScheme | FourBitFloatScheme | LlmInt8Scheme | GgufScheme | GgmlScheme | KeptScheme
+Scheme = LinearScheme | FourBitFloatScheme | LlmInt8Scheme | GgufScheme | GgmlScheme | KeptScheme | TransformersScheme
 
 AnyScheme = Annotated[
-    IntScheme | Float8Scheme | MicroscalingScheme | FourBitFloatScheme | LlmInt8Scheme | GgufScheme | GgmlScheme,
+    IntScheme
+    | Float8Scheme
+    | MicroscalingScheme
+    | FourBitFloatScheme
+    | LlmInt8Scheme
+    | GgufScheme
+    | GgmlScheme
+    | TransformersScheme,
     Field(discriminator="type"),
 ]

@@ -18,7 +18,7 @@ from workers.spec.bounds import CARD_BYTES, printable, printable_lines
 from workers.spec.families import DEFAULT_LOADER
 from workers.spec.job import CHECKED, Dataset, Job, Order, PictureCheck, RuntimeAgreement, SourceCheck, Verdict
 from workers.spec.layers import LayerKinds
-from workers.spec.recipes import GgufRecipe, KeepRecipe, Recipe, words
+from workers.spec.recipes import BitsAndBytesRecipe, GgufRecipe, KeepRecipe, Recipe, TransformersRecipe, words
 from workers.spec.runtimes import RUNTIMES, Runtime, checkers
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags")
@@ -144,6 +144,8 @@ def _body(
         "## Load it\n",
         *(_loading(runtime, recipe, repo, loader) for runtime in checkers(recipe.format, order.runtimes)),
         *_other_runtimes(order, repo, kinds, loader),
+        "## Train on it\n",
+        _training(recipe, repo, loader),
     ]
     if fallbacks:
         parts += ["## Deviations from the recipe\n", "".join(f"- {line}\n" for line in fallbacks)]
@@ -177,7 +179,9 @@ def _made_of(job: Job, recipe: Recipe) -> str:
 
 def _loading(runtime: Runtime, recipe: Recipe, repo: str, loader: str) -> str:
     """How to load it in a runtime."""
-    return f"```\n{runtime.install(recipe.format)}\n```\n\n```python\n{runtime.snippet(repo, loader)}```\n"
+    needs = recipe.scheme.packages if isinstance(recipe, TransformersRecipe) else ()
+    install = " ".join([runtime.install(recipe.format), *needs])
+    return f"```\n{install}\n```\n\n```python\n{runtime.snippet(repo, loader)}```\n"
 
 
 def _other_runtimes(order: Order, repo: str, kinds: LayerKinds, loader: str) -> Iterator[str]:
@@ -193,6 +197,25 @@ def _other_runtimes(order: Order, repo: str, kinds: LayerKinds, loader: str) -> 
         else:
             seen = f"; files of this scheme and format were read by {runtime.tried}" if runtime.tried else ""
             yield f"Not checked in {runtime.name}{seen}:\n\n{_loading(runtime, recipe, repo, loader)}"
+
+
+def _training(recipe: Recipe, repo: str, loader: str) -> str:
+    """How adapters are trained on it, or that they aren't."""
+    if not isinstance(recipe, BitsAndBytesRecipe):
+        return (
+            "For inference only: training on this format wasn't tried. Adapters are trained on the original, or on a "
+            "bitsandbytes artifact of it (recipes `bnb-nf4` and `bnb-int8`).\n"
+        )
+    return (
+        "Its layers pass gradients on, so that adapters can be trained on it (QLoRA, arXiv 2305.14314):\n\n"
+        "```\npip install peft\n```\n\n```python\n"
+        "from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training\n"
+        f"from transformers import {loader}\n\n"
+        f'model = {loader}.from_pretrained("{repo}")\n'
+        "model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)\n"
+        'model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", '
+        'task_type="CAUSAL_LM"))\n```\n'
+    )
 
 
 def _made_with(job: Job, order: Order, environment: Mapping[str, str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -172,7 +172,7 @@ class Comparison:
             runtime=agreements[0] if agreements else None,
             other_runtimes=agreements[1:],
             worst_layers=findings.worst,
-            generations=self._generations(answers[0]),
+            generations=self.generations(answers[0]),
             promised_tokens=self.verification.tokens,
         )
 
@@ -183,16 +183,20 @@ class Comparison:
             integrity=integrity,
             runtime_problems=[problem for answer in answers for problem in answer.problems],
             infeasible=[*infeasible, *(reason for answer in answers for reason in answer.infeasible)],
-            generations=self._generations(answers[0]),
+            generations=self.generations(answers[0]),
         )
 
     def _metrics(self, head: LogitsHead, hidden: list[Tensor]) -> Metrics:
-        reference_hidden = self._reference_hidden()
-        reference_head = LogitsHead(self.reference)
+        return self.metrics(head.logits(ours[None])[0].float() for ours in fidelity.rows(hidden))
+
+    def metrics(self, logits: Iterable[Tensor]) -> Metrics:
+        """Metrics of an artifact's logits, float32 [T, V] for each held-out sequence, against the reference's."""
+        reference_hidden, head = self._reference_hidden(), LogitsHead(self.reference)
 
         def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-            for theirs, ours in zip(fidelity.rows(reference_hidden), fidelity.rows(hidden), strict=True):
-                yield reference_head.logits(theirs[None])[0].float(), head.logits(ours[None])[0].float()
+            for theirs, ours in zip(fidelity.rows(reference_hidden), logits, strict=True):
+                reference_TV = head.logits(theirs[None])[0].float()
+                yield reference_TV, ours.to(reference_TV.device)
 
         return fidelity.compare(pairs(), self.tokens)
 
@@ -214,28 +218,37 @@ class Comparison:
 
         Those that are named check it, whether they know its format or not; the format's own, if none is.
         """
-        tokens = self.tokens[:RUNTIME_SEQUENCES, :RUNTIME_TOKENS].clone()
-        prompts = self.tokens[:PROMPTS, :PROMPT_TOKENS].clone()
-        scratch_root = self.workspace / "scratch"
-        scratch_root.mkdir(parents=True, exist_ok=True)
-        config = json.loads((folder / "config.json").read_text())
-        declared = config.get("quantization_config") or {}
-        row = recognised(declared)
+        row = recognised(json.loads((folder / "config.json").read_text()).get("quantization_config") or {})
 
         def answer(runtime: Runtime) -> RuntimeAnswer:
-            with tempfile.TemporaryDirectory(dir=scratch_root) as scratch:
-                request = RuntimeRequest(
-                    artifact=str(folder),
-                    scratch=scratch,
-                    trust_remote_code=self.model.trust_remote_code,
-                    arithmetic=row.arithmetic(declared) if row else "any",
-                    loader=loader_of(config),
-                    unused=self.reference.unused,
-                )
-                return ask(runtime, request, tokens, prompts)
+            with self.scratch() as scratch:
+                return self.ask_one(runtime, folder, scratch)
 
         asked = tuple(map(runtime_named, runtimes)) or (checking(row.name if row else None),)
         return tuple(map(answer, asked))
+
+    def scratch(self) -> tempfile.TemporaryDirectory[str]:
+        """A folder that passes things to a runtime's process, removed with its context."""
+        root = self.workspace / "scratch"
+        root.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=root)
+
+    def ask_one(self, runtime: Runtime, folder: Path, scratch: str, *, held_out: bool = False) -> RuntimeAnswer:
+        """Load a checkpoint in one library; with ``held_out``, it leaves the logits of all held-out text in scratch."""
+        config = json.loads((folder / "config.json").read_text())
+        declared = config.get("quantization_config") or {}
+        row = recognised(declared)
+        request = RuntimeRequest(
+            artifact=str(folder),
+            scratch=scratch,
+            trust_remote_code=self.model.trust_remote_code,
+            arithmetic=row.arithmetic(declared) if row else "any",
+            loader=loader_of(config),
+            unused=self.reference.unused,
+        )
+        tokens = self.tokens[:RUNTIME_SEQUENCES, :RUNTIME_TOKENS].clone()
+        prompts = self.tokens[:PROMPTS, :PROMPT_TOKENS].clone()
+        return ask(runtime, request, tokens, prompts, self.tokens if held_out else None)
 
     def _agreement(
         self, answer: RuntimeAnswer, head: LogitsHead, hidden: list[Tensor]
@@ -243,9 +256,12 @@ class Comparison:
         """Difference between the runtime's logits and ours, and other problems of its answer."""
         if answer.logits is None:
             return None, answer.problems
+        return self.agreement(answer, head.logits(torch.cat(hidden)[:RUNTIME_SEQUENCES, :RUNTIME_TOKENS]).float().cpu())
+
+    def agreement(self, answer: RuntimeAnswer, ours: Tensor) -> tuple[RuntimeAgreement | None, tuple[str, ...]]:
+        """Difference between the runtime's logits and ``ours`` (float32 [N, T, V]), and its answer's other problems."""
         if not bool(torch.isfinite(answer.logits).all()):
             return None, (*answer.problems, f"runtime {answer.name}: NaN or Inf in its logits")
-        ours = head.logits(torch.cat(hidden)[:RUNTIME_SEQUENCES, :RUNTIME_TOKENS]).float().cpu()
         difference = answer.logits - ours
         agreement = RuntimeAgreement(
             name=answer.name,
@@ -262,7 +278,7 @@ class Comparison:
         )
         return agreement, answer.problems
 
-    def _generations(self, answer: RuntimeAnswer) -> tuple[Generation, ...]:
+    def generations(self, answer: RuntimeAnswer) -> tuple[Generation, ...]:
         """The artifact's continuations next to its reference's, from one forward pass over all of them.
 
         The reference's text after the first differing token is omitted: it would take one pass per token.

@@ -17,11 +17,13 @@ from workers.errors import CheckpointError, NumericalError, UnsupportedRecipe, U
 from workers.formats.decoded import Decoded, open_decoded
 from workers.machine.failures import describe
 from workers.model.generation import GENERATION_CONFIG, unreadable
+from workers.model.loading import read_config
 from workers.spec.base import Frozen
+from workers.spec.formats import HF_QUANTIZER, recognised
 from workers.spec.job import Failure, ModelPin, Thresholds, Verdict, Verification
 from workers.spec.workspace import MANIFEST
 from workers.transfer import artifact
-from workers.verify import gates
+from workers.verify import gates, undecoded
 from workers.verify.comparison import Comparison
 from workers.verify.integrity import QUANTIZERS_OWN, Findings, compare, differing_settings, listed
 
@@ -91,9 +93,18 @@ def _facts(comparison: Comparison, folder: Path, findings: Findings) -> tuple[ga
             return comparison.measure(folder, opened, findings), report
     except UnsupportedRecipe as error:
         # Our decoder's limitation, not the checkpoint's fault; the runtime can still be checked.
+        if not comparison.runtimes and _by_a_quantizer(folder):
+            findings.notes.append(undecoded.NOTE)
+            return undecoded.measure(comparison, folder, findings.problems), report
         return comparison.only_runtime(folder, findings.problems, [f"fidelity: {error}"]), report
     except (UserError, NumericalError) as error:
         return gates.Evidence(integrity=[*findings.problems, f"integrity: {error}"]), report
+
+
+def _by_a_quantizer(folder: Path) -> bool:
+    """Whether transformers' quantizers alone know the format, so that its predictions are what can be measured."""
+    declared = read_config(folder).get("quantization_config") or {}
+    return recognised(declared) is HF_QUANTIZER
 
 
 def _sealed(folder: Path) -> list[str]:

@@ -65,8 +65,8 @@ def inspect(
         [
             *listed("not quantized though the recipe says so", intended - quantized),
             *listed("quantized though the recipe doesn't say so", quantized - intended),
-            *_config(source.folder, folder),
-            *_companions(source.folder, source.files.companions, folder),
+            *settings_of(source.folder, folder),
+            *companions_of(source, folder),
         ]
     )
     compare(source, artifact, quantized, findings, unused)
@@ -186,7 +186,7 @@ def listed(what: str, names: Iterable[str]) -> list[str]:
     return [f"integrity: {what}: {', '.join(sorted_names[:NAMED])}{more}"]
 
 
-def _config(source: Path, artifact: Path) -> list[str]:
+def settings_of(source: Path, artifact: Path) -> list[str]:
     """Compare config.json with the source's, except what quantizers write."""
     try:
         want, got = (json.loads((folder / "config.json").read_text()) for folder in (source, artifact))
@@ -213,16 +213,16 @@ def differing_settings(
     return listed(f"{where} differs from the source's", differences)
 
 
-def _companions(source: Path, companions: Iterable[str], artifact: Path) -> list[str]:
+def companions_of(source: Folded | ModelSource, artifact: Path) -> list[str]:
     """Check tokenizer, templates, generation config and licence: present, byte-identical, and no further files."""
     missing, changed = [], []
-    expected = {Path(name) for name in companions}
-    if unreadable(source):
+    expected = {Path(name) for name in source.files.companions}
+    if unreadable(source.folder):
         expected.discard(Path(GENERATION_CONFIG))
     for path in sorted(expected):
         if not (artifact / path).is_file():
             missing.append(str(path))
-        elif file_sha256(source / path) != file_sha256(artifact / path):
+        elif file_sha256(source.folder / path) != file_sha256(artifact / path):
             changed.append(str(path))
     return [
         *listed("files of the source missing", missing),

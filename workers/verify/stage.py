@@ -18,6 +18,7 @@ from workers.machine.preflight import versions
 from workers.model.loading import read_config
 from workers.spec.auto_classes import is_multimodal, loader_of
 from workers.spec.families import family_of
+from workers.spec.formats import FORMATS
 from workers.spec.job import (
     ArtifactMade,
     Calibration,
@@ -34,7 +35,7 @@ from workers.spec.layers import kinds_of
 from workers.spec.tensors import TensorHeader
 from workers.spec.workspace import MANIFEST, artifact_folder, folds_folder, record_path
 from workers.transfer import hub
-from workers.verify import gates, integrity, picture
+from workers.verify import gates, integrity, picture, undecoded
 from workers.verify.card import render_card
 from workers.verify.comparison import Comparison
 
@@ -113,6 +114,10 @@ def _verdict(job: Job, order: Order, source: ModelSource, folder: Path) -> tuple
     config = read_config(source.folder)
     shown = None if checked.unchecked else picture.source_shown(job.model, source.folder, config, workspace)
     about = Circumstances(checked, comparison.begin_with, notes)
+    if not FORMATS[order.recipe.format].decoded:
+        facts, notes = _undecoded(order, comparison, folder), (*notes, undecoded.NOTE)
+        about = about._replace(notes=notes)
+        return gates.judge(facts, order.thresholds), about
     try:
         with open_decoded(folder, trust_remote_code=job.model.trust_remote_code) as artifact:
             facts = _facts(order, comparison, folder, artifact)
@@ -135,6 +140,18 @@ def _facts(order: Order, comparison: Comparison, folder: Path, artifact: Source 
     if findings.problems:
         return gates.Evidence(integrity=findings.problems, worst_layers=findings.worst)
     return comparison.measure(folder, artifact, findings)
+
+
+def _undecoded(order: Order, comparison: Comparison, folder: Path) -> gates.Evidence:
+    """As ``_facts``, for a format that its runtime alone reads."""
+    intended = frozenset(layout_of(folder, order.recipe, comparison.reference).modules)
+    try:
+        findings = undecoded.inspect(comparison.source, folder, intended, comparison.unused)
+    except UserError as error:
+        return gates.Evidence(integrity=[f"integrity: {error}"])
+    if findings.problems:
+        return gates.Evidence(integrity=findings.problems)
+    return undecoded.measure(comparison, folder, findings.problems)
 
 
 Described = TypeVar("Described", Calibration, Verification)

@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from workers.checkpoint.source import Source
 from workers.formats.decoded import Decoded, open_decoded
+from workers.model.loading import StreamedModel
 from workers.spec.formats import BNB_BLOCK
-from workers.spec.recipes import BitsAndBytesRecipe
+from workers.spec.job import ModelPin, fingerprint
+from workers.spec.recipes import BitsAndBytesOptions, BitsAndBytesRecipe
 from workers.spec.schemes import FourBitFloatScheme, LlmInt8Scheme
 
 NF4 = FourBitFloatScheme(type="nf4", double_quantization=True)
@@ -67,9 +69,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in CONFIGS}
 
 
-def meta_model(folder: Path) -> tf.PreTrainedModel:
-    with torch.device("meta"):
-        return tf.AutoModelForCausalLM.from_config(tf.AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+def meta_model(folder: Path) -> StreamedModel:
+    with Source(folder) as source:
+        return StreamedModel(folder, source, dtype=torch.bfloat16, device=torch.device("cpu"))
 
 
 def write_ours(source: Path, target: Path, recipe: BitsAndBytesRecipe) -> Any:
@@ -80,7 +82,8 @@ def write_ours(source: Path, target: Path, recipe: BitsAndBytesRecipe) -> Any:
     for key, tensor in load_file(source / "model.safetensors").items():
         module = key.removesuffix(".weight")
         if module in plan.converted and key != module:
-            parts = method.quantize(tensor, recipe.scheme, transposed=module in plan.transposed)
+            storage = getattr(torch, recipe.options.quant_storage)
+            parts = method.quantize(tensor, recipe.scheme, transposed=module in plan.transposed, storage=storage)
             stored |= {f"{module}.{name}": part for name, part in parts.items()}
         else:
             stored[key] = tensor
@@ -118,6 +121,63 @@ def test_the_same_bytes_as_the_library(name: str, scheme: str, sources: dict[str
     assert_same_checkpoint(tmp_path / "ours", tmp_path / "library")
 
 
+@pytest.mark.parametrize(
+    ("scheme", "options", "settings"),
+    [
+        (
+            "nf4-double",
+            {"compute_dtype": "float16", "quant_storage": "bfloat16"},
+            {"bnb_4bit_compute_dtype": torch.float16, "bnb_4bit_quant_storage": torch.bfloat16},
+        ),
+        ("fp4", {"quant_storage": "float32"}, {"bnb_4bit_quant_storage": torch.float32}),
+    ],
+)
+def test_options_are_the_librarys(
+    scheme: str, options: dict[str, Any], settings: dict[str, Any], sources: dict[str, Path], tmp_path: Path
+) -> None:
+    ours, known = SCHEMES[scheme]
+    recipe = BitsAndBytesRecipe.model_validate(
+        {"name": "r", "method": "bitsandbytes", "scheme": ours.model_dump(), "options": options, "ignore": ["lm_head"]}
+    )
+    write_ours(sources["llama"], tmp_path / "ours", recipe)
+    write_library(sources["llama"], tmp_path / "library", **{**known, **settings})
+    assert_same_checkpoint(tmp_path / "ours", tmp_path / "library")
+    write_ours(sources["llama"], tmp_path / "default", recipe_of(ours))
+    with open_decoded(tmp_path / "ours") as one, open_decoded(tmp_path / "default") as other:
+        assert isinstance(one, Decoded)
+        assert len(one.quantized) == 14
+        assert all(torch.equal(one.read(key), other.read(key)) for key in one.headers), "the storage changes no weight"
+
+
+def test_offload_is_declared_and_the_artifact_still_loads_on_a_cpu(sources: dict[str, Path], tmp_path: Path) -> None:
+    recipe = recipe_of(NF4).model_copy(update={"options": BitsAndBytesOptions(fp32_cpu_offload=True)})
+    write_ours(sources["llama"], tmp_path / "ours", recipe)
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())["quantization_config"]
+    assert config["llm_int8_enable_fp32_cpu_offload"] is True
+    _, info = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", device_map="cpu", output_loading_info=True)
+    assert {kind: keys for kind, keys in info.items() if keys} == {}
+
+
+def test_options_of_four_bits_are_refused_for_eight() -> None:
+    with pytest.raises(ValueError, match=r"options.compute_dtype is for layers of 4 bits, .* set scheme.type: nf4"):
+        BitsAndBytesRecipe.model_validate(
+            {
+                "name": "r",
+                "method": "bitsandbytes",
+                "scheme": {"type": "llm-int8"},
+                "options": {"compute_dtype": "bfloat16"},
+            }
+        )
+
+
+def test_options_at_their_defaults_are_no_part_of_the_identity() -> None:
+    pin, plain = ModelPin(id="org/name", revision="0" * 40), recipe_of(NF4)
+    said = plain.model_copy(update={"options": BitsAndBytesOptions(compute_dtype=None, quant_storage="uint8")})
+    other = plain.model_copy(update={"options": BitsAndBytesOptions(quant_storage="bfloat16")})
+    prints = [fingerprint(pin, recipe, None, None) for recipe in (plain, said, other)]
+    assert prints[0] == prints[1] != prints[2]
+
+
 def test_ignored_modules_are_named_in_the_config(sources: dict[str, Path], tmp_path: Path) -> None:
     plan = write_ours(sources["llama"], tmp_path / "ours", recipe_of(NF4, "*.down_proj"))
     assert plan.skipped == ("lm_head", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj")
@@ -150,9 +210,9 @@ def test_planning_leaves_the_model_alone(sources: dict[str, Path]) -> None:
     from workers.engines import bitsandbytes as method
 
     model = meta_model(sources["gpt2"])
-    before = [(name, type(module)) for name, module in model.named_modules()]
+    before = [(name, type(module)) for name, module in model.model.named_modules()]
     plan = method.plan(model, recipe_of(NF4))
-    assert [(name, type(module)) for name, module in model.named_modules()] == before
+    assert [(name, type(module)) for name, module in model.model.named_modules()] == before
     assert plan.transposed == plan.converted != frozenset()
 
 

@@ -39,11 +39,17 @@ class RuntimeAnswer:
     kernels: str = ""
 
 
-def ask(row: Runtime, request: RuntimeRequest, tokens_NT: Tensor, prompts_PT: Tensor) -> RuntimeAnswer:
+def ask(
+    row: Runtime,
+    request: RuntimeRequest,
+    tokens_NT: Tensor,
+    prompts_PT: Tensor,
+    held_out_NT: Tensor | None = None,
+) -> RuntimeAnswer:
     """Load an artifact in a runtime's fresh process and run tokens (int64) through it; logits are float32 [N, T, V].
 
-    The runtime also generates greedily from each prompt. A crash of the library is a problem of the artifact, not an
-    exception.
+    Of ``held_out_NT``, transformers leaves each sequence's logits in ``scratch``. The runtime also generates greedily
+    from each prompt. A crash of the library is a problem of the artifact, not an exception.
 
     Raises:
         OutOfMemory: the process ran out of memory: the machine's fault, not the artifact's.
@@ -53,7 +59,8 @@ def ask(row: Runtime, request: RuntimeRequest, tokens_NT: Tensor, prompts_PT: Te
 
     assert row.entry is not None, "only runtimes with an entry are asked"
     scratch = Path(request.scratch)
-    save_file({"tokens": tokens_NT, "prompts": prompts_PT}, scratch / "tokens.safetensors")
+    held_out = {} if held_out_NT is None else {"held_out": held_out_NT.contiguous()}
+    save_file({"tokens": tokens_NT, "prompts": prompts_PT, **held_out}, scratch / "tokens.safetensors")
     python = interpreter(row.environment) if row.environment else None
     answer = in_a_process(row.entry, request, scratch, f"runtime check of {request.artifact}", python)
     if "error" in answer:

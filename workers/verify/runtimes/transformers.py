@@ -16,6 +16,8 @@ from workers.verify.runtimes.reply import in_a_line, out_of_memory, reply
 
 # Disables downloads, and torch.compile, which takes longer for gptqmodel's kernels than the whole check.
 QUIET = {"HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"}
+# The logits of one held-out sequence [T, V], for artifacts that quantmill doesn't decode.
+HELD_OUT = "held-out-{:06d}.safetensors"
 KEY_LISTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
@@ -56,6 +58,10 @@ def _load_and_run(request: dict[str, Any]) -> dict[str, Any]:
     with torch.inference_mode():
         logits = torch.cat([model(row[None], use_cache=False).logits.float().cpu() for row in inputs["tokens"]])
         save_file({"logits": logits.contiguous()}, scratch / "logits.safetensors")
+        for index, row in enumerate(inputs.get("held_out", ())):
+            # In the dtype that was computed in: half the bytes of float32.
+            held_out = model(row[None], use_cache=False).logits[0].cpu()
+            save_file({"logits": held_out.contiguous()}, scratch / HELD_OUT.format(index))
         generated, problems = _continued(model, artifact, inputs["prompts"], request["new_tokens"])
     return {
         "version": transformers.__version__,
