@@ -41,11 +41,13 @@ def known() -> dict[tuple[str, str], tuple[str, ...]]:
 
 
 def counts(rows: dict[tuple[str, str], tuple[str, ...]]) -> str:
-    """How many families of both kinds go all the way."""
-    causal = [row for row in rows.values() if row[1] == "AutoModelForCausalLM"]
-    multimodal = [row for row in rows.values() if row[1] != "AutoModelForCausalLM"]
-    done = [sum(row[3] == "all" for row in part) for part in (causal, multimodal)]
-    return f"{done[0]} of {len(causal)} causal language models and {done[1]} of {len(multimodal)} multimodal ones"
+    """How many families of both kinds go all the way, of how many with a row, of how many that there are."""
+    said = []
+    for multimodal, kind in ((False, "causal language models"), (True, "multimodal ones")):
+        part = [row for row in rows.values() if (row[1] != "AutoModelForCausalLM") == multimodal]
+        done = sum(row[3] == "all" for row in part)
+        said.append(f"{done} of {len(part)} {kind} (transformers has {len(families(multimodal=multimodal))})")
+    return " and ".join(said)
 
 
 def rendered(rows: dict[tuple[str, str], tuple[str, ...]]) -> str:
