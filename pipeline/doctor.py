@@ -29,7 +29,7 @@ def recipes(names: Sequence[str], zoo: Path | None) -> list[Recipe]:
     by_name = {recipe.name: recipe for recipe in zoos.load(zoo).resolved_recipes}
     if unknown := sorted(set(names) - set(by_name)):
         raise ZooError(
-            f"{zoo}: has no recipe {unknown[0]!r}; {meant(unknown[0], by_name)}It has {', '.join(by_name)}; name one"
+            f"{zoo}: has no recipe {unknown[0]!r}; {meant(unknown[0], by_name)}it has {', '.join(by_name)}; name one"
         )
     return [by_name[name] for name in names or by_name]
 

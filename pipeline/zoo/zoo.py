@@ -282,7 +282,7 @@ class Zoo(Frozen):
             if unknown:
                 raise ValueError(
                     f"model {model.id!r}: recipe {unknown[0]!r} isn't among the zoo's recipes ({', '.join(recipes)}); "
-                    f"{meant(unknown[0], recipes)}Add it there, or remove it here"
+                    f"{meant(unknown[0], recipes)}add it there, or remove it here"
                 )
         if self.calibration and self.calibration.dataset == self.verify.dataset:
             raise ValueError("verify.dataset is the calibration data; verify on text that was not calibrated on")
@@ -316,7 +316,7 @@ def check(raw: object, path: str) -> Zoo:
             known = [*families, *(recipe.name for recipe in zoo.resolved_recipes)]
             raise ZooError(
                 f"{path}: {where}: {unknown[0]!r} is neither a recipe of the zoo nor the family of one "
-                f"({', '.join(families)}); {meant(unknown[0], known)}Correct or remove it"
+                f"({', '.join(families)}); {meant(unknown[0], known)}correct or remove it"
             )
     for recipe in zoo.resolved_recipes:
         if zoo.publish and zoo.publish.gathers(recipe.format) and not can_be_gathered(recipe.format):

@@ -107,7 +107,7 @@ def test_what_only_vllm_loads_is_made_where_it_alone_checks(tmp_path: Path, reci
     ("runtimes", "said"),
     [
         ("[vlm]", "verify.runtimes: unknown runtime, got 'vlm'; did you mean 'vLLM'?"),
-        ("[]", "verify.runtimes: Tuple should have at least 1 item"),
+        ("[]", "verify.runtimes: expected at least 1"),
     ],
 )
 def test_runtimes_of_a_zoo_are_known(tmp_path: Path, runtimes: str, said: str) -> None:
