@@ -27,6 +27,7 @@ SKIPS = ("modules_to_not_convert", "llm_int8_skip_modules", "skip_modules", "lin
 PACKAGE = re.compile(
     r"pip install|not installed|No module named|be installed|to install it|requires the .* (library|package)", re.I
 )
+INSTALL = "install it, and run quantmill doctor again"
 # Messages about a GPU that isn't there; mslk has kernels for GPUs alone.
 ON_A_GPU = re.compile(r"gpu|cuda|xpu|mslk|compute capability", re.I)
 # The last line of a traceback in transformers' report on loading, which its exception doesn't repeat.
@@ -232,7 +233,7 @@ def _without_gpu(error: BaseException, words: str = "") -> str:
     import torch
 
     if PACKAGE.search(words or str(error)):
-        return "; install it, and run quantmill doctor again"
+        return f"; {INSTALL}"
     if ON_A_GPU.search(words or str(error)) and not torch.cuda.is_available():
         return "; run it on a node with a GPU, or choose a recipe that runs here"
     return "; give it what it asks for, or choose a recipe that runs here"
@@ -240,7 +241,9 @@ def _without_gpu(error: BaseException, words: str = "") -> str:
 
 def _of_words(message: str, remedy: str) -> UnsupportedRecipe | PreflightError:
     """A missing package is the machine's fault; everything else that a config says is the recipe's."""
-    return PreflightError(message) if PACKAGE.search(message) else UnsupportedRecipe(f"{message}; {remedy}")
+    if PACKAGE.search(message):
+        return PreflightError(f"{message}; {INSTALL}")
+    return UnsupportedRecipe(f"{message}; {remedy}")
 
 
 def judged(request: RegistryRequest) -> RegistryAnswer:
