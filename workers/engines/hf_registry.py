@@ -24,7 +24,12 @@ from workers.spec.schemes import TransformersScheme
 # Names under which config classes take the modules that stay as they are.
 SKIPS = ("modules_to_not_convert", "llm_int8_skip_modules", "skip_modules", "linear_weights_not_to_quantize")
 # Messages about a package that isn't there.
-PACKAGE = re.compile(r"pip install|not installed|No module named|be installed|requires the .* (library|package)", re.I)
+PACKAGE = re.compile(
+    r"pip install|not installed|No module named|be installed|to install it|requires the .* (library|package)", re.I
+)
+INSTALL = "install it, and run quantmill doctor again"
+# Messages about a GPU that isn't there; mslk has kernels for GPUs alone.
+ON_A_GPU = re.compile(r"gpu|cuda|xpu|mslk|compute capability", re.I)
 # The last line of a traceback in transformers' report on loading, which its exception doesn't repeat.
 CAUSE = re.compile(r"^([A-Za-z_.]*(?:Error|Exception)): (.+)$", re.M)
 GENERAL = "issues during automatic conversion"
@@ -228,13 +233,17 @@ def _without_gpu(error: BaseException, words: str = "") -> str:
     import torch
 
     if PACKAGE.search(words or str(error)):
-        return "; install it, and run quantmill doctor again"
-    return "; run it on a node with a GPU, or choose a recipe that runs here" if not torch.cuda.is_available() else ""
+        return f"; {INSTALL}"
+    if ON_A_GPU.search(words or str(error)) and not torch.cuda.is_available():
+        return "; run it on a node with a GPU, or choose a recipe that runs here"
+    return "; give it what it asks for, or choose a recipe that runs here"
 
 
 def _of_words(message: str, remedy: str) -> UnsupportedRecipe | PreflightError:
     """A missing package is the machine's fault; everything else that a config says is the recipe's."""
-    return PreflightError(message) if PACKAGE.search(message) else UnsupportedRecipe(f"{message}; {remedy}")
+    if PACKAGE.search(message):
+        return PreflightError(f"{message}; {INSTALL}")
+    return UnsupportedRecipe(f"{message}; {remedy}")
 
 
 def judged(request: RegistryRequest) -> RegistryAnswer:

@@ -113,14 +113,14 @@ def _verdict(job: Job, order: Order, source: ModelSource, folder: Path) -> tuple
     workspace = Path(job.workspace)
     config = read_config(source.folder)
     shown = None if checked.unchecked else picture.source_shown(job.model, source.folder, config, workspace)
-    about = Circumstances(checked, comparison.begin_with, notes)
-    if not FORMATS[order.recipe.format].decoded:
-        facts, notes = _undecoded(order, comparison, folder), (*notes, undecoded.NOTE)
-        about = about._replace(notes=notes)
-        return gates.judge(facts, order.thresholds), about
+    decoded = FORMATS[order.recipe.format].decoded
+    about = Circumstances(checked, comparison.begin_with, notes if decoded else (*notes, undecoded.NOTE))
     try:
-        with open_decoded(folder, trust_remote_code=job.model.trust_remote_code) as artifact:
-            facts = _facts(order, comparison, folder, artifact)
+        if decoded:
+            with open_decoded(folder, trust_remote_code=job.model.trust_remote_code) as artifact:
+                facts = _facts(order, comparison, folder, artifact)
+        else:
+            facts = _undecoded(order, comparison, folder)
         if shown is not None and not facts.integrity:
             seen, problems = picture.check(shown, job.model, folder, config, workspace)
             facts = replace(facts, picture=seen, runtime_problems=(*facts.runtime_problems, *problems))
@@ -145,10 +145,7 @@ def _facts(order: Order, comparison: Comparison, folder: Path, artifact: Source 
 def _undecoded(order: Order, comparison: Comparison, folder: Path) -> gates.Evidence:
     """As ``_facts``, for a format that its runtime alone reads."""
     intended = frozenset(layout_of(folder, order.recipe, comparison.reference).modules)
-    try:
-        findings = undecoded.inspect(comparison.source, folder, intended, comparison.unused)
-    except UserError as error:
-        return gates.Evidence(integrity=[f"integrity: {error}"])
+    findings = undecoded.inspect(comparison.source, folder, intended, comparison.unused)
     if findings.problems:
         return gates.Evidence(integrity=findings.problems)
     return undecoded.measure(comparison, folder, findings.problems)

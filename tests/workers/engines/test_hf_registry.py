@@ -57,6 +57,19 @@ def test_a_missing_package_is_the_machines_fault() -> None:
         hf_registry.validate(recipe_of("EetqConfig"))
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("eetq-int8", "pip install kernels"), ("fbgemm-fp8", "requires a GPU or XPU; run it on a"), ("higgs-w4", "GPU")],
+)
+def test_recipes_for_a_gpu_are_refused_without_one(name: str, says: str) -> None:
+    if hf_registry.device() == "cuda":
+        pytest.skip("there is one")
+    recipe = shipped.recipe(name)
+    assert isinstance(recipe, TransformersRecipe)
+    with pytest.raises(PreflightError, match=says):
+        hf_registry.validate(recipe)
+
+
 def test_modules_that_stay_are_passed_under_the_configs_own_name() -> None:
     four = hf_registry.config_of(recipe_of("BitsAndBytesConfig", load_in_4bit=True).scheme, ["lm_head"])
     assert four.llm_int8_skip_modules == ["lm_head"]

@@ -122,7 +122,12 @@ def test_no_other_place_names_a_format() -> None:
         # Also a family of gates.
         "fp8": {"workers/spec/schemes.py", "pipeline/planning/recommend.py"},
         "gguf": {"workers/spec/runtimes.py", "workers/spec/checkpoint_files.py"},
-        "bitsandbytes": {"workers/spec/recipes.py", "workers/spec/engines.py", "workers/machine/warm.py"},
+        "bitsandbytes": {
+            "workers/spec/recipes.py",
+            "workers/spec/engines.py",
+            "workers/machine/warm.py",
+            "workers/machine/preflight.py",
+        },
         # Also an environment, and the library that files of tensors name.
         "mlx": {"workers/spec/runtimes.py", "workers/checkpoint/shards.py", "workers/spec/checkpoint_files.py"},
     }
