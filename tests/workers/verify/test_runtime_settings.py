@@ -104,7 +104,7 @@ def test_settings_in_the_config_with_which_nothing_loads_are_its_problem(tmp_pat
 def asked(of: Job) -> RuntimeAnswer:
     """The runtime's answer alone."""
     with Source(Path(of.model.folder or "")) as source:
-        (answer,) = Comparison.of_job(of, source)._ask(artifact_folder(of.workspace, of.orders[0]))
+        (answer,) = Comparison.of_job(of, source)._ask(artifact_folder(of.workspace, of.orders[0]), ())
         return answer
 
 
