@@ -66,7 +66,7 @@ PACKAGE_MISSING = {name for name, row in FAMILIES.items() if row.package and fin
 MOST_USED_MULTIMODAL = ("gemma3", "qwen2_5_vl", "qwen3_vl", "qwen3_5_moe", "llava", "mistral3", "kimi_k25")
 # All experts of a layer in one tensor, as in MOSTLY_KEPT.
 MULTIMODAL_MOSTLY_KEPT = {
-    "aria": 0.27, "inkling2": 0.26, "mistral4": 0.35, "muse_spark": 0.33, "qwen3_vl_moe": 0.20, "glm5_next": 0.84,
+    "aria": 0.27, "inkling2": 0.26, "mistral4": 0.35, "muse_spark": 0.33, "qwen3_vl_moe": 0.20,
     "step3p7": 0.86,
 }  # fmt: skip
 

@@ -102,9 +102,14 @@ def _facts(comparison: Comparison, folder: Path, findings: Findings) -> tuple[ga
 
 
 def _by_a_quantizer(folder: Path) -> bool:
-    """Whether transformers' quantizers alone know the format, so that its predictions are what can be measured."""
+    """Whether transformers' quantizers alone know the format, so that its predictions are what can be measured.
+
+    A method that they don't know, either, is ignored on loading.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
     declared = read_config(folder).get("quantization_config") or {}
-    return recognised(declared) is HF_QUANTIZER
+    return recognised(declared) is HF_QUANTIZER and declared.get("quant_method") in AUTO_QUANTIZATION_CONFIG_MAPPING
 
 
 def _sealed(folder: Path) -> list[str]:
