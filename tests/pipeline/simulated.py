@@ -38,7 +38,7 @@ PACKAGES = dict.fromkeys(
         "gptqmodel",
         "optimum",
     ),
-    "1",
+    "99",
 )
 DIED = Failure(kind="WorkerDied", message="gone")
 
