@@ -2,9 +2,9 @@
 
 import json
 import threading
-import time
 from collections.abc import Iterator
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,10 @@ import pytest
 
 from pipeline.loopback import LoopbackHub
 from pipeline.loopback.faults import Fault
-from pipeline.zoo.shipped import recipe
-from tests.limits import TEST_SECONDS
-from tests.workers.published import ACCEPTED, Faults, artifact
+from tests.workers.published import Faults, artifact, commits_of, publish_to, seal, tags_of
 from workers.errors import HubRefused, HubUnavailable
 from workers.machine.files import file_sha256
-from workers.spec.job import Dataset, Destination, FileEntry, Manifest, Thresholds, Verdict, Verification
+from workers.spec.job import Metrics
 from workers.spec.workspace import MANIFEST
 from workers.transfer import from_hub, gathered, hub, to_hub
 from workers.transfer.artifact import open_accepted, published_files
@@ -25,7 +23,6 @@ from workers.transfer.pace import LocalPace
 from workers.transfer.patience import Patience
 
 REPO = "acme/model-GGUF"
-DAY = date(2026, 11, 21)
 
 
 @pytest.fixture
@@ -50,44 +47,15 @@ def gguf(
     (folder / "README.md").write_text(f"---\nlicense: mit\nbase_model: {model}\n---\n{mix}")
     (folder / file).write_bytes(f"{mix} {text}".encode() * 1000)
     (folder / "tokenizer.json").write_text("{}")
-    files = [path for path in folder.iterdir() if path.name != MANIFEST]
-    metrics = {
-        "perplexity": 2.0, "reference_perplexity": 2.0, "kl_mean": kl, "kl_mean_upper": kl, "kl_p99": kl,
-        "top1_agreement": 0.9, "top1_agreement_lower": 0.9, "perplexity_ratio_upper": 1.0, "eval_tokens": 1000,
-    }  # fmt: skip
-    manifest = Manifest(
-        fingerprint=fingerprint or (mix.replace("_", "") * 64).encode().hex()[:64],
-        model=model,
-        revision="r",
-        recipe=recipe(f"gguf-{mix}"),
-        calibration=None,
-        verification=Verification(dataset=Dataset(path="text")),
-        thresholds=Thresholds(kl_mean=1, top1_agreement=0.5, perplexity_ratio=2, runtime_logit_difference=1),
-        files={path.name: FileEntry(sha256=file_sha256(path), size=path.stat().st_size) for path in files},
-        verdict=Verdict.model_validate({**ACCEPTED, "metrics": metrics}),
-        environment={},
-        fallbacks=(),
-        bytes=1,
-        reference_bytes=2,
-        created_at="now",
-    )
-    (folder / MANIFEST).write_text(manifest.model_dump_json())
-    return folder
+    metrics = Metrics(
+        perplexity=2.0, reference_perplexity=2.0, kl_mean=kl, kl_mean_upper=kl, kl_p99=kl, top1_agreement=0.9,
+        top1_agreement_lower=0.9, perplexity_ratio_upper=1.0, eval_tokens=1000,
+    )  # fmt: skip
+    identity = fingerprint or (mix.replace("_", "") * 64).encode().hex()[:64]
+    return seal(folder, identity, model=model, name=f"gguf-{mix}", metrics=metrics)
 
 
-def publish(api: Any, folder: Path, day: date = DAY, patience: Patience | None = None, **terms: Any) -> str:
-    to = Destination(endpoint=api.endpoint, **{"gather": True, **terms})
-    patience = patience or Patience(TEST_SECONDS, sleep=lambda seconds: time.sleep(seconds / 10), jitter=lambda: 0.0)
-    return to_hub.publish(api, REPO, open_accepted(folder), to, patience=patience, today=lambda: day)
-
-
-def commits(api: Any) -> int:
-    """Of ours: the first one is the Hub's own."""
-    return len(api.list_repo_commits(REPO)) - 1
-
-
-def tags(api: Any) -> dict[str, str]:
-    return {tag.name: tag.target_commit for tag in api.list_repo_refs(REPO).tags}
+publish, commits, tags = partial(publish_to, REPO, gather=True), partial(commits_of, REPO), partial(tags_of, REPO)
 
 
 def files(api: Any) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Publishing with the real client against the loopback Hub: once, whole, and nothing but what was verified."""
 
-import time
 from collections.abc import Iterator
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 from pipeline.loopback import LoopbackHub
 from pipeline.loopback.faults import Fault
 from tests.limits import TEST_SECONDS
-from tests.workers.published import Faults, artifact, seal
+from tests.workers.published import DAY, Faults, artifact, commits_of, publish_to, seal, tags_of
 from tests.workers.transfer.test_pace import Clock
 from workers.errors import CheckpointError, HubRefused, HubUnavailable
 from workers.spec.job import Destination
@@ -22,7 +22,6 @@ from workers.transfer.pace import LocalPace
 from workers.transfer.patience import Patience
 
 REPO = "acme/model-bnb-nf4"
-DAY = date(2026, 11, 21)
 OURS, DATED = "quantmill-ffffffffffff", "2026-11-21"
 
 
@@ -37,20 +36,7 @@ def api(tmp_path: Path, faults: Faults) -> Iterator[Any]:
         yield hub.connect(server.endpoint, LocalPace())
 
 
-def publish(api: Any, folder: Path, day: date = DAY, patience: Patience | None = None, **terms: Any) -> str:
-    to = Destination(endpoint=api.endpoint, **terms)
-    # Waits as it would, ten times as fast.
-    patience = patience or Patience(TEST_SECONDS, sleep=lambda seconds: time.sleep(seconds / 10), jitter=lambda: 0.0)
-    return to_hub.publish(api, REPO, open_accepted(folder), to, patience=patience, today=lambda: day)
-
-
-def commits(api: Any) -> int:
-    """Of ours: the first one is the Hub's own."""
-    return len(api.list_repo_commits(REPO)) - 1
-
-
-def tags(api: Any) -> dict[str, str]:
-    return {tag.name: tag.target_commit for tag in api.list_repo_refs(REPO).tags}
+publish, commits, tags = partial(publish_to, REPO), partial(commits_of, REPO), partial(tags_of, REPO)
 
 
 def test_one_commit_then_its_tags_and_the_manifest_can_be_read(api: Any, tmp_path: Path) -> None:
