@@ -23,7 +23,8 @@ from workers.model.statistics import InputStatistics
 from workers.spec.ggml import FILE_TYPES, IMATRIX, ModelFacts, choose, fallbacks, is_quantized
 from workers.spec.job import ArtifactMade, Job, Order
 from workers.spec.layers import Layout
-from workers.spec.recipes import GgufOptions, GgufRecipe
+from workers.spec.options import GgufOptions
+from workers.spec.recipes import GgufRecipe
 from workers.spec.schemes import GgmlScheme, GgufScheme
 
 # Weight of the plain sum of squares beside what the first layer sees, as a share of its mean diagonal: the residual

@@ -20,10 +20,7 @@ from workers.checkpoint.source import Header, Source, TensorSource
 from workers.errors import CheckpointError, UnsupportedRecipe
 from workers.formats.decoder import Decoder
 from workers.formats.table import CODECS
-from workers.spec.formats import FORMATS, recognised
-
-# Names of the scales of an attention module's keys and values.
-CACHE_SCALES = ("k_scale", "v_scale")
+from workers.spec.formats import CACHE_SCALES, FORMATS, recognised
 
 
 class Decoded:

@@ -18,6 +18,7 @@ from torch import Tensor
 from workers.checkpoint.source import DTYPES, Header, Source
 from workers.errors import CheckpointError, NumericalError, UnsupportedModel
 from workers.formats.decoded import Decoded
+from workers.formats.decoder import Decoder
 from workers.formats.table import CODECS
 from workers.numerics import ggml
 from workers.numerics.codes import IntWeight
@@ -32,67 +33,10 @@ from workers.spec.tensors import TensorHeader
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class DecodedSource(Decoded):
-    """A quantized source whose weights are those that it decodes to, in the dtype that its config.json names.
+class QuantizedSource(Decoded):
+    """A source that is quantized already, under the names and shapes of its weights."""
 
-    Raises:
-        UnsupportedModel: it isn't known how it is decoded.
-    """
-
-    def __init__(self, folder: Path, config: Mapping[str, Any], source: Source) -> None:
-        headers = tuple(TensorHeader(name, h.shape, DTYPE_NAMES[h.dtype]) for name, h in source.headers.items())
-        found = low_bit.read(config, headers)
-        declared = config["quantization_config"]
-        if isinstance(found, str):
-            raise UnsupportedModel(f"checkpoint {folder}: it can't be decoded: {found}")
-        self.format = found.format
-        super().__init__(source, CODECS[found.format].open(declared, source, False))
-        self._dtype = DTYPES[found.dtype]
-        self.headers = {
-            key: Header(header.shape, self._dtype) if self._is_decoded(key) else header
-            for key, header in self.headers.items()
-        }
-        self.folder = folder
-        self.variant: str | None = source.variant
-
-    def _is_decoded(self, key: str) -> bool:
-        module, _, leaf = key.rpartition(".")
-        return leaf == "weight" and module in self.quantized
-
-    def read(self, name: str) -> Tensor:
-        """The tensor, on the CPU, contiguous; a quantized weight in the dtype that config.json names."""
-        tensor = super().read(name)
-        return tensor.to(self._dtype) if self._is_decoded(name) else tensor
-
-    @property
-    def files(self) -> CheckpointFiles:
-        """The files of the checkpoint."""
-        return self._source.files
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of all tensors, decoded."""
-        return sum(math.prod(header.shape) * header.dtype.itemsize for header in self.headers.values())
-
-
-class KeptSource(Decoded):
-    """A quantized source under the names and shapes of its weights; ``codes`` are those that are stored.
-
-    Weights are read as the source's own runtimes decode them: they are the reference of what is made of it.
-
-    Raises:
-        UnsupportedModel: its codes can't be kept.
-    """
-
-    def __init__(self, folder: Path, config: dict[str, object], source: Source) -> None:
-        headers = [TensorHeader(name, h.shape, DTYPE_NAMES[h.dtype]) for name, h in source.headers.items()]
-        found = kept.read(config, headers)
-        if isinstance(found, str):
-            raise UnsupportedModel(f"checkpoint {folder}: method: keep can't read it: {found}")
-        self.kept = found
-        decoder = CODECS[found.format].open(config, source, False)
-        assert decoder.codes is not None, "formats that can be kept have codes"
-        self._codes = decoder.codes
+    def __init__(self, folder: Path, source: Source, decoder: Decoder) -> None:
         super().__init__(source, decoder)
         self.folder = folder
         self.variant: str | None = source.variant
@@ -107,6 +51,55 @@ class KeptSource(Decoded):
         """Bytes of all tensors, decoded."""
         return sum(math.prod(header.shape) * header.dtype.itemsize for header in self.headers.values())
 
+    def _is_decoded(self, key: str) -> bool:
+        module, _, leaf = key.rpartition(".")
+        return leaf == "weight" and module in self._stored
+
+
+class DecodedSource(QuantizedSource):
+    """A source whose weights are those that it decodes to, in the dtype that its config.json names.
+
+    Raises:
+        UnsupportedModel: it isn't known how it is decoded.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], source: Source) -> None:
+        found = low_bit.read(config, _headers(source))
+        if isinstance(found, str):
+            raise UnsupportedModel(f"checkpoint {folder}: it can't be decoded: {found}")
+        super().__init__(folder, source, CODECS[found.format].open(config["quantization_config"], source, False))
+        self._dtype = DTYPES[found.dtype]
+        self.headers = {
+            key: Header(header.shape, self._dtype) if self._is_decoded(key) else header
+            for key, header in self.headers.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, on the CPU, contiguous; a quantized weight in the dtype that config.json names."""
+        tensor = super().read(name)
+        return tensor.to(self._dtype) if self._is_decoded(name) else tensor
+
+
+class KeptSource(QuantizedSource):
+    """A source with its ``codes``, as they are stored.
+
+    Weights are read as the source's own runtimes decode them: they are the reference of what is made of it.
+
+    Raises:
+        UnsupportedModel: its codes can't be kept.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], source: Source) -> None:
+        declared = config["quantization_config"]
+        found = kept.read(declared, _headers(source))
+        if isinstance(found, str):
+            raise UnsupportedModel(f"checkpoint {folder}: method: keep can't read it: {found}")
+        self.kept = found
+        decoder = CODECS[found.format].open(declared, source, False)
+        assert decoder.codes is not None, "formats that can be kept have codes"
+        self._codes = decoder.codes
+        super().__init__(folder, source, decoder)
+
     def codes(self, module: str) -> IntWeight:
         """The codes of a quantized module, as stored.
 
@@ -117,12 +110,14 @@ class KeptSource(Decoded):
 
     def exact(self, key: str) -> Tensor | None:
         """A quantized weight before any rounding to half precision, float32; None for other tensors."""
-        module = key.removesuffix(".weight")
-        return self.codes(module).dequantize() if module in self._stored and key.endswith(".weight") else None
+        return self.codes(key.removesuffix(".weight")).dequantize() if self._is_decoded(key) else None
 
 
-QuantizedSource = KeptSource | DecodedSource
 OpenSource = Source | QuantizedSource
+
+
+def _headers(source: Source) -> tuple[TensorHeader, ...]:
+    return tuple(TensorHeader(name, h.shape, DTYPE_NAMES[h.dtype]) for name, h in source.headers.items())
 
 
 def open_source(folder: Path, model: ModelPin) -> OpenSource:
@@ -135,10 +130,9 @@ def open_source(folder: Path, model: ModelPin) -> OpenSource:
     source = Source(folder, allow_pickle=model.allow_pickle, variant=model.variant)
     try:
         whole = json.loads((folder / "config.json").read_text())
-        config = whole.get("quantization_config")
-        if config and model.dequantize:
-            return DecodedSource(folder, whole, source)
-        return KeptSource(folder, config, source) if config else source
+        if not whole.get("quantization_config"):
+            return source
+        return (DecodedSource if model.dequantize else KeptSource)(folder, whole, source)
     except (OSError, ValueError) as error:
         source.__exit__(None, None, None)
         raise CheckpointError(f"checkpoint {folder}: no readable config.json ({error})") from error

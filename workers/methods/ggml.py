@@ -20,7 +20,7 @@ from workers.model.loading import InputName, QuantizableWeight
 from workers.model.statistics import InputStatistics
 from workers.numerics import ggml, gptq, grid_fit, refine
 from workers.spec.ggml import TYPES
-from workers.spec.recipes import GgufOptions
+from workers.spec.options import GgufOptions
 
 # What a scale of zero is replaced by while codes are solved: its group is zero whatever its codes are.
 TINY = 1e-12

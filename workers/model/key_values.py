@@ -7,23 +7,21 @@ of the cache that it is given, and goes on with what is returned.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from workers.model.loading import StreamedModel
+from workers.model.loading import StreamedModel
+from workers.spec.formats import CACHE_SCALES
 
 # Names of the modules whose cache runtimes quantize, and of the projections that make keys and values themselves. An
 # attention with ``kv_b_proj`` (multi-head latent attention) is left out: runtimes cache its latents.
 ATTENTION = re.compile(r".*(self_attn|attention)$")
 PROJECTIONS = (("k_proj", "v_proj"), ("qkv_proj",))
-KEYS, VALUES = "k_scale", "v_scale"  # names of their scales within the module
+KEYS, VALUES = CACHE_SCALES
 ARGUMENT = "past_key_values"
 
 

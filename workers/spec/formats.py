@@ -33,6 +33,10 @@ from workers.spec.tensors import TensorHeader
 Arithmetic = Literal["any", "own", "decoded"]
 
 
+# Names of the scales of keys and values within their attention module.
+CACHE_SCALES = ("k_scale", "v_scale")
+
+
 @dataclass(frozen=True)
 class Format:
     """One format.
@@ -60,7 +64,7 @@ class Format:
     (``spec.kept``).
     ``decoded``: quantmill has a decoder of its own; of formats without one, the runtime's predictions are measured.
     ``cache_declaration``: what ``quantization_config`` says of keys and values in FP8, whose scales
-    are tensors of their attention modules (``k_scale``, ``v_scale``).
+    are tensors of their attention modules (``CACHE_SCALES``).
     """
 
     name: str

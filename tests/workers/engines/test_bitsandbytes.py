@@ -18,7 +18,8 @@ from workers.formats.decoded import Decoded, open_decoded
 from workers.model.loading import StreamedModel
 from workers.spec.formats import BNB_BLOCK
 from workers.spec.job import ModelPin, fingerprint
-from workers.spec.recipes import BitsAndBytesOptions, BitsAndBytesRecipe
+from workers.spec.options import BitsAndBytesOptions
+from workers.spec.recipes import BitsAndBytesRecipe
 from workers.spec.schemes import FourBitFloatScheme, LlmInt8Scheme
 
 NF4 = FourBitFloatScheme(type="nf4", double_quantization=True)

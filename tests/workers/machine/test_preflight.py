@@ -20,7 +20,7 @@ from workers.machine import preflight
 from workers.machine.failures import describe
 from workers.machine.preflight import Device, MachineFacts, notes, problems
 from workers.machine.remedies import REMEDIES, kind_of
-from workers.spec.recipes import BitsAndBytesOptions
+from workers.spec.options import BitsAndBytesOptions
 
 NF4 = shipped.recipe("bnb-nf4")
 T4, A100, H100 = (
