@@ -222,7 +222,7 @@ def build_on_meta(folder: Path, dtype: torch.dtype, trust_remote_code: bool = Fa
     """Build the model of a checkpoint's config, or its first ``layers``, on the meta device, in ``eval`` mode.
 
     Raises:
-        UnsupportedModel: transformers has no causal LM for the config.
+        UnsupportedModel: transformers builds no model of the config by the family's loader.
     """
     import transformers
 
@@ -238,7 +238,9 @@ def build_on_meta(folder: Path, dtype: torch.dtype, trust_remote_code: bool = Fa
         with torch.device("meta"):
             model = loader.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, ImportError, OSError) as error:
-        raise UnsupportedModel(f"model {folder.name!r}: transformers builds no model of it ({error})") from error
+        # The first line names the config's class and the loader; what follows lists every class of the loader.
+        reason = str(error).partition("\n")[0]
+        raise UnsupportedModel(f"model {folder.name!r}: transformers builds no model of it ({reason})") from error
     if hasattr(model, "set_experts_implementation"):
         # The eager implementation multiplies expert by expert, so that each expert's input can be observed.
         model.set_experts_implementation("eager")
