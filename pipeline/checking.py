@@ -22,8 +22,9 @@ from workers.machine import child
 from workers.machine.environments import interpreter
 from workers.machine.failures import of_a_process
 from workers.machine.warm import VERIFY_MODULES, Parents
+from workers.spec.data import Dataset, Verification
 from workers.spec.formats import BITSANDBYTES, recognised
-from workers.spec.job import Dataset, Failure, ModelPin, ReasonCode, RuntimeAgreement, Thresholds, Verification
+from workers.spec.job import Failure, ModelPin, ReasonCode, RuntimeAgreement, Thresholds
 from workers.spec.runtimes import runtime_named
 from workers.transfer import from_hub, hub
 
@@ -93,9 +94,9 @@ def _check(request: VerifyRequest, out: Path, warm: str | None) -> tuple[dict[st
     )
     out.mkdir(parents=True, exist_ok=True)
     asked = {**_request(folder, pin, verification, thresholds, out.resolve()), "runtimes": runtimes}
-    report = _ask("workers.verify.foreign", asked, warm)
+    report = ask("workers.verify.foreign", asked, warm)
     if request.tasks:
-        report["scores"] = _ask("workers.verify.harness", _evaluation(request, folder, pin), warm)["scores"]
+        report["scores"] = ask("workers.verify.harness", _evaluation(request, folder, pin), warm)["scores"]
     return report, thresholds, family
 
 
@@ -138,7 +139,7 @@ def _request(
     }
 
 
-def _ask(module: str, request: Mapping[str, Any], warm: str | None) -> dict[str, Any]:
+def ask(module: str, request: Mapping[str, Any], warm: str | None) -> dict[str, Any]:
     """Run a module's ``answer`` in a subprocess, and return its report."""
     content = TypeAdapter(dict[str, Any]).dump_json(dict(request)).decode()
     ended = child.run(f"{module}:answer", content, warm=warm)

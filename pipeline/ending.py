@@ -108,7 +108,11 @@ class Run:
     def results(self, ended: contract.ErrorEntry | None = None) -> contract.Results:
         """The results so far; ``ended`` says why the rest isn't finished."""
         planned, refused = (self.plan.artifacts, self.plan.refused) if self.plan else ((), ())
-        return contract.build(self.id, self.zoo, self.started_at, now(), planned, self.jobs, refused, ended)
+        learned = any(cell.order.recipe.calibrated for cell in planned)
+        calibration = self.plan.calibration if self.plan and learned else None
+        return contract.build(
+            self.id, self.zoo, self.started_at, now(), planned, self.jobs, refused, ended, calibration
+        )
 
     def conclude(self, error: BaseException | None, interrupted: bool = False) -> Finished:
         """Write everything that a run leaves behind, and call the webhook; ``error`` is what ended it early.

@@ -85,11 +85,11 @@ def _fetch(job: Job, recipe: str | None, pace: Pace) -> StageResult:
     elif _revision(model, Path(model.folder)) != model.revision:
         raise CheckpointError(f"models: {model.id!r} changed since it was planned; run the zoo again")
     texts = {"verify.dataset": job.verification.dataset}
-    if job.calibration is not None:
-        texts["calibration.dataset"] = job.calibration.dataset
+    if (calibration := job.calibration) is not None:
+        texts |= {calibration.where(index): text for index, text in enumerate(calibration.datasets)}
     for where, text in texts.items():
         if text.revision is not None:  # pinned to a commit of the Hub by the plan
-            from workers.model.text import fetch_dataset
+            from workers.model.rows import fetch_dataset
 
             fetch_dataset(text, where)
     if job.storage is not None:

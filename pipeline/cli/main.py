@@ -6,6 +6,7 @@ import traceback
 
 import click
 
+from pipeline.cli.calibration import calibration
 from pipeline.cli.checkpoints import hub, publish, verify
 from pipeline.cli.drafting import init, quantize
 from pipeline.cli.machine import doctor, env
@@ -66,6 +67,7 @@ main.add_command(run)
 main.add_command(plan)
 main.add_command(recipes)
 main.add_command(recommend)
+main.add_command(calibration)
 main.add_command(submit)
 main.add_command(logs)
 main.add_command(cancel)

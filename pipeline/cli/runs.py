@@ -210,6 +210,7 @@ def show_plan(plan: Plan, zoo: Zoo, endpoint: str | None, *, as_json: bool, infe
             "artifacts": cells,
             "refused": refused,
             "infeasible": list(infeasible),
+            "calibration": plan.calibration.described if plan.calibration else None,
             "notes": list(plan.notes),
         }
     )
@@ -223,6 +224,8 @@ def print_plan(plan: Plan, zoo: Zoo, endpoint: str | None) -> None:
     click.echo(f"zoo {zoo.name}: {artifacts} artifacts, {to_make} to make{fail}; {where}")
     for message, cells in _by_message(plan).items():
         click.echo(f"can't be made: {cells}: {message}")
+    if plan.calibration and any(cell.order.recipe.calibrated for cell in plan.artifacts):
+        click.echo(f"calibrated on {plan.calibration.described}")
     for note in plan.notes:
         click.echo(f"note: {note}")
     rows = [

@@ -19,7 +19,8 @@ from workers.errors import UnsupportedModel, UnsupportedRecipe, ZooError
 from workers.machine.failures import describe
 from workers.spec import kept
 from workers.spec.bounds import brief
-from workers.spec.job import Calibration, Failure, Order, Verification, fingerprint
+from workers.spec.data import Calibration, Verification
+from workers.spec.job import Failure, Order, fingerprint
 from workers.spec.recipes import KeepRecipe, Recipe
 from workers.spec.tensors import TensorHeader
 from workers.transfer.patience import Silence
@@ -152,7 +153,9 @@ class Cells:
         publish, own = self._zoo.publish, _for_source(source, recipe)
         return Order(
             recipe=own,
-            fingerprint=fingerprint(source.pin, own, calibration, data_sha256),
+            fingerprint=fingerprint(
+                source.pin, own, calibration and calibration.within(positions(source.config)), data_sha256
+            ),
             thresholds=self._zoo.thresholds(entry, recipe),
             repo_id=publish.repo_id(source.name, recipe) if publish else None,
             gathered=publish is not None and publish.gathers(recipe.format),
@@ -295,6 +298,7 @@ def proposed_name(name: str, longest: int = NAME_LENGTH) -> str:
 def _too_long(source: PinnedModel, calibration: Calibration | None, verification: Verification) -> Iterator[str]:
     """Messages about sequence lengths (tokens) above the model's number of positions."""
     longest = positions(source.config)
+    calibration = calibration and calibration.within(longest)
     lengths = {"verify": verification.sequence_length, "calibration": calibration.sequence_length if calibration else 0}
     for where, length in lengths.items():
         if longest is not None and length > longest:

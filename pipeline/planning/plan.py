@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from pipeline.planning import sizing, sources
 from pipeline.planning.cells import Cells, RefusedArtifact, at_once, invalid_name
+from pipeline.planning.configs import positions
 from pipeline.zoo.zoo import Zoo
 from workers.errors import HubUnavailable, UserError, ZooError
-from workers.spec.job import Calibration, Dataset, Destination, Job, Manifest, Order, Verification
+from workers.spec.data import Calibration, Verification
+from workers.spec.job import Destination, Job, Manifest, Order
 from workers.spec.workspace import MANIFEST, artifact_folder
 from workers.transfer import destinations
 from workers.transfer.patience import Silence, insist
@@ -66,6 +69,7 @@ class Plan:
     collection: Collection | None = None
     refused: tuple[RefusedArtifact, ...] = ()
     notes: tuple[str, ...] = ()
+    calibration: Calibration | None = None
 
 
 def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None, *, strict: bool = False) -> Plan:
@@ -112,35 +116,31 @@ def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None,
             collection = Collection(publish.collection, publish.namespace, endpoint, publish.private)
     jobs = _jobs(artifacts, calibration, verification, destination, workspace, zoo.storage)
     notes = (*cells.notes, *(note for source in cells.sources.values() for note in source.notes))
-    return Plan(zoo.name, artifacts, jobs, collection, tuple(cells.refused.values()), notes)
+    return Plan(zoo.name, artifacts, jobs, collection, tuple(cells.refused.values()), notes, calibration)
 
 
 def _pin_data(
     zoo: Zoo, zoo_folder: Path, silence: Silence
 ) -> tuple[Calibration | None, str | None, Verification, list[str]]:
     problems: list[str] = []
-    calibration, data_sha256 = zoo.calibration, None
+    calibration, data_sha256, texts = zoo.calibration, None, list[str]()
     if calibration is not None:
-        text = _with_special_tokens(zoo, calibration.dataset)
-        pinned = _try(lambda: sources.pin_dataset(text, zoo_folder, "calibration.dataset", silence))
+        pinned = _try(partial(sources.pin_calibration, calibration, zoo.special_tokens, zoo_folder, silence))
         if isinstance(pinned, UserError):
             problems.append(str(pinned))
         else:
-            calibration, data_sha256 = calibration.model_copy(update={"dataset": pinned[0]}), pinned[1]
+            calibration, texts = pinned
+            data_sha256 = sources.together(texts)
     verification = zoo.verify.verification
-    held_out_text = _with_special_tokens(zoo, verification.dataset)
+    held_out_text = sources.with_special_tokens(verification.dataset, zoo.special_tokens)
     held_out = _try(lambda: sources.pin_dataset(held_out_text, zoo_folder, "verify.dataset", silence))
     if isinstance(held_out, UserError):
         problems.append(str(held_out))
     else:
         verification = verification.model_copy(update={"dataset": held_out[0], "data": held_out[1]})
-        if held_out[1] == data_sha256 and data_sha256 is not None:
+        if held_out[1] in texts:
             problems.append("verify.dataset: holds the very text that was calibrated on; name held-out text")
     return calibration, data_sha256, verification, problems
-
-
-def _with_special_tokens(zoo: Zoo, dataset: Dataset) -> Dataset:
-    return dataset.model_copy(update={"special_tokens": dataset.special_tokens or zoo.special_tokens})
 
 
 def _try(action: Callable[[], U]) -> U | UserError:
@@ -224,7 +224,11 @@ def _jobs(
         Job(
             model=group[0].source.pin,
             orders=tuple(artifact.order for artifact in group),
-            calibration=calibration if any(a.order.recipe.calibrated for a in group) else None,
+            calibration=(
+                calibration.within(positions(group[0].source.config))
+                if calibration and any(a.order.recipe.calibrated for a in group)
+                else None
+            ),
             verification=verification,
             destination=destination,
             workspace=str(workspace),

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from pipeline.planning.configs import setting
+from pipeline.planning.configs import positions, setting
 from pipeline.planning.sources import PinnedModel
+from workers.spec.data import Calibration, Verification
 from workers.spec.engines import ENGINES
 from workers.spec.formats import FORMATS
-from workers.spec.job import Calibration, Stage, Verification
+from workers.spec.job import Stage
 from workers.spec.layers import EXPERT, LAYER, layer_of, out_in_shape, quantizable, scheme_for
 from workers.spec.recipes import Recipe
 from workers.spec.runtimes import Runtime, checkers
@@ -139,9 +140,10 @@ class Estimates:
 
     def of(self, source: PinnedModel, recipe: Recipe, runtimes: Sequence[str] = ()) -> Estimate:
         """Cached ``estimate``."""
-        key = (*alike(source), recipe.name)
+        calibration = self._calibration and self._calibration.within(positions(source.config))
+        key = (*alike(source), recipe.name, calibration and calibration.sequence_length)
         if key not in self._known:
-            self._known[key] = estimate(source, recipe, self._calibration, self._verification, runtimes)
+            self._known[key] = estimate(source, recipe, calibration, self._verification, runtimes)
         return self._known[key]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,9 @@ from workers.spec import kept, low_bit
 from workers.spec.base import canonical_json
 from workers.spec.bounds import CONFIG_BYTES, HEADER_BYTES
 from workers.spec.checkpoint_files import CONFIG, CheckpointFiles, checkpoint_files, folder_left_out, summary
+from workers.spec.data import Calibration, Dataset, SpecialTokens
 from workers.spec.families import Family, family_of
-from workers.spec.job import Dataset, ModelPin
+from workers.spec.job import ModelPin
 from workers.spec.kept import Kept
 from workers.spec.tensors import TensorHeader, parse_header
 from workers.transfer import from_hub, hub
@@ -279,6 +281,30 @@ def pin_dataset(dataset: Dataset, zoo_folder: Path, where: str, silence: Silence
         raise CalibrationError(f"{where}: the builder {dataset.path!r} needs data_files; list at least one file")
     content = {"builder": dataset.path, "split": dataset.split, "files": [file_sha256(path) for path in files]}
     return pinned, _sha256(content)
+
+
+def pin_calibration(
+    calibration: Calibration, special_tokens: SpecialTokens, zoo_folder: Path, silence: Silence | None = None
+) -> tuple[Calibration, list[str]]:
+    """A calibration with its data sets pinned, and the identities of their content.
+
+    Raises: as ``pin_dataset``.
+    """
+    pinned = [
+        pin_dataset(with_special_tokens(dataset, special_tokens), zoo_folder, calibration.where(index), silence)
+        for index, dataset in enumerate(calibration.datasets)
+    ]
+    return calibration.with_datasets(tuple(dataset for dataset, _ in pinned)), [sha256 for _, sha256 in pinned]
+
+
+def with_special_tokens(dataset: Dataset, otherwise: SpecialTokens) -> Dataset:
+    """A data set that says how its sequences begin; ``otherwise`` is the zoo's word, for one that doesn't."""
+    return dataset.model_copy(update={"special_tokens": dataset.special_tokens or otherwise})
+
+
+def together(texts: Sequence[str]) -> str:
+    """The identity of several data sets' contents; of one, its own."""
+    return texts[0] if len(texts) == 1 else _sha256(list(texts))
 
 
 def _sha256(content: object) -> str:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
+from pydantic import Field
+
 from pipeline.fleet.steps import ArtifactRun, JobRun
 from pipeline.planning.cells import RefusedArtifact
 from pipeline.planning.plan import PlannedArtifact
 from workers.spec.base import Frozen
+from workers.spec.data import Calibration
 from workers.spec.job import Generation, Manifest, Outcome, PeakMemory, Stage
 from workers.spec.workspace import artifact_folder
 
@@ -113,6 +116,7 @@ class Results(Frozen):
     jobs: tuple[JobEntry, ...]
     artifacts: tuple[ArtifactEntry, ...]
     error: ErrorEntry | None = None
+    calibration: str | None = Field(None, description="What calibrated recipes learned from: data sets and tokens.")
 
 
 def build(
@@ -124,10 +128,11 @@ def build(
     jobs: list[JobRun],
     refused: Iterable[RefusedArtifact] = (),
     ended: ErrorEntry | None = None,
+    calibration: Calibration | None = None,
 ) -> Results:
     """Build the results of a run; every cell of the zoo has an entry, even if refused, skipped or never started.
 
-    ``ended``: what ended the run before all artifacts were finished.
+    ``ended``: what ended the run before all artifacts were finished. ``calibration``: the zoo's.
     """
     runs = {(job.job.model.id, name): (job, artifact) for job in jobs for name, artifact in job.artifacts.items()}
     entries = (
@@ -144,6 +149,7 @@ def build(
         jobs=tuple(_job(job) for job in jobs),
         artifacts=entries,
         error=ended,
+        calibration=calibration.described if calibration else None,
     )
 
 

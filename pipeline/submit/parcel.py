@@ -24,7 +24,7 @@ from pipeline.zoo.zoo import ModelEntry, Zoo
 from workers.errors import ZooError
 from workers.machine.files import file_sha256, files_to_send
 from workers.spec.base import canonical_json
-from workers.spec.job import Dataset
+from workers.spec.data import Dataset
 
 # Bytes. The head's dashboard rejects larger requests (DASHBOARD_CLIENT_MAX_SIZE, 100 MiB), and keeps uploads in memory.
 LIMIT = 96 * 2**20
@@ -82,8 +82,9 @@ def pack(zoo: Zoo, zoo_path: Path, shared: Sequence[Path] = ()) -> Parcel:
     updates = {"models": tuple(local.model(entry) for entry in zoo.models), "verify": zoo.verify}
     updates["verify"] = zoo.verify.model_copy(update={"dataset": local.dataset(zoo.verify.dataset, "verify.dataset")})
     if zoo.calibration:
-        text = local.dataset(zoo.calibration.dataset, "calibration.dataset")
-        updates["calibration"] = zoo.calibration.model_copy(update={"dataset": text})
+        calibration = zoo.calibration
+        texts = (local.dataset(text, calibration.where(index)) for index, text in enumerate(calibration.datasets))
+        updates["calibration"] = calibration.with_datasets(tuple(texts))
     packed_zoo = zoo.model_copy(update=updates)
     content = packed_zoo.model_dump(mode="json", exclude_unset=True)
     zoo_text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode()

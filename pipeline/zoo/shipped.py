@@ -7,13 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from pipeline.zoo.problems import explain
 from workers.errors import ZooError
-from workers.spec.base import meant
+from workers.spec.base import Frozen, meant
+from workers.spec.data import Dataset, Sequences
 from workers.spec.job import Thresholds
 from workers.spec.recipes import Recipe
+
+
+class CalibrationSet(Frozen):
+    """A named set of calibration data (configs/calibration): what a zoo's calibration says, less what isn't said."""
+
+    description: str
+    mixture: tuple[Dataset, ...] = Field(min_length=1)
+    sequences: Sequences = "packed"
+
 
 _RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
 
@@ -55,6 +65,52 @@ def recipe(name: str) -> Recipe:
         return _RECIPE.validate_python(content)
     except ValidationError as error:
         raise ZooError(explain(error, str(path), content)) from error
+
+
+# The calibration of a zoo that names none, though its recipes need one.
+DEFAULT_SET = "general"
+
+
+def calibration_sets() -> list[str]:
+    """Names of the shipped sets of calibration data, sorted."""
+    return sorted(path.stem for path in (configs() / "calibration").glob("*.yaml"))
+
+
+@cache
+def calibration_set(name: str) -> CalibrationSet:
+    """The shipped set of calibration data of that name.
+
+    Raises:
+        ValueError: no shipped set has that name.
+    """
+    known = calibration_sets()
+    if name not in known:
+        raise ValueError(
+            f"unknown set, got {name!r}; {meant(name, known)}quantmill ships {', '.join(known)}; name one of them, or "
+            "list data sets as mixture: [{path: ...}]"
+        )
+    return CalibrationSet.model_validate(yaml.safe_load((configs() / "calibration" / f"{name}.yaml").read_text()))
+
+
+def filled_in(given: object) -> object:
+    """A zoo's calibration as it's written, with what the set that it names says, where the zoo doesn't.
+
+    Raises:
+        ValueError: no such set; or a set and other data are named.
+    """
+    given = {"set": given} if isinstance(given, str) else given
+    if given is not None and not isinstance(given, dict):
+        raise ValueError(
+            f"expected the name of a set or a mapping, got {given!r:.80}; write it as "
+            f"{{dataset: ...}}, or as {DEFAULT_SET}"
+        )
+    if given is None or not isinstance(given.get("set"), str):
+        return given
+    content = calibration_set(given["set"]).model_dump(mode="json", exclude={"description"}, exclude_unset=True)
+    if "dataset" in given or given.get("mixture", content["mixture"]) != content["mixture"]:
+        key = "dataset" if "dataset" in given else "mixture"
+        raise ValueError(f"set and {key} are given, got {given['set']!r} and data; remove one of them")
+    return {**content, **given}
 
 
 @cache

@@ -16,8 +16,10 @@ from workers.errors import ZooError
 from workers.spec.base import SLUG, Frozen, meant
 from workers.spec.bounded_yaml import BadYaml, parse_yaml
 from workers.spec.bounds import ZOO_BYTES
+from workers.spec.data import Calibration, Dataset, SpecialTokens, Verification
+from workers.spec.engines import ENGINES
 from workers.spec.formats import can_be_gathered, gathered_formats
-from workers.spec.job import Calibration, Dataset, Destination, HubLimits, Thresholds, Verification
+from workers.spec.job import Destination, HubLimits, Thresholds
 from workers.spec.recipes import Recipe
 from workers.spec.runtimes import checkers, runtime_named
 from workers.transfer import destinations
@@ -223,10 +225,12 @@ class Zoo(Frozen):
     recipes: tuple[NamedOrDefined, ...] = Field(
         min_length=1, description="How: names of shipped recipes (`quantmill recipes`), or definitions in place."
     )
-    calibration: Calibration | None = None
+    calibration: Calibration | None = Field(
+        None, description="What calibrated recipes learn from; the name of a set will do. Left out: the set general."
+    )
     verify: Verify
     publish: Publish | None = None
-    special_tokens: Literal["auto", "none"] = Field(
+    special_tokens: SpecialTokens = Field(
         "auto",
         description="Sequences for calibration and verification begin as the model's tokenizer begins a text (auto: "
         "with BOS where it adds one), or without special tokens (none).",
@@ -234,6 +238,11 @@ class Zoo(Frozen):
     storage: str | None = Field(
         None, description="A folder or URL that all nodes see: what is made is kept there until it's published."
     )
+
+    @field_validator("calibration", mode="before")
+    @classmethod
+    def _set_by_name(cls, value: object) -> object:
+        return shipped.filled_in(value)
 
     @field_validator("storage")
     @classmethod
@@ -284,7 +293,7 @@ class Zoo(Frozen):
                     f"model {model.id!r}: recipe {unknown[0]!r} isn't among the zoo's recipes ({', '.join(recipes)}); "
                     f"{meant(unknown[0], recipes)}add it there, or remove it here"
                 )
-        if self.calibration and self.calibration.dataset == self.verify.dataset:
+        if self.calibration and self.verify.dataset in self.calibration.datasets:
             raise ValueError("verify.dataset is the calibration data; verify on text that was not calibrated on")
         return self
 
@@ -328,11 +337,14 @@ def check(raw: object, path: str) -> Zoo:
             )
         for model in zoo.models:
             zoo.thresholds(model, recipe)
-        if recipe.calibrated and zoo.calibration is None:
+        whole = recipe.calibrated and ENGINES[recipe.engine].script is not None
+        if whole and zoo.calibration and zoo.calibration.sequences == "single":
             raise ZooError(
-                f"{path}: recipe {recipe.name!r} needs calibration data, but the zoo has no 'calibration'; "
-                "add one (dataset, samples, sequence_length), or take a data-free recipe"
+                f"{path}: calibration.sequences: got 'single', but recipe {recipe.name!r} is made by an engine "
+                f"({recipe.engine}) that takes sequences of one length; set it to documents or packed"
             )
+    if zoo.calibration is None and any(recipe.calibrated for recipe in zoo.resolved_recipes):
+        return check({**raw, "calibration": shipped.DEFAULT_SET}, path)
     return zoo
 
 

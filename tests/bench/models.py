@@ -12,7 +12,8 @@ import transformers
 
 from pipeline.zoo import shipped
 from tests.workers.families import save_tokenizer
-from workers.spec.job import Calibration, Dataset, Job, ModelPin, Order, Thresholds, Verification
+from workers.spec.data import Calibration, Dataset, Verification
+from workers.spec.job import Job, ModelPin, Order, Thresholds
 from workers.spec.recipes import Recipe
 
 TEXT = Path(__file__).parents[1] / "zoo" / "text"

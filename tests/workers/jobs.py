@@ -9,7 +9,8 @@ from pydantic import TypeAdapter
 
 from pipeline.zoo import shipped
 from workers.machine.files import folder_sha256
-from workers.spec.job import Calibration, Dataset, Job, ModelPin, Order, Thresholds, Verification, fingerprint
+from workers.spec.data import Calibration, Dataset, Verification
+from workers.spec.job import Job, ModelPin, Order, Thresholds, fingerprint
 from workers.spec.recipes import Recipe
 
 ZOO = Path(__file__).parents[1] / "zoo"

@@ -12,7 +12,8 @@ from pipeline.loopback.faults import Fault, FaultRequest
 from pipeline.zoo.shipped import recipe
 from tests.limits import TEST_SECONDS
 from workers.machine.files import file_sha256
-from workers.spec.job import Dataset, Destination, FileEntry, Manifest, Metrics, Thresholds, Verdict, Verification
+from workers.spec.data import Dataset, Verification
+from workers.spec.job import Destination, FileEntry, Manifest, Metrics, Thresholds, Verdict
 from workers.spec.workspace import MANIFEST
 from workers.transfer import to_hub
 from workers.transfer.artifact import open_accepted

@@ -56,7 +56,7 @@ def of(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 def test_the_scales_are_those_of_what_transformers_caches(of: Job) -> None:
     assert of.calibration is not None
-    tokens = calibration_tokens(of.calibration, load_tokenizer(LLAMA, of.model)).tokens_NT
+    (tokens,) = calibration_tokens(of.calibration, load_tokenizer(LLAMA, of.model)).groups
     model = tf.AutoModelForCausalLM.from_pretrained(LLAMA)
     with torch.no_grad():
         layers = model(tokens, use_cache=True).past_key_values.layers

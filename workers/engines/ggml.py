@@ -123,9 +123,10 @@ class GgmlMaker(Maker):
         found = list(imatrix.matrices(self._skeleton.places, known))
         if calibration is None or not found:
             return
-        dataset = calibration.dataset.public
         described = imatrix.Described(
-            datasets=tuple(dataset.data_files) or (dataset.path,),
+            datasets=tuple(
+                name for dataset in calibration.datasets for name in dataset.public.data_files or (dataset.public.path,)
+            ),
             chunks=calibration.samples,
             chunk_size=calibration.sequence_length,
         )

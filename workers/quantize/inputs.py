@@ -17,7 +17,8 @@ from workers.model.forward import Lanes, LoadedLayer
 from workers.model.loading import InputName, StreamedModel
 from workers.model.statistics import Observer, inputs_of
 from workers.model.text import calibration_tokens, check_ids, held_out_tokens, load_tokenizer
-from workers.spec.job import ArtifactMade, Calibration, Job, Order
+from workers.spec.data import Calibration
+from workers.spec.job import ArtifactMade, Job, Order
 from workers.spec.layers import Layout
 from workers.spec.recipes import Recipe
 from workers.spec.workspace import artifact_folder, is_made, layout_path, record_path
@@ -76,33 +77,43 @@ def own_stream(recipe: Recipe) -> str:
 class Tokens:
     """The tokens of a pass, its reference file, and its identity (``digest``).
 
+    ``calibration``: sequences in groups of one length each, int64 [N, T], the longest first; empty: nothing calibrates.
     ``notes`` say what of the calibration data was left out.
     """
 
     def __init__(self, job: Job, folder: Path, orders: list[Order], dtype: torch.dtype, embedding_rows: int) -> None:
         tokenizer = load_tokenizer(folder, job.model)
         held_out = held_out_tokens(job.verification, tokenizer)
-        check_ids(held_out, embedding_rows, "verify.dataset")
+        check_ids((held_out.tokens_NT,), embedding_rows, "verify.dataset")
         self.held_out = held_out.tokens_NT
         self.notes: tuple[str, ...] = ()
         self.reference = reference.reference_file(job.model, Path(job.workspace), self.held_out, dtype)
-        self.calibration: Tensor | None = None
+        self.calibration: tuple[Tensor, ...] = ()
         if any(order.recipe.calibrated for order in orders):
             assert job.calibration is not None
             calibration = calibration_tokens(job.calibration, tokenizer)
-            check_ids(calibration, embedding_rows, "calibration.dataset")
-            self.calibration, self.notes = calibration.tokens_NT, calibration.notes
+            check_ids(calibration.groups, embedding_rows, "calibration.dataset")
+            self.calibration, self.notes = calibration.groups, calibration.notes
         # The versions are part of the identity: a pass of other versions is not resumed.
         digest = hashlib.sha256(
             f"{self.reference.path.name} {self.reference.exists} {sorted(versions().items())}".encode()
         )
-        if self.calibration is not None and job.calibration is not None:
-            digest.update(self.calibration.numpy().tobytes())
+        if self.calibration and job.calibration is not None:
+            for group in self.calibration:
+                digest.update(group.numpy().tobytes())
             digest.update(f"{job.calibration.experts} {job.calibration.minimum_expert_tokens}".encode())
         self.digest = digest.hexdigest()[:32]
 
     @property
     def longest(self) -> int:
         """Length in tokens of the longest sequence, the minimum size of a micro-batch."""
-        lengths = [tokens.shape[1] for tokens in (self.held_out, self.calibration) if tokens is not None]
-        return max(lengths)
+        return max(tokens.shape[1] for tokens in (self.held_out, *self.calibration))
+
+    def calibration_batches(self, tokens: int) -> list[Tensor]:
+        """Micro-batches of the calibration of at most that many tokens, or of one sequence: int64 [B, T] each."""
+        return [batch for group in self.calibration for batch in reference.micro_batches(group, tokens)]
+
+    @property
+    def probe(self) -> Tensor:
+        """The first tokens of the longest calibration sequence, int64 [1, at most PROBE_TOKENS]."""
+        return self.calibration[0][:1, :PROBE_TOKENS]

@@ -34,7 +34,6 @@ from workers.quantize.inputs import (
     CALIBRATION,
     OWN,
     PROBE,
-    PROBE_TOKENS,
     REFERENCE,
     Tokens,
     existing_artifacts,
@@ -73,7 +72,8 @@ def _by_whole_engine(job: Job, order: Order, folder: Path) -> ArtifactMade:
     try:
         if order.recipe.calibrated:
             assert job.calibration is not None, "the plan refuses calibrated recipes without calibration data"
-            tokens = calibration_tokens(job.calibration, load_tokenizer(folder, job.model)).tokens_NT
+            # The zoo refuses sequences of different lengths for engines that make whole artifacts.
+            (tokens,) = calibration_tokens(job.calibration, load_tokenizer(folder, job.model)).groups
         return whole.make(ENGINES[order.recipe.engine], job, order, folder, tokens)
     except Exception as error:
         return failed_artifact(order, failure_alone(order, error), time.monotonic() - begun)
@@ -169,14 +169,14 @@ class _Pass:
     def _groups(self, streaming: Streaming, size: int) -> dict[str, Lanes]:
         """The groups of lanes that run through the model, by name."""
         groups: dict[str, Lanes] = {}
-        tokens, recipes = self._tokens.calibration, [maker.order.recipe for maker in self._makers]
-        if tokens is not None and any(recipe.calibrated for recipe in recipes):
-            groups[CALIBRATION] = streaming.lanes(reference.micro_batches(tokens, size))
+        recipes = [maker.order.recipe for maker in self._makers]
+        if self._tokens.calibration and any(recipe.calibrated for recipe in recipes):
+            groups[CALIBRATION] = streaming.lanes(self._tokens.calibration_batches(size))
             if any(recipe.needs.folds for recipe in recipes):
-                groups[PROBE] = streaming.lanes([tokens[:1, :PROBE_TOKENS]])
+                groups[PROBE] = streaming.lanes([self._tokens.probe])
             for recipe in recipes:
                 if recipe.needs.own_stream:
-                    groups[own_stream(recipe)] = streaming.lanes(reference.micro_batches(tokens, size))
+                    groups[own_stream(recipe)] = streaming.lanes(self._tokens.calibration_batches(size))
         if not self._tokens.reference.exists:
             groups[REFERENCE] = streaming.lanes(reference.micro_batches(self._tokens.held_out, size))
         return groups

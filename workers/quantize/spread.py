@@ -51,7 +51,6 @@ from workers.quantize.gathered import Log, Recorder, replay, tensors_of
 from workers.quantize.inputs import (
     CALIBRATION,
     PROBE,
-    PROBE_TOKENS,
     REFERENCE,
     Tokens,
     existing_artifacts,
@@ -126,12 +125,12 @@ class Agreement(Frozen):
     micro_batch_tokens: int
     reference: str
 
-    def share(self, tokens_NT: Tensor, part: int, parts: int) -> list[Tensor]:
+    def share(self, groups: Sequence[Tensor], part: int, parts: int) -> list[Tensor]:
         """A part's sequences, int64 [B, T] each: whole micro-batches of a single pass, which affect the last bits.
 
         With fewer micro-batches than parts, some parts get none.
         """
-        batches = reference.micro_batches(tokens_NT, self.micro_batch_tokens)
+        batches = [batch for group in groups for batch in reference.micro_batches(group, self.micro_batch_tokens)]
         return batches[slice_of(len(batches), part, parts)]
 
 
@@ -304,16 +303,16 @@ class _Gathering:
 
     def _groups(self, streaming: Streaming, size: int) -> dict[str, Lanes]:
         groups: dict[str, Lanes] = {}
-        if self._tokens.calibration is not None:
+        if self._tokens.calibration:
             groups[CALIBRATION] = streaming.lanes(self._share(self._tokens.calibration, size))
             if any(recipe.needs.folds for recipe in self._recipes):
-                groups[PROBE] = streaming.lanes([self._tokens.calibration[:1, :PROBE_TOKENS]])
+                groups[PROBE] = streaming.lanes([self._tokens.probe])
         if not self._tokens.reference.exists:
-            groups[REFERENCE] = streaming.lanes(self._share(self._tokens.held_out, size))
+            groups[REFERENCE] = streaming.lanes(self._share([self._tokens.held_out], size))
         return groups
 
-    def _share(self, tokens_NT: Tensor, size: int) -> list[Tensor]:
-        whole = self._agreed.share(tokens_NT, self._part, self._spread_folder.parts)
+    def _share(self, groups: Sequence[Tensor], size: int) -> list[Tensor]:
+        whole = self._agreed.share(groups, self._part, self._spread_folder.parts)
         return [batch for tokens in whole for batch in reference.micro_batches(tokens, size)]
 
     def _visit(self, layer: LoadedLayer, groups: Mapping[str, Lanes]) -> None:

@@ -13,52 +13,11 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from workers.spec.base import Frozen, canonical_json
+from workers.spec.data import Calibration, Dataset, Verification
 from workers.spec.formats import FORMATS
 from workers.spec.recipes import BitsAndBytesRecipe, Recipe
 
-# ----------------------------------------------------------------------------- data, gates, destination
-
-
-class Dataset(Frozen):
-    """Text, as ``datasets.load_dataset`` reads it."""
-
-    path: str = Field(description="A builder (text, json, parquet, ...) or a Hub data set.")
-    name: str | None = Field(None, description="Configuration of a Hub data set, as wikitext-2-raw-v1.")
-    data_files: tuple[str, ...] = Field((), description="Files, relative to the zoo file.")
-    split: str = Field("train", description="Part of the data set; local files are all in train.")
-    column: str = Field("text", description="The column that is read.")
-    revision: str | None = Field(None, description="Of a Hub data set: branch, tag or commit; null: the newest.")
-    separator: str = Field("\n", description="Put between two rows when they are joined into one stream of tokens.")
-    holds: Literal["auto", "text", "messages", "token_ids"] = Field(
-        "auto",
-        description="What the column holds: text, chat messages (role and content, or from and value; rendered by the "
-        "model's chat template), or lists of token ids, which are taken as they are only if that is said here.",
-    )
-    special_tokens: Literal["auto", "none"] | None = Field(
-        None, description="Whether sequences begin as the tokenizer begins a text (auto); left out: as the zoo says."
-    )
-
-    @property
-    def public(self) -> Dataset:
-        """The same data set without this machine's paths: files by their names."""
-        names = tuple(Path(name).name for name in self.data_files)
-        path = Path(self.path).name if Path(self.path).is_absolute() else self.path
-        return self.model_copy(update={"data_files": names, "path": path})
-
-
-class Calibration(Frozen):
-    """The text and settings of calibration."""
-
-    dataset: Dataset
-    samples: int = Field(128, ge=1, description="Sequences; they are drawn from four times as many.")
-    sequence_length: int = Field(512, ge=8, description="Tokens of a sequence; at most the model's positions.")
-    seed: int = Field(0, description="Of the draw; another one makes other artifacts.")
-    experts: Literal["routed", "all"] = Field(
-        "routed", description="routed: an expert learns from the tokens sent to it; all: from every token of its layer."
-    )
-    minimum_expert_tokens: int = Field(
-        128, ge=0, description="An expert with fewer tokens learns from those of all experts of its layer together."
-    )
+# ----------------------------------------------------------------------------- gates, destination
 
 
 class Thresholds(Frozen):
@@ -79,26 +38,6 @@ class Thresholds(Frozen):
         lt=1,
         description="Better, by the upper bound, is suspicious: another model, or one that knows the text.",
     )
-
-
-# Fewest held-out tokens that a comparison takes.
-LEAST_TOKENS = 256
-
-
-class Verification(Frozen):
-    """The held-out text, and the number of tokens to evaluate."""
-
-    dataset: Dataset
-    data: str = Field("", description="What stands for the text's content: sha256, set by the plan.")
-    tokens: int = Field(16384, ge=LEAST_TOKENS)
-    sequence_length: int = Field(512, ge=8)
-
-    def same_as(self, other: Verification) -> bool:
-        """Whether both evaluate the same tokens."""
-        mine, theirs = (
-            (v.data, v.tokens, v.sequence_length, v.dataset.holds, v.dataset.special_tokens) for v in (self, other)
-        )
-        return mine == theirs
 
 
 class HubLimits(Frozen):
@@ -477,8 +416,8 @@ def _known_before(value: Any) -> Any:
 def fingerprint(model: ModelPin, recipe: Recipe, calibration: Calibration | None, data_sha256: str | None) -> str:
     """Identity of an artifact: sha256 of everything that determines its content.
 
-    ``data_sha256`` is the identity of the calibration data. Names and descriptions don't count: a renamed recipe makes
-    the same bytes.
+    ``data_sha256`` is the identity of the calibration data, of a mixture's data sets together. Names and descriptions
+    don't count: a renamed recipe makes the same bytes.
     """
     content: dict[str, Any] = {
         "model": {
@@ -493,15 +432,21 @@ def fingerprint(model: ModelPin, recipe: Recipe, calibration: Calibration | None
         content["model"]["declares"] = "routers and heads"
     if recipe.calibrated:
         assert calibration is not None, "the plan refuses calibrated recipes without calibration data"
+        read = [_how_it_is_read(dataset, model) for dataset in calibration.datasets]
         content["calibration"] = {
-            **calibration.model_dump(mode="json", exclude={"dataset"}),
-            "column": calibration.dataset.column,
-            "separator": calibration.dataset.separator,
+            **calibration.model_dump(mode="json", exclude={"dataset", "mixture", "set"}),
+            **(read[0] if calibration.dataset is not None else {"mixture": read}),
             "data": data_sha256,
         }
-        # Only where they change the tokens: artifacts of earlier releases keep their identity elsewhere.
-        if model.adds_special_tokens and calibration.dataset.special_tokens != "none":
-            content["calibration"]["special_tokens"] = "auto"
-        if calibration.dataset.holds != "auto":
-            content["calibration"]["holds"] = calibration.dataset.holds
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def _how_it_is_read(dataset: Dataset, model: ModelPin) -> dict[str, Any]:
+    """What determines the tokens of a data set, besides its content."""
+    content: dict[str, Any] = {"column": dataset.column, "separator": dataset.separator}
+    # Only where they change the tokens: artifacts of earlier releases keep their identity elsewhere.
+    if model.adds_special_tokens and dataset.special_tokens != "none":
+        content["special_tokens"] = "auto"
+    if dataset.holds != "auto":
+        content["holds"] = dataset.holds
+    return {**content, **dataset.model_dump(mode="json", include={"turns", "without_template", "share"})}

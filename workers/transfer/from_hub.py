@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from workers.errors import CheckpointError, HubRefused, HubUnavailable
 from workers.machine.files import file_sha256, git_blob_id
 from workers.spec.bounds import CONFIG_BYTES, FILES, HEADER_BYTES, INDEX_BYTES, MANIFEST_BYTES, parse_json
-from workers.spec.checkpoint_files import CONFIG, checkpoint_files
+from workers.spec.checkpoint_files import CONFIG, PICKLE_SUFFIXES, WEIGHTS, checkpoint_files
 from workers.spec.job import Manifest
 from workers.spec.tensors import TensorHeader, parse_header
 from workers.spec.workspace import MANIFEST
@@ -106,11 +106,18 @@ def limit_of(name: str) -> int:
 
 
 def fetch(
-    api: HfApi, repo_id: str, revision: str, allow_pickle: bool, offline: bool = False, variant: str | None = None
+    api: HfApi,
+    repo_id: str,
+    revision: str,
+    allow_pickle: bool,
+    offline: bool = False,
+    variant: str | None = None,
+    weights: bool = True,
 ) -> Path:
     """Download a model's checkpoint at that commit into the client's cache, check its sums, and return its folder.
 
-    ``offline`` only looks in the cache. Partial downloads are kept, and the next attempt resumes them.
+    ``offline`` only looks in the cache; ``weights`` False leaves the weights out. Partial downloads are kept, and the
+    next attempt resumes them.
 
     Raises:
         ModelNotFound, HubRefused, HubUnavailable, DiskFull: see ``hub_errors``.
@@ -128,6 +135,8 @@ def fetch(
 
     what = f"models: {repo_id!r}"
     names = checkpoint_files(listed.sizes, read, what, variant=variant, allow_pickle=allow_pickle).taken
+    if not weights:
+        names = tuple(name for name in names if not name.endswith((*WEIGHTS, *PICKLE_SUFFIXES)))
     for _ in range(2):
         with hub_errors(thing):
             patterns = [glob.escape(name) for name in names]

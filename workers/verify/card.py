@@ -15,8 +15,9 @@ from workers.errors import CheckpointError
 from workers.machine.files import read_bounded
 from workers.spec.bounded_yaml import BadYaml, parse_yaml
 from workers.spec.bounds import CARD_BYTES, printable, printable_lines
+from workers.spec.data import Calibration, Dataset
 from workers.spec.families import DEFAULT_LOADER
-from workers.spec.job import CHECKED, Dataset, Job, Order, PictureCheck, RuntimeAgreement, SourceCheck, Verdict
+from workers.spec.job import CHECKED, Job, Order, PictureCheck, RuntimeAgreement, SourceCheck, Verdict
 from workers.spec.layers import LayerKinds
 from workers.spec.recipes import BitsAndBytesRecipe, GgufRecipe, KeepRecipe, Recipe, TransformersRecipe, words
 from workers.spec.runtimes import RUNTIMES, Runtime, checkers
@@ -138,6 +139,7 @@ def _body(
     parts = [
         f"# {name}, {recipe.name}\n",
         _made_of(job, recipe),
+        *_calibrated_on(job, recipe),
         "## Measured\n",
         _measured(verdict, _reference(job, recipe)),
         *_source_checked(checked),
@@ -175,6 +177,11 @@ def _made_of(job: Job, recipe: Recipe) -> str:
         )
     decoded = ", from what its own quantized weights decode to" if job.model.dequantize else ""
     return f"{at}, quantized by quantmill{decoded}: {words(recipe)} (method {recipe.method}, format {recipe.format}).\n"
+
+
+def _calibrated_on(job: Job, recipe: Recipe) -> Iterator[str]:
+    if job.calibration is not None and recipe.calibrated:
+        yield f"Calibrated on {job.calibration.public.described}.\n"
 
 
 def _loading(runtime: Runtime, recipe: Recipe, repo: str, loader: str) -> str:
@@ -249,12 +256,19 @@ def zoo_of(job: Job, order: Order) -> dict[str, Any]:
         "recipes": [_plain(order.recipe)],
     }
     if job.calibration is not None and order.recipe.calibrated:
-        zoo["calibration"] = {**_plain(job.calibration), "dataset": _text(job.calibration.dataset)}
+        zoo["calibration"] = _calibration(job.calibration)
     return {**zoo, "verify": verify}
 
 
 def _plain(value: BaseModel) -> dict[str, Any]:
     return value.model_dump(mode="json")
+
+
+def _calibration(calibration: Calibration) -> dict[str, Any]:
+    """Its settings with the data sets written out, as they were pinned, not by the name of their set."""
+    content = _plain(calibration.model_copy(update={"set": None}))
+    texts = [_text(dataset) for dataset in calibration.datasets]
+    return {**content, **({"dataset": texts[0]} if calibration.dataset is not None else {"mixture": texts})}
 
 
 def _text(dataset: Dataset) -> dict[str, Any]:

@@ -28,18 +28,9 @@ from workers.model.reference import ReferenceFile
 from workers.model.text import Sequences, check_ids, held_out_tokens, load_tokenizer
 from workers.numerics import divergence
 from workers.spec.auto_classes import loader_of
+from workers.spec.data import Verification
 from workers.spec.formats import recognised
-from workers.spec.job import (
-    CHECKED,
-    LOADER_CHECKED,
-    Generation,
-    Job,
-    Metrics,
-    ModelPin,
-    RuntimeAgreement,
-    SourceCheck,
-    Verification,
-)
+from workers.spec.job import CHECKED, LOADER_CHECKED, Generation, Job, Metrics, ModelPin, RuntimeAgreement, SourceCheck
 from workers.spec.runtimes import Runtime, RuntimeRequest, checking, runtime_named
 from workers.verify import fidelity, gates, source_check
 from workers.verify.activations import rounded_inputs
@@ -76,7 +67,7 @@ class Comparison:
     def held_out(self) -> Sequences:
         """The held-out sequences."""
         held_out = held_out_tokens(self.verification, self.tokenizer)
-        check_ids(held_out, self.reference.embedding_rows, "verify.dataset")
+        check_ids((held_out.tokens_NT,), self.reference.embedding_rows, "verify.dataset")
         return held_out
 
     @property

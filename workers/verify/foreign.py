@@ -19,8 +19,9 @@ from workers.machine.failures import describe
 from workers.model.generation import GENERATION_CONFIG, unreadable
 from workers.model.loading import read_config
 from workers.spec.base import Frozen
+from workers.spec.data import Verification
 from workers.spec.formats import HF_QUANTIZER, recognised
-from workers.spec.job import Failure, ModelPin, Thresholds, Verdict, Verification
+from workers.spec.job import Failure, ModelPin, Thresholds, Verdict
 from workers.spec.workspace import MANIFEST
 from workers.transfer import artifact
 from workers.verify import gates, undecoded

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from workers.checkpoint.source import ModelSource, Source
 from workers.engines.table import layout_of
@@ -17,20 +17,10 @@ from workers.machine.files import file_sha256, write_text
 from workers.machine.preflight import versions
 from workers.model.loading import read_config
 from workers.spec.auto_classes import is_multimodal, loader_of
+from workers.spec.data import Verification
 from workers.spec.families import family_of
 from workers.spec.formats import FORMATS
-from workers.spec.job import (
-    ArtifactMade,
-    Calibration,
-    FileEntry,
-    Job,
-    Manifest,
-    Order,
-    ReasonCode,
-    SourceCheck,
-    Verdict,
-    Verification,
-)
+from workers.spec.job import ArtifactMade, FileEntry, Job, Manifest, Order, ReasonCode, SourceCheck, Verdict
 from workers.spec.layers import kinds_of
 from workers.spec.tensors import TensorHeader
 from workers.spec.workspace import MANIFEST, artifact_folder, folds_folder, record_path
@@ -151,14 +141,6 @@ def _undecoded(order: Order, comparison: Comparison, folder: Path) -> gates.Evid
     return undecoded.measure(comparison, folder, findings.problems)
 
 
-Described = TypeVar("Described", Calibration, Verification)
-
-
-def _public(described: Described) -> Described:
-    """The same settings without this machine's paths: data files by name."""
-    return described.model_copy(update={"dataset": described.dataset.public})
-
-
 def _seal(
     job: Job,
     order: Order,
@@ -192,8 +174,8 @@ def _seal(
         model=job.model.id,
         revision=job.model.revision,
         recipe=order.recipe,
-        calibration=_public(job.calibration) if job.calibration and order.recipe.calibrated else None,
-        verification=_public(job.verification),
+        calibration=job.calibration.public if job.calibration and order.recipe.calibrated else None,
+        verification=job.verification.public,
         thresholds=order.thresholds,
         files=files,
         verdict=verdict,

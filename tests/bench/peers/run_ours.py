@@ -12,13 +12,15 @@ from tests.bench.peers.runner import Answer, Request, rows, serve
 def quantize(request: Request, answer: Answer) -> None:
     """``settings``: a recipe. The reference, which the peers don't make, is made before the clock starts."""
     from tests.bench import models
+    from workers.model.text import CalibrationTokens
+    from workers.quantize import inputs
     from workers.quantize import one_pass as stage
     from workers.spec.job import Job
     from workers.spec.recipes import Recipe
     from workers.spec.workspace import artifact_folder
 
     tokens = rows(request)
-    stage.calibration_tokens = lambda calibration, tokenizer: tokens  # type: ignore[assignment]
+    inputs.calibration_tokens = lambda calibration, tokenizer: CalibrationTokens((tokens,))
     model, workspace = Path(request.model), Path(request.out)
 
     def run(of: Job) -> None:

@@ -9,10 +9,9 @@ from pipeline.fleet.retry import Choices, Retry, RetryMode
 from pipeline.fleet.steps import JobRun, Step
 from pipeline.zoo.shipped import recipe
 from workers import errors
+from workers.spec.data import Calibration, Dataset, Verification
 from workers.spec.job import (
     ArtifactMade,
-    Calibration,
-    Dataset,
     Destination,
     Failure,
     Job,
@@ -24,7 +23,6 @@ from workers.spec.job import (
     StageResult,
     Thresholds,
     Verdict,
-    Verification,
 )
 from workers.transfer import patience
 

@@ -15,7 +15,8 @@ from pipeline.planning import plan, sizing, sources
 from pipeline.zoo import shipped, zoo
 from tests.pipeline.fleet import test_decisions as decisions
 from workers.errors import HubRefused, HubUnavailable, UserError
-from workers.spec.job import Dataset, ModelPin, Verification
+from workers.spec.data import Dataset, Verification
+from workers.spec.job import ModelPin
 from workers.spec.runtimes import RUNTIMES
 from workers.spec.tensors import TensorHeader
 from workers.spec.workspace import MANIFEST, artifact_folder

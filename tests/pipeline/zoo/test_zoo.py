@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.zoo import shipped, zoo
 from workers.errors import ZooError
@@ -17,6 +18,7 @@ recipes: [gptq-w4-g128, bnb-nf4]
 calibration: {dataset: {path: text, data_files: [a.txt]}}
 verify: {dataset: {path: text, data_files: [b.txt]}}
 """
+CALIBRATION = "{dataset: {path: text, data_files: [a.txt]}}"
 
 
 def load(tmp_path: Path, text: str) -> zoo.Zoo:
@@ -37,7 +39,7 @@ def test_names_are_looked_up_and_defaults_are_those_of_the_design(tmp_path: Path
     assert isinstance(gptq, GptqRecipe)
     assert gptq.scheme == IntScheme(bits=4, group_size=128, symmetric=True)
     assert made.calibration is not None
-    assert (made.calibration.samples, made.calibration.sequence_length, made.calibration.seed) == (128, 512, 0)
+    assert (made.calibration.samples, made.calibration.sequence_length, made.calibration.seed) == (512, 2048, 0)
     assert made.verify.tokens == 16384
     assert made.models[0].revision == "main"
     assert not made.models[0].trust_remote_code
@@ -60,7 +62,15 @@ def test_a_recipe_can_be_defined_in_place(tmp_path: Path) -> None:
         (("bnb-nf4]", "gptq-w4-g128]"), ["recipe 'gptq-w4-g128' is listed twice"]),
         (("b.txt", "a.txt"), ["verify.dataset is the calibration data"]),
         (("[a.txt]}}", "[a.txt]}, samples: 0}"), ["calibration.samples", "got 0"]),
-        (("calibration: {dataset: {path: text, data_files: [a.txt]}}\n", ""), ["'gptq-w4-g128' needs calibration"]),
+        (
+            (CALIBRATION, "genral"),
+            ["did you mean 'general'", "quantmill ships chat, "],
+        ),
+        (("{dataset: {path: text", "{set: chat, dataset: {path: text"), ["set and dataset are given"]),
+        (
+            (CALIBRATION, "{samples: 3}"),
+            ["expected one of dataset, mixture and set"],
+        ),
         (("verify:", "verify: {gates: strict,\n  dataset: {path: text}}\nx:"), ["unknown key, got 'x'"]),
         (("[b.txt]}}", "[b.txt]}, gates: strict}"), ["verify.gates", "unknown set of gates", "got 'strict'"]),
         (("[b.txt]}}", "[b.txt]}, gates: {w5: {kl_mean: 1}}}"), ["verify.gates: 'w5' is neither a recipe", "nf4, w4"]),
@@ -169,3 +179,27 @@ def test_the_schema_accepts_what_the_loader_accepts() -> None:
     assert set(schema["required"]) == {"name", "models", "recipes", "verify"}
     assert schema["additionalProperties"] is False
     assert "properties" in json.loads(json.dumps(schema))
+
+
+def test_a_zoo_without_calibration_takes_the_default_set(tmp_path: Path) -> None:
+    path = tmp_path / "zoo.yaml"
+    path.write_text(GOOD.replace(f"calibration: {CALIBRATION}\n", ""))
+    made = zoo.load(path).calibration
+    assert made is not None
+    assert made.set == shipped.DEFAULT_SET
+    assert made.mixture == shipped.calibration_set(shipped.DEFAULT_SET).mixture
+    path.write_text(path.read_text().replace("gptq-w4-g128, ", ""))
+    assert zoo.load(path).calibration is None
+
+
+@pytest.mark.parametrize("name", shipped.calibration_sets())
+def test_each_set_is_named_with_what_differs_and_comes_back_from_a_parcel(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "zoo.yaml"
+    path.write_text(GOOD.replace(CALIBRATION, f"{{set: {name}, samples: 64}}"))
+    loaded = zoo.load(path)
+    assert loaded.calibration is not None
+    assert (loaded.calibration.set, loaded.calibration.samples) == (name, 64)
+    assert sum(loaded.calibration.counts) == 64
+    # A submitted run reads it as it was written out.
+    path.write_text(yaml.safe_dump(loaded.model_dump(mode="json", exclude_unset=True)))
+    assert zoo.load(path) == loaded

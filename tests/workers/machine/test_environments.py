@@ -12,7 +12,8 @@ from workers.errors import PreflightError
 from workers.machine import environments
 from workers.machine.environments import RECORD, Built
 from workers.machine.preflight import MachineFacts, probe
-from workers.spec.job import Calibration, Dataset, ModelPin, fingerprint
+from workers.spec.data import Calibration, Dataset
+from workers.spec.job import ModelPin, fingerprint
 from workers.spec.recipes import BitsAndBytesRecipe, GptqRecipe
 from workers.spec.schemes import FourBitFloatScheme, IntScheme
 

@@ -17,8 +17,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from workers.errors import CalibrationError, QuantmillError, UnsupportedModel
+from workers.model import rows as reading
 from workers.model import text
-from workers.spec.job import Calibration, Dataset, ModelPin, Verification
+from workers.spec.data import Calibration, Dataset, Verification
+from workers.spec.job import ModelPin
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
 
@@ -41,7 +43,7 @@ def rows(monkeypatch: pytest.MonkeyPatch, column: list[Any]) -> None:
     """Let every data set be these rows, as ``datasets`` types them."""
     from datasets import Dataset as Rows
 
-    monkeypatch.setattr(text, "_load", lambda dataset, where: Rows.from_dict({"text": column}))
+    monkeypatch.setattr(reading, "load", lambda dataset, where: Rows.from_dict({"text": column}))
 
 
 def read(tokenizer: Any, length: int = 8, at_most: int = 10_000, **said: Any) -> text.Sequences:
@@ -150,7 +152,7 @@ def test_anything_else_is_refused_with_the_columns_type(value: Any, holds: Any) 
 
 def test_one_odd_row_is_named() -> None:
     # Tables have one type for a column; data sets that hold JSON don't.
-    found = text._Rows(Dataset(path="json"), bytes_tokenizer(), "verify.dataset")
+    found = reading.Rows(Dataset(path="json"), bytes_tokenizer(), "verify.dataset")
     found._rows = SimpleNamespace(features={"text": "Json()"})
     assert found._has_content("a line", 0)
     with pytest.raises(CalibrationError, match=r"row 7 is of the type Json\(\), got \[1, 2\], after rows of text"):
@@ -162,10 +164,10 @@ def test_one_odd_row_is_named() -> None:
 def test_ids_beyond_the_embedding_are_refused_with_both_numbers(largest: int, count: int) -> None:
     found = text.Sequences(torch.tensor([[0, largest]]))
     if largest < count:
-        text.check_ids(found, count, "verify.dataset")
+        text.check_ids((found.tokens_NT,), count, "verify.dataset")
         return
     with pytest.raises(CalibrationError, match=f"token id {largest}, .* {count} rows"):
-        text.check_ids(found, count, "verify.dataset")
+        text.check_ids((found.tokens_NT,), count, "verify.dataset")
 
 
 @pytest.mark.parametrize("content", ["{", '{"model": {"type": "Nothing"}}', "[]", '{"version": "1.0"}', "\ufeff{}"])

@@ -15,7 +15,8 @@ from tests.workers.quantize.test_pass import small
 from workers.formats.decoded import open_decoded
 from workers.machine.failures import describe
 from workers.quantize.one_pass import quantize
-from workers.spec.job import Dataset, Job
+from workers.spec.data import Dataset
+from workers.spec.job import Job
 from workers.spec.recipes import Recipe
 from workers.spec.workspace import artifact_folder
 

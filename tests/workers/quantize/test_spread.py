@@ -31,6 +31,7 @@ from workers.quantize.gathered import Log, Recorder, replay
 from workers.quantize.one_pass import quantize
 from workers.quantize.solved import LayerWriter, SolvedFolder
 from workers.run import run_stage
+from workers.spec.data import Dataset
 from workers.spec.job import ArtifactMade, Job, Part, Stage
 from workers.spec.split import gathered_bytes, layers_of, slice_of, spreadable
 from workers.spec.workspace import artifact_folder, folds_folder
@@ -123,6 +124,22 @@ def test_one_part_alone_makes_the_same_bytes(tmp_path: Path) -> None:
     assert files(tmp_path / "alone" / "references") == files(tmp_path / "plain" / "references")
     for chosen in recipes:
         assert_same_artifact(plain, alone, chosen)
+
+
+def test_sequences_of_several_lengths(tmp_path: Path) -> None:
+    rows = (ZOO / "text" / "calibration.txt").read_text().split("\n\n")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows[:80]))
+    model = small(ZOO / "models" / "llama-tiny", tmp_path / "model", 2)
+    dataset = Dataset(path="json", data_files=(str(tmp_path / "rows.jsonl"),))
+    changed = {"dataset": dataset, "sequences": "single", "samples": 16}
+    of = job(model, tmp_path / "plain", "gptq-w4-g128", "awq-w4-g128", own_stream())
+    of = of.model_copy(update={"calibration": of.calibration and of.calibration.model_copy(update=changed)})
+    # A recipe that calibrates on its own quantized layers runs in one pass alone.
+    assert [made.error for made in at_once(of).values()] == [None] * 3
+    parted = of.model_copy(update={"orders": of.orders[:2], "workspace": str(tmp_path / "parted")})
+    assert [made.error for made in spread_over(texts(parted), PARTS).values()] == [None] * 2
+    for name in ("gptq-w4-g128", "awq-w4-g128"):
+        assert_same_artifact(of, parted, name)
 
 
 # ------------------------------------------------------------------------------------------- deaths

@@ -21,9 +21,10 @@ from workers.machine import environments, preflight
 from workers.methods.table import METHODS
 from workers.numerics import fp8
 from workers.quantize.one_pass import quantize
+from workers.spec.data import Calibration, Dataset
 from workers.spec.engines import ENGINES, Engine
 from workers.spec.formats import FORMATS, HF_QUANTIZER, recognised
-from workers.spec.job import Calibration, Dataset, ModelPin, fingerprint
+from workers.spec.job import ModelPin, fingerprint
 from workers.spec.layers import LayerKinds, kinds_of
 from workers.spec.recipes import KeepRecipe, Recipe
 from workers.spec.runtimes import RUNTIMES, VLLM, checking, misfit
@@ -149,7 +150,9 @@ def test_the_readme_has_the_tables_of_the_rows() -> None:
 def test_fingerprints_are_those_of_the_commit_before_the_rows() -> None:
     before: dict[str, str] = json.loads((Path(__file__).parent / "fingerprints.json").read_text())
     pin = ModelPin(id="org/name", revision="0" * 40)
-    calibration = Calibration(dataset=Dataset(path="text", data_files=("calibration.txt",)))
+    calibration = Calibration(
+        dataset=Dataset(path="text", data_files=("calibration.txt",)), samples=128, sequence_length=512
+    )
     now = {name: fingerprint(pin, shipped.recipe(name), calibration, "1" * 64) for name in before}
     assert now == before
 

@@ -11,7 +11,8 @@ from pipeline.loopback import LoopbackHub
 from pipeline.zoo import shipped
 from pipeline.zoo.zoo import Zoo
 from tests.workers import jobs
-from workers.spec.job import Dataset, Job, Metrics, ModelPin, Verdict
+from workers.spec.data import Dataset
+from workers.spec.job import Job, Metrics, ModelPin, Verdict
 from workers.spec.layers import LayerKinds
 from workers.spec.runtimes import TRANSFORMERS
 from workers.verify.card import read_metadata, render_card, zoo_of
