@@ -100,6 +100,8 @@ class Cells:
                 continue
             recipes = self._zoo.recipes_of(entry)
             problems = [*_too_long(source, calibration, verification), fitting.model_problem(source)]
+            if calibration and any(recipe.calibrated for recipe in recipes):
+                problems += fitting.picture_problems(source, calibration)
             if pad := pad_problem(source.config):
                 problems.append(f"models: {entry.id!r}: {pad}")
             if found := [problem for problem in problems if problem]:

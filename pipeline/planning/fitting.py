@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 from pipeline.planning.sources import PinnedModel
-from workers.spec.auto_classes import is_multimodal
+from workers.spec.auto_classes import PREPARED_BY, is_multimodal
+from workers.spec.data import Calibration
 from workers.spec.formats import FORMATS, group_size_held
 from workers.spec.layers import (
     EXPERT,
@@ -48,6 +50,23 @@ def model_problem(source: PinnedModel) -> str | None:
     if not reason:
         return None
     return f"model {source.pin.id!r}: model_type {kind!r} isn't supported: {reason}; leave it out"
+
+
+def picture_problems(source: PinnedModel, calibration: Calibration) -> Iterator[str]:
+    """Why a model can't be calibrated on the pictures or sounds of a data set, as far as the plan sees."""
+    shows = next((dataset.shows for dataset in calibration.datasets if dataset.shows), "")
+    if not shows:
+        return
+    if not is_multimodal(source.config):
+        yield (
+            f"calibration: {shows} are named, but {source.pin.id!r} takes text alone "
+            f"({', '.join(source.config.get('architectures') or ['no class'])}); put it into a zoo with text"
+        )
+    elif source.pin.folder and not any((Path(source.pin.folder) / name).is_file() for name in PREPARED_BY):
+        yield (
+            f"calibration: {shows} are named, but {source.pin.id!r} comes without a processor "
+            f"({' or '.join(PREPARED_BY)}); add the original model's files, or name text"
+        )
 
 
 def recipe_problems(source: PinnedModel, recipe: Recipe, runtimes: Sequence[str] = ()) -> Iterator[str]:

@@ -338,10 +338,11 @@ def check(raw: object, path: str) -> Zoo:
         for model in zoo.models:
             zoo.thresholds(model, recipe)
         whole = recipe.calibrated and ENGINES[recipe.engine].script is not None
-        if whole and zoo.calibration and zoo.calibration.sequences == "single":
+        if whole and zoo.calibration and zoo.calibration.uneven:
             raise ZooError(
-                f"{path}: calibration.sequences: got 'single', but recipe {recipe.name!r} is made by an engine "
-                f"({recipe.engine}) that takes sequences of one length; set it to documents or packed"
+                f"{path}: calibration: {zoo.calibration.uneven}, but recipe {recipe.name!r} is made by an engine "
+                f"({recipe.engine}) that takes text in sequences of one length; set sequences to documents or packed, "
+                "and name data without images and audio"
             )
     if zoo.calibration is None and any(recipe.calibrated for recipe in zoo.resolved_recipes):
         return check({**raw, "calibration": shipped.DEFAULT_SET}, path)

@@ -23,6 +23,8 @@ from workers.model import trees
 from workers.model.loading import StreamedModel
 from workers.model.statistics import Observer
 
+# Token ids, int64 [B, T]; or what a processor prepared of one sequence, by the names that the model takes it by.
+Batch = Tensor | Mapping[str, Tensor]
 LayerVisitor = Callable[[int], None]
 
 
@@ -62,8 +64,8 @@ class Streaming:
             lanes.end()
         self._stack.close()
 
-    def lanes(self, batches: Sequence[Tensor]) -> Lanes:
-        """Start lanes for token batches (int64 [B, T] each): they are paused before the first layer."""
+    def lanes(self, batches: Sequence[Batch]) -> Lanes:
+        """Start lanes for batches: they are paused before the first layer."""
         if not self._streamed.outside_loaded:
             self._streamed.load_outside()
         self._lanes.append(Lanes(self._streamed, batches))
@@ -91,7 +93,7 @@ class Streaming:
 class Lanes:
     """Micro-batches on their way through the decoder, all paused before the same layer."""
 
-    def __init__(self, streamed: StreamedModel, batches: Sequence[Tensor]) -> None:
+    def __init__(self, streamed: StreamedModel, batches: Sequence[Batch]) -> None:
         self._streamed = streamed
         self._lanes = [_Lane(streamed, batch) for batch in batches]
         self._at = 0
@@ -156,9 +158,13 @@ class Lanes:
 class _Lane:
     """One micro-batch in the model's own forward."""
 
-    def __init__(self, streamed: StreamedModel, batch: Tensor) -> None:
+    def __init__(self, streamed: StreamedModel, batch: Batch) -> None:
         self._streamed = streamed
-        self._batch = batch.to(streamed.device)
+        given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+        self._batch = {
+            name: value.to(streamed.device, streamed.dtype if value.is_floating_point() else None)
+            for name, value in given.items()
+        }
         self._greenlet = _LaneGreenlet(self._run)
         self._output: Tensor | None = None
         self._next: nn.Module | None = None
@@ -219,7 +225,7 @@ class _Lane:
             self._greenlet.throw()
 
     def _run(self) -> None:
-        output = self._streamed.base(input_ids=self._batch, use_cache=False)
+        output = self._streamed.base(**self._batch, use_cache=False)
         self._output = output[0]
 
 

@@ -94,7 +94,7 @@ class Rows:
             return chunk[self.dataset.column]
         systems = chunk[turns.system] if turns.system else [None] * len(chunk[turns.user])
         return [
-            _exchange(system, user, assistant)
+            exchange(system, user, assistant)
             for system, user, assistant in zip(systems, chunk[turns.user], chunk[turns.assistant], strict=True)
         ]
 
@@ -151,7 +151,7 @@ class Rows:
     def _rendered(self, messages: list[Mapping[str, Any]]) -> str:
         """A conversation as the model's chat template renders it."""
         column, type_ = self._column()
-        turns = list(_turns(messages, column))
+        turns = list(chat_turns(messages, column))
         if not getattr(self.tokenizer, "chat_template", None):
             if self.dataset.without_template == "plain":
                 return "\n\n".join(turn["content"] for turn in turns) + "\n"
@@ -180,7 +180,7 @@ class Rows:
         return f"{self.where}.column {name!r}", printable(str(self._rows.features[name]))[:120]
 
 
-def _exchange(system: Any, user: Any, assistant: Any) -> list[dict[str, Any]] | None:
+def exchange(system: Any, user: Any, assistant: Any) -> list[dict[str, Any]] | None:
     """One exchange as chat messages; None if the instruction or the answer is empty."""
     said = [("system", system), ("user", user), ("assistant", assistant)]
     turns = [{"role": role, "content": content} for role, content in said if content not in (None, "")]
@@ -203,8 +203,13 @@ def _kind(value: Any) -> Kind | None:
     return None
 
 
-def _turns(messages: Iterable[Mapping[str, Any]], column: str) -> Iterator[dict[str, Any]]:
-    """Messages with roles and text, without the keys that are null: data sets give all rows the same keys."""
+def chat_turns(
+    messages: Iterable[Mapping[str, Any]], column: str, *, pictures: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Messages with roles and text, without the keys that are null: data sets give all rows the same keys.
+
+    With ``pictures``, content may be a list of parts: text, and places of pictures or sounds.
+    """
     for message in messages:
         named = {key: value for key, value in message.items() if value is not None}
         if "role" not in named and "from" in named:
@@ -215,9 +220,14 @@ def _turns(messages: Iterable[Mapping[str, Any]], column: str) -> Iterator[dict[
                 )
             named |= {"role": role, "content": named.pop("value", "")}
         content = named.get("content", "")
-        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-            content = "".join(str(part.get("text") or "") for part in content)
-        if not isinstance(content, str) or not isinstance(named.get("role"), str):
+        parts = content if isinstance(content, list) and all(isinstance(part, dict) for part in content) else []
+        kinds = {part.get("type") for part in parts}
+        if parts and kinds == {"text"}:
+            content = "".join(str(part.get("text") or "") for part in parts)
+        shown = pictures and bool(parts) and kinds <= {"text", "image", "audio"}
+        if shown:
+            content = [{key: value for key, value in part.items() if value is not None} for part in parts]
+        if not (isinstance(content, str) or shown) or not isinstance(named.get("role"), str):
             raise CalibrationError(
                 f"{column}: expected messages with a role and text, got {printable(repr(message))[:80]}; name another "
                 "column"

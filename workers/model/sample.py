@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from workers.machine.failures import describe
+from workers.model.pictures import processor_of
 from workers.model.text import calibration_tokens, load_tokenizer
 from workers.spec.base import Frozen
 from workers.spec.data import Calibration
@@ -54,11 +55,12 @@ def answer(request: str) -> str:
 
 
 def _shown(asked: SampleRequest) -> Iterable[Shown]:
-    tokenizer = load_tokenizer(Path(asked.model.folder or ""), asked.model)
-    calibration = asked.calibration
+    folder, calibration = Path(asked.model.folder or ""), asked.calibration
+    tokenizer, processor = load_tokenizer(folder, asked.model), processor_of(calibration, folder, asked.model)
     for dataset in calibration.datasets:
         alone = calibration.model_copy(update={"dataset": dataset, "mixture": (), "samples": asked.shown})
-        for group in calibration_tokens(alone, tokenizer).groups:
+        found = calibration_tokens(alone, tokenizer, processor)
+        for group in (*found.groups, *(inputs["input_ids"] for inputs in found.shown)):
             for sequence in group.tolist():
                 yield Shown(dataset=dataset.called, tokens=len(sequence), pieces=tuple(_pieces(sequence, tokenizer)))
 

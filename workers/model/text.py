@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from workers.errors import CalibrationError, QuantmillError, UnsupportedModel
+from workers.model.pictures import Inputs, Pictures
 from workers.model.rows import Rows
 from workers.spec.bounds import brief
 from workers.spec.data import LEAST_TOKENS, Calibration, Dataset, Verification
@@ -21,6 +22,7 @@ from workers.spec.job import ModelPin
 
 # Sequences are drawn from the first POOL times as many: spread over the text without tokenizing the whole corpus.
 POOL = 4
+Drawn = TypeVar("Drawn")
 # A row of fewer tokens makes no sequence of its own.
 LEAST_ROW = 8
 TOKENIZER_FILES: tuple[str, ...] = (
@@ -88,25 +90,30 @@ class CalibrationTokens:
 
     groups: tuple[Tensor, ...]
     notes: tuple[str, ...] = ()
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        return int(self.groups[0].shape[1])
+    shown: tuple[Inputs, ...] = ()
 
 
-def calibration_tokens(calibration: Calibration, tokenizer: Any) -> CalibrationTokens:
+def calibration_tokens(calibration: Calibration, tokenizer: Any, processor: Any = None) -> CalibrationTokens:
     """The sequences of a calibration: from each data set its share, drawn by the seed.
+
+    ``processor`` prepares those with pictures or sounds, which come last, each alone.
 
     Raises:
         CalibrationError: unreadable data, or fewer sequences than requested.
     """
-    drawn, notes = list[Tensor](), list[str]()
+    drawn, shown, notes = list[Tensor](), list[Inputs](), list[str]()
     for index, (dataset, count) in enumerate(zip(calibration.datasets, calibration.counts, strict=True)):
-        sequences, said = _drawn(calibration, dataset, count, tokenizer, calibration.where(index))
-        drawn += sequences
+        where = calibration.where(index)
+        if dataset.shows:
+            pictures = Pictures(dataset, processor, where)
+            pool = pictures.sequences(calibration.sequence_length, POOL * count)
+            said = tuple(pictures.notes(calibration.sequence_length))
+            shown += _chosen(pool, calibration, count, where, said, "rows with pictures or sounds of at most")
+        else:
+            sequences, said = _drawn(calibration, dataset, count, tokenizer, where)
+            drawn += sequences
         notes += said
-    return CalibrationTokens(_by_length(drawn), tuple(notes))
+    return CalibrationTokens(_by_length(drawn), tuple(notes), tuple(shown))
 
 
 def _drawn(
@@ -122,16 +129,28 @@ def _drawn(
         cut = _single if calibration.sequences == "single" else _whole_rows
         pool = [torch.tensor(tokens) for tokens in islice(cut(rows, length), POOL * samples)]
         notes = tuple(rows.notes())
+    kind = "rows of at least 8 tokens, cut to" if calibration.sequences == "single" else "sequences of"
+    return _chosen(pool, calibration, samples, where, notes, kind), notes
+
+
+def _chosen(
+    pool: list[Drawn], calibration: Calibration, samples: int, where: str, notes: tuple[str, ...], kind: str
+) -> list[Drawn]:
+    """As many of the pool, drawn by the seed, in their order.
+
+    Raises:
+        CalibrationError: the pool is too small.
+    """
     if len(pool) < samples:
         of = f" of {where}" if len(calibration.datasets) > 1 else ""
-        kind = "rows of at least 8" if calibration.sequences == "single" else f"sequences of {length}"
         said = f" ({'; '.join(notes)})" if notes else ""
         raise CalibrationError(
-            f"calibration.samples: got {samples}{of}, but the data set holds {len(pool)} {kind} tokens{said}; "
-            f"{_at_most('samples', len(pool), 1)}shorten sequence_length, or add text"
+            f"calibration.samples: got {samples}{of}, but the data set holds {len(pool)} {kind} "
+            f"{calibration.sequence_length} tokens{said}; {_at_most('samples', len(pool), 1)}"
+            f"{'raise' if kind.startswith('rows with') else 'shorten'} sequence_length, or add data"
         )
     chosen = sorted(random.Random(calibration.seed).sample(range(len(pool)), samples))
-    return [pool[index] for index in chosen], notes
+    return [pool[index] for index in chosen]
 
 
 def _whole_rows(rows: Rows, length: int) -> Iterator[list[int]]:

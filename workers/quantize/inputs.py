@@ -13,8 +13,9 @@ from workers.machine.files import read_model
 from workers.machine.preflight import versions
 from workers.model import reference
 from workers.model.folding import Fold, find_folds
-from workers.model.forward import Lanes, LoadedLayer
+from workers.model.forward import Batch, Lanes, LoadedLayer
 from workers.model.loading import InputName, StreamedModel
+from workers.model.pictures import Inputs, processor_of
 from workers.model.statistics import Observer, inputs_of
 from workers.model.text import calibration_tokens, check_ids, held_out_tokens, load_tokenizer
 from workers.spec.data import Calibration
@@ -77,7 +78,8 @@ def own_stream(recipe: Recipe) -> str:
 class Tokens:
     """The tokens of a pass, its reference file, and its identity (``digest``).
 
-    ``calibration``: sequences in groups of one length each, int64 [N, T], the longest first; empty: nothing calibrates.
+    ``calibration``: sequences in groups of one length each, int64 [N, T], the longest first; ``shown``: those with
+    pictures or sounds.
     ``notes`` say what of the calibration data was left out.
     """
 
@@ -89,31 +91,41 @@ class Tokens:
         self.notes: tuple[str, ...] = ()
         self.reference = reference.reference_file(job.model, Path(job.workspace), self.held_out, dtype)
         self.calibration: tuple[Tensor, ...] = ()
+        self.shown: tuple[Inputs, ...] = ()
         if any(order.recipe.calibrated for order in orders):
             assert job.calibration is not None
-            calibration = calibration_tokens(job.calibration, tokenizer)
-            check_ids(calibration.groups, embedding_rows, "calibration.dataset")
-            self.calibration, self.notes = calibration.groups, calibration.notes
+            processor = processor_of(job.calibration, folder, job.model)
+            calibration = calibration_tokens(job.calibration, tokenizer, processor)
+            ids = (*calibration.groups, *(inputs["input_ids"] for inputs in calibration.shown))
+            check_ids(ids, embedding_rows, "calibration.dataset")
+            self.calibration, self.shown, self.notes = calibration.groups, calibration.shown, calibration.notes
         # The versions are part of the identity: a pass of other versions is not resumed.
         digest = hashlib.sha256(
             f"{self.reference.path.name} {self.reference.exists} {sorted(versions().items())}".encode()
         )
-        if self.calibration and job.calibration is not None:
-            for group in self.calibration:
-                digest.update(group.numpy().tobytes())
+        if self.calibrates and job.calibration is not None:
+            for tensor in (*self.calibration, *(tensor for inputs in self.shown for tensor in inputs.values())):
+                digest.update(tensor.numpy().tobytes())
             digest.update(f"{job.calibration.experts} {job.calibration.minimum_expert_tokens}".encode())
         self.digest = digest.hexdigest()[:32]
 
     @property
     def longest(self) -> int:
         """Length in tokens of the longest sequence, the minimum size of a micro-batch."""
-        return max(tokens.shape[1] for tokens in (self.held_out, *self.calibration))
+        shown = (inputs["input_ids"] for inputs in self.shown)
+        return max(tokens.shape[1] for tokens in (self.held_out, *self.calibration, *shown))
 
-    def calibration_batches(self, tokens: int) -> list[Tensor]:
-        """Micro-batches of the calibration of at most that many tokens, or of one sequence: int64 [B, T] each."""
-        return [batch for group in self.calibration for batch in reference.micro_batches(group, tokens)]
+    @property
+    def calibrates(self) -> bool:
+        """Whether anything is calibrated on."""
+        return bool(self.calibration or self.shown)
+
+    def calibration_batches(self, tokens: int) -> list[Batch]:
+        """Micro-batches of the calibration of at most that many tokens, or of one sequence."""
+        text = [batch for group in self.calibration for batch in reference.micro_batches(group, tokens)]
+        return [*text, *self.shown]
 
     @property
     def probe(self) -> Tensor:
-        """The first tokens of the longest calibration sequence, int64 [1, at most PROBE_TOKENS]."""
-        return self.calibration[0][:1, :PROBE_TOKENS]
+        """The first tokens of the longest sequence of text, int64 [1, at most PROBE_TOKENS]."""
+        return (*self.calibration, self.held_out)[0][:1, :PROBE_TOKENS]

@@ -72,7 +72,7 @@ def _by_whole_engine(job: Job, order: Order, folder: Path) -> ArtifactMade:
     try:
         if order.recipe.calibrated:
             assert job.calibration is not None, "the plan refuses calibrated recipes without calibration data"
-            # The zoo refuses sequences of different lengths for engines that make whole artifacts.
+            # The zoo refuses pictures, and sequences of different lengths, for engines that make whole artifacts.
             (tokens,) = calibration_tokens(job.calibration, load_tokenizer(folder, job.model)).groups
         return whole.make(ENGINES[order.recipe.engine], job, order, folder, tokens)
     except Exception as error:
@@ -170,7 +170,7 @@ class _Pass:
         """The groups of lanes that run through the model, by name."""
         groups: dict[str, Lanes] = {}
         recipes = [maker.order.recipe for maker in self._makers]
-        if self._tokens.calibration and any(recipe.calibrated for recipe in recipes):
+        if self._tokens.calibrates and any(recipe.calibrated for recipe in recipes):
             groups[CALIBRATION] = streaming.lanes(self._tokens.calibration_batches(size))
             if any(recipe.needs.folds for recipe in recipes):
                 groups[PROBE] = streaming.lanes([self._tokens.probe])

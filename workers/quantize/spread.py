@@ -34,7 +34,7 @@ from workers.methods.layer import LayerWork
 from workers.model import batching, reference
 from workers.model.device import open_model
 from workers.model.folding import Fold
-from workers.model.forward import Lanes, LoadedLayer, Streaming
+from workers.model.forward import Batch, Lanes, LoadedLayer, Streaming
 from workers.model.loading import StreamedModel
 from workers.model.statistics import InputStatistics, Observer
 from workers.numerics.precision import coarse_forwards
@@ -124,14 +124,6 @@ class Agreement(Frozen):
 
     micro_batch_tokens: int
     reference: str
-
-    def share(self, groups: Sequence[Tensor], part: int, parts: int) -> list[Tensor]:
-        """A part's sequences, int64 [B, T] each: whole micro-batches of a single pass, which affect the last bits.
-
-        With fewer micro-batches than parts, some parts get none.
-        """
-        batches = [batch for group in groups for batch in reference.micro_batches(group, self.micro_batch_tokens)]
-        return batches[slice_of(len(batches), part, parts)]
 
 
 class GatherRecord(Frozen):
@@ -260,6 +252,18 @@ class SpreadFolder:
 # ------------------------------------------------------------------------------------------- gather
 
 
+def share(batches: Sequence[Batch], part: int, parts: int, tokens: int) -> list[Batch]:
+    """A part's batches: whole micro-batches of a single pass, which affect the last bits; split to ``tokens`` tokens.
+
+    With fewer micro-batches than parts, some parts get none.
+    """
+    return [
+        smaller
+        for batch in batches[slice_of(len(batches), part, parts)]
+        for smaller in (reference.micro_batches(batch, tokens) if isinstance(batch, Tensor) else [batch])
+    ]
+
+
 class _Gathering:
     """Streams one part of the texts through the model."""
 
@@ -303,17 +307,15 @@ class _Gathering:
 
     def _groups(self, streaming: Streaming, size: int) -> dict[str, Lanes]:
         groups: dict[str, Lanes] = {}
-        if self._tokens.calibration:
-            groups[CALIBRATION] = streaming.lanes(self._share(self._tokens.calibration, size))
+        if self._tokens.calibrates:
+            whole = self._tokens.calibration_batches(self._agreed.micro_batch_tokens)
+            groups[CALIBRATION] = streaming.lanes(share(whole, self._part, self._spread_folder.parts, size))
             if any(recipe.needs.folds for recipe in self._recipes):
                 groups[PROBE] = streaming.lanes([self._tokens.probe])
         if not self._tokens.reference.exists:
-            groups[REFERENCE] = streaming.lanes(self._share([self._tokens.held_out], size))
+            held_out = reference.micro_batches(self._tokens.held_out, self._agreed.micro_batch_tokens)
+            groups[REFERENCE] = streaming.lanes(share(held_out, self._part, self._spread_folder.parts, size))
         return groups
-
-    def _share(self, groups: Sequence[Tensor], size: int) -> list[Tensor]:
-        whole = self._agreed.share(groups, self._part, self._spread_folder.parts)
-        return [batch for tokens in whole for batch in reference.micro_batches(tokens, size)]
 
     def _visit(self, layer: LoadedLayer, groups: Mapping[str, Lanes]) -> None:
         folds: list[Fold] = []

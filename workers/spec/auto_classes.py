@@ -30,6 +30,10 @@ AUTO_CLASSES = (
 )
 
 
+# Files that say how pictures and sounds are prepared.
+PREPARED_BY = ("processor_config.json", "preprocessor_config.json")
+
+
 def loader_of(config: Mapping[str, Any]) -> str:
     """The auto class that builds the class which a config.json names, so that an artifact is what its source is.
 

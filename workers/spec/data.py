@@ -24,9 +24,14 @@ class Turns(Frozen):
     system: str | None = Field(None, description="Column of the system prompt; rows without one have none.")
 
     @property
+    def ordered(self) -> tuple[str | None, str, str]:
+        """The columns in the order of a conversation: system prompt, instruction, answer."""
+        return self.system, self.user, self.assistant
+
+    @property
     def columns(self) -> tuple[str, ...]:
-        """The columns, in the order of a conversation."""
-        return tuple(name for name in (self.system, self.user, self.assistant) if name)
+        """The columns that are named, in that order."""
+        return tuple(name for name in self.ordered if name)
 
 
 class Dataset(Frozen):
@@ -55,12 +60,23 @@ class Dataset(Frozen):
         description="What becomes of conversations where the tokenizer has no chat template: an error, or (plain) "
         "their texts, one after the other.",
     )
+    images: str | None = Field(
+        None,
+        description="Column of a row's pictures, one or a list, for models that take them: each row is then a sequence "
+        "of its own, prepared by the model's processor.",
+    )
+    audio: str | None = Field(None, description="Column of a row's sounds, in the same way.")
     share: float = Field(1.0, gt=0, description="Of a mixture's sequences, in proportion to the others' shares.")
 
     @model_serializer(mode="wrap")
     def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what earlier releases didn't know, where it isn't set: manifests and identities keep their bytes."""
-        return without_defaults(self, serialize(self), ("turns", "without_template", "share"))
+        return without_defaults(self, serialize(self), ("turns", "without_template", "images", "audio", "share"))
+
+    @property
+    def shows(self) -> str:
+        """The keys of columns that only a processor prepares; empty for text."""
+        return " and ".join(key for key in ("images", "audio") if getattr(self, key))
 
     @property
     def public(self) -> Dataset:
@@ -155,6 +171,12 @@ class Calibration(Frozen):
     def where(self, index: int) -> str:
         """The key of a data set in a zoo file, as messages name it."""
         return "calibration.dataset" if self.dataset is not None else f"calibration.mixture.{index}"
+
+    @property
+    def uneven(self) -> str:
+        """Why its sequences aren't tokens of one length; empty if they are."""
+        shows = next((dataset.shows for dataset in self.datasets if dataset.shows), "")
+        return f"got {shows}" if shows else "got sequences: single" if self.sequences == "single" else ""
 
     @property
     def described(self) -> str:

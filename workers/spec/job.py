@@ -449,4 +449,5 @@ def _how_it_is_read(dataset: Dataset, model: ModelPin) -> dict[str, Any]:
         content["special_tokens"] = "auto"
     if dataset.holds != "auto":
         content["holds"] = dataset.holds
-    return {**content, **dataset.model_dump(mode="json", include={"turns", "without_template", "share"})}
+    later = {"turns", "without_template", "images", "audio", "share"}
+    return {**content, **dataset.model_dump(mode="json", include=later)}

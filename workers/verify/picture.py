@@ -17,15 +17,13 @@ from torch import Tensor
 
 from workers.errors import CheckpointError
 from workers.numerics.divergence import kl_divergence, top1_agreement
-from workers.spec.auto_classes import is_multimodal, loader_of
+from workers.spec.auto_classes import PREPARED_BY, is_multimodal, loader_of
 from workers.spec.job import ModelPin, PictureCheck
 from workers.verify.runtimes.ask import in_a_process
 from workers.verify.runtimes.picture import PROMPT, PictureRequest
 
 ENTRY = "workers.verify.runtimes.picture:answer"
 POSITIONS = 16  # the prompt's last tokens, which all come after the picture
-# Files that say how pictures and sounds are prepared.
-PREPARED_BY = ("processor_config.json", "preprocessor_config.json")
 
 
 @dataclass(frozen=True)
