@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.bench import bench_publish
 from tests.limits import SOON_SECONDS
 from tests.pipeline.runs import wait_for
@@ -14,6 +16,7 @@ def test_publishes_through_failing_requests_are_whole_and_single(tmp_path: Path)
     assert (done.published, done.duplicates, done.torn, done.errors) == (20, 0, 0, ())
 
 
+@pytest.mark.slow
 def test_killed_publishers_are_completed_with_one_commit_each(tmp_path: Path) -> None:
     done = bench_publish.kill(tmp_path, kills=5, seed=1)
     assert done.had_finished < 5, "some died on their way"

@@ -126,6 +126,7 @@ def test_an_engine_that_dies_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "No module named tests.toy.gone" in made.error.message
 
 
+@pytest.mark.slow
 def test_a_wrong_byte_is_an_integrity_reason(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -106,6 +106,7 @@ def test_scales_that_are_missing_are_named(of: Job, tmp_path: Path) -> None:
             decoded.scales_of_cache("model.layers.1.self_attn")
 
 
+@pytest.mark.slow
 def test_scales_that_clip_are_named(tmp_path: Path) -> None:
     of = made(LLAMA, tmp_path, cached("rtn-w4-g128"))
     folder = artifact_folder(of.workspace, of.orders[0])
@@ -114,6 +115,7 @@ def test_scales_that_clip_are_named(tmp_path: Path) -> None:
     assert "model.layers.1.self_attn: its static scale clips" in reasons
 
 
+@pytest.mark.slow
 def test_a_mixture_under_its_own_activations(tmp_path: Path) -> None:
     own = {"refine": 0, "propagate": "quantized"}
     wanted = recipe(name="mine", method="gptq", scheme={"bits": 4, "group_size": 64}, options=own, kv_cache="fp8")

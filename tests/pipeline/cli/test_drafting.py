@@ -19,6 +19,7 @@ from workers.spec.runtimes import RUNTIMES
 LLAMA = str(MODELS / "llama-tiny")
 
 
+@pytest.mark.slow
 def test_quantize_is_the_run_of_the_zoo_that_it_saves(tmp_path: Path) -> None:
     short = tmp_path / "text.txt"
     short.write_text((TEXT / "calibration.txt").read_text()[:300_000])

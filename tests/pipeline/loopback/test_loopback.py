@@ -436,6 +436,7 @@ print(config.model_type, config.hidden_size, tokenizer("b a")["input_ids"], card
 """
 
 
+@pytest.mark.slow
 def test_transformers_loads_from_it(api: HfApi, tmp_path: Path) -> None:
     tokenizer: dict[str, object] = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,

@@ -193,6 +193,7 @@ def gptq(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place(job, "g").rename(tmp_path_factory.mktemp("source") / "llama-gptq")
 
 
+@pytest.mark.slow
 def test_gptq_becomes_compressed_tensors_and_mlx_and_comes_back(gptq: Path, tmp_path: Path) -> None:
     formats = ["keep-compressed-tensors", *(["keep-mlx"] if available("mlx") else [])]
     job = made(tmp_path / "one", gptq, *formats)

@@ -81,6 +81,7 @@ def quantize_and_die(of: Job, saves: int) -> None:
     quantize(of, Path(of.model.folder or ""))
 
 
+@pytest.mark.slow
 def test_a_killed_pass_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small(MOE, tmp_path / "model", 3)
     recipes = ["gptq-w4-g128", "bnb-nf4", "awq-w4-g128", "fp8-dynamic", own_stream()]

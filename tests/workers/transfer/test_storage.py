@@ -165,6 +165,7 @@ def stages(of: Job, *stages: tuple[Stage, str | None]) -> None:
         assert result.failure is None, result.failure
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked")
 def test_another_node_goes_on_with_what_the_lost_one_made(tmp_path: Path) -> None:
     shared = {

@@ -51,6 +51,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
     return job, Path(artifact.path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked")
 def test_all_named_runtimes_are_asked_and_must_agree(made: tuple[Job, Path]) -> None:
     job, folder = made
