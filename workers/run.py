@@ -85,6 +85,8 @@ def _fetch(job: Job, recipe: str | None, pace: Pace) -> StageResult:
     elif _revision(model, Path(model.folder)) != model.revision:
         raise CheckpointError(f"models: {model.id!r} changed since it was planned; run the zoo again")
     texts = {"verify.dataset": job.verification.dataset}
+    if job.verification.shown is not None:
+        texts["verify.shown"] = job.verification.shown
     if (calibration := job.calibration) is not None:
         texts |= {calibration.where(index): text for index, text in enumerate(calibration.datasets)}
     for where, text in texts.items():

@@ -11,8 +11,10 @@ from typing import TypeVar
 from pipeline.planning import sizing, sources
 from pipeline.planning.cells import Cells, RefusedArtifact, at_once, invalid_name
 from pipeline.planning.configs import positions
+from pipeline.planning.sources import PinnedModel
 from pipeline.zoo.zoo import Zoo
 from workers.errors import HubUnavailable, UserError, ZooError
+from workers.spec.auto_classes import is_multimodal
 from workers.spec.data import Calibration, Verification
 from workers.spec.job import Destination, Job, Manifest, Order
 from workers.spec.workspace import MANIFEST, artifact_folder
@@ -102,8 +104,8 @@ def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None,
         insist("check the destination", lambda: destinations.check(endpoint, namespace), silence)
     if zoo.storage:
         insist("check the storage", Storage(zoo.storage).check, silence)
-    orders = [order for _, order in cells.made]
-    standing = _standing(orders, workspace, endpoint, verification, zoo.storage, silence)
+    orders = [(order, _for_model(verification, source)) for source, order in cells.made]
+    standing = _standing(orders, workspace, endpoint, zoo.storage, silence)
     estimates = sizing.Estimates(calibration, verification)
     artifacts = tuple(
         PlannedArtifact(source, order, estimates.of(source, order.recipe, order.runtimes), *(existing or ()))
@@ -138,8 +140,15 @@ def _pin_data(
         problems.append(str(held_out))
     else:
         verification = verification.model_copy(update={"dataset": held_out[0], "data": held_out[1]})
-        if held_out[1] in texts:
-            problems.append("verify.dataset: holds the very text that was calibrated on; name held-out text")
+    if verification.shown is not None:
+        shown = _try(partial(sources.pin_dataset, verification.shown, zoo_folder, "verify.shown", silence))
+        if isinstance(shown, UserError):
+            problems.append(str(shown))
+        else:
+            verification = verification.model_copy(update={"shown": shown[0], "shown_data": shown[1]})
+    for key, data in (("verify.dataset", verification.data), ("verify.shown", verification.shown_data)):
+        if data in texts:
+            problems.append(f"{key}: holds the very text that was calibrated on; name held-out text")
     return calibration, data_sha256, verification, problems
 
 
@@ -165,19 +174,23 @@ Standing = tuple[Manifest, str | None]
 
 
 def _standing(
-    orders: list[Order],
+    orders: list[tuple[Order, Verification]],
     workspace: Path,
     endpoint: str | None,
-    verification: Verification,
     storage: str | None,
     silence: Silence,
 ) -> list[Standing | None]:
     """For each order, the existing artifact: at the destination, or in the workspace if nothing is published."""
 
-    def find(order: Order) -> Standing | None:
+    def find(order: Order, verification: Verification) -> Standing | None:
         return _published(endpoint, order) if endpoint else _local(order, workspace, verification, storage)
 
-    return at_once(lambda order: insist(f"look for {order.repo_id}", lambda: find(order), silence), orders)
+    return at_once(lambda one: insist(f"look for {one[0].repo_id}", lambda: find(*one), silence), orders)
+
+
+def _for_model(verification: Verification, source: PinnedModel) -> Verification:
+    """Without pictures and sounds, for a model that takes text alone."""
+    return verification if is_multimodal(source.config) else verification.of_text
 
 
 def _published(endpoint: str, order: Order) -> Standing | None:
@@ -229,7 +242,7 @@ def _jobs(
                 if calibration and any(a.order.recipe.calibrated for a in group)
                 else None
             ),
-            verification=verification,
+            verification=_for_model(verification, group[0].source),
             destination=destination,
             workspace=str(workspace),
             storage=storage,

@@ -80,7 +80,10 @@ def pack(zoo: Zoo, zoo_path: Path, shared: Sequence[Path] = ()) -> Parcel:
             raise ZooError(f"--shared: expected an absolute path, got {str(folder)!r}; name it as every node sees it")
     local = _Local(zoo_path.resolve().parent, tuple(Path(os.path.normpath(folder)) for folder in shared))
     updates = {"models": tuple(local.model(entry) for entry in zoo.models), "verify": zoo.verify}
-    updates["verify"] = zoo.verify.model_copy(update={"dataset": local.dataset(zoo.verify.dataset, "verify.dataset")})
+    held_out = {"dataset": local.dataset(zoo.verify.dataset, "verify.dataset")}
+    if zoo.verify.shown:
+        held_out["shown"] = local.dataset(zoo.verify.shown, "verify.shown")
+    updates["verify"] = zoo.verify.model_copy(update=held_out)
     if zoo.calibration:
         calibration = zoo.calibration
         texts = (local.dataset(text, calibration.where(index)) for index, text in enumerate(calibration.datasets))

@@ -70,6 +70,12 @@ class Verify(Frozen):
     dataset: Dataset
     tokens: int = Field(16384, ge=256, description="Held-out tokens to compare on.")
     sequence_length: int = Field(512, ge=8, description="Tokens of a sequence; at most the model's positions.")
+    shown: Dataset | None = Field(
+        None,
+        description="Held-out rows with pictures or sounds (images, audio), whose tokens count beside the text's, for "
+        "the models that take them.",
+    )
+    rows: int = Field(16, ge=2, description="Of shown.")
     gates: str | Gates = Field(
         "default",
         description="A set from configs/gates.yaml, or what differs from the default one, by family of recipes (w4, "
@@ -88,6 +94,13 @@ class Verify(Frozen):
         """Names as the rows have them, each once."""
         return None if value is None else tuple(dict.fromkeys(runtime_named(name).name for name in value))
 
+    @field_validator("shown")
+    @classmethod
+    def _names_what_is_shown(cls, value: Dataset | None) -> Dataset | None:
+        if value is not None and not value.shows:
+            raise ValueError(f"names neither images nor audio, got {value.called!r}; name their column, or remove it")
+        return value
+
     @model_validator(mode="after")
     def _enough_for_a_bound(self) -> Self:
         if self.tokens <= self.sequence_length:
@@ -100,7 +113,13 @@ class Verify(Frozen):
     @property
     def verification(self) -> Verification:
         """The part of these settings that a worker needs."""
-        return Verification(dataset=self.dataset, tokens=self.tokens, sequence_length=self.sequence_length)
+        return Verification(
+            dataset=self.dataset,
+            tokens=self.tokens,
+            sequence_length=self.sequence_length,
+            shown=self.shown,
+            rows=self.rows,
+        )
 
     @field_validator("gates")
     @classmethod
@@ -293,7 +312,8 @@ class Zoo(Frozen):
                     f"model {model.id!r}: recipe {unknown[0]!r} isn't among the zoo's recipes ({', '.join(recipes)}); "
                     f"{meant(unknown[0], recipes)}add it there, or remove it here"
                 )
-        if self.calibration and self.verify.dataset in self.calibration.datasets:
+        held_out = {self.verify.dataset, self.verify.shown}
+        if self.calibration and not held_out.isdisjoint(self.calibration.datasets):
             raise ValueError("verify.dataset is the calibration data; verify on text that was not calibrated on")
         return self
 

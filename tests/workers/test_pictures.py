@@ -25,8 +25,9 @@ from workers.model.loading import StreamedModel
 from workers.model.pictures import Pictures, load_processor
 from workers.model.statistics import Observer
 from workers.model.text import calibration_tokens
+from workers.run import run_stage
 from workers.spec.data import Calibration, Dataset, Turns
-from workers.spec.job import Job, ModelPin
+from workers.spec.job import Job, ModelPin, Stage
 
 PIN = ModelPin(id="llava-tiny", revision="0" * 40)
 COLOURS = ["red", "green", "blue", "white", "black", "yellow", "orange", "purple"]
@@ -108,6 +109,22 @@ def test_parts_make_what_one_pass_makes_of_text_and_pictures(llava: Path, album:
     assert [made.error for made in at_once(plain).values()] == [None]
     assert [made.error for made in spread_over(parted, 2).values()] == [None]
     assert_same_artifact(plain, parted, "gptq-w4-g128")
+
+
+@pytest.mark.slow
+def test_tokens_after_pictures_count_in_the_metrics(llava: Path, album: Dataset, tmp_path: Path) -> None:
+    of = job(llava, tmp_path, "fp8-dynamic")
+    shown = of.verification.model_copy(update={"shown": album, "rows": 5})
+    of = of.model_copy(update={"verification": shown})
+    assert [made.error for made in at_once(of).values()] == [None]
+    manifest = run_stage(of, Stage.VERIFY, "fp8-dynamic").manifest
+    assert manifest is not None
+    assert manifest.verdict.accepted, manifest.verdict.reasons
+    assert manifest.verdict.metrics is not None
+    rows = Pictures(album, load_processor(llava, PIN), "").sequences(8192, 5)
+    expected = 512 + sum(inputs["input_ids"].shape[1] for inputs in rows)
+    assert manifest.verdict.metrics.eval_tokens == expected
+    assert manifest.verification.shown == album.public
 
 
 def prepared(llava: Path, row: dict[str, Any], said: Dataset, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Any:

@@ -284,7 +284,7 @@ def _in_float32(value: Any) -> Any:
 
 def stream(
     streamed: StreamedModel,
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     *,
     observer: Observer | None = None,
     observed: int = 0,
@@ -292,9 +292,9 @@ def stream(
 ) -> list[Tensor]:
     """Run token batches through the decoder, and return its outputs: the inputs of the head.
 
-    ``batches``: int64 [B, T] each. ``observer`` sees the first ``observed`` of them. ``after_layer(index)`` is called
-    when all batches have passed a layer, with its weights still loaded. Returns float [B, T, hidden] on the CPU for
-    each batch that isn't observed; observed batches only feed the statistics.
+    ``batches``: token ids, int64 [B, T] each, or what a processor prepared. ``observer`` sees the first ``observed`` of
+    them. ``after_layer(index)`` is called when all batches have passed a layer, with its weights still loaded. Returns
+    float [B, T, hidden] on the CPU for each batch that isn't observed; observed batches only feed the statistics.
 
     Raises: as ``Streaming``.
     """

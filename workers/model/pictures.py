@@ -6,7 +6,7 @@ A sequence can't be cut within a picture, and rows differ in length, so that not
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from workers.errors import CalibrationError, QuantmillError, UnsupportedModel
 from workers.model.rows import ROWS_AT_A_TIME, chat_turns, exchange, load
 from workers.spec.bounds import brief, printable
-from workers.spec.data import Calibration, Dataset
+from workers.spec.data import Dataset
 from workers.spec.job import ModelPin
 
 # What a model takes of one sequence, by name; ``input_ids`` int64 [1, T].
@@ -49,13 +49,13 @@ def load_processor(folder: Path, pin: ModelPin) -> Any:
     return processor
 
 
-def processor_of(calibration: Calibration, folder: Path, pin: ModelPin) -> Any:
+def processor_of(datasets: Iterable[Dataset | None], folder: Path, pin: ModelPin) -> Any:
     """The model's processor if a data set shows pictures or sounds; else None.
 
     Raises:
         UnsupportedModel: see ``load_processor``.
     """
-    shows = any(dataset.shows for dataset in calibration.datasets)
+    shows = any(dataset.shows for dataset in datasets if dataset)
     return load_processor(folder, pin) if shows else None
 
 

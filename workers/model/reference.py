@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,11 +49,12 @@ class ReferenceFile:
         return self.path.with_suffix(".source.json")
 
 
-def reference_file(model: ModelPin, workspace: Path, tokens_NT: Tensor, dtype: torch.dtype) -> ReferenceFile:
-    """Reference file identified by the model's commit, the tokens, and the dtype of the computation."""
+def reference_file(model: ModelPin, workspace: Path, held_out: Iterable[Tensor], dtype: torch.dtype) -> ReferenceFile:
+    """Reference file identified by the model's commit, what it is given, and the dtype of the computation."""
     source = f"{model.id if model.endpoint else ''}@{model.revision} {model.variant}"
     digest = hashlib.sha256(f"{READING} {source} {dtype}".encode())
-    digest.update(tokens_NT.numpy().tobytes())
+    for tensor in held_out:
+        digest.update(tensor.numpy().tobytes())
     return ReferenceFile(workspace / "references" / f"{digest.hexdigest()[:32]}.safetensors")
 
 

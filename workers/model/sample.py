@@ -56,7 +56,7 @@ def answer(request: str) -> str:
 
 def _shown(asked: SampleRequest) -> Iterable[Shown]:
     folder, calibration = Path(asked.model.folder or ""), asked.calibration
-    tokenizer, processor = load_tokenizer(folder, asked.model), processor_of(calibration, folder, asked.model)
+    tokenizer, processor = load_tokenizer(folder, asked.model), processor_of(calibration.datasets, folder, asked.model)
     for dataset in calibration.datasets:
         alone = calibration.model_copy(update={"dataset": dataset, "mixture": (), "samples": asked.shown})
         found = calibration_tokens(alone, tokenizer, processor)

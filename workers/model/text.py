@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,14 +15,18 @@ from torch import Tensor
 
 from workers.errors import CalibrationError, QuantmillError, UnsupportedModel
 from workers.model.pictures import Inputs, Pictures
+from workers.model.reference import micro_batches
 from workers.model.rows import Rows
 from workers.spec.bounds import brief
 from workers.spec.data import LEAST_TOKENS, Calibration, Dataset, Verification
 from workers.spec.job import ModelPin
+from workers.spec.workspace import MICRO_BATCH_TOKENS
 
 # Sequences are drawn from the first POOL times as many: spread over the text without tokenizing the whole corpus.
 POOL = 4
 Drawn = TypeVar("Drawn")
+# The most tokens of a held-out row with its pictures.
+SHOWN_TOKENS = 8192
 # A row of fewer tokens makes no sequence of its own.
 LEAST_ROW = 8
 TOKENIZER_FILES: tuple[str, ...] = (
@@ -36,11 +40,29 @@ TOKENIZER_FILES += ("vocab.json", "chat_template.json")
 
 @dataclass(frozen=True)
 class Sequences:
-    """Token sequences, int64 [N, T], the special tokens that each begins with, and what was left out of the data."""
+    """Token sequences, int64 [N, T], the special tokens that each begins with, and what was left out of the data.
+
+    ``shown``: sequences with pictures or sounds, as the processor prepared them.
+    """
 
     tokens_NT: Tensor
     prefix: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    shown: tuple[Inputs, ...] = ()
+
+    @property
+    def rows(self) -> list[Tensor]:
+        """The token ids of each sequence, int64 [T], those with pictures or sounds last."""
+        return [*self.tokens_NT, *(inputs["input_ids"][0] for inputs in self.shown)]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that a model is given."""
+        return [self.tokens_NT, *(tensor for inputs in self.shown for tensor in inputs.values())]
+
+    def batches(self, tokens: int = MICRO_BATCH_TOKENS) -> list[Tensor | Inputs]:
+        """Micro-batches of at most that many tokens, or of one sequence."""
+        return [*micro_batches(self.tokens_NT, tokens), *self.shown]
 
 
 def load_tokenizer(folder: Path, pin: ModelPin) -> Any:
@@ -180,8 +202,10 @@ def _by_length(sequences: list[Tensor]) -> tuple[Tensor, ...]:
     return tuple(torch.stack([s for s in sequences if len(s) == length]) for length in lengths)
 
 
-def held_out_tokens(verification: Verification, tokenizer: Any) -> Sequences:
+def held_out_tokens(verification: Verification, tokenizer: Any, processor: Any = None) -> Sequences:
     """Held-out tokens from the start of the text, int64 [sequences, sequence_length], at least ``tokens`` in total.
+
+    ``processor`` prepares rows with pictures or sounds, where the verification names some.
 
     Raises:
         CalibrationError: unreadable data, or fewer tokens than requested.
@@ -196,7 +220,16 @@ def held_out_tokens(verification: Verification, tokenizer: Any) -> Sequences:
             f"of {length}{_of_notes(held_out)}; {_at_most('tokens', count * length, max(2 * length, LEAST_TOKENS))}"
             f"{'shorten sequence_length, ' if count < 2 else ''}or add text"
         )
-    return held_out
+    if verification.shown is None:
+        return held_out
+    pictures = Pictures(verification.shown, processor, "verify.shown")
+    shown = pictures.sequences(SHOWN_TOKENS, verification.rows)
+    if len(shown) < verification.rows:
+        raise CalibrationError(
+            f"verify.rows: got {verification.rows}, but the data set holds {len(shown)} of at most {SHOWN_TOKENS} "
+            "tokens; lower it, or add rows"
+        )
+    return replace(held_out, shown=tuple(shown), notes=(*held_out.notes, *pictures.notes(SHOWN_TOKENS)))
 
 
 def _at_most(setting: str, most: int, least: int) -> str:
@@ -208,7 +241,7 @@ def _of_notes(found: Sequences) -> str:
     return f" ({'; '.join(found.notes)})" if found.notes else ""
 
 
-def check_ids(groups: tuple[Tensor, ...], rows: int, where: str) -> None:
+def check_ids(groups: Iterable[Tensor], rows: int, where: str) -> None:
     """Refuse token ids that the embedding has no row for; ``rows`` is the number of its rows.
 
     Raises:

@@ -85,16 +85,16 @@ class Tokens:
 
     def __init__(self, job: Job, folder: Path, orders: list[Order], dtype: torch.dtype, embedding_rows: int) -> None:
         tokenizer = load_tokenizer(folder, job.model)
-        held_out = held_out_tokens(job.verification, tokenizer)
-        check_ids((held_out.tokens_NT,), embedding_rows, "verify.dataset")
-        self.held_out = held_out.tokens_NT
+        data = (*(job.calibration.datasets if job.calibration else ()), job.verification.shown)
+        processor = processor_of(data, folder, job.model)
+        self.held_out = held_out_tokens(job.verification, tokenizer, processor)
+        check_ids(self.held_out.rows, embedding_rows, "verify.dataset")
         self.notes: tuple[str, ...] = ()
-        self.reference = reference.reference_file(job.model, Path(job.workspace), self.held_out, dtype)
+        self.reference = reference.reference_file(job.model, Path(job.workspace), self.held_out.tensors, dtype)
         self.calibration: tuple[Tensor, ...] = ()
         self.shown: tuple[Inputs, ...] = ()
         if any(order.recipe.calibrated for order in orders):
             assert job.calibration is not None
-            processor = processor_of(job.calibration, folder, job.model)
             calibration = calibration_tokens(job.calibration, tokenizer, processor)
             ids = (*calibration.groups, *(inputs["input_ids"] for inputs in calibration.shown))
             check_ids(ids, embedding_rows, "calibration.dataset")
@@ -112,8 +112,8 @@ class Tokens:
     @property
     def longest(self) -> int:
         """Length in tokens of the longest sequence, the minimum size of a micro-batch."""
-        shown = (inputs["input_ids"] for inputs in self.shown)
-        return max(tokens.shape[1] for tokens in (self.held_out, *self.calibration, *shown))
+        shown = (inputs["input_ids"] for inputs in (*self.shown, *self.held_out.shown))
+        return max(tokens.shape[1] for tokens in (self.held_out.tokens_NT, *self.calibration, *shown))
 
     @property
     def calibrates(self) -> bool:
@@ -128,4 +128,4 @@ class Tokens:
     @property
     def probe(self) -> Tensor:
         """The first tokens of the longest sequence of text, int64 [1, at most PROBE_TOKENS]."""
-        return (*self.calibration, self.held_out)[0][:1, :PROBE_TOKENS]
+        return (*self.calibration, self.held_out.tokens_NT)[0][:1, :PROBE_TOKENS]

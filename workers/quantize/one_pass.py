@@ -178,7 +178,7 @@ class _Pass:
                 if recipe.needs.own_stream:
                     groups[own_stream(recipe)] = streaming.lanes(self._tokens.calibration_batches(size))
         if not self._tokens.reference.exists:
-            groups[REFERENCE] = streaming.lanes(reference.micro_batches(self._tokens.held_out, size))
+            groups[REFERENCE] = streaming.lanes(self._tokens.held_out.batches(size))
         return groups
 
     def _visit(self, layer: LoadedLayer, groups: dict[str, Lanes]) -> None:

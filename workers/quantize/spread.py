@@ -313,7 +313,7 @@ class _Gathering:
             if any(recipe.needs.folds for recipe in self._recipes):
                 groups[PROBE] = streaming.lanes([self._tokens.probe])
         if not self._tokens.reference.exists:
-            held_out = reference.micro_batches(self._tokens.held_out, self._agreed.micro_batch_tokens)
+            held_out = self._tokens.held_out.batches(self._agreed.micro_batch_tokens)
             groups[REFERENCE] = streaming.lanes(share(held_out, self._part, self._spread_folder.parts, size))
         return groups
 

@@ -220,15 +220,31 @@ class Verification(Frozen):
     data: str = Field("", description="What stands for the text's content: sha256, set by the plan.")
     tokens: int = Field(16384, ge=LEAST_TOKENS)
     sequence_length: int = Field(512, ge=8)
+    shown: Dataset | None = Field(None, description="Rows with pictures or sounds, beside the text.")
+    shown_data: str = Field("", description="What stands for their content: sha256, set by the plan.")
+    rows: int = Field(16, ge=2, description="Of them.")
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what earlier releases didn't know, where it isn't set."""
+        return without_defaults(self, serialize(self), ("shown", "shown_data", "rows"))
 
     @property
     def public(self) -> Verification:
         """The same settings without this machine's paths."""
-        return self.model_copy(update={"dataset": self.dataset.public})
+        return self.model_copy(
+            update={"dataset": self.dataset.public, "shown": self.shown.public if self.shown else None}
+        )
+
+    @property
+    def of_text(self) -> Verification:
+        """The same for a model that takes text alone."""
+        return self.model_copy(update={"shown": None, "shown_data": ""})
 
     def same_as(self, other: Verification) -> bool:
         """Whether both evaluate the same tokens."""
         mine, theirs = (
-            (v.data, v.tokens, v.sequence_length, v.dataset.holds, v.dataset.special_tokens) for v in (self, other)
+            (v.data, v.tokens, v.sequence_length, v.dataset.holds, v.dataset.special_tokens, v.shown_data, v.rows)
+            for v in (self, other)
         )
         return mine == theirs

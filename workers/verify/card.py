@@ -248,7 +248,10 @@ def zoo_of(job: Job, order: Order) -> dict[str, Any]:
     flags |= {"variant": job.model.variant} if job.model.variant else {}
     flags |= {"source": "dequantize"} if job.model.dequantize else {}
     verify = {**_plain(job.verification), "dataset": _text(job.verification.dataset)}
-    verify.pop("data")  # digest of the text's content, computed by the plan
+    if job.verification.shown:
+        verify["shown"] = _text(job.verification.shown)
+    for digest in ("data", "shown_data"):  # of the content, computed by the plan
+        verify.pop(digest, None)
     verify |= {"runtimes": list(order.runtimes)} if order.runtimes else {}
     zoo: dict[str, Any] = {
         "name": "again",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -24,6 +25,7 @@ from workers.model import reference
 from workers.model.device import checkpoint_dtype, compute_device
 from workers.model.forward import LogitsHead, stream
 from workers.model.loading import StreamedModel
+from workers.model.pictures import processor_of
 from workers.model.reference import ReferenceFile
 from workers.model.text import Sequences, check_ids, held_out_tokens, load_tokenizer
 from workers.numerics import divergence
@@ -66,8 +68,9 @@ class Comparison:
     @cached_property
     def held_out(self) -> Sequences:
         """The held-out sequences."""
-        held_out = held_out_tokens(self.verification, self.tokenizer)
-        check_ids((held_out.tokens_NT,), self.reference.embedding_rows, "verify.dataset")
+        processor = processor_of([self.verification.shown], self.source.folder, self.model)
+        held_out = held_out_tokens(self.verification, self.tokenizer, processor)
+        check_ids(held_out.rows, self.reference.embedding_rows, "verify.dataset")
         return held_out
 
     @property
@@ -149,7 +152,7 @@ class Comparison:
         runtime = _Asking(lambda: self._ask(folder, self.runtimes))
         ours = self._streamed(folder, artifact)
         with rounded_inputs(ours, artifact) as rounded:
-            hidden = stream(ours, reference.micro_batches(self.tokens))
+            hidden = stream(ours, self.held_out.batches())
         head = LogitsHead(ours)
         metrics = self._metrics(head, hidden)
         answers = runtime.answer()
@@ -180,27 +183,30 @@ class Comparison:
     def _metrics(self, head: LogitsHead, hidden: list[Tensor]) -> Metrics:
         return self.metrics(head.logits(ours[None])[0].float() for ours in fidelity.rows(hidden))
 
-    def metrics(self, logits: Iterable[Tensor]) -> Metrics:
-        """Metrics of an artifact's logits, float32 [T, V] for each held-out sequence, against the reference's."""
+    def metrics(self, logits: Iterable[Tensor], sequences: int | None = None) -> Metrics:
+        """Metrics of an artifact's logits, float32 [T, V] for each held-out sequence, against the reference's.
+
+        ``sequences``: the first so many alone.
+        """
         reference_hidden, head = self._reference_hidden(), LogitsHead(self.reference)
 
         def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-            for theirs, ours in zip(fidelity.rows(reference_hidden), logits, strict=True):
+            for theirs, ours in zip(islice(fidelity.rows(reference_hidden), sequences), logits, strict=True):
                 reference_TV = head.logits(theirs[None])[0].float()
                 yield reference_TV, ours.to(reference_TV.device)
 
-        return fidelity.compare(pairs(), self.tokens)
+        return fidelity.compare(pairs(), self.held_out.rows[:sequences])
 
     @property
     def _reference_file(self) -> ReferenceFile:
-        return reference.reference_file(self.model, self.workspace, self.tokens, self.reference.dtype)
+        return reference.reference_file(self.model, self.workspace, self.held_out.tensors, self.reference.dtype)
 
     def _reference_hidden(self) -> list[Tensor]:
         file = self._reference_file
         if file.exists:
             with suppress(FileNotFoundError):  # removed meanwhile, by a process whose source check failed
                 return reference.load(file)
-        hidden = stream(self.reference, reference.micro_batches(self.tokens))
+        hidden = stream(self.reference, self.held_out.batches())
         reference.store(file, hidden)
         return hidden
 
@@ -247,7 +253,7 @@ class Comparison:
         """Difference between the runtime's logits and ours, and other problems of its answer."""
         if answer.logits is None:
             return None, answer.problems
-        return self.agreement(answer, head.logits(torch.cat(hidden)[:RUNTIME_SEQUENCES, :RUNTIME_TOKENS]).float().cpu())
+        return self.agreement(answer, head.logits(_first_rows(hidden)).float().cpu())
 
     def agreement(self, answer: RuntimeAnswer, ours: Tensor) -> tuple[RuntimeAgreement | None, tuple[str, ...]]:
         """Difference between the runtime's logits and ``ours`` (float32 [N, T, V]), and its answer's other problems."""
@@ -310,6 +316,11 @@ class Comparison:
             trust_remote_code=self.model.trust_remote_code,
             layers=layers,
         )
+
+
+def _first_rows(hidden: list[Tensor]) -> Tensor:
+    """Hidden states of the text that runtimes are asked about: float [RUNTIME_SEQUENCES, RUNTIME_TOKENS, hidden]."""
+    return torch.stack([row[:RUNTIME_TOKENS] for row in islice(fidelity.rows(hidden), RUNTIME_SEQUENCES)])
 
 
 class _Asking:

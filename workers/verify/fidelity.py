@@ -12,13 +12,13 @@ from workers.numerics import divergence
 from workers.spec.job import Metrics
 
 
-def compare(pairs: Iterable[tuple[Tensor, Tensor]], tokens_NT: Tensor) -> Metrics:
+def compare(pairs: Iterable[tuple[Tensor, Tensor]], tokens: Iterable[Tensor]) -> Metrics:
     """Compute metrics over sequences: for each its (reference, artifact) logits [T, V], and its tokens.
 
     Tokens of one sequence aren't independent, so the confidence bounds use sequences as samples.
     """
     kl, agree, log_ratio, reference_nll = [], [], [], []
-    for (reference_TV, ours_TV), tokens_T in zip(pairs, tokens_NT, strict=True):
+    for (reference_TV, ours_TV), tokens_T in zip(pairs, tokens, strict=True):
         kl.append(divergence.kl_divergence(reference_TV, ours_TV))
         agree.append(divergence.top1_agreement(reference_TV, ours_TV))
         targets = tokens_T[1:].to(reference_TV.device)

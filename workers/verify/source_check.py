@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from workers.model.loading import StreamedModel, read_config
 from workers.model.reference import ReferenceFile
 from workers.spec.auto_classes import loader_of
 from workers.spec.job import ModelPin, SourceCheck
+from workers.verify.fidelity import rows
 from workers.verify.runtimes.ask import in_a_process
 from workers.verify.runtimes.source import SourceRequest
 
@@ -79,7 +81,7 @@ def check(of: Checked, tokens_NT: Tensor, hidden: Callable[[], list[Tensor]]) ->
         return known
     tokens = tokens_NT[:SEQUENCES]
     # Every batch has a sequence at least.
-    outputs = torch.cat([batch[:SEQUENCES] for batch in hidden()[:SEQUENCES]])[:SEQUENCES]
+    outputs = torch.stack(list(islice(rows(hidden()), SEQUENCES)))
     found = _whole(of, tokens, outputs) or _first_layers(of, tokens)
     if not found.unchecked:
         _keep(found, of.file)

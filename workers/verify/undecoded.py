@@ -97,7 +97,7 @@ def measure(comparison: Comparison, folder: Path, problems: list[str]) -> gates.
         # The same text once more, as the beginning of longer sequences: logits don't depend on what follows.
         again = torch.stack([load_file(path)["logits"][:RUNTIME_TOKENS].float() for path in files[:RUNTIME_SEQUENCES]])
         agreement, found = comparison.agreement(answer, again)
-        metrics = comparison.metrics(load_file(path)["logits"].float() for path in files)
+        metrics = comparison.metrics((load_file(path)["logits"].float() for path in files), len(files))
     return gates.Evidence(
         integrity=problems,
         runtime_problems=found,
