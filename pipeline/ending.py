@@ -370,9 +370,19 @@ def write_report(folder: Path) -> Path:
     Raises:
         OSError, ValueError: the results can't be read, or the report not written.
     """
+    from pipeline.report import night
     from pipeline.report.render import render
 
     path = folder / REPORT
-    source = folder / RESULTS if (folder / RESULTS).exists() else folder / UNFINISHED
-    write_text(path, render(contract.Results.model_validate_json(source.read_text())))
+    write_text(path, render(night.about(results_of(folder), folder)))
     return path
+
+
+def results_of(folder: Path) -> contract.Results:
+    """The results of a run, those so far if it is at work.
+
+    Raises:
+        OSError, ValueError: they can't be read.
+    """
+    source = folder / RESULTS if (folder / RESULTS).exists() else folder / UNFINISHED
+    return contract.Results.model_validate_json(source.read_text())

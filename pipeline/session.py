@@ -25,6 +25,7 @@ from pipeline.ending import (
     terminable,
 )
 from pipeline.ending import REPORT as REPORT
+from pipeline.ending import results_of as results_of
 from pipeline.ending import write_report as write_report
 from pipeline.fleet.leases import Holder, new_owner, of_this_machine
 from pipeline.fleet.scheduler import Driver

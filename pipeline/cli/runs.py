@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pipeline.ending import Finished
     from pipeline.planning.plan import Plan
     from pipeline.report.progress import LiveProgress, PlainProgress
+    from pipeline.report.results import Results
     from pipeline.zoo.zoo import Zoo
 
 
@@ -144,11 +146,58 @@ def status(run_id: str | None, out: Path, address: str | None, as_json: bool) ->
 @click.command()
 @click.argument("run_id", metavar="[RUN]", required=False)
 @OUT
-def report(run_id: str | None, out: Path) -> None:
+@click.option("--compare", metavar="RUN", help="Print what is otherwise in this run than in that one.")
+@click.option("--history", is_flag=True, help="Print how the runs of the same zoo went, the oldest first.")
+@JSON
+def report(run_id: str | None, out: Path, compare: str | None, history: bool, as_json: bool) -> None:
     """Render report.html of RUN again, of the newest run if none is named."""
     from pipeline import session
 
-    click.echo(session.write_report(session.find_run(out.resolve(), run_id)))
+    folder = session.find_run(out.resolve(), run_id)
+    if compare is None and not history:
+        click.echo(session.write_report(folder))
+    elif compare is not None:
+        _compare(session.results_of(session.find_run(out.resolve(), compare)), session.results_of(folder), as_json)
+    else:
+        _history(folder, as_json)
+
+
+def _compare(before: Results, now: Results, as_json: bool) -> None:
+    from pipeline.report.night import compared
+
+    changes = compared(before, now)
+    if as_json:
+        print_json({change.kind: list(change.artifacts) for change in changes})
+        return
+    click.echo(f"{now.run_id}, compared with {before.run_id}")
+    for change in changes:
+        click.echo(f"{change.kind}: {len(change.artifacts)}")
+        click.echo("".join(f"  {one}\n" for one in change.artifacts), nl=False)
+    if not changes:
+        click.echo("nothing is otherwise")
+
+
+def _history(folder: Path, as_json: bool) -> None:
+    from pipeline import session
+    from pipeline.report.night import about
+
+    rows = [asdict(row) for row in about(session.results_of(folder), folder).history]
+    if as_json:
+        print_json(rows)
+        return
+    shown = [
+        {
+            "run": row["run_id"],
+            "status": row["status"],
+            "made": row["made"],
+            "there already": row["skipped"],
+            "failed or rejected": row["bad"],
+            "hours": f"{row['hours']:.2f}",
+            "median KL": "" if row["kl_median"] is None else f"{row['kl_median']:.3g}",
+        }
+        for row in rows
+    ]
+    print_rows(shown, tuple(shown[0]), drop=("there already", "median KL"))
 
 
 @click.command()
