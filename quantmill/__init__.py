@@ -142,4 +142,4 @@ class _Silent:
 
         from pipeline.report.progress import PlainProgress
 
-        return PlainProgress(Console(file=io.StringIO(), quiet=True))
+        return PlainProgress(Console(file=io.StringIO(), quiet=True), plan)

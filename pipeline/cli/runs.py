@@ -227,8 +227,8 @@ class Terminal:
 
         console = Console(quiet=self._quiet)
         if self._quiet:
-            return PlainProgress(console)
-        return LiveProgress(console, plan) if console.is_terminal else PlainProgress(console)
+            return PlainProgress(console, plan)
+        return LiveProgress(console, plan) if console.is_terminal else PlainProgress(console, plan)
 
 
 def show_plan(plan: Plan, zoo: Zoo, endpoint: str | None, *, as_json: bool, infeasible: Sequence[str] = ()) -> None:

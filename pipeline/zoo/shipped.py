@@ -22,7 +22,7 @@ class CalibrationSet(Frozen):
 
     description: str
     mixture: tuple[Dataset, ...] = Field(min_length=1)
-    sequences: Sequences = "packed"
+    sequences: Sequences = "documents"
 
 
 _RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
@@ -106,7 +106,7 @@ def filled_in(given: object) -> object:
         )
     if given is None or not isinstance(given.get("set"), str):
         return given
-    content = calibration_set(given["set"]).model_dump(mode="json", exclude={"description"}, exclude_unset=True)
+    content = calibration_set(given["set"]).model_dump(mode="json", exclude={"description"})
     if "dataset" in given or given.get("mixture", content["mixture"]) != content["mixture"]:
         key = "dataset" if "dataset" in given else "mixture"
         raise ValueError(f"set and {key} are given, got {given['set']!r} and data; remove one of them")

@@ -76,6 +76,11 @@ class Verify(Frozen):
         "the models that take them.",
     )
     rows: int = Field(16, ge=2, description="Of shown.")
+    continuations: bool = Field(
+        True,
+        description="Whether card and report show how beginnings of the held-out text go on; none is shown that names "
+        "an address, an author or an owner.",
+    )
     gates: str | Gates = Field(
         "default",
         description="A set from configs/gates.yaml, or what differs from the default one, by family of recipes (w4, "
@@ -119,6 +124,7 @@ class Verify(Frozen):
             sequence_length=self.sequence_length,
             shown=self.shown,
             rows=self.rows,
+            continuations=self.continuations,
         )
 
     @field_validator("gates")

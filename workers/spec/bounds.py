@@ -82,3 +82,16 @@ _UNSEEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 def _escaped(char: str) -> str:
     return char.encode("unicode_escape", "backslashreplace").decode("ascii")
+
+
+# Addresses, numbers of telephones, and lines that say who wrote or owns a text: what cards don't show of people.
+PERSONAL = re.compile(
+    r"\S@\S|https?://|www\.|\(c\)|©|copyright|all rights reserved|\bauthors?\b|written by|contributed|maintained by"
+    r"|\+\d[\d .()-]{7,}\d",
+    re.IGNORECASE,
+)
+
+
+def fit_to_show(*texts: str) -> bool:
+    """Whether texts may be printed where everybody reads them: none names an address, an author or an owner."""
+    return not any(PERSONAL.search(text) for text in texts)

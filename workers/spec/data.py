@@ -223,11 +223,12 @@ class Verification(Frozen):
     shown: Dataset | None = Field(None, description="Rows with pictures or sounds, beside the text.")
     shown_data: str = Field("", description="What stands for their content: sha256, set by the plan.")
     rows: int = Field(16, ge=2, description="Of them.")
+    continuations: bool = Field(True, description="Whether card and report show how prompts of the text go on.")
 
     @model_serializer(mode="wrap")
     def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what earlier releases didn't know, where it isn't set."""
-        return without_defaults(self, serialize(self), ("shown", "shown_data", "rows"))
+        return without_defaults(self, serialize(self), ("shown", "shown_data", "rows", "continuations"))
 
     @property
     def public(self) -> Verification:

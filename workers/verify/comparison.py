@@ -30,6 +30,7 @@ from workers.model.reference import ReferenceFile
 from workers.model.text import Sequences, check_ids, held_out_tokens, load_tokenizer
 from workers.numerics import divergence
 from workers.spec.auto_classes import loader_of
+from workers.spec.bounds import fit_to_show
 from workers.spec.data import Verification
 from workers.spec.formats import recognised
 from workers.spec.job import CHECKED, LOADER_CHECKED, Generation, Job, Metrics, ModelPin, RuntimeAgreement, SourceCheck
@@ -43,6 +44,8 @@ from workers.verify.source_check import Checked
 RUNTIME_SEQUENCES, RUNTIME_TOKENS = 2, 128
 # Number of held-out prompts to generate from, and tokens per prompt.
 PROMPTS, PROMPT_TOKENS = 4, 32
+# Held-out sequences that prompts are chosen from.
+PROMPT_CANDIDATES = 64
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,13 @@ class Comparison:
     def begin_with(self) -> tuple[str, ...]:
         """The special tokens that each sequence begins with."""
         return tuple(map(str, self.tokenizer.convert_ids_to_tokens(list(self.held_out.prefix))))
+
+    @cached_property
+    def prompts(self) -> Tensor:
+        """Beginnings of held-out sequences that are fit to be shown, else the first ones: int64 [P, PROMPT_TOKENS]."""
+        beginnings = self.tokens[:PROMPT_CANDIDATES, :PROMPT_TOKENS]
+        fit = [row for row, tokens in enumerate(beginnings) if fit_to_show(self.tokenizer.decode(tokens.tolist()))]
+        return beginnings[fit[:PROMPTS] or slice(PROMPTS)].clone()
 
     @cached_property
     def reference(self) -> StreamedModel:
@@ -244,8 +254,7 @@ class Comparison:
             unused=self.reference.unused,
         )
         tokens = self.tokens[:RUNTIME_SEQUENCES, :RUNTIME_TOKENS].clone()
-        prompts = self.tokens[:PROMPTS, :PROMPT_TOKENS].clone()
-        return ask(runtime, request, tokens, prompts, self.tokens if held_out else None)
+        return ask(runtime, request, tokens, self.prompts, self.tokens if held_out else None)
 
     def _agreement(
         self, answer: RuntimeAnswer, head: LogitsHead, hidden: list[Tensor]
@@ -281,19 +290,20 @@ class Comparison:
         The reference's text after the first differing token is omitted: it would take one pass per token.
         """
         generated = [row for row in answer.generated if row]
-        if not generated or len(generated) != len(answer.generated):
+        if not self.verification.continuations or not generated or len(generated) != len(answer.generated):
             return ()
-        prompts = self.tokens[: len(generated), :PROMPT_TOKENS]
+        prompts = self.prompts[: len(generated)]
         longest = max(map(len, generated))
         padded = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in generated])
         tokens = torch.cat([prompts, padded], dim=1)
         head = LogitsHead(self.reference)
         (hidden,) = stream(self.reference, [tokens])
         chosen = head.logits(hidden).argmax(-1)[:, prompts.shape[1] - 1 : -1].cpu().tolist()
-        return tuple(
+        found = (
             self._generation(prompt.tolist(), list(row), theirs[: len(row)])
             for prompt, row, theirs in zip(prompts, generated, chosen, strict=True)
         )
+        return tuple(one for one in found if fit_to_show(one.prompt, one.artifact, one.reference))
 
     def _generation(self, prompt: list[int], ours: list[int], theirs: list[int]) -> Generation:
         same = next((at for at, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
