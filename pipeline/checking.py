@@ -67,7 +67,7 @@ def check(request: VerifyRequest, out: Path) -> tuple[dict[str, Any], Thresholds
 def _modules(checkpoint: str) -> tuple[str, ...] | None:
     """Modules to preload: without those of bitsandbytes (a second of imports) for a folder in another format."""
     config = Path(checkpoint, "config.json")
-    if not config.is_file() or recognised(_quantization(config.parent)) is BITSANDBYTES:
+    if not config.is_file() or recognised(quantization_of(config.parent)) is BITSANDBYTES:
         return None
     return VERIFY_MODULES
 
@@ -80,8 +80,8 @@ def _check(request: VerifyRequest, out: Path, warm: str | None) -> tuple[dict[st
         allow_pickle=request.allow_pickle,
     )
     runtimes = _runtimes(request.runtimes)
-    folder = _checkpoint(request.checkpoint)
-    family = declared_family(_quantization(folder))
+    folder = checkpoint_folder(request.checkpoint)
+    family = declared_family(quantization_of(folder))
     thresholds = _thresholds(family, request.gates)
     pin = sources.resolve(entry, Path.cwd()).pin
     if pin.folder is None:
@@ -158,24 +158,31 @@ def _error(failure: Failure) -> QuantmillError:
     return QuantmillError(f"{failure.kind}: {failure.message}\n{failure.traceback}")
 
 
-def _checkpoint(checkpoint: str) -> Path:
-    """The checkpoint's folder; a Hub repository is fetched first."""
+def checkpoint_folder(checkpoint: str) -> Path:
+    """The checkpoint's folder; a Hub repository is fetched first.
+
+    Raises:
+        ModelNotFound: there is no such folder, nor repository.
+    """
     folder = Path(checkpoint)
     if folder.is_dir():
         return folder.resolve()
     name, _, revision = checkpoint.partition("@")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ModelNotFound(
-            f"verify: no such folder, got {checkpoint!r}; give a folder, or a Hub repository as org/name"
-        )
+        raise ModelNotFound(f"no such folder, got {checkpoint!r}; give a folder, or a Hub repository as org/name")
     return from_hub.fetch(hub.connect(), name, revision or "main", allow_pickle=False)
 
 
-def _quantization(folder: Path) -> Mapping[str, Any]:
+def quantization_of(folder: Path) -> Mapping[str, Any]:
+    """The ``quantization_config`` of a checkpoint; empty if it has none.
+
+    Raises:
+        CheckpointError: config.json can't be read.
+    """
     try:
         declared = json.loads((folder / "config.json").read_text()).get("quantization_config")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"verify {folder}: no readable config.json ({error})") from error
+        raise CheckpointError(f"{folder}: no readable config.json ({error})") from error
     return declared or {}
 
 

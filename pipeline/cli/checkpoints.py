@@ -56,6 +56,19 @@ def publish(
 @click.command()
 @click.argument("checkpoint")
 @click.option(
+    "--prompt", "prompts", multiple=True, metavar="TEXT", help="Answer this and end; more than once for more."
+)
+@click.option("--tokens", type=click.IntRange(1), default=128, show_default=True, help="At most, of an answer.")
+def chat(checkpoint: str, prompts: tuple[str, ...], tokens: int) -> None:
+    """Talk with CHECKPOINT (a folder, or org/name), in the library that its users load it with."""
+    from pipeline.talking import talk
+
+    sys.exit(talk(checkpoint, prompts, tokens))
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.option(
     "--reference", required=True, metavar="MODEL", help="What it was made of: a folder, or org/name[@commit]."
 )
 @click.option(

@@ -7,7 +7,7 @@ import traceback
 import click
 
 from pipeline.cli.calibration import calibration
-from pipeline.cli.checkpoints import hub, publish, verify
+from pipeline.cli.checkpoints import chat, hub, publish, verify
 from pipeline.cli.drafting import init, quantize
 from pipeline.cli.machine import doctor, env
 from pipeline.cli.options import FAILED, WRONG
@@ -78,5 +78,6 @@ main.add_command(env)
 main.add_command(hub)
 main.add_command(publish)
 main.add_command(verify)
+main.add_command(chat)
 main.add_command(init)
 main.add_command(schema)

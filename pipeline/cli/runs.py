@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import threading
 from collections.abc import Sequence
@@ -16,6 +17,9 @@ import click
 
 from pipeline.cli.options import FAILED, JSON, OUT, QUIET, STRICT, WRONG, ZOO, print_json, print_rows
 from pipeline.cli.submitted import print_submitted
+
+# Models whose best artifact a run's end names.
+SHOWN = 3
 
 if TYPE_CHECKING:
     from pipeline.ending import Finished
@@ -349,6 +353,8 @@ def _print_results(finished: Finished, quiet: bool) -> None:
     for entry in finished.results.artifacts:
         if entry.status in ("rejected", "failed"):
             click.echo(f"{entry.status}: {Path(entry.model).name} {entry.recipe}: {entry.reason}")
+    if not quiet:
+        _say_what_it_came_to(finished.results)
     for notice in finished.notices:
         click.echo(notice, err=True)
     if finished.exit_code == WRONG and finished.results.error:
@@ -358,6 +364,22 @@ def _print_results(finished: Finished, quiet: bool) -> None:
     if finished.results_path:
         click.echo(finished.results_path)
         click.echo(finished.report_path)
+
+
+def _say_what_it_came_to(results: Results) -> None:
+    """The recommended artifact of the first models, and how to talk to one."""
+    from pipeline.report.night import recommended
+    from pipeline.report.render import MOST_LOST
+
+    models = dict.fromkeys(entry.model for entry in results.artifacts)
+    best = [recommended([one for one in results.artifacts if one.model == model], MOST_LOST) for model in models]
+    for one in [one for one in best if one and one.metrics][:SHOWN]:
+        assert one.metrics is not None
+        kept = f"{one.bytes / 1e6:.1f} of {one.reference_bytes / 1e6:.1f} MB, " if one.reference_bytes else ""
+        click.echo(f"best of {Path(one.model).name}: {one.recipe} ({kept}KL {one.metrics.kl_mean:.2g} nats a token)")
+    here = next((one for one in best if one and one.path and Path(one.path).is_dir()), None)
+    if here is not None:
+        click.echo(f"talk to it: quantmill chat {shlex.quote(here.path or '')}")
 
 
 def _leave(finished: Finished) -> None:
