@@ -14,7 +14,7 @@ ROW = Runtime(
     name="toyrun",
     distribution="transformers",
     rules={"toy": lambda scheme, kinds: "are experts" if kinds.experts else None},
-    snippet=lambda repo, loader: f'import toyrun\n\nmodel = toyrun.load("{repo}")\n',
+    snippet=lambda repo, loader, chats: f'import toyrun\n\nmodel = toyrun.load("{repo}")\n',
     entry="tests.toy.runtime:answer",
 )
 

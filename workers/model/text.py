@@ -89,6 +89,16 @@ def load_tokenizer(folder: Path, pin: ModelPin) -> Any:
         ) from error
 
 
+def has_chat_template(folder: Path) -> bool:
+    """Whether a model's tokenizer has a chat template, in a file of its own or in its settings."""
+    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    try:
+        return bool(json.loads((folder / "tokenizer_config.json").read_text()).get("chat_template"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def _broken_file(folder: Path) -> tuple[str, str] | None:
     """The first file of a tokenizer that isn't what it should be, and why."""
     from tokenizers import Tokenizer

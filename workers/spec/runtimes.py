@@ -63,15 +63,16 @@ class Runtime:
     ``rules`` are keyed by the formats that it reads; ``packages`` are those that a format needs besides its own
     distribution, and ``extras`` quantmill's extra that installs one of them. ``environment`` names the prebuilt
     environment that its check runs in; None: the one that the artifact is verified in. ``snippet`` is the Python code
-    in the card for a repository; ``tried`` is what its rules were observed with, for what wasn't checked in it.
-    ``host_bytes`` is what its process takes of host memory beyond one of transformers, whatever the model.
-    ``library`` is the Hub's name for the library that loads such files, for the card's metadata.
+    in the card for a repository, a class of transformers, and whether the model chats; ``tried`` is what its rules were
+    observed with, for what wasn't checked in it. ``host_bytes`` is what its process takes of host memory beyond one of
+    transformers, whatever the model. ``library`` is the Hub's name for the library that loads such files, for the
+    card's metadata.
     """
 
     name: str
     distribution: str
     rules: Mapping[str, Rule]
-    snippet: Callable[[str, str], str]
+    snippet: Callable[[str, str, bool], str]
     entry: str | None = None
     environment: str | None = None
     packages: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -94,6 +95,11 @@ class Runtime:
     def install(self, fmt: str) -> str:
         """The command that installs everything needed to read a format."""
         return " ".join(["pip install", self.distribution, *self.packages.get(fmt, ())])
+
+
+# What the code in a card says to a model that chats, and what it lets another go on from.
+MESSAGES = 'messages = [{"role": "user", "content": "Who are you?"}]'
+BEGINNING = "Once upon a time"
 
 
 def _formats(names: Mapping[str, object] | list[str]) -> str:
@@ -192,13 +198,22 @@ _TRANSFORMERS: dict[str, Rule] = {
 }
 
 
-def _with_transformers(repo: str, loader: str) -> str:
+def _with_transformers(repo: str, loader: str, chats: bool) -> str:
     prepares = "tokenizer" if loader == DEFAULT_LOADER else "processor"
     auto = f"Auto{prepares.capitalize()}"
     return (
         f"from transformers import {loader}, {auto}\n\n"
         f'model = {loader}.from_pretrained("{repo}")\n'
-        f'{prepares} = {auto}.from_pretrained("{repo}")\n'
+        f'{prepares} = {auto}.from_pretrained("{repo}")\n\n'
+        + (
+            f"{MESSAGES}\n"
+            f"inputs = {prepares}.apply_chat_template(\n"
+            '    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"\n'
+            ").to(model.device)\n"
+            if chats
+            else f'inputs = {prepares}(text="{BEGINNING}", return_tensors="pt").to(model.device)\n'
+        )
+        + f"print({prepares}.decode(model.generate(**inputs, max_new_tokens=100)[0], skip_special_tokens=True))\n"
     )
 
 
@@ -275,8 +290,9 @@ def _of_text(rule: Rule) -> Rule:
     return text
 
 
-def _with_vllm(repo: str, loader: str) -> str:
-    return f'from vllm import LLM\n\nllm = LLM("{repo}")\n'
+def _with_vllm(repo: str, loader: str, chats: bool) -> str:
+    said = f"{MESSAGES}\nprint(llm.chat(messages)" if chats else f'print(llm.generate("{BEGINNING}")'
+    return f'from vllm import LLM\n\nllm = LLM("{repo}")\n{said}[0].outputs[0].text)\n'
 
 
 VLLM = Runtime(
@@ -312,14 +328,18 @@ def _gguf_by_llama_cpp(scheme: Scheme, kinds: LayerKinds) -> str | None:
     return f"can't be written: {why} the family {kinds.model_type}; choose another format" if why else None
 
 
-def _with_llama_cpp(repo: str, loader: str) -> str:
+def _with_llama_cpp(repo: str, loader: str, chats: bool) -> str:
     """``repo`` may end in ``:TYPE``, as llama.cpp's ``-hf`` takes it."""
     name, _, kind = repo.partition(":")
     return (
         "from llama_cpp import Llama\n\n"
         f'llm = Llama.from_pretrained("{name}", filename="*{kind}.gguf")\n'
-        'llm("Once upon a time", max_tokens=64)\n\n'
-        f"# or in a shell: llama-cli -hf {repo}\n"
+        + (
+            f'{MESSAGES}\nprint(llm.create_chat_completion(messages)["choices"][0]["message"]["content"])\n\n'
+            if chats
+            else f'print(llm("{BEGINNING}", max_tokens=64)["choices"][0]["text"])\n\n'
+        )
+        + f"# or in a shell: llama-cli -hf {repo}\n"
     )
 
 
@@ -359,11 +379,15 @@ def _mlx_by_mlx_lm(scheme: Scheme, kinds: LayerKinds) -> str | None:
     return None
 
 
-def _with_mlx_lm(repo: str, loader: str) -> str:
+def _with_mlx_lm(repo: str, loader: str, chats: bool) -> str:
+    prompt = f'prompt = "{BEGINNING}"'
+    if chats:
+        prompt = f"{MESSAGES}\nprompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)"
     return (
         "from mlx_lm import generate, load\n\n"
         f'model, tokenizer = load("{repo}")\n'
-        'print(generate(model, tokenizer, prompt="Once upon a time", max_tokens=100))\n'
+        f"{prompt}\n"
+        "print(generate(model, tokenizer, prompt=prompt, max_tokens=100))\n"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,9 @@ from workers.machine.files import read_bounded
 from workers.spec.bounded_yaml import BadYaml, parse_yaml
 from workers.spec.bounds import CARD_BYTES, printable, printable_lines
 from workers.spec.data import Calibration, Dataset
-from workers.spec.families import DEFAULT_LOADER
-from workers.spec.job import CHECKED, Job, Order, PictureCheck, RuntimeAgreement, SourceCheck, Verdict
-from workers.spec.layers import LayerKinds
-from workers.spec.recipes import BitsAndBytesRecipe, GgufRecipe, KeepRecipe, Recipe, TransformersRecipe, words
-from workers.spec.runtimes import RUNTIMES, Runtime, checkers
+from workers.spec.job import Job, Order, Verdict
+from workers.spec.runtimes import checkers
+from workers.verify.card_body import Told, body
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags")
 
@@ -29,26 +27,12 @@ INHERITED = ("license", "license_name", "license_link", "language", "pipeline_ta
 LISTS = ("license", "language", "tags")
 
 
-def render_card(
-    job: Job,
-    order: Order,
-    source: Path,
-    verdict: Verdict,
-    environment: Mapping[str, str],
-    fallbacks: tuple[str, ...],
-    kinds: LayerKinds,
-    loader: str = DEFAULT_LOADER,
-    checked: SourceCheck | None = None,
-) -> str:
-    """Render ``README.md`` of an artifact; metadata of the card in the ``source`` folder is inherited.
-
-    ``kinds`` are the kinds of the quantized layers: other runtimes' support depends on them. ``loader`` is
-    transformers' class for the family; ``checked`` is how the original was compared with what transformers loads.
-    """
+def render_card(job: Job, order: Order, source: Path, verdict: Verdict, told: Told) -> str:
+    """Render ``README.md`` of an artifact; metadata of the card in the ``source`` folder is inherited."""
     metadata = card_metadata(job, order, read_metadata(source / "README.md"), verdict)
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
-    body = _body(job, order, verdict, environment, fallbacks, kinds, loader, checked)
-    return f"---\n{front}---\n\n{printable_lines(body)}"
+    zoo = yaml.safe_dump(zoo_of(job, order), sort_keys=False, allow_unicode=True)
+    return f"---\n{front}---\n\n{printable_lines(body(job, order, verdict, told, zoo))}"
 
 
 def read_metadata(card: Path) -> dict[str, Any]:
@@ -121,122 +105,6 @@ def _model_index(job: Job, order: Order, verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _body(
-    job: Job,
-    order: Order,
-    verdict: Verdict,
-    environment: Mapping[str, str],
-    fallbacks: tuple[str, ...],
-    kinds: LayerKinds,
-    loader: str = DEFAULT_LOADER,
-    checked: SourceCheck | None = None,
-) -> str:
-    name = Path(job.model.id).name
-    recipe = order.recipe
-    repo = order.repo_id or f"{name}-{recipe.name}"
-    if isinstance(recipe, GgufRecipe):
-        repo += f":{recipe.scheme.mix.upper()}"  # the repository may have other files
-    parts = [
-        f"# {name}, {recipe.name}\n",
-        _made_of(job, recipe),
-        *_calibrated_on(job, recipe),
-        "## Measured\n",
-        _measured(verdict, _reference(job, recipe)),
-        *_source_checked(checked),
-        "## Load it\n",
-        *(_loading(runtime, recipe, repo, loader) for runtime in checkers(recipe.format, order.runtimes)),
-        *_other_runtimes(order, repo, kinds, loader),
-        "## Train on it\n",
-        _training(recipe, repo, loader),
-    ]
-    if fallbacks:
-        parts += ["## Deviations from the recipe\n", "".join(f"- {line}\n" for line in fallbacks)]
-    parts += [
-        "## Make it again\n",
-        _made_with(job, order, environment),
-        f"Fingerprint `{order.fingerprint}`; `quantmill.json` has the sha256 of every file. Made with:\n",
-        "".join(f"- {package} {version}\n" for package, version in environment.items()),
-    ]
-    return "\n".join(parts)
-
-
-def _reference(job: Job, recipe: Recipe) -> str:
-    """What the artifact was compared with."""
-    decoded = job.model.dequantize or isinstance(recipe, KeepRecipe)
-    return "the source, decoded" if decoded else "the half-precision original"
-
-
-def _made_of(job: Job, recipe: Recipe) -> str:
-    """What was made of which model."""
-    at = f"{Path(job.model.id).name} at `{job.model.revision[:12]}`"
-    if isinstance(recipe, KeepRecipe):
-        return (
-            f"{job.model.id} at `{job.model.revision[:12]}`, which is quantized in the format {recipe.source}, "
-            f"converted by quantmill to {recipe.format} without loss: the same codes, scales and zero points "
-            f"({words(recipe)}). Every decoded weight was compared with the source's, and is equal bit for bit.\n"
-        )
-    decoded = ", from what its own quantized weights decode to" if job.model.dequantize else ""
-    return f"{at}, quantized by quantmill{decoded}: {words(recipe)} (method {recipe.method}, format {recipe.format}).\n"
-
-
-def _calibrated_on(job: Job, recipe: Recipe) -> Iterator[str]:
-    if job.calibration is not None and recipe.calibrated:
-        yield f"Calibrated on {job.calibration.public.described}.\n"
-
-
-def _loading(runtime: Runtime, recipe: Recipe, repo: str, loader: str) -> str:
-    """How to load it in a runtime."""
-    needs = recipe.scheme.packages if isinstance(recipe, TransformersRecipe) else ()
-    install = " ".join([runtime.install(recipe.format), *needs])
-    return f"```\n{install}\n```\n\n```python\n{runtime.snippet(repo, loader)}```\n"
-
-
-def _other_runtimes(order: Order, repo: str, kinds: LayerKinds, loader: str) -> Iterator[str]:
-    """What is known about the runtimes that it wasn't checked in."""
-    recipe = order.recipe
-    checked = checkers(recipe.format, order.runtimes)
-    for runtime in RUNTIMES.values():
-        if runtime in checked or recipe.format not in runtime.rules:
-            continue
-        why = runtime.reads(recipe.format, recipe.scheme, kinds)
-        if why:
-            yield f"{runtime.name}: the quantized layers {why}.\n"
-        else:
-            seen = f"; files of this scheme and format were read by {runtime.tried}" if runtime.tried else ""
-            yield f"Not checked in {runtime.name}{seen}:\n\n{_loading(runtime, recipe, repo, loader)}"
-
-
-def _training(recipe: Recipe, repo: str, loader: str) -> str:
-    """How adapters are trained on it, or that they aren't."""
-    if not isinstance(recipe, BitsAndBytesRecipe):
-        return (
-            "For inference only: training on this format wasn't tried. Adapters are trained on the original, or on a "
-            "bitsandbytes artifact of it (recipes `bnb-nf4` and `bnb-int8`).\n"
-        )
-    return (
-        "Its layers pass gradients on, so that adapters can be trained on it (QLoRA, arXiv 2305.14314):\n\n"
-        "```\npip install peft\n```\n\n```python\n"
-        "from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training\n"
-        f"from transformers import {loader}\n\n"
-        f'model = {loader}.from_pretrained("{repo}")\n'
-        "model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)\n"
-        'model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", '
-        'task_type="CAUSAL_LM"))\n```\n'
-    )
-
-
-def _made_with(job: Job, order: Order, environment: Mapping[str, str]) -> str:
-    """A zoo file that makes the same artifact, and the commands to run it."""
-    zoo = yaml.safe_dump(zoo_of(job, order), sort_keys=False, allow_unicode=True)
-    version = f"=={environment['quantmill']}" if "quantmill" in environment else ""
-    local = "" if job.model.folder is None else " The model was a folder of that name, pinned by its content."
-    return (
-        f"Write this to `again.yaml`:\n\n```yaml\n{zoo}```\n\n"
-        f"```\npip install quantmill{version}\nquantmill run again.yaml\n```\n\n"
-        f"Data files are those beside the zoo file, by their names.{local}\n"
-    )
-
-
 def zoo_of(job: Job, order: Order) -> dict[str, Any]:
     """A zoo file of this one artifact, without the paths of this machine."""
     model = (
@@ -256,11 +124,27 @@ def zoo_of(job: Job, order: Order) -> dict[str, Any]:
     zoo: dict[str, Any] = {
         "name": "again",
         "models": [{**model, **flags}],
-        "recipes": [_plain(order.recipe)],
+        "recipes": [short(order.recipe)],
     }
     if job.calibration is not None and order.recipe.calibrated:
         zoo["calibration"] = _calibration(job.calibration)
     return {**zoo, "verify": verify}
+
+
+# Keys by which kinds of recipes and schemes are told apart, written also where they hold the default.
+TOLD_BY = frozenset({"name", "method", "format", "type", "engine"})
+
+
+def short(value: Any) -> Any:
+    """A value of the data model as a zoo file says it: without what is so anyway."""
+    if isinstance(value, BaseModel):
+        fields, dumped = type(value).model_fields, value.model_dump(mode="json")
+        return {
+            name: short(getattr(value, name)) if isinstance(getattr(value, name), BaseModel | tuple) else dumped[name]
+            for name, field in fields.items()
+            if name in TOLD_BY or getattr(value, name) != field.get_default(call_default_factory=True)
+        }
+    return [short(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _plain(value: BaseModel) -> dict[str, Any]:
@@ -276,68 +160,3 @@ def _calibration(calibration: Calibration) -> dict[str, Any]:
 
 def _text(dataset: Dataset) -> dict[str, Any]:
     return dataset.public.model_dump(mode="json", exclude_none=True)
-
-
-def _measured(verdict: Verdict, reference: str) -> str:
-    metrics = verdict.metrics
-    if metrics is None:
-        return "Nothing: the artifact failed before it could be measured.\n"
-    lines = [
-        f"Against {reference}, on {metrics.eval_tokens} held-out tokens:\n",
-        "| | this checkpoint | original |",
-        "|---|---|---|",
-        f"| perplexity | {metrics.perplexity:.4f} | {metrics.reference_perplexity:.4f} |",
-        f"| KL divergence, mean (p99), nats | {metrics.kl_mean:.5f} ({metrics.kl_p99:.4f}) | 0 |",
-        f"| top-1 agreement (95 % bound) | {metrics.top1_agreement:.4f} ({metrics.top1_agreement_lower:.4f}) | 1 |",
-    ]
-    lines += map(_loaded, verdict.runtimes)
-    if verdict.picture is not None:
-        lines.append(_picture(verdict.picture))
-    return "\n".join([*lines, *_continued(verdict)]) + "\n"
-
-
-def _loaded(runtime: RuntimeAgreement) -> str:
-    """What a runtime's check came to; one without its kernels says so."""
-    within = f"logits within {runtime.max_abs_logit_difference:.2g} of the measured ones"
-    on = f" on {runtime.processor}" if runtime.processor else ""
-    if runtime.verdict == CHECKED:
-        return f"\nLoaded by {runtime.name} {runtime.version}{on}: {within}."
-    return (
-        f"\nLoaded by {runtime.name} {runtime.version}'s own loader{on}; its kernels weren't run on this processor, "
-        f"and PyTorch computed with what it loaded: {within}."
-    )
-
-
-def _picture(picture: PictureCheck) -> str:
-    if picture.unchecked:
-        return f"\nNo picture was shown to it: {picture.unchecked}."
-    return (
-        f"\nA picture was shown to it and to the original in transformers {picture.version}: KL divergence on the "
-        f"{picture.tokens} tokens after it {picture.kl_mean:.5f} nats, top-1 agreement {picture.top1_agreement:.2f}."
-    )
-
-
-def _source_checked(checked: SourceCheck | None) -> list[str]:
-    """How the original was compared with what transformers loads; nothing if it wasn't."""
-    if checked is None or checked.unchecked:
-        return []
-    cut = f", of its first {checked.layers} of {checked.all_layers} layers" * (checked.layers < checked.all_layers)
-    return [
-        f"The original's reading was checked against transformers {checked.version}{cut}: logits of {checked.tokens} "
-        f"tokens within {checked.relative_logit_difference:.1g} standard deviations.\n"
-    ]
-
-
-def _continued(verdict: Verdict) -> list[str]:
-    """Greedy continuations next to the original's, up to the first differing token."""
-    if not verdict.generations:
-        return []
-    lines = ["\nGreedy continuations, the original's up to the first token that differs:\n", "```"]
-    for generation in verdict.generations:
-        same = f"{generation.same_tokens} of {generation.tokens} tokens alike"
-        lines += [
-            f"after     {generation.prompt[-80:]!r}",
-            f"this      {generation.artifact!r}",
-            f"original  {generation.reference!r} ({same})",
-        ]
-    return [*lines, "```"]

@@ -16,6 +16,7 @@ from workers.formats.kept import KeptSource, open_source
 from workers.machine.files import file_sha256, write_text
 from workers.machine.preflight import versions
 from workers.model.loading import read_config
+from workers.model.text import has_chat_template
 from workers.spec.auto_classes import is_multimodal, loader_of
 from workers.spec.data import Verification
 from workers.spec.families import family_of
@@ -27,6 +28,7 @@ from workers.spec.workspace import MANIFEST, artifact_folder, folds_folder, reco
 from workers.transfer import hub
 from workers.verify import gates, integrity, picture, undecoded
 from workers.verify.card import render_card
+from workers.verify.card_body import Told
 from workers.verify.comparison import Comparison
 
 
@@ -162,7 +164,17 @@ def _seal(
         kinds = kinds._replace(multimodal=is_multimodal(config))
     checked = about.source_check
     fallbacks = tuple(dict.fromkeys((*record.fallbacks, *about.notes)))
-    card = render_card(job, order, source_folder, verdict, environment, fallbacks, kinds, loader_of(config), checked)
+    told = Told(
+        environment,
+        kinds,
+        fallbacks,
+        loader_of(config),
+        checked,
+        record.bytes,
+        reference_bytes,
+        chats=has_chat_template(source_folder),
+    )
+    card = render_card(job, order, source_folder, verdict, told)
     write_text(folder / "README.md", card)
     files = {
         str(path.relative_to(folder)): FileEntry(sha256=file_sha256(path), size=path.stat().st_size)

@@ -1,6 +1,8 @@
 """The model card: what the Hub reads of it, and what a person can do with it."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ from pipeline.zoo import shipped
 from pipeline.zoo.zoo import Zoo
 from tests.workers import jobs
 from workers.spec.data import Dataset
-from workers.spec.job import Job, Metrics, ModelPin, Verdict
+from workers.spec.job import Generation, Job, Metrics, ModelPin, Verdict
 from workers.spec.layers import LayerKinds
 from workers.spec.runtimes import TRANSFORMERS
 from workers.verify.card import read_metadata, render_card, zoo_of
+from workers.verify.card_body import Told
 
 LLAMA = Path(__file__).parents[2] / "zoo/models/llama-tiny"
 METRICS = Metrics(
@@ -33,7 +36,8 @@ def job(recipe: str, tmp_path: Path, **model: Any) -> Job:
 
 
 def card(made: Job, source: Path, verdict: Verdict = VERDICT) -> str:
-    return render_card(made, made.orders[0], source, verdict, ENVIRONMENT, ("layer 3 in 8 bits",), LayerKinds())
+    told = Told(ENVIRONMENT, fallbacks=("layer 3 in 8 bits",), bytes=3_700_000, reference_bytes=8_400_000)
+    return render_card(made, made.orders[0], source, verdict, told)
 
 
 def source(tmp_path: Path, front: str) -> Path:
@@ -110,7 +114,8 @@ def test_what_it_says_makes_the_same_recipe_again(tmp_path: Path, recipe: str) -
     else:
         assert zoo.calibration is None
     assert zoo.verify.tokens == 512
-    assert "pip install quantmill==0.1.0\nquantmill run again.yaml" in text
+    assert "With quantmill 0.1.0 installed from its repository, `quantmill run again.yaml` makes it" in text
+    assert "pip install quantmill" not in text
 
 
 @pytest.mark.parametrize(
@@ -129,7 +134,7 @@ def test_what_it_says_makes_the_same_recipe_again(tmp_path: Path, recipe: str) -
 def test_how_to_load_it(tmp_path: Path, recipe: str, kinds: LayerKinds, in_vllm: bool) -> None:
     made = job(recipe, tmp_path)
     order = made.orders[0].model_copy(update={"repo_id": "acme/llama-w4"})
-    text = render_card(made, order, tmp_path, VERDICT, ENVIRONMENT, (), kinds)
+    text = render_card(made, order, tmp_path, VERDICT, Told(ENVIRONMENT, kinds))
     assert 'AutoModelForCausalLM.from_pretrained("acme/llama-w4")' in text
     assert TRANSFORMERS.install(order.recipe.format) in text
     assert ('LLM("acme/llama-w4")' in text) is in_vllm
@@ -143,3 +148,32 @@ def test_no_path_of_the_machine_is_in_it(tmp_path: Path) -> None:
     assert str(LLAMA.parent) not in text
     assert zoo_of(made, made.orders[0])["models"] == [{"id": "llama-tiny"}]
     assert "layer 3 in 8 bits" in text
+
+
+def test_it_says_what_a_reader_looks_for_first(tmp_path: Path) -> None:
+    made = job("gptq-w4-g128", tmp_path)
+    other = made.orders[0].model_copy(update={"repo_id": "acme/other", "recipe": shipped.recipe("bnb-nf4")})
+    made = made.model_copy(update={"orders": (made.orders[0].model_copy(update={"repo_id": "acme/this"}), other)})
+    text = card(made, tmp_path)
+    assert "| weights | 3.7 MB (44 %) | 8.4 MB |" in text
+    assert "| perplexity (recovered) | 20.0324 (99.34 %) | 19.9000 |" in text
+    assert "![KL divergence: 0.0031 nats](https://img.shields.io/badge/KL%20divergence-0.0031%20nats-info" in text
+    assert "badge/format-compressed--tensors-" in text
+    assert "- `acme/other`: NF4" in text
+    assert "`acme/this`" not in text
+
+
+def test_continuations_are_text_whatever_they_hold(tmp_path: Path) -> None:
+    said = {"prompt": "a\n```", "artifact": " b ```` c", "reference": " b ` d", "same_tokens": 1, "tokens": 4}
+    verdict = VERDICT.model_copy(update={"generations": (Generation.model_validate(said),)})
+    text = card(job("bnb-nf4", tmp_path), tmp_path, verdict)
+    assert "1 of 4 tokens alike:\n\n`````text\na\n```\n→ b ```` c\noriginal → b ` d\n`````\n" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chats", [True, False])
+def test_the_code_for_transformers_runs(chats: bool, tmp_path: Path) -> None:
+    code = TRANSFORMERS.snippet(str(LLAMA), "AutoModelForCausalLM", chats)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.strip()) > 20

@@ -11,10 +11,10 @@ import pytest
 from tests.workers import jobs
 from workers.quantize.one_pass import quantize
 from workers.spec.job import LOADER_CHECKED, Job, Metrics, ReasonCode, RuntimeAgreement, Verdict
-from workers.spec.layers import LayerKinds
 from workers.spec.runtimes import RUNTIMES, TRANSFORMERS
 from workers.verify import gates
 from workers.verify.card import render_card, zoo_of
+from workers.verify.card_body import Told
 from workers.verify.runtimes import reply, transformers
 from workers.verify.stage import verify
 
@@ -92,7 +92,7 @@ def test_the_card_names_what_was_checked_and_what_only_reads_it(tmp_path: Path) 
         top1_agreement_lower=0.9, perplexity_ratio_upper=1, eval_tokens=512,
     )  # fmt: skip
     verdict = Verdict.model_validate({"accepted": True, "reasons": (), "metrics": metrics, "runtime": found})
-    text = render_card(job, order, tmp_path, verdict, {}, (), LayerKinds())
+    text = render_card(job, order, tmp_path, verdict, Told({}))
     own = "Loaded by vLLM 0.32.0's own loader on x86_64 with AVX2; its kernels weren't run on this processor"
     assert own in text
     assert 'LLM("acme/llama")' in text
