@@ -55,6 +55,9 @@ def _short(need: str) -> str:
 @click.command()
 @click.argument("model")
 @MEMORY
+@click.option(
+    "--gpu", metavar="NAME", help="A card that it will run on, as L4 or 'RTX 4090': its memory, its arithmetic."
+)
 @RUNTIME
 @USE
 @click.option(
@@ -63,7 +66,14 @@ def _short(need: str) -> str:
 @JSON
 @OUT
 def recommend(
-    model: str, memory: str | None, runtime: str | None, use: Use, everything: bool, as_json: bool, out: Path
+    model: str,
+    memory: str | None,
+    gpu: str | None,
+    runtime: str | None,
+    use: Use,
+    everything: bool,
+    as_json: bool,
+    out: Path,
 ) -> None:
     """Say which recipes suit MODEL (a folder, or org/name), why, what they take, and what they cost in quality.
 
@@ -73,9 +83,10 @@ def recommend(
     from pipeline.env_builder import in_words
     from pipeline.planning import choosing
 
-    room = choosing.memory_bytes(memory) if memory else None
+    card = choosing.card(gpu) if gpu else None
+    room = choosing.memory_bytes(memory) if memory else card.memory if card else None
     source = choosing.source(model, Path.cwd())
-    found = choosing.choose(source, room, runtime, use, choosing.measured_of(model, [out]))
+    found = choosing.choose(source, room, runtime, use, choosing.measured_of(model, [out]), card)
     if as_json:
         print_json([one.model_dump(mode="json") for one in found])
         return
@@ -83,8 +94,8 @@ def recommend(
     if not fitting:
         least = min(found, key=lambda one: one.bytes)
         click.echo(
-            f"nothing fits {memory}: the smallest, {least.recipe}, takes {in_words(least.bytes)} and a tenth for "
-            "the rest; take a smaller model, or more memory"
+            f"nothing fits {memory or gpu}: the smallest, {least.recipe}, takes {in_words(least.bytes)} and a tenth "
+            "for the rest; take a smaller model, or more memory"
         )
         return
     shown = [

@@ -16,6 +16,7 @@ from pipeline.zoo.zoo import ModelEntry
 from workers.errors import CheckpointError, ZooError
 from workers.spec.base import Frozen
 from workers.spec.bounds import MANIFEST_BYTES, parse_json
+from workers.spec.cards import Card, card_named, lacks
 from workers.spec.recipes import KeepRecipe
 from workers.spec.runtimes import runtime_named
 
@@ -46,6 +47,18 @@ def memory_bytes(size: str) -> int:
     return found
 
 
+def card(name: str) -> Card:
+    """The card of a name.
+
+    Raises:
+        ZooError: it isn't known.
+    """
+    try:
+        return card_named(name)
+    except ValueError as error:
+        raise ZooError(f"--gpu: {error}") from None
+
+
 def source(model: str, here: Path) -> PinnedModel:
     """A model, pinned, with the headers of its weight files; a folder is relative to ``here``.
 
@@ -61,9 +74,16 @@ def source(model: str, here: Path) -> PinnedModel:
 
 
 def choose(
-    source: PinnedModel, memory: int | None, runtime: str | None, use: Use, measured: Mapping[str, Measured]
+    source: PinnedModel,
+    memory: int | None,
+    runtime: str | None,
+    use: Use,
+    measured: Mapping[str, Measured],
+    card: Card | None = None,
 ) -> list[Recommendation]:
     """The shipped recipes that the model can be made by, best first; those that don't fit the memory come last.
+
+    ``card``: those alone whose arithmetic it has.
 
     Raises:
         ZooError: the runtime is unknown, or no shipped recipe serves the use in it.
@@ -74,6 +94,7 @@ def choose(
         shipped_recipes = [shipped.recipe(name) for name in shipped.recipe_names()]
         recipes = [recipe for recipe in shipped_recipes if not isinstance(recipe, KeepRecipe)]
         able = [recipe for recipe in recipes if not any(fitting.recipe_problems(source, recipe, named))]
+        able = [recipe for recipe in able if card is None or lacks(card, recipe) is None]
         sizes = {recipe.name: sizing.artifact_bytes(source, recipe) for recipe in able}
         found = recommend(count, memory, runtime, use, able, measured, sizes)
     except ValueError as error:

@@ -5,14 +5,17 @@ import re
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.cli.main import main
 from pipeline.cli.options import that_fit
 from pipeline.planning import catalog, choosing
 from pipeline.zoo import shipped
 from tests.pipeline.cli.terminal import answered, quantmill
 from tests.pipeline.runs import MODELS
+from workers.spec import cards
 
 LLAMA = str(MODELS / "llama-tiny")
 
@@ -108,3 +111,28 @@ def test_columns_are_dropped_only_where_they_do_not_fit(widths: list[int], width
     assert total <= width or len(shown) == 1
     if len(shown) < len(columns):
         assert total + 2 + taken[len(shown)] > width
+
+
+@pytest.mark.parametrize(
+    ("name", "has", "lacks"),
+    [
+        ("v100", set(), {"w8a8-int8", "fp8-dynamic", "fp8-block", "nvfp4-w4a4", "mxfp8"}),
+        ("NVIDIA A100-80", {"w8a8-int8", "gptq-w4-g128", "nvfp4"}, {"fp8-dynamic", "nvfp4-w4a4", "mlx-w4-g64"}),
+        ("geforce rtx4090", {"fp8-dynamic", "gguf-q4_k_m"}, {"nvfp4-w4a4", "mxfp8"}),
+        ("B200", {"fp8-dynamic", "nvfp4-w4a4", "mxfp8"}, {"mlx-mxfp4"}),
+    ],
+)
+def test_a_card_has_the_arithmetic_of_its_kind(name: str, has: set[str], lacks: set[str]) -> None:
+    card = cards.card_named(name)
+    assert all(cards.lacks(card, shipped.recipe(recipe)) is None for recipe in has)
+    assert all(card.name in (cards.lacks(card, shipped.recipe(recipe)) or "") for recipe in lacks)
+
+
+def test_a_card_stands_for_its_memory(tmp_path: Path) -> None:
+    asked = ["recommend", str(MODELS / "llama-tiny"), "--json", "--all", "--out", str(tmp_path)]
+    found = {one["recipe"] for one in json.loads(CliRunner().invoke(main, [*asked, "--gpu", "T4"]).output)}
+    assert "gptq-w4-g128" in found
+    assert not found & {"fp8-dynamic", "mlx-w4-g64", "nvfp4-w4a4"}
+    said = CliRunner().invoke(main, [*asked, "--gpu", "H10"])
+    assert said.exit_code == 2
+    assert "did you mean 'H100'? known are V100" in said.output
