@@ -11,8 +11,8 @@ LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 # Parts of names, before a layer's number, of what isn't the text model's decoder: towers for images, video and sound,
 # what projects their features, speech synthesis, prediction heads. Learnt from the classes of transformers 5.23.
 BESIDE = re.compile(
-    r"^blocks$|(^|[._])(vision|visual|vit|vpm|image|images|video|audio|speech|sound|acoustic|semantic|conformer|"
-    r"whisper|sam|vqmodel|vq|qformer|resampler|perceiver|projectors?|projection|qwen2_model|connector|adapter|adaptor|"
+    r"^blocks$|^mlp1(?=\.|$)|(^|[._])(vision|visual|vit|vpm|image|images|video|audio|speech|sound|acoustic|semantic|"
+    r"conformer|whisper|sam|vqmodel|vq|qformer|resampler|perceiver|projectors?|projection|qwen2_model|connector|adapter|adaptor|"
     r"aligner|merger|abstractor|talker|code_predictor|code2wav|token2wav|mtp|eagle)(?=[._\d]|model|tower|encoder|$)"
 )
 # Layers, as in 0-3,-1: numbers, and ranges with both ends; negative ones from the end.
