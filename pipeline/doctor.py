@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline import registry
+from pipeline.planning.automatic import load
 from pipeline.zoo import shipped
 from pipeline.zoo import zoo as zoos
 from workers.errors import PreflightError, QuantmillError, ZooError
@@ -26,7 +27,7 @@ def recipes(names: Sequence[str], zoo: Path | None) -> list[Recipe]:
     """
     if zoo is None:
         return [shipped.recipe(name) for name in names or shipped.recipe_names()]
-    by_name = {recipe.name: recipe for recipe in zoos.load(zoo).resolved_recipes}
+    by_name = {recipe.name: recipe for recipe in load(zoo).resolved_recipes}
     if unknown := sorted(set(names) - set(by_name)):
         raise ZooError(
             f"{zoo}: has no recipe {unknown[0]!r}; {meant(unknown[0], by_name)}it has {', '.join(by_name)}; name one"
@@ -53,7 +54,7 @@ def facts(python: str | Path, out: Path) -> MachineFacts:
 
 def runtimes(zoo: Path | None) -> tuple[str, ...]:
     """The runtimes that a zoo file names for its checks; none without one."""
-    return () if zoo is None else zoos.load(zoo).verify.runtimes or ()
+    return () if zoo is None else load(zoo).verify.runtimes or ()
 
 
 def examine(
@@ -81,7 +82,7 @@ def zoo_problems(zoo: Path, out: Path) -> list[str]:
     Raises:
         ZooError: the zoo is invalid.
     """
-    publish, found = zoos.load(zoo).publish, list[str]()
+    publish, found = load(zoo).publish, list[str]()
     if publish is not None and publish.endpoint != zoos.LOOPBACK:
         try:
             endpoint = hub.normalized(publish.endpoint)

@@ -7,9 +7,9 @@ from typing import Any
 
 from pipeline.checking import ask
 from pipeline.planning import sources
+from pipeline.planning.automatic import load
 from pipeline.planning.configs import positions
 from pipeline.zoo import shipped
-from pipeline.zoo import zoo as zoos
 from pipeline.zoo.zoo import Zoo
 from workers.errors import ZooError
 from workers.spec.base import meant
@@ -31,7 +31,7 @@ def sample(
     Raises:
         QuantmillError: no such set or model, or text that can't be read.
     """
-    zoo = zoos.load(zoo_file)
+    zoo = load(zoo_file)
     calibration = _calibration(name, zoo)
     ids = [entry.id for entry in zoo.models]
     if model is not None and model not in ids:

@@ -32,10 +32,10 @@ from pipeline.fleet.scheduler import Driver
 from pipeline.fleet.sites import RunWatcher
 from pipeline.fleet.steps import Step
 from pipeline.planning import plan as planning
+from pipeline.planning.automatic import load as load_zoo
 from pipeline.planning.plan import Plan
 from pipeline.report import results as contract
 from pipeline.report.ledger import Attempt, Ledger
-from pipeline.zoo import zoo as zoos
 from pipeline.zoo.zoo import LOOPBACK, Zoo
 from workers.errors import ZooError
 from workers.spec.base import meant
@@ -103,7 +103,9 @@ def run_zoo(
 ) -> Finished:
     """Run a zoo file, from reading it to its results; the webhook is called whatever comes of it. Raises nothing."""
     folder = zoo_path.resolve().parent
-    return run_loaded(zoo_path.stem, lambda: zoos.load(zoo_path), folder, out, address, webhook, screen, strict=strict)
+    return run_loaded(
+        zoo_path.stem, lambda: load_zoo(zoo_path, out), folder, out, address, webhook, screen, strict=strict
+    )
 
 
 def run_loaded(

@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.planning.automatic import load as _load
 from pipeline.planning.catalog import CatalogRow, catalog
 from pipeline.planning.plan import Plan
 from pipeline.report.results import INTERRUPTED, Results
@@ -127,7 +128,7 @@ def _loaded(zoo: AnyZoo) -> tuple[Zoo, Path]:
         return zoo, Path.cwd()
     if isinstance(zoo, Mapping):
         return _zoos.check(dict(zoo), "zoo"), Path.cwd()
-    return _zoos.load(Path(zoo)), Path(zoo).resolve().parent
+    return _load(Path(zoo)), Path(zoo).resolve().parent
 
 
 class _Silent:

@@ -50,10 +50,10 @@ def run(
 ) -> None:
     """Make, verify and publish what the zoo file ZOO asks for and doesn't stand there yet."""
     from pipeline import session
-    from pipeline.zoo import zoo as zoos
+    from pipeline.planning.automatic import load
 
     if dry_run:
-        loaded = zoos.load(zoo)
+        loaded = load(zoo, out)
         with session.destination(loaded, out, address) as endpoint:
             session.check_endpoint(loaded, endpoint)
             planned = session.make_plan(loaded, zoo, out, endpoint, strict=strict)
@@ -91,9 +91,9 @@ def plan(zoo: Path, out: Path, address: str | None, strict: bool, as_json: bool,
     """Show what would be made, what is skipped and why, with sizes and memory, and what fits on no node."""
     from pipeline import session
     from pipeline.fleet import feasibility
-    from pipeline.zoo import zoo as zoos
+    from pipeline.planning.automatic import load
 
-    loaded = zoos.load(zoo)
+    loaded = load(zoo, out)
     with session.destination(loaded, out) as endpoint:
         session.check_endpoint(loaded, endpoint)
         planned = session.make_plan(loaded, zoo, out, endpoint, strict=strict)

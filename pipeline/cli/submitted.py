@@ -32,13 +32,13 @@ def submit(zoo: Path, address: str, out: str, follow: bool, shared: tuple[Path, 
 
     Tokens are not: HF_TOKEN has to be set where Ray was started on the cluster's nodes.
     """
+    from pipeline.planning.automatic import load
     from pipeline.submit import parcel, submit
     from pipeline.submit.ray_jobs import JobsClient
-    from pipeline.zoo import zoo as zoos
     from workers.errors import TransientError
     from workers.spec.bounds import printable_lines
 
-    loaded = zoos.load(zoo)
+    loaded = load(zoo)
     submit.check(loaded, out)
     packed = parcel.pack(loaded, zoo, shared)
     for note in packed.notes:

@@ -34,8 +34,8 @@ class Measured(Frozen):
     run: str
 
 
-def memory_bytes(size: str) -> int:
-    """Bytes of a size in words, as 16GiB, 24GB or 512M.
+def memory_bytes(size: str, where: str = "--memory") -> int:
+    """Bytes of a size in words, as 16GiB, 24GB or 512M; ``where`` begins the message of what isn't one.
 
     Raises:
         ZooError: it isn't one.
@@ -43,12 +43,12 @@ def memory_bytes(size: str) -> int:
     match = SIZE.match(size)
     found = round(float(match.group(1)) * UNITS[(match.group(2) or "").lower()]) if match else 0
     if found < 2**20:
-        raise ZooError(f"--memory: got {size!r}, expected a size of at least 1 MiB; write it as 16GiB or 24GB")
+        raise ZooError(f"{where}: got {size!r}, expected a size of at least 1 MiB; write it as 16GiB or 24GB")
     return found
 
 
-def card(name: str) -> Card:
-    """The card of a name.
+def card(name: str, where: str = "--gpu") -> Card:
+    """The card of a name; ``where`` begins the message where it isn't known.
 
     Raises:
         ZooError: it isn't known.
@@ -56,7 +56,7 @@ def card(name: str) -> Card:
     try:
         return card_named(name)
     except ValueError as error:
-        raise ZooError(f"--gpu: {error}") from None
+        raise ZooError(f"{where}: {error}") from None
 
 
 def source(model: str, here: Path) -> PinnedModel:

@@ -242,14 +242,36 @@ NamedOrDefined = Annotated[
 ]
 
 
+# In place of a list of recipes: they are chosen for each model by the budget.
+AUTO = "auto"
+
+
+class Budget(Frozen):
+    """What artifacts may take, and what for: by which recipes are chosen where a zoo says `recipes: auto`."""
+
+    memory: str | None = Field(None, description="Of the card or machine that models will run on, as 16GiB or 24GB.")
+    gpu: str | None = Field(
+        None, description="The card, as L4 or RTX 4090: its memory, and the arithmetic that it has."
+    )
+    runtime: str | None = Field(None, description="What will load them: transformers, vLLM, llama.cpp or mlx-lm.")
+    use: Literal["inference", "qlora", "production"] = Field(
+        "inference",
+        description="inference: the least loss that fits; qlora: adapters are trained on it; production: eight bits.",
+    )
+    best: int = Field(1, ge=1, description="Recipes of each model.")
+
+
 class Zoo(Frozen):
     """A zoo: every model under every recipe."""
 
     name: str = Field(pattern=SLUG.pattern, max_length=64, description="Of the zoo, in the names of its runs.")
     models: tuple[ModelEntry, ...] = Field(min_length=1, description="What is quantized.")
     recipes: tuple[NamedOrDefined, ...] = Field(
-        min_length=1, description="How: names of shipped recipes (`quantmill recipes`), or definitions in place."
+        min_length=1,
+        description="How: names of shipped recipes (`quantmill recipes`), or definitions in place; or auto: the best "
+        "for each model within the budget.",
     )
+    budget: Budget | None = Field(None, description="By which recipes: auto chooses.")
     calibration: Calibration | None = Field(
         None, description="What calibrated recipes learn from; the name of a set will do. Left out: the set general."
     )
@@ -263,6 +285,13 @@ class Zoo(Frozen):
     storage: str | None = Field(
         None, description="A folder or URL that all nodes see: what is made is kept there until it's published."
     )
+
+    @field_validator("recipes", mode="before")
+    @classmethod
+    def _chosen_already(cls, value: object) -> object:
+        if value == AUTO:
+            raise ValueError("auto: recipes are chosen by the plan, got no budget's choice; give the zoo as a file")
+        return value
 
     @field_validator("calibration", mode="before")
     @classmethod

@@ -40,7 +40,8 @@ def card_named(name: str) -> Card:
     known = {_plain(card): card for card in CARDS}
     if found := known.get(_plain(name)):
         return CARDS[found]
-    raise ValueError(f"unknown card, got {name!r}; {meant(name, CARDS)}known are {', '.join(CARDS)}; or give --memory")
+    known_names = ", ".join(CARDS)
+    raise ValueError(f"unknown card, got {name!r}; {meant(name, CARDS)}known are {known_names}; or give the memory")
 
 
 def _plain(name: str) -> str:
