@@ -232,8 +232,6 @@ def _ct_by_vllm(scheme: Scheme, kinds: LayerKinds) -> str | None:
             )
         case IntScheme(bits=bits, activations="none") if bits not in (4, 8):
             return f"have {bits} bits, and vLLM has kernels of its own for 4 and 8"
-        case MicroscalingScheme() if scheme.activations == "dynamic" or scheme.type == "mxfp8":
-            return f"are {scheme.type} with rounded inputs, for which quantmill has no arithmetic to check vLLM's by"
     return _not_conv1d(scheme, kinds)
 
 

@@ -17,12 +17,12 @@ from tests.workers import jobs
 from workers.formats.decoded import Decoded, open_decoded
 from workers.quantize.one_pass import quantize
 from workers.spec.schemes import IntScheme
-from workers.verify.runtimes import vllm_loading, vllm_reference
+from workers.verify.runtimes import vllm_loading, vllm_reference, vllm_rounding
 from workers.verify.runtimes.vllm_stored import stored_problems
 
 LLAMA = jobs.ZOO / "models" / "llama-tiny"
 RECIPES = ("rtn-w4-g128", "gptq-w3-g128", "gptq-w8-g128", "awq-w4-g128-gemm", "fp8-block", "fp8-dynamic", "w8a8-int8",
-           "nvfp4", "mxfp4")  # fmt: skip
+           "nvfp4", "mxfp4", "mxfp8")  # fmt: skip
 
 
 @given(bits=st.integers(2, 8), seed=st.integers(0, 1 << 30), words=st.integers(1, 3))
@@ -105,9 +105,9 @@ def test_a_fused_layer_has_the_scale_that_vllm_keeps() -> None:
 def test_unknown_parameters_are_refused() -> None:
     with pytest.raises(NotImplementedError, match=r"\['codes'\] are of no format"):
         vllm_reference.decoded({"codes": torch.zeros(1)}, own_of(None), [1])
-    given_ = SimpleNamespace(type="float", num_bits=4, strategy="tensor_group", dynamic=True, group_size=16)
-    with pytest.raises(NotImplementedError, match="activations of 4 bits"):
-        vllm_reference.rounding_of(given_, {})
+    given_ = SimpleNamespace(type="float", num_bits=6, strategy="tensor_group", dynamic=True, group_size=16)
+    with pytest.raises(NotImplementedError, match="activations of 6 bits"):
+        vllm_rounding.rounding_of(given_, {})
 
 
 class Layer(torch.nn.Module):
