@@ -100,9 +100,9 @@ class Format:
 
 def _ct_holds(scheme: Scheme) -> bool:
     match scheme:
-        case IntScheme(symmetric=symmetric):
-            # transformers 5.23 fails to load asymmetric pack-quantized (weight_zero_point size mismatch).
-            return symmetric
+        case IntScheme():
+            # Runtimes have kernels for zero points of these widths alone (vLLM).
+            return scheme.symmetric or scheme.bits in (4, 8)
         case Float8Scheme(scales=scales):
             return scales != "block"
         case _:
@@ -120,10 +120,12 @@ def _ct_stored(scheme: Scheme, weight: TensorHeader) -> list[TensorHeader]:
     match scheme:
         case IntScheme(bits=bits) if _ct_without_weight(scheme):
             groups = columns // (scheme.group_size or columns)
+            zeros = [TensorHeader("weight_zero_point", (-(-rows * bits // 32), groups), "I32")]
             return [
                 TensorHeader("weight_packed", (rows, -(-columns * bits // 32)), "I32"),
                 TensorHeader("weight_scale", (rows, groups), weight.dtype),
                 TensorHeader("weight_shape", (2,), "I64"),
+                *(zeros if not scheme.symmetric else []),
             ]
         case IntScheme():
             scale = TensorHeader("weight_scale", (rows, 1), weight.dtype)
@@ -163,8 +165,8 @@ def _ct_group_family(group: Mapping[str, Any], form: str) -> str:
 
 COMPRESSED_TENSORS = Format(
     name="compressed-tensors",
-    says="symmetric int of 2 to 8 bits, a scheme of its own for each layer, int8 activations, fp8 with scales for each "
-    "tensor or channel, mxfp4, mxfp8 and nvfp4",
+    says="symmetric int of 2 to 8 bits, asymmetric of 4 or 8 (for vLLM alone), a scheme of its own for each layer, "
+    "int8 activations, fp8 with scales for each tensor or channel, mxfp4, mxfp8 and nvfp4",
     holds=_ct_holds,
     stored=_ct_stored,
     declares=lambda config: config.get("quant_method") == "compressed-tensors",

@@ -145,6 +145,12 @@ def _gptq_by_transformers(scheme: Scheme, kinds: LayerKinds) -> str | None:
 
 
 def _ct_by_transformers(scheme: Scheme, kinds: LayerKinds) -> str | None:
+    if isinstance(scheme, IntScheme) and not scheme.symmetric:
+        return (
+            "have zero points, for which transformers makes tensors of another size than compressed-tensors packs them "
+            "to (weight_zero_point: size mismatch); choose symmetric: true, another format, or have vLLM alone check "
+            "it (verify: {runtimes: [vllm]})"
+        )
     if isinstance(scheme, MicroscalingScheme) and kinds.dtype not in ("", "BF16"):
         return (
             f"are {scheme.type}, which transformers decodes to bfloat16, and the model's other tensors are "

@@ -29,6 +29,10 @@ from workers.verify.runtimes.ask import ask
 from workers.verify.stage import verify
 
 CACHED = shipped.recipe("rtn-w4-g128").model_copy(update={"kv_cache": "fp8", "name": "cached"})
+ASYMMETRIC = [
+    jobs.recipe(name=f"asymmetric-{bits}", method="rtn", scheme={"bits": bits, "group_size": 128, "symmetric": False})
+    for bits in (4, 8)
+]
 IN_MIXTURES = ("gptq-w4-g128", "fp8-block", "mxfp4-w4a4")
 
 
@@ -53,13 +57,16 @@ FOUR_BIT_INPUTS = jobs.LOOSE.model_copy(update={"runtime_logit_difference": 0.3}
 def of(model: str) -> list[str]:
     """The shipped recipes that the plan makes of a model for vLLM."""
     source = sources.resolve(ModelEntry(id=model), jobs.ZOO / "models")
-    chosen = [recipe for recipe in map(shipped.recipe, shipped.recipe_names()) if recipe.format in VLLM.rules]
+    shipped_ones = map(shipped.recipe, shipped.recipe_names())
+    chosen = [recipe for recipe in shipped_ones if recipe.format in VLLM.rules and recipe.method != "keep"]
     fitting_both = [r for r in chosen if not list(fitting.recipe_problems(source, r, ("transformers", VLLM.name)))]
     return [recipe.name for recipe in fitting_both]
 
 
 def made_of(model: str, workspace: Path, recipes: list[Recipe]) -> Job:
     job = jobs.job(jobs.ZOO / "models" / model, workspace, *map(jobs.quick, recipes), samples=4)
+    orders = tuple(order.model_copy(update={"runtimes": (VLLM.name,)}) for order in job.orders)
+    job = job.model_copy(update={"orders": orders})
     made, _ = quantize(job, jobs.ZOO / "models" / model)
     assert [artifact.error for artifact in made if artifact.error] == []
     loose = (
@@ -73,13 +80,13 @@ def made_of(model: str, workspace: Path, recipes: list[Recipe]) -> Job:
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    recipes = [*map(shipped.recipe, of("llama-tiny")), CACHED]
+    recipes = [*map(shipped.recipe, of("llama-tiny")), CACHED, *ASYMMETRIC]
     return made_of("llama-tiny", tmp_path_factory.mktemp("dense"), recipes)
 
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    recipes = [shipped.recipe(name) for name in IN_MIXTURES]
+    recipes = [*map(shipped.recipe, IN_MIXTURES), ASYMMETRIC[0]]
     return made_of("qwen3-moe-tiny", tmp_path_factory.mktemp("mixture"), recipes)
 
 
@@ -88,7 +95,7 @@ def in_vllm(job: Job, recipe: str) -> Verdict:
     return verify(job, order, Path(job.model.folder or "")).verdict
 
 
-@pytest.mark.parametrize("recipe", [*of("llama-tiny"), CACHED.name])
+@pytest.mark.parametrize("recipe", [*of("llama-tiny"), CACHED.name, *(recipe.name for recipe in ASYMMETRIC)])
 def test_each_recipe_that_vllm_reads_is_loaded_by_it(recipe: str, dense: Job) -> None:
     verdict = in_vllm(dense, recipe)
     assert verdict.accepted, verdict.reasons
@@ -102,7 +109,7 @@ def test_each_recipe_that_vllm_reads_is_loaded_by_it(recipe: str, dense: Job) ->
         assert bool(verdict.runtime.kernels) is (recipe not in NATIVE)
 
 
-@pytest.mark.parametrize("recipe", IN_MIXTURES)
+@pytest.mark.parametrize("recipe", [*IN_MIXTURES, ASYMMETRIC[0].name])
 def test_a_mixtures_experts_are_loaded_by_it(recipe: str, mixture: Job) -> None:
     verdict = in_vllm(mixture, recipe)
     assert verdict.accepted, verdict.reasons
