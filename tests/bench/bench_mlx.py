@@ -1,6 +1,7 @@
 """Measure MLX artifacts beside ``mlx_lm.convert`` at the same bits: KL to the source, both run in mlx-lm.
 
-``python -m tests.bench.bench_mlx llama-tiny qwen3-moe-tiny``; needs the environment mlx (`quantmill env create mlx`).
+``python -m tests.bench.bench_mlx llama-tiny qwen3-moe-tiny mlx-nvfp4`` (recipes: all, if none is named); needs the
+environment mlx (`quantmill env create mlx`).
 The held-out text, its tokens and the reference's logits are those of a verification.
 """
 
@@ -46,6 +47,7 @@ PAIRS: dict[str, dict[str, Any]] = {
     "mlx-w8-g64": {"q_bits": 8, "q_group_size": 64},
     "mlx-mixed-4-6": {"quant_predicate": "mixed_4_6"},
     "mlx-mxfp4": {"q_mode": "mxfp4", "q_bits": 4, "q_group_size": 32},
+    "mlx-nvfp4": {"q_mode": "nvfp4", "q_bits": 4, "q_group_size": 16},
 }
 
 
@@ -113,6 +115,7 @@ def _kl(reference: Tensor, logits: Tensor) -> float:
 if __name__ == "__main__":
     print("| model | recipe | KL | KL of convert | ratio | MB | MB of convert | s | s of convert |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for wanted in sys.argv[1:] or ["llama-tiny", "qwen3-moe-tiny"]:
-        for line in rows(wanted, PAIRS):
+    named = {name: PAIRS[name] for name in sys.argv[1:] if name in PAIRS}
+    for wanted in [name for name in sys.argv[1:] if name not in PAIRS] or ["llama-tiny", "qwen3-moe-tiny"]:
+        for line in rows(wanted, named or PAIRS):
             print(line, flush=True)

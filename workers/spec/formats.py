@@ -59,6 +59,7 @@ class Format:
 
     ``settings`` are the keys of config.json that its readers need beside the source's and ``quantization_config``, from
     all of those. ``outside``: embeddings and head can be quantized. ``real_zeros``: zero points are stored as biases.
+    ``tensor_scales``: nvfp4's scale of a whole tensor is stored; without it, a group's scale is what E4M3 holds.
     ``place`` says of a model_type and the name of a tensor or module in the source where it is stored, if it is one of
     several in a stack. ``keeps``: integers of a source that is quantized already can be written as they are
     (``spec.kept``).
@@ -87,6 +88,7 @@ class Format:
     file_bytes: Callable[[Scheme, Iterable[tuple[str, tuple[int, int], int]], Mapping[str, Any]], int] | None = None
     lists_unquantized: bool = False
     real_zeros: bool = False
+    tensor_scales: bool = True
     outside: bool = False
     settings: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
     place: Callable[[str, str], mlx.Place | None] = lambda model_type, name: None
@@ -381,7 +383,7 @@ GGUF = Format(
 
 def _mlx_holds(scheme: Scheme) -> bool:
     if isinstance(scheme, MicroscalingScheme):
-        return scheme.type == "mxfp4" and scheme.activations == "none"
+        return scheme.type in ("mxfp4", "nvfp4") and scheme.activations == "none"
     plain = _plain_int(scheme)
     return plain is not None and plain.bits in (2, 3, 4, 5, 6, 8)
 
@@ -413,7 +415,7 @@ def _mlx_mode_family(given: Mapping[str, Any]) -> str:
 MLX = Format(
     name="mlx",
     says="int of 2, 3, 4, 5, 6 or 8 bits, symmetric or not, in groups of 32, 64 or 128, a scheme of its own for each "
-    "layer, and mxfp4",
+    "layer, mxfp4 and nvfp4",
     holds=_mlx_holds,
     stored=_mlx_stored,
     # mlx-lm names no quantizer.
@@ -423,6 +425,7 @@ MLX = Format(
     container="mlx-shards",
     group_sizes=(32, 64, 128),
     real_zeros=True,
+    tensor_scales=False,
     outside=True,
     settings=mlx.settings,
     place=mlx.place,

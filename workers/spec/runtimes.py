@@ -347,9 +347,11 @@ def _mlx_by_mlx_lm(scheme: Scheme, kinds: LayerKinds) -> str | None:
             f"{_formats([COMPRESSED_TENSORS.name])}"
         )
     if kinds.model_type and kinds.model_type not in mlx.FAMILIES:
+        others = [name for name in formats_that_hold(scheme) if name != MLX.name]
+        read = [name for name in others if checking(name).reads(name, scheme, kinds) is None]
         return (
             f"are of the family {kinds.model_type}, for which mlx-lm {mlx.VERSION} has no model; choose "
-            f"{_formats([name for name in formats_that_hold(scheme) if name != MLX.name] or [COMPRESSED_TENSORS.name])}"
+            f"{_formats(read or [COMPRESSED_TENSORS.name])}"
         )
     if kinds.conv1d:
         return (
