@@ -134,7 +134,7 @@ def in_process(checkpoint: Path, workspace: Path) -> tuple[str, ...]:
     """The problems that vLLM's process names, whatever our own decoder says."""
     tokens = torch.arange(32).reshape(1, 32)
     request = RuntimeRequest(artifact=str(checkpoint), scratch=str(workspace))
-    return ask(VLLM, request, tokens, tokens).problems
+    return ask(VLLM, request, tokens, tokens.clone()).problems
 
 
 Edit = Callable[[dict[str, Any]], None]
