@@ -3,8 +3,8 @@
 python -m tests.zoo.runtimes [--runtime NAME] [--recipe NAME] [--model NAME] [--missing]     (make runtimes)
 
 With --missing, what stands in docs/runtimes.json isn't measured again. Runtimes whose environment isn't built here are
-left out, and what was written of them before is kept. Artifacts are made in haste: what is measured is how they load, not
-how good they are.
+left out, and what was written of them before is kept. Artifacts are made in haste: what is measured is how they load,
+not how good they are.
 """
 
 from __future__ import annotations

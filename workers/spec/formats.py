@@ -54,7 +54,8 @@ class Format:
     (``checkpoint.containers.WRITERS``). ``arithmetic`` says how runtimes compute with such a config. ``needs``:
     distributions for writing and decoding. ``only_method`` is the one method that writes the format, if others can't.
     ``file_bytes`` is the planned size of a whole file, for formats that store more than tensors one by one, from a
-    scheme, all matrices (key, outputs and inputs, bytes in the source) and config.json.
+    scheme, all matrices (key, outputs and inputs, bytes in the source) and config.json; ``deviations`` are what of the
+    same will be stored otherwise than the scheme says, in words.
     ``lists_unquantized``: config.json names the modules that stay in half precision.
 
     ``settings`` are the keys of config.json that its readers need beside the source's and ``quantization_config``, from
@@ -86,6 +87,9 @@ class Format:
     needs: tuple[str, ...] = ()
     only_method: str | None = None
     file_bytes: Callable[[Scheme, Iterable[tuple[str, tuple[int, int], int]], Mapping[str, Any]], int] | None = None
+    deviations: Callable[[Scheme, Iterable[tuple[str, tuple[int, int], int]], Mapping[str, Any]], tuple[str, ...]] = (
+        lambda scheme, matrices, config: ()
+    )
     lists_unquantized: bool = False
     real_zeros: bool = False
     tensor_scales: bool = True
@@ -375,6 +379,9 @@ GGUF = Format(
     keeps=True,
     file_bytes=lambda scheme, matrices, config: (
         ggml.planned_bytes(scheme.mix, matrices, config) if isinstance(scheme, GgufScheme) else 0
+    ),
+    deviations=lambda scheme, matrices, config: (
+        ggml.planned_fallbacks(scheme.mix, matrices, config) if isinstance(scheme, GgufScheme) else ()
     ),
 )
 

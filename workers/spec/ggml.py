@@ -287,13 +287,35 @@ def planned_bytes(mix: Mix, matrices: Iterable[tuple[str, tuple[int, int], int]]
     ``matrices`` are (key, outputs and inputs, bytes in the source) of all its matrices.
     """
     matrices = list(matrices)
-    known = {key: name for key, _, _ in matrices if (name := planned_name(key))}
-    widths = {known[key]: shape[1] for key, shape, _ in matrices if key in known and is_quantized(known[key], 2)}
-    chosen = choose(mix, widths, ModelFacts.of(config))
+    known, chosen = _planned_types(mix, matrices, config)
     vocabulary = config.get("vocab_size")
     size = METADATA_BYTES + (TOKEN_BYTES * vocabulary if isinstance(vocabulary, int) else 0)
     size += sum(INFO_BYTES for _ in set(known.values())) + PIECE_BYTES * len(matrices)
     return size + sum(_planned(chosen, known.get(key), shape, stored) for key, shape, stored in matrices)
+
+
+def _planned_types(
+    mix: Mix, matrices: list[tuple[str, tuple[int, int], int]], config: Mapping[str, Any]
+) -> tuple[dict[str, str], dict[str, Chosen | None]]:
+    """The name in the file of each matrix, and the type of each of those that are quantized."""
+    known = {key: name for key, _, _ in matrices if (name := planned_name(key))}
+    widths = {known[key]: shape[1] for key, shape, _ in matrices if key in known and is_quantized(known[key], 2)}
+    return known, choose(mix, widths, ModelFacts.of(config))
+
+
+def planned_fallbacks(
+    mix: Mix, matrices: Iterable[tuple[str, tuple[int, int], int]], config: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """What will deviate from the mix because of widths, one sentence for each type and reason."""
+    _, chosen = _planned_types(mix, list(matrices), config)
+    alike: dict[str, list[str]] = {}
+    for line in fallbacks(chosen):
+        why, _, name = line.rpartition(": ")
+        alike.setdefault(why, []).append(name)
+    return tuple(
+        f"{len(names)} of {len(chosen)} matrices: {why} ({names[0]}{', ...' if len(names) > 1 else ''})"
+        for why, names in alike.items()
+    )
 
 
 def _planned(chosen: Mapping[str, Chosen | None], name: str | None, shape: tuple[int, int], stored: int) -> int:
