@@ -63,7 +63,7 @@ class Format:
     ``tensor_scales``: nvfp4's scale of a whole tensor is stored; without it, a group's scale is what E4M3 holds.
     ``place`` says of a model_type and the name of a tensor or module in the source where it is stored, if it is one of
     several in a stack. ``keeps``: integers of a source that is quantized already can be written as they are
-    (``spec.kept``).
+    (``spec.kept``). ``towers``: the file holds a multimodal model's towers, too.
     ``decoded``: quantmill has a decoder of its own; of formats without one, the runtime's predictions are measured.
     ``cache_declaration``: what ``quantization_config`` says of keys and values in FP8, whose scales
     are tensors of their attention modules (``CACHE_SCALES``).
@@ -97,6 +97,7 @@ class Format:
     settings: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
     place: Callable[[str, str], mlx.Place | None] = lambda model_type, name: None
     keeps: bool = False
+    towers: bool = True
     decoded: bool = True
     cache_declaration: Mapping[str, Any] | None = None
 
@@ -377,6 +378,7 @@ GGUF = Format(
     arithmetic=lambda config: "own",
     only_method="ggml",
     keeps=True,
+    towers=False,
     file_bytes=lambda scheme, matrices, config: (
         ggml.planned_bytes(scheme.mix, matrices, config) if isinstance(scheme, GgufScheme) else 0
     ),

