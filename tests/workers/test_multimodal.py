@@ -18,6 +18,7 @@ from pipeline.zoo.zoo import ModelEntry
 from tests.workers.jobs import job, quick, recipe
 from tests.workers.multimodal import save_gemma3, save_llava
 from workers.errors import CheckpointError, PreflightError
+from workers.formats.decoded import open_decoded
 from workers.machine.environments import interpreter
 from workers.run import run_stage
 from workers.spec.auto_classes import AUTO_CLASSES, classes, is_multimodal, loader_of
@@ -132,28 +133,37 @@ with_llama_cpp = pytest.mark.skipif(not has_llama_cpp(), reason="`quantmill env 
 @with_llama_cpp
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["llava", "gemma3"])
-def test_the_text_model_is_a_gguf_file_and_the_projector_another(name: str, llava: Path, tmp_path: Path) -> None:
-    """llama.cpp's converter knows gemma3's projector, and of llava's kind that of pixtral alone."""
-    folder = llava if name == "llava" else save_gemma3(tmp_path / "gemma3-tiny")
-    made = job(folder, tmp_path / "work", quick(shipped.recipe("gguf-q8_0")), samples=1)
+def test_the_text_model_is_a_gguf_file_of_its_own(llava: Path, tmp_path: Path) -> None:
+    """llama.cpp's converter knows of llava's kind the projector of pixtral alone."""
+    made = job(llava, tmp_path, quick(shipped.recipe("gguf-q8_0")), samples=1)
     (artifact,) = run_stage(made, Stage.QUANTIZE).artifacts
     assert artifact.error is None, artifact.error
     (note,) = [line for line in artifact.fallbacks if line.startswith("towers and projector")]
+    assert "Unsupported model type: clip_vision_model" in note
     manifest = verified(made, "gguf-q8_0")
     assert manifest.verdict.accepted, manifest.verdict.reasons
     assert manifest.verdict.runtime is not None
     assert manifest.verdict.runtime.name == "llama.cpp"
-    projectors = [file for file in manifest.files if file.startswith("mmproj-")]
-    if name == "llava":
-        assert projectors == []
-        assert "Unsupported model type: clip_vision_model" in note
-    else:
-        assert projectors == ["mmproj-gemma3-tiny-F16.gguf"]
-        assert "in float16 by llama.cpp's converter" in note
-        written = (Path(artifact.path) / projectors[0]).read_bytes()
-        assert all(tensor in written for tensor in (b"v.patch_embd.weight", b"mm.input_projection.weight"))
+    assert [file for file in manifest.files if file.startswith("mmproj-")] == []
     assert note in (Path(artifact.path) / "README.md").read_text()
+
+
+@with_llama_cpp
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_projector_is_another_file_by_llama_cpps_converter(tmp_path: Path) -> None:
+    folder = save_gemma3(tmp_path / "gemma3-tiny")
+    made = job(folder, tmp_path / "work", quick(shipped.recipe("gguf-q8_0")), samples=1)
+    (artifact,) = run_stage(made, Stage.QUANTIZE).artifacts
+    assert artifact.error is None, artifact.error
+    assert any(
+        "mmproj-gemma3-tiny-F16.gguf, in float16 by llama.cpp's converter" in note for note in artifact.fallbacks
+    )
+    written = (Path(artifact.path) / "mmproj-gemma3-tiny-F16.gguf").read_bytes()
+    assert all(tensor in written for tensor in (b"v.patch_embd.weight", b"mm.input_projection.weight"))
+    with open_decoded(Path(artifact.path)) as decoded:
+        assert not [key for key in decoded.headers if "vision_tower" in key]
+        assert "language_model.model.layers.0.mlp.up_proj.weight" in decoded.headers
 
 
 def test_formats_of_text_models_alone_are_refused_by_the_plan(llava: Path) -> None:
