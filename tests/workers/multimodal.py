@@ -59,6 +59,7 @@ def save_gemma3(folder: Path) -> Path:
     text = tf.Gemma3TextConfig(
         vocab_size=2048, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        query_pre_attn_scalar=16,  # llama.cpp takes the heads' width for it
     )  # fmt: skip
     vision = tf.SiglipVisionConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=SIDE,
