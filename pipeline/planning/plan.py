@@ -117,7 +117,11 @@ def make_plan(zoo: Zoo, zoo_folder: Path, workspace: Path, endpoint: str | None,
         if publish.collection:
             collection = Collection(publish.collection, publish.namespace, endpoint, publish.private)
     jobs = _jobs(artifacts, calibration, verification, destination, workspace, zoo.storage)
-    notes = (*cells.notes, *(note for source in cells.sources.values() for note in source.notes))
+    notes = (
+        *cells.notes,
+        *(note for source in cells.sources.values() for note in source.notes),
+        *(note for source, order in cells.made for note in sizing.deviations(source, order.recipe)),
+    )
     return Plan(zoo.name, artifacts, jobs, collection, tuple(cells.refused.values()), notes, calibration)
 
 

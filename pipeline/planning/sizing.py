@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -181,6 +181,13 @@ def _in_features(tensor: TensorHeader, source: PinnedModel) -> int:
 def artifact_bytes(source: PinnedModel, recipe: Recipe) -> int:
     """Bytes of the weight files that a recipe makes of a model."""
     return _artifact_bytes(source, shape_of(source), recipe)
+
+
+def deviations(source: PinnedModel, recipe: Recipe) -> Iterator[str]:
+    """What of a model a format stores otherwise than the recipe's scheme says, for its widths."""
+    matrices = [_in_one_file(tensor, source) for tensor in source.tensors]
+    for said in FORMATS[recipe.format].deviations(recipe.scheme, matrices, source.config):
+        yield f"{source.name} {recipe.name}: {said}"
 
 
 def _artifact_bytes(source: PinnedModel, shape: Shape, recipe: Recipe) -> int:

@@ -1,6 +1,7 @@
 """Measure MLX artifacts beside ``mlx_lm.convert`` at the same bits: KL to the source, both run in mlx-lm.
 
-``python -m tests.bench.bench_mlx llama-tiny qwen3-moe-tiny``; needs the environment mlx (`quantmill env create mlx`).
+``python -m tests.bench.bench_mlx llama-tiny qwen3-moe-tiny mlx-nvfp4`` (recipes: all, if none is named); needs the
+environment mlx (`quantmill env create mlx`). With --gptq: mlx-lm's own GPTQ of 4 bits on the same calibration tokens.
 The held-out text, its tokens and the reference's logits are those of a verification.
 """
 
@@ -25,6 +26,7 @@ from tests.workers import jobs
 from workers.checkpoint.source import Source
 from workers.machine.environments import interpreter
 from workers.model.forward import LogitsHead, stream
+from workers.model.text import calibration_tokens
 from workers.quantize.one_pass import quantize
 from workers.spec.mlx import settings
 from workers.spec.runtimes import MLX_LM, RuntimeRequest
@@ -46,7 +48,45 @@ PAIRS: dict[str, dict[str, Any]] = {
     "mlx-w8-g64": {"q_bits": 8, "q_group_size": 64},
     "mlx-mixed-4-6": {"quant_predicate": "mixed_4_6"},
     "mlx-mxfp4": {"q_mode": "mxfp4", "q_bits": 4, "q_group_size": 32},
+    "mlx-nvfp4": {"q_mode": "nvfp4", "q_bits": 4, "q_group_size": 16},
 }
+
+
+GPTQ = """
+import sys, time
+import mlx.core as mx
+from mlx_lm.quant.gptq import gptq_quantize
+from mlx_lm.utils import load, save
+from safetensors.numpy import load_file
+begun = time.time()
+model, tokenizer, config = load(sys.argv[1], lazy=True, return_config=True)
+tokens = mx.array(load_file(sys.argv[3])["tokens"].astype("int32"))
+model, config["quantization"] = gptq_quantize(model, tokens, 4, 64, 4, 64)
+save(sys.argv[2], sys.argv[1], model, tokenizer, config)
+print(time.time() - begun)
+"""
+
+
+def gptq_row(model: str) -> str:
+    """KL and seconds of mlx-lm's own GPTQ, 4 bits in groups of 64, embeddings by rounding to as many."""
+    source = jobs.ZOO / "models" / model
+    with tempfile.TemporaryDirectory() as place, Source(source) as opened:
+        folder = Path(place)
+        job = jobs.job(source, folder / "runs", shipped.recipe("mlx-w4-g64"), samples=128)
+        text = job.verification.model_copy(update={"tokens": 2048, "sequence_length": 256})
+        comparison = Comparison.of_job(job.model_copy(update={"verification": text}), opened)
+        comparison.load()
+        reference = LogitsHead(comparison.reference).logits(
+            torch.cat(stream(comparison.reference, [comparison.tokens]))
+        )
+        assert job.calibration is not None
+        tokens = calibration_tokens(job.calibration, comparison.tokenizer).tokens_NT
+        save_file({"tokens": tokens}, folder / "calibration.safetensors")
+        command = [interpreter("mlx"), "-c", GPTQ, _readable(source, folder / "source"), folder / "out",
+                   folder / "calibration.safetensors"]  # fmt: skip
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder)
+        kl = _kl(reference, _logits(folder / "out", comparison.tokens, folder))
+        return f"| {model} | mlx-lm's GPTQ, 4 bits | {kl:.5f} | {float(done.stdout.splitlines()[-1]):.1f} s |"
 
 
 def rows(model: str, pairs: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -113,6 +153,12 @@ def _kl(reference: Tensor, logits: Tensor) -> float:
 if __name__ == "__main__":
     print("| model | recipe | KL | KL of convert | ratio | MB | MB of convert | s | s of convert |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for wanted in sys.argv[1:] or ["llama-tiny", "qwen3-moe-tiny"]:
-        for line in rows(wanted, PAIRS):
+    if "--gptq" in sys.argv:
+        for wanted in sys.argv[1:]:
+            if wanted != "--gptq":
+                print(gptq_row(wanted), flush=True)
+        sys.exit()
+    named = {name: PAIRS[name] for name in sys.argv[1:] if name in PAIRS}
+    for wanted in [name for name in sys.argv[1:] if name not in PAIRS] or ["llama-tiny", "qwen3-moe-tiny"]:
+        for line in rows(wanted, named or PAIRS):
             print(line, flush=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
 
 from tests.workers.jobs import ZOO
 
@@ -47,4 +50,31 @@ def save_llava(folder: Path) -> Path:
     )  # fmt: skip
     processor.save_pretrained(folder)
     (folder / "README.md").write_text("---\nlicense: apache-2.0\npipeline_tag: image-text-to-text\n---\n")
+    return folder
+
+
+def save_gemma3(folder: Path) -> Path:
+    """Save a random ``Gemma3ForConditionalGeneration`` in bfloat16, with the names that its publisher gives towers."""
+    torch.manual_seed(0)
+    text = tf.Gemma3TextConfig(
+        vocab_size=2048, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        query_pre_attn_scalar=16,  # llama.cpp takes the heads' width for it
+    )  # fmt: skip
+    vision = tf.SiglipVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=SIDE,
+        patch_size=PATCH,
+    )  # fmt: skip
+    config = tf.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=5, boi_token_index=6,
+        eoi_token_index=7,
+    )  # fmt: skip
+    tf.Gemma3ForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    named = {key.replace("vision_tower.", "vision_tower.vision_model.", 1): tensor for key, tensor in weights.items()}
+    save_file(named, folder / "model.safetensors", {"format": "pt"})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TEXT / name, folder / name)
+    picture = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": SIDE, "width": SIDE}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(picture))
     return folder

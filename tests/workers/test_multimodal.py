@@ -15,13 +15,17 @@ from pipeline.planning.fitting import recipe_problems
 from pipeline.planning.sources import resolve
 from pipeline.zoo import shipped
 from pipeline.zoo.zoo import ModelEntry
-from tests.workers.jobs import job, recipe
-from tests.workers.multimodal import save_llava
-from workers.errors import CheckpointError
+from tests.workers.jobs import job, quick, recipe
+from tests.workers.multimodal import save_gemma3, save_llava
+from workers.errors import CheckpointError, PreflightError
+from workers.formats.decoded import open_decoded
+from workers.machine.environments import interpreter
 from workers.run import run_stage
 from workers.spec.auto_classes import AUTO_CLASSES, classes, is_multimodal, loader_of
 from workers.spec.job import Job, Manifest, PictureCheck, Stage
-from workers.spec.layers import layer_of
+from workers.spec.layers import LayerKinds, layer_of
+from workers.spec.runtimes import misfit
+from workers.spec.schemes import GgufScheme
 from workers.spec.workspace import artifact_folder
 from workers.verify import gates, picture
 
@@ -116,12 +120,62 @@ def test_another_reading_of_a_picture_is_a_regression(of: Job, llava: Path, tmp_
     assert same == PictureCheck(version=same.version, kl_mean=0.0, top1_agreement=1.0, tokens=picture.POSITIONS)
 
 
+def has_llama_cpp() -> bool:
+    try:
+        return interpreter("llama-cpp").is_file()
+    except PreflightError:
+        return False
+
+
+with_llama_cpp = pytest.mark.skipif(not has_llama_cpp(), reason="`quantmill env create llama-cpp` wasn't run here")
+
+
+@with_llama_cpp
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_text_model_is_a_gguf_file_of_its_own(llava: Path, tmp_path: Path) -> None:
+    """llama.cpp's converter knows of llava's kind the projector of pixtral alone."""
+    made = job(llava, tmp_path, quick(shipped.recipe("gguf-q8_0")), samples=1)
+    (artifact,) = run_stage(made, Stage.QUANTIZE).artifacts
+    assert artifact.error is None, artifact.error
+    (note,) = [line for line in artifact.fallbacks if line.startswith("towers and projector")]
+    assert "Unsupported model type: clip_vision_model" in note
+    manifest = verified(made, "gguf-q8_0")
+    assert manifest.verdict.accepted, manifest.verdict.reasons
+    assert manifest.verdict.runtime is not None
+    assert manifest.verdict.runtime.name == "llama.cpp"
+    assert [file for file in manifest.files if file.startswith("mmproj-")] == []
+    assert note in (Path(artifact.path) / "README.md").read_text()
+
+
+@with_llama_cpp
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_projector_is_another_file_by_llama_cpps_converter(tmp_path: Path) -> None:
+    folder = save_gemma3(tmp_path / "gemma3-tiny")
+    made = job(folder, tmp_path / "work", quick(shipped.recipe("gguf-q8_0")), samples=1)
+    (artifact,) = run_stage(made, Stage.QUANTIZE).artifacts
+    assert artifact.error is None, artifact.error
+    assert any(
+        "mmproj-gemma3-tiny-F16.gguf, in float16 by llama.cpp's converter" in note for note in artifact.fallbacks
+    )
+    written = (Path(artifact.path) / "mmproj-gemma3-tiny-F16.gguf").read_bytes()
+    assert all(tensor in written for tensor in (b"v.patch_embd.weight", b"mm.input_projection.weight"))
+    with open_decoded(Path(artifact.path)) as decoded:
+        assert not [key for key in decoded.headers if "vision_tower" in key]
+        assert "language_model.model.layers.0.mlp.up_proj.weight" in decoded.headers
+
+
 def test_formats_of_text_models_alone_are_refused_by_the_plan(llava: Path) -> None:
     source = resolve(ModelEntry(id=str(llava)), llava.parent)
-    for name, said in (("gguf-q4_0", "text model and projector as two files"), ("mlx-w4-g64", "the text model alone")):
-        (problem,) = recipe_problems(source, shipped.recipe(name))
-        assert said in problem
-    assert list(recipe_problems(source, shipped.recipe("gptq-w4-g128"))) == []
+    (problem,) = recipe_problems(source, shipped.recipe("mlx-w4-g64"))
+    assert "the text model alone" in problem
+    for name in ("gptq-w4-g128", "gguf-q4_0"):
+        assert list(recipe_problems(source, shipped.recipe(name))) == []
+    other = LayerKinds(multimodal=True, model_type="idefics3")
+    assert "family idefics3, whose text model wasn't tried as a file of its own" in str(
+        misfit("gguf", GgufScheme(mix="q4_0"), other)
+    )
     (problem,) = recipe_problems(source, shipped.recipe("gptq-w4-g128"), ("transformers", "vLLM"))
     assert "needs torchvision in vLLM" in problem
 

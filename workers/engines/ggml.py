@@ -20,7 +20,7 @@ from workers.methods.layer import LayerWork
 from workers.methods.scaling import some
 from workers.model.loading import QuantizableWeight, StreamedModel
 from workers.model.statistics import InputStatistics
-from workers.spec.ggml import FILE_TYPES, IMATRIX, ModelFacts, choose, fallbacks, is_quantized
+from workers.spec.ggml import FILE_TYPES, IMATRIX, PROJECTOR, ModelFacts, choose, fallbacks, is_quantized
 from workers.spec.job import ArtifactMade, Job, Order
 from workers.spec.layers import Layout
 from workers.spec.options import GgufOptions
@@ -47,9 +47,11 @@ class GgmlMaker(Maker):
             raise UnsupportedRecipe(f"recipe {order.recipe.name!r}: no mix of types; the plan sets it from the source")
         self._mix = order.recipe.scheme.mix
         self._calibration = job.calibration
-        name = Path(job.model.id).name
+        self._name = name = Path(job.model.id).name
         self._file = gguf.file_name(name, self._mix)
-        self._skeleton, notes = gguf.skeleton_of(source.folder, name, source.headers)
+        towers = frozenset(streamed.towers)
+        inside = {key: header for key, header in source.headers.items() if key not in towers}
+        self._skeleton, notes = gguf.skeleton_of(source.folder, name, inside)
         self._pieces = {piece.key: piece for place in self._skeleton.places for piece in place.pieces}
         self._names = {piece.key: place.name for place in self._skeleton.places for piece in place.pieces}
         self._check_pieces()
@@ -59,7 +61,8 @@ class GgmlMaker(Maker):
 
     def _check_pieces(self) -> None:
         """Refuse a model of which the file would lack a tensor."""
-        streamed, unused = self._streamed, {*self._streamed.unexpected, *self._streamed.unused}
+        streamed = self._streamed
+        unused = {*streamed.unexpected, *streamed.unused, *streamed.towers}
         inside = [key for index in range(len(streamed.layers)) for key in streamed.keys_of_layer(index)]
         left = [key for key in (*streamed.outside_keys, *inside) if key not in self._pieces and key not in unused]
         if left:
@@ -140,6 +143,8 @@ class GgmlMaker(Maker):
 
     def outside(self, key: str) -> None:
         """Write one of the tensors outside of the layers that the file has a place for."""
+        if key in self._streamed.towers:
+            return
         tensor, kind = self._source.read(key), self._kinds.get(key)
         gram_II = None if kind is None else self._gram_outside(self._names[key], tensor.shape[1])
         if kind is None or gram_II is None:
@@ -196,8 +201,25 @@ class GgmlMaker(Maker):
     def _put(self, piece: Piece, kind: str, raw_OR: Tensor) -> None:
         self.put(piece.key.removesuffix(".weight"), {gguf.suffix(kind, transposed=piece.transposed): raw_OR})
 
+    def _write_projector(self) -> None:
+        """Let llama.cpp's converter write the towers and the projector beside the file, or note that it can't."""
+        out = self._partial / f"{PROJECTOR}{self._name}-F16.gguf"
+        why = gguf.write_projector(self._source.folder, self._name, out)
+        if why is None:
+            note = f"towers and projector are in {out.name}, in float16 by llama.cpp's converter, and weren't checked"
+        else:
+            out.unlink(missing_ok=True)
+            note = (
+                "towers and projector aren't here: this is the text model alone, and llama.cpp's converter makes no "
+                f"projector of this checkpoint ({why}); with one of its own naming, make it with "
+                "`convert_hf_to_gguf.py --mmproj`"
+            )
+        self.fallbacks[note] = None
+
     def finish(self) -> ArtifactMade:
         """Write the tensors outside of the layers, then the file, and move the artifact to its final path."""
+        if self._streamed.towers:
+            self._write_projector()
         assert isinstance(self._shards, GgufWriter)
         self._shards.describe(self._skeleton, self._file, FILE_TYPES[self._mix].number, self._write_imatrix)
         return super().finish()

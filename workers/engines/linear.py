@@ -17,6 +17,7 @@ from workers.errors import UnsupportedRecipe
 from workers.methods import linear, schemes
 from workers.methods.layer import Coded, Factors, Layer, LayerWork
 from workers.methods.scaling import Scaling, some
+from workers.model import first_layer
 from workers.model.key_values import KEYS, VALUES, attentions_of
 from workers.model.loading import InputName, QuantizableWeight, StreamedModel
 from workers.model.statistics import InputStatistics
@@ -30,6 +31,9 @@ from workers.spec.workspace import folds_folder
 
 # Elements of embeddings or head that are quantized at a time: bounds the memory of a large vocabulary.
 OUTSIDE_ELEMENTS = 1 << 24
+# Weight of the embeddings' own squared error beside what the first layer sees of it, as a share of its mean diagonal:
+# the residual stream carries the error on (tests/bench/RESULTS.md).
+RESIDUAL = 0.15
 
 
 class LinearMaker(StoredMaker):
@@ -150,16 +154,18 @@ class LinearMaker(StoredMaker):
         self.put(weight.module, {name: _joined([part[name] for part in stored]) for name in stored[0]})
 
     def _statistics_outside(self, weight: QuantizableWeight) -> InputStatistics | None:
-        """The statistics that a matrix outside of the layers is quantized under: the head's input; for embeddings the
-        weight's own squared error, and both if one matrix serves for both."""
+        """The statistics that a matrix outside of the layers is quantized under: the head's input; for embeddings what
+        the first layer makes of an error, and both if one matrix serves for both."""
         if self.final is None:
             return None
         model, width = self._streamed.model, weight.shape_OI[1]
         is_embeddings = model.get_submodule(weight.input.module) is model.get_input_embeddings()
-        even = InputStatistics.even(width, self._streamed.device)
         if not is_embeddings:
             return self.final
-        return InputStatistics.sum([even, self.final.normalized()]) if schemes.is_tied(model) else even
+        seen = InputStatistics.even(width, self._streamed.device)
+        if (first_II := first_layer.gram(self._streamed, self._source, width)) is not None:
+            seen.gram_II.mul_(RESIDUAL).add_(first_II.to(seen.gram_II))
+        return InputStatistics.sum([seen, self.final.normalized()]) if schemes.is_tied(model) else seen
 
     def _scaling(self, work: LayerWork) -> Scaling:
         """Choose and fold the scales of the layer's inputs, if the method uses any."""

@@ -25,7 +25,7 @@ from workers.model.statistics import InputStatistics
 from workers.spec.base import Frozen
 from workers.spec.checkpoint_files import WEIGHTS, CheckpointFiles
 from workers.spec.formats import FORMATS
-from workers.spec.ggml import IMATRIX
+from workers.spec.ggml import is_beside
 from workers.spec.job import ArtifactMade, Job, Order
 from workers.spec.layers import Layout
 from workers.spec.workspace import artifact_folder, layout_path, record_path
@@ -141,7 +141,10 @@ class Maker(ABC):
             recipe=self.order.recipe.name,
             path=str(self.target),
             bytes=sum(
-                path.stat().st_size for end in WEIGHTS for path in self._partial.glob(f"*{end}") if path.name != IMATRIX
+                path.stat().st_size
+                for end in WEIGHTS
+                for path in self._partial.glob(f"*{end}")
+                if not is_beside(path.name)
             ),
             seconds=self.seconds,
             fallbacks=tuple(self.fallbacks),

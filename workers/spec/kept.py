@@ -101,9 +101,9 @@ def _awq(config: Mapping[str, Any], stored: Mapping[str, TensorHeader]) -> Found
 
 def _ct(config: Mapping[str, Any], stored: Mapping[str, TensorHeader]) -> Found | str:
     words, scales = stored.get("weight_packed"), stored.get("weight_scale")
-    lost = [name for name in ("weight_zero_point", "weight_g_idx") if name in stored]
-    if words is None or scales is None or lost:
-        return f"stored as {sorted(stored)}; only pack-quantized, symmetric weights with scales by group can be kept"
+    symmetric = "weight_zero_point" not in stored
+    if words is None or scales is None or "weight_g_idx" in stored:
+        return f"stored as {sorted(stored)}; only pack-quantized weights with scales by group can be kept"
     if config.get("kv_cache_scheme"):
         return "its keys and values have scales (kv_cache_scheme), which other formats don't hold"
     fitting: set[Found] = set()
@@ -112,12 +112,12 @@ def _ct(config: Mapping[str, Any], stored: Mapping[str, TensorHeader]) -> Found 
         if not isinstance(weights, dict) or group.get("input_activations") or weights.get("type") != "int":
             continue
         bits, size = weights.get("num_bits"), weights.get("group_size")
-        if not isinstance(bits, int) or not weights.get("symmetric", True):
+        if not isinstance(bits, int) or weights.get("symmetric", True) is not symmetric:
             continue
         by_group = isinstance(size, int) and size > 0
         columns = scales.shape[1] * size if isinstance(size, int) and by_group else words.shape[1] * 32 // bits
         if words.shape[1] == -(-columns * bits // 32) and (by_group or scales.shape[1] == 1):
-            found = _scheme(columns, words.shape[0], scales, 1, bits, symmetric=True)
+            found = _scheme(columns, words.shape[0], scales, 1, bits, symmetric=symmetric)
             fitting |= set() if isinstance(found, str) else {found}
     if len(fitting) != 1:
         return f"its {words.shape[1]} words for {scales.shape[1]} groups fit {len(fitting)} of its config_groups"

@@ -219,6 +219,11 @@ class CodedRecipe(RecipeBase):
         "which runtimes keep their cache in FP8 E4M3.",
     )
 
+    @property
+    def revision(self) -> int:
+        """Raised by one for embeddings that are solved: what the first layer makes of them counts since then."""
+        return self.numerics + (self.needs.final and self.outside is not None and self.outside.embeddings is not None)
+
     @model_validator(mode="after")
     def _cache_readable(self) -> Self:
         if self.kv_cache and FORMATS[self.format].cache_declaration is None:

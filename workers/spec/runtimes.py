@@ -151,6 +151,12 @@ def _gptq_by_transformers(scheme: Scheme, kinds: LayerKinds) -> str | None:
 
 
 def _ct_by_transformers(scheme: Scheme, kinds: LayerKinds) -> str | None:
+    if isinstance(scheme, IntScheme) and not scheme.symmetric:
+        return (
+            "have zero points, for which transformers makes tensors of another size than compressed-tensors packs them "
+            "to (weight_zero_point: size mismatch); choose symmetric: true, another format, or have vLLM alone check "
+            "it (verify: {runtimes: [vllm]})"
+        )
     if isinstance(scheme, MicroscalingScheme) and kinds.dtype not in ("", "BF16"):
         return (
             f"are {scheme.type}, which transformers decodes to bfloat16, and the model's other tensors are "
@@ -247,8 +253,6 @@ def _ct_by_vllm(scheme: Scheme, kinds: LayerKinds) -> str | None:
             )
         case IntScheme(bits=bits, activations="none") if bits not in (4, 8):
             return f"have {bits} bits, and vLLM has kernels of its own for 4 and 8"
-        case MicroscalingScheme() if scheme.activations == "dynamic" or scheme.type == "mxfp8":
-            return f"are {scheme.type} with rounded inputs, for which quantmill has no arithmetic to check vLLM's by"
     return _not_conv1d(scheme, kinds)
 
 
@@ -319,10 +323,10 @@ VLLM = Runtime(
 
 
 def _gguf_by_llama_cpp(scheme: Scheme, kinds: LayerKinds) -> str | None:
-    if kinds.multimodal:
+    if kinds.multimodal and kinds.model_type not in ggml.MULTIMODAL:
         return (
-            "are of a multimodal model, of which llama.cpp takes text model and projector as two files, and quantmill "
-            f"writes one; choose {_formats([COMPRESSED_TENSORS.name])}"
+            f"are of the multimodal family {kinds.model_type}, whose text model wasn't tried as a file of its own in "
+            f"llama.cpp (tried were {', '.join(sorted(ggml.MULTIMODAL))}); choose {_formats([COMPRESSED_TENSORS.name])}"
         )
     why = ggml.UNSUPPORTED.get(kinds.model_type)
     return f"can't be written: {why} the family {kinds.model_type}; choose another format" if why else None
@@ -363,9 +367,11 @@ def _mlx_by_mlx_lm(scheme: Scheme, kinds: LayerKinds) -> str | None:
             f"{_formats([COMPRESSED_TENSORS.name])}"
         )
     if kinds.model_type and kinds.model_type not in mlx.FAMILIES:
+        others = [name for name in formats_that_hold(scheme) if name != MLX.name]
+        read = [name for name in others if checking(name).reads(name, scheme, kinds) is None]
         return (
             f"are of the family {kinds.model_type}, for which mlx-lm {mlx.VERSION} has no model; choose "
-            f"{_formats([name for name in formats_that_hold(scheme) if name != MLX.name] or [COMPRESSED_TENSORS.name])}"
+            f"{_formats(read or [COMPRESSED_TENSORS.name])}"
         )
     if kinds.conv1d:
         return (

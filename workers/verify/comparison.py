@@ -32,7 +32,7 @@ from workers.numerics import divergence
 from workers.spec.auto_classes import loader_of
 from workers.spec.bounds import fit_to_show
 from workers.spec.data import Verification
-from workers.spec.formats import recognised
+from workers.spec.formats import FORMATS, recognised
 from workers.spec.job import CHECKED, LOADER_CHECKED, Generation, Job, Metrics, ModelPin, RuntimeAgreement, SourceCheck
 from workers.spec.runtimes import Runtime, RuntimeRequest, checking, runtime_named
 from workers.verify import fidelity, gates, source_check
@@ -98,6 +98,10 @@ class Comparison:
         """The source model, streamed."""
         return self._streamed(self.source.folder, self.source)
 
+    def left_out(self, fmt: str) -> frozenset[str]:
+        """Keys of the source's tensors that an artifact in a format leaves out."""
+        return self.unused if FORMATS[fmt].towers else self.unused | set(self.reference.towers)
+
     def load(self) -> None:
         """Load the source and the text first, so that their errors aren't attributed to the artifact.
 
@@ -160,7 +164,7 @@ class Comparison:
         """Measure an artifact's fidelity, runtime and continuations; ``findings`` are those of its files."""
         # The runtime's process runs beside this one, which computes what its answer is compared with.
         runtime = _Asking(lambda: self._ask(folder, self.runtimes))
-        ours = self._streamed(folder, artifact)
+        ours = self._streamed(folder, WithTowers(artifact, self.source, self.reference.towers))
         with rounded_inputs(ours, artifact) as rounded:
             hidden = stream(ours, self.held_out.batches())
         head = LogitsHead(ours)
@@ -331,6 +335,19 @@ class Comparison:
 def _first_rows(hidden: list[Tensor]) -> Tensor:
     """Hidden states of the text that runtimes are asked about: float [RUNTIME_SEQUENCES, RUNTIME_TOKENS, hidden]."""
     return torch.stack([row[:RUNTIME_TOKENS] for row in islice(fidelity.rows(hidden), RUNTIME_SEQUENCES)])
+
+
+class WithTowers:
+    """An artifact (a ``source.TensorSource``) with those towers of its source that its file leaves out."""
+
+    def __init__(self, artifact: TensorSource, source: TensorSource, towers: Iterable[str]) -> None:
+        self._artifact, self._source = artifact, source
+        self._added = frozenset(towers) - set(artifact.headers)
+        self.headers = {**artifact.headers, **{key: source.headers[key] for key in self._added}}
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, on the CPU, contiguous."""
+        return self._source.read(name) if name in self._added else self._artifact.read(name)
 
 
 class _Asking:

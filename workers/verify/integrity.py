@@ -20,7 +20,7 @@ from workers.machine.files import file_sha256, open_checkpoint
 from workers.model.generation import GENERATION_CONFIG, unreadable
 from workers.spec.checkpoint_files import REPLACED
 from workers.spec.formats import recognised
-from workers.spec.ggml import IMATRIX
+from workers.spec.ggml import is_beside
 from workers.verify.diagnosis import diagnose
 
 NAMED = 3  # names listed in a message
@@ -234,9 +234,9 @@ def companions_of(source: Folded | ModelSource, artifact: Path) -> list[str]:
 def _strangers(artifact: Path, expected: set[Path]) -> Iterator[str]:
     """Files that a loader may read: neither the source's, nor the checked safetensors."""
     files = open_checkpoint(artifact, f"checkpoint {artifact}")
-    checked = {*files.weights, files.index, *map(str, expected), *REPLACED, IMATRIX}
+    checked = {*files.weights, files.index, *map(str, expected), *REPLACED}
     for path in sorted(artifact.rglob("*")):
         relative = path.relative_to(artifact)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if path.is_file() and not hidden and str(relative) not in checked:
+        if path.is_file() and not hidden and str(relative) not in checked and not is_beside(str(relative)):
             yield str(relative)

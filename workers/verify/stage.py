@@ -113,7 +113,7 @@ def _verdict(job: Job, order: Order, source: ModelSource, folder: Path) -> tuple
                 facts = _facts(order, comparison, folder, artifact)
         else:
             facts = _undecoded(order, comparison, folder)
-        if shown is not None and not facts.integrity:
+        if shown is not None and not facts.integrity and FORMATS[order.recipe.format].towers:
             seen, problems = picture.check(shown, job.model, folder, config, workspace)
             facts = replace(facts, picture=seen, runtime_problems=(*facts.runtime_problems, *problems))
     except (UserError, NumericalError) as error:
@@ -128,7 +128,8 @@ def _facts(order: Order, comparison: Comparison, folder: Path, artifact: Source 
     expected = Folded(comparison.source, folds_folder(folder), comparison.transposed)
     source = comparison.source
     exact = source.exact if isinstance(source, KeptSource) else None
-    findings = integrity.inspect(expected, artifact, folder, intended, comparison.unused, exact)
+    left_out = comparison.left_out(order.recipe.format)
+    findings = integrity.inspect(expected, artifact, folder, intended, left_out, exact)
     if findings.problems:
         return gates.Evidence(integrity=findings.problems, worst_layers=findings.worst)
     return comparison.measure(folder, artifact, findings)

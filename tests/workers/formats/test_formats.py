@@ -41,40 +41,58 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 # ------------------------------------------------------------------------------------------------ one weight
 
 
-def packed(bits: int, group_size: int | None) -> Declared:
-    return Declared("pack-quantized", "int", bits, "none", group_size)
+def packed(bits: int, group_size: int | None, symmetric: bool = True) -> Declared:
+    return Declared("pack-quantized", "int", bits, "none", group_size, symmetric)
 
 
 @settings(max_examples=40, deadline=None)
-@given(bits=st.integers(2, 8), rows=st.integers(1, 9), groups=st.integers(1, 4), width=st.integers(1, 40))
-def test_compressed_tensors_is_a_bijection(bits: int, rows: int, groups: int, width: int) -> None:
-    weight = random_weight(rows, groups * width, scheme(bits, width), torch.bfloat16, seed=width)
-    stored = compressed_tensors.encode(weight, scheme(bits, width))
-    decoded = compressed_tensors.decode(stored, packed(bits, width))
+@given(
+    bits=st.integers(2, 8), rows=st.integers(1, 9), groups=st.integers(1, 4), width=st.integers(1, 40),
+    symmetric=st.booleans(),
+)  # fmt: skip
+def test_compressed_tensors_is_a_bijection(bits: int, rows: int, groups: int, width: int, symmetric: bool) -> None:
+    chosen = scheme(bits, width, symmetric=symmetric)
+    weight = random_weight(rows, groups * width, chosen, torch.bfloat16, seed=width)
+    stored = compressed_tensors.encode(weight, chosen)
+    decoded = compressed_tensors.decode(stored, packed(bits, width, symmetric))
     assert torch.equal(decoded, value_of(weight, torch.bfloat16))
+    codes = ct_packed.codes(stored, bits, symmetric=symmetric)
+    assert torch.equal(codes.codes_OI, weight.codes_OI)
+    assert (codes.zero_OG is None) is symmetric
+    assert symmetric or torch.equal(codes.zero_OG, weight.zero_OG)
+
+
+def test_zero_points_of_another_width_are_refused() -> None:
+    chosen = scheme(4, 32, symmetric=False)
+    stored = compressed_tensors.encode(random_weight(24, 64, chosen, torch.bfloat16), chosen)
+    stored["weight_zero_point"] = torch.zeros(24, 2, dtype=torch.int32)
+    with pytest.raises(CheckpointError, match=r"zero points of shape \(24, 2\), expected \(3, 2\) for 24 outputs"):
+        compressed_tensors.decode(stored, packed(4, 32, symmetric=False))
 
 
 @pytest.mark.parametrize("group_size", [32, None])
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_compressed_tensors_writes_the_same_tensors(bits: int, group_size: int | None) -> None:
+@pytest.mark.parametrize(("bits", "symmetric"), [*((bits, True) for bits in range(2, 9)), (4, False), (8, False)])
+def test_compressed_tensors_writes_the_same_tensors(bits: int, symmetric: bool, group_size: int | None) -> None:
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
-    chosen = scheme(bits, group_size)
+    chosen = scheme(bits, group_size, symmetric=symmetric)
     weight = random_weight(24, 96, chosen, torch.bfloat16)
     config = QuantizationConfig.model_validate(compressed_tensors.quantization_config({"a": chosen}, []))
     library = BaseCompressor.get_value_from_registry("pack-quantized")
     # float32, or the library's own division by the scale moves codes of 8 bits.
     state = {"weight": value_of(weight, torch.float32), "weight_scale": weight.scale_OG}
+    if weight.zero_OG is not None:
+        state["weight_zero_point"] = weight.zero_OG
     want = library.compress(state, config.config_groups["group_0"])
     got = compressed_tensors.encode(weight, chosen)
-    assert list(got) == list(ct_packed.NAMES)
+    assert list(got) == [*ct_packed.NAMES, *([] if symmetric else [ct_packed.ZEROS])]
     assert got.keys() == want.keys()
     for name, tensor in want.items():
         assert got[name].dtype == tensor.dtype, name
         assert torch.equal(got[name], tensor), name
     decompressed = library.decompress(got, config.config_groups["group_0"])["weight"]
-    assert torch.equal(compressed_tensors.decode(got, packed(bits, group_size)), decompressed)
+    assert torch.equal(compressed_tensors.decode(got, packed(bits, group_size, symmetric)), decompressed)
 
 
 # ------------------------------------------------------------------------------------------- a checkpoint
@@ -217,11 +235,11 @@ def test_a_weight_that_is_not_whole_is_named(tmp_path: Path) -> None:
 def test_other_kinds_of_compressed_tensors_are_named() -> None:
     config = compressed_tensors.quantization_config({"model.layers.0.up_proj": scheme(4, 32)}, [])
     weights = config["config_groups"]["group_0"]["weights"]
-    weights["symmetric"] = False
-    with pytest.raises(UnsupportedRecipe, match=r"up_proj: can't decode .*'symmetric': False"):
+    weights["strategy"] = "tensor"
+    with pytest.raises(UnsupportedRecipe, match=r"up_proj: can't decode .*'strategy': 'tensor'"):
         Declarations(config).of("model.layers.0.up_proj")
     config["config_groups"]["group_0"]["targets"] = ["re:.*down_proj"]
     with pytest.raises(UnsupportedRecipe, match="no config group targets it"):
         Declarations(config).of("model.layers.0.up_proj")
-    weights["symmetric"] = True
+    weights["strategy"] = "group"
     assert Declarations(config).of("model.layers.0.down_proj").bits == 4

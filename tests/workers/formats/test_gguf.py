@@ -48,6 +48,7 @@ def environment() -> Path | None:
         return None
 
 
+SHARED = jobs.ZOO.parents[2] / "shared" / "models"
 with_llama_cpp = pytest.mark.skipif(environment() is None, reason="`quantmill env create llama-cpp` wasn't run here")
 
 
@@ -337,6 +338,27 @@ def test_mixtures_and_conv1d_are_checked_in_llama_cpp(model: str, tmp_path: Path
         assert manifest.verdict.runtime.name == "llama.cpp"
         assert len(manifest.verdict.generations) == 4
     assert any("256 doesn't divide" in line for line in artifacts[0].fallbacks) == (model == "qwen3-moe-tiny")
+
+
+@with_llama_cpp
+@pytest.mark.parametrize("mix", ["q4_k_m", "q8_0"])
+@pytest.mark.parametrize("model", ["qwen3-moe-tiny", "stories260K"])
+def test_the_plan_says_what_types_widths_leave(model: str, mix: Mix, tmp_path: Path) -> None:
+    """Each fallback that an artifact records is counted in the plan, under its own words."""
+    folder = next((at for at in (jobs.ZOO / "models" / model, SHARED / model) if at.is_dir()), SHARED / model)
+    if not folder.is_dir():
+        pytest.skip(f"{folder} isn't here")
+    recipe = jobs.recipe(
+        name="r", method="ggml", scheme={"type": "gguf-mix", "mix": mix}, format="gguf", options={"codes": "llama.cpp"}
+    )
+    source = sources.resolve(ModelEntry(id=str(folder)), Path())
+    said = list(sizing.deviations(source, recipe))
+    (made,), _ = quantize(jobs.job(folder, tmp_path, recipe, samples=1), folder)
+    assert made.error is None, made.error
+    counts = Counter(line.rpartition(": ")[0] for line in made.fallbacks if "doesn't divide" in line)
+    for why, count in counts.items():
+        assert any(f": {count} of " in line and f"matrices: {why} (" in line for line in said), (why, said)
+    assert len(said) == len(counts)
 
 
 @with_llama_cpp

@@ -96,7 +96,8 @@ def test_what_a_format_holds_it_holds_bit_for_bit(drawn: tuple[IntWeight, IntSch
     ("scheme", "fmt", "said"),
     [
         (IntScheme(bits=4, group_size=128), "compressed-tensors", None),
-        (IntScheme(bits=4, group_size=128, symmetric=False), "compressed-tensors", "zero points"),
+        (IntScheme(bits=4, group_size=128, symmetric=False), "compressed-tensors", None),
+        (IntScheme(bits=3, group_size=128, symmetric=False), "compressed-tensors", "zero points"),
         (IntScheme(bits=4, group_size=128, symmetric=False), "gguf", "zero points"),
         (IntScheme(bits=4, group_size=16), "gguf", "groups of 16"),
         (IntScheme(bits=5, group_size=128), "gptq", "codes of 5 bits"),
@@ -269,8 +270,10 @@ def test_asymmetric_codes_name_the_formats_that_hold_them(tmp_path: Path) -> Non
         name="a", method="rtn", scheme={"bits": 4, "group_size": 64, "symmetric": False}, format="gptq"
     )
     folder = place(made(tmp_path / "one", LLAMA, recipe), "a").rename(tmp_path / "asymmetric")
+    (cell,) = planned(tmp_path, folder, "keep-gguf").refused
+    assert "gguf would lose the zero points" in cell.failure.message
+    assert "format: compressed-tensors or gptq-v2 or awq or mlx can hold it all" in cell.failure.message
     (cell,) = planned(tmp_path, folder, "keep-compressed-tensors").refused
-    assert "compressed-tensors would lose the zero points" in cell.failure.message
-    assert "format: gptq-v2 or awq or mlx can hold it all" in cell.failure.message
+    assert "have zero points, for which transformers makes tensors of another size" in cell.failure.message
     order: Order = planned(tmp_path, folder, "keep-mlx").artifacts[0].order
     assert order.recipe.scheme == IntScheme(bits=4, group_size=64, symmetric=False)

@@ -53,7 +53,8 @@ found = {}
 for name, module in quantized:
     found[name + ".weight"] = np.array(module.weight)
     for part in ("scales", "biases"):
-        found[name + "." + part] = np.array(module[part].astype(mx.float32))
+        if module.get(part) is not None:
+            found[name + "." + part] = np.array(module[part].astype(mx.float32))
 model.set_dtype(mx.float32)
 for name, module in quantized:
     weight = mx.dequantize(module.weight, module.scales, module.get("biases"), group_size=module.group_size,
@@ -130,6 +131,14 @@ def test_mxfp4_goes_in_bit_for_bit() -> None:
     stored = codec.encode(weight, MicroscalingScheme(type="mxfp4"))
     assert list(stored) == ["weight", "scales"]
     assert torch.equal(codec.decode(stored, {"bits": 4, "group_size": 32, "mode": "mxfp4"}), weight.dequantize())
+
+
+def test_nvfp4_goes_in_bit_for_bit_without_a_scale_of_the_tensor() -> None:
+    w_OI = torch.randn(6, 96, generator=torch.Generator().manual_seed(1)) * 0.03
+    weight = Float4Weight(*microscaling.nvfp4(w_OI, torch.ones(1)))
+    stored = codec.encode(weight, MicroscalingScheme(type="nvfp4"))
+    assert {name: tensor.dtype for name, tensor in stored.items()} == {"weight": torch.uint32, "scales": torch.uint8}
+    assert torch.equal(codec.decode(stored, {"bits": 4, "group_size": 16, "mode": "nvfp4"}), weight.dequantize())
 
 
 def test_a_declaration_that_contradicts_the_words_is_named() -> None:
@@ -222,6 +231,18 @@ CONFIGS = {
 MIXED = {"overrides": [{"modules": ["*.down_proj"], "scheme": scheme(6).model_dump()}]}
 
 
+def made(source: Path, workspace: Path, chosen: Recipe) -> Path:
+    """What is made of a source, of the size that is planned."""
+    job = jobs.job(source, workspace, chosen, samples=1)
+    (one,), _ = quantize(job, source)
+    assert one.error is None, one.error
+    planned = sizing.estimate(
+        sources.resolve(ModelEntry(id=str(source)), Path()), chosen, job.calibration, job.verification
+    )
+    assert planned.artifact_bytes == pytest.approx(one.bytes, rel=0.02)
+    return Path(one.path)
+
+
 @pytest.fixture(scope="module", params=[LLAMA, MIXTURE], ids=["dense", "mixture"])
 def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A source, and what is made of it, in several widths."""
@@ -229,14 +250,7 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         name="mixed", method="gptq", scheme=scheme(3).model_dump(), format="mlx", outside=OUTSIDE, **MIXED,
         options={"refine": 1},
     )  # fmt: skip
-    job = jobs.job(request.param, tmp_path_factory.mktemp("mlx"), mixed, samples=1)
-    (one,), _ = quantize(job, request.param)
-    assert one.error is None, one.error
-    planned = sizing.estimate(
-        sources.resolve(ModelEntry(id=str(request.param)), Path()), mixed, job.calibration, job.verification
-    )
-    assert planned.artifact_bytes == pytest.approx(one.bytes, rel=0.02)
-    return request.param, Path(one.path)
+    return request.param, made(request.param, tmp_path_factory.mktemp("mlx"), mixed)
 
 
 def test_the_artifact_reads_as_its_source(artifact: tuple[Path, Path]) -> None:
@@ -275,15 +289,24 @@ def test_the_files_are_as_mlx_lm_wants_them(artifact: tuple[Path, Path]) -> None
 
 
 def test_mlx_lm_loads_the_same_weights(artifact: tuple[Path, Path], tmp_path: Path) -> None:
-    source, place = artifact
+    assert_the_same_weights(*artifact, tmp_path, parts_of_each=3)
+
+
+def test_mlx_lm_loads_the_same_weights_of_nvfp4(tmp_path: Path) -> None:
+    chosen = jobs.quick(shipped.recipe("mlx-nvfp4"))
+    environment()
+    assert_the_same_weights(MIXTURE, made(MIXTURE, tmp_path / "runs", chosen), tmp_path, parts_of_each=2)
+
+
+def assert_the_same_weights(source: Path, place: Path, tmp_path: Path, *, parts_of_each: int) -> None:
     python = environment()
     subprocess.run([python, "-c", DECODE, place, tmp_path / "theirs"], check=True, cwd=tmp_path, capture_output=True)
     theirs = load_file(tmp_path / "theirs")
     family = json.loads((source / "config.json").read_text())["model_type"]
     parts = {key: part for key, part in load_file(place / "model.safetensors").items() if key in theirs}
-    assert len(parts) == 3 * len({key.rpartition(".")[0] for key in parts}) > 10
+    assert len(parts) == parts_of_each * len({key.rpartition(".")[0] for key in parts}) > 10
     for key, part in parts.items():
-        ours = part if part.dtype == torch.uint32 else part.float()
+        ours = part if part.dtype == torch.uint32 else part.float()  # E4M3's bits are numbers, too
         assert torch.equal(theirs[key].view(torch.int32), ours.view(torch.int32)), key
     with open_decoded(place) as decoded:
         assert isinstance(decoded, Decoded)
@@ -341,7 +364,7 @@ def test_embeddings_of_an_unknown_name_are_told(tmp_path: Path, monkeypatch: pyt
 
 
 def test_shipped_recipes_quantize_what_convert_quantizes() -> None:
-    for name in ("mlx-w3-g64", "mlx-w4-g64", "mlx-w6-g64", "mlx-w8-g64", "mlx-mixed-4-6", "mlx-mxfp4"):
+    for name in ("mlx-w3-g64", "mlx-w4-g64", "mlx-w6-g64", "mlx-w8-g64", "mlx-mixed-4-6", "mlx-mxfp4", "mlx-nvfp4"):
         chosen = shipped.recipe(name)
         assert chosen.scheme_outside("model.embed_tokens") is not None
         assert chosen.scheme_outside("lm_head") is not None

@@ -16,13 +16,19 @@ from pipeline.zoo import shipped
 from tests.workers import jobs
 from workers.formats.decoded import Decoded, open_decoded
 from workers.quantize.one_pass import quantize
+from workers.spec.recipes import Recipe
 from workers.spec.schemes import IntScheme
-from workers.verify.runtimes import vllm_loading, vllm_reference
+from workers.verify.runtimes import vllm_loading, vllm_reference, vllm_rounding
 from workers.verify.runtimes.vllm_stored import stored_problems
 
 LLAMA = jobs.ZOO / "models" / "llama-tiny"
 RECIPES = ("rtn-w4-g128", "gptq-w3-g128", "gptq-w8-g128", "awq-w4-g128-gemm", "fp8-block", "fp8-dynamic", "w8a8-int8",
-           "nvfp4", "mxfp4")  # fmt: skip
+           "nvfp4", "mxfp4", "mxfp8", "asymmetric")  # fmt: skip
+ASYMMETRIC = jobs.recipe(name="asymmetric", method="rtn", scheme={"bits": 4, "group_size": 128, "symmetric": False})
+
+
+def of(name: str) -> Recipe:
+    return ASYMMETRIC if name == ASYMMETRIC.name else shipped.recipe(name)
 
 
 @given(bits=st.integers(2, 8), seed=st.integers(0, 1 << 30), words=st.integers(1, 3))
@@ -40,7 +46,7 @@ def test_a_bit_stream_is_unpacked_as_it_was_packed(bits: int, seed: int, words: 
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     recipes = []
-    for recipe in map(shipped.recipe, RECIPES):
+    for recipe in map(of, RECIPES):
         quick = {name: 0 for name in ("refine",) if hasattr(recipe.options, name)}
         recipes.append(recipe.model_copy(update={"options": recipe.options.model_copy(update=quick)}))
     job = jobs.job(LLAMA, tmp_path_factory.mktemp("runs"), *recipes, samples=1)
@@ -66,12 +72,12 @@ class AwqMethod(SimpleNamespace):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_parameters_are_decoded_as_our_decoder_does(name: str, artifacts: dict[str, Path]) -> None:
-    folder, scheme = artifacts[name], shipped.recipe(name).scheme
+    folder, scheme = artifacts[name], of(name).scheme
     stored: dict[str, torch.Tensor] = {}
     for file in folder.glob("*.safetensors"):
         stored |= load_file(file)
     own = own_of(scheme)
-    if shipped.recipe(name).format == "awq":
+    if of(name).format == "awq":
         own = AwqMethod(**vars(own))
     with open_decoded(folder) as opened:
         assert isinstance(opened, Decoded)
@@ -105,9 +111,9 @@ def test_a_fused_layer_has_the_scale_that_vllm_keeps() -> None:
 def test_unknown_parameters_are_refused() -> None:
     with pytest.raises(NotImplementedError, match=r"\['codes'\] are of no format"):
         vllm_reference.decoded({"codes": torch.zeros(1)}, own_of(None), [1])
-    given_ = SimpleNamespace(type="float", num_bits=4, strategy="tensor_group", dynamic=True, group_size=16)
-    with pytest.raises(NotImplementedError, match="activations of 4 bits"):
-        vllm_reference.rounding_of(given_, {})
+    given_ = SimpleNamespace(type="float", num_bits=6, strategy="tensor_group", dynamic=True, group_size=16)
+    with pytest.raises(NotImplementedError, match="activations of 6 bits"):
+        vllm_rounding.rounding_of(given_, {})
 
 
 class Layer(torch.nn.Module):

@@ -30,7 +30,7 @@ Activations = Literal["none", "int8", "dynamic", "static", "mxfp4", "nvfp4", "mx
 _BYTE = {"symmetric": (True,), "strategy": ("tensor", "channel", "group")}
 # Config values that can be read, for each stored form.
 _READABLE: dict[str, dict[str, Any]] = {
-    PACKED: {"type": ("int",), "num_bits": range(2, 9), "symmetric": (True,), "strategy": ("channel", "group")},
+    PACKED: {"type": ("int",), "num_bits": range(2, 9), "symmetric": (True, False), "strategy": ("channel", "group")},
     INT: {"type": ("int",), "num_bits": range(2, 9), **_BYTE},
     FLOAT: {"type": ("float",), "num_bits": (8,), **_BYTE},
     NAIVE: {"type": ("int", "float"), "num_bits": (8,), **_BYTE},
@@ -42,13 +42,17 @@ _READABLE: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Declared:
-    """A module's settings in config.json: ``kind`` is int or float, ``activations`` the rounding of its input."""
+    """A module's settings in config.json: ``kind`` is int or float, ``activations`` the rounding of its input.
+
+    ``symmetric``: there are no zero points.
+    """
 
     form: str
     kind: str
     bits: int
     activations: Activations
     group_size: int | None = None
+    symmetric: bool = True
 
 
 def form_of(scheme: LinearScheme) -> str:
@@ -135,10 +139,11 @@ class Declarations:
             got = {"format": form, **{name: weights.get(name) for name in names}}
             raise UnsupportedRecipe(
                 f"{module}: can't decode {got}; known are "
-                f"symmetric weights as {', '.join(_READABLE)}, fp8 with scales for a tensor or channel"
+                f"weights as {', '.join(_READABLE)}, symmetric if not packed, fp8 with scales for a tensor or channel"
             )
         size = weights.get("group_size") if weights.get("strategy") == "group" else None
-        return Declared(form, weights["type"], int(weights["num_bits"]), _activations(module, group), size)
+        bits, rounded = int(weights["num_bits"]), _activations(module, group)
+        return Declared(form, weights["type"], bits, rounded, size, bool(weights["symmetric"]))
 
 
 def _without_none(group: Any) -> dict[str, Any]:
@@ -206,7 +211,9 @@ def _weights(scheme: LinearScheme) -> dict[str, Any]:
     match scheme:
         case IntScheme():
             strategy = "group" if scheme.group_size else "channel"
-            return {"num_bits": scheme.bits, "type": "int", "strategy": strategy, "group_size": scheme.group_size}
+            asymmetric = {} if scheme.symmetric else {"symmetric": False}
+            sized = {"strategy": strategy, "group_size": scheme.group_size}
+            return {"num_bits": scheme.bits, "type": "int", **sized, **asymmetric}
         case Float8Scheme():
             return {"num_bits": 8, "type": "float", "strategy": scheme.scales, "group_size": None}
         case MicroscalingScheme():

@@ -35,6 +35,7 @@ SUFFIXES = (
     "weight_packed",
     "weight_scale",
     "weight_shape",
+    "weight_zero_point",
     "weight_global_scale",
     "input_scale",
     "input_global_scale",
@@ -67,7 +68,8 @@ def header(stored: Mapping[str, Header], read: Callable[[str], Tensor], declared
         CheckpointError: tensors of the declared form are missing.
     """
     static = [SCALES_OF_INPUTS[declared.activations]] if declared.activations in SCALES_OF_INPUTS else []
-    missing = [name for name in (*NAMES.get(declared.form, ct_plain.NAMES), *static) if name not in stored]
+    zeros = [] if declared.symmetric else [ct_packed.ZEROS]
+    missing = [name for name in (*NAMES.get(declared.form, ct_plain.NAMES), *static, *zeros) if name not in stored]
     if missing:
         raise CheckpointError(
             f"quantized, but its {', '.join(missing)} isn't there, as {declared.form!r} has it; make it anew"
@@ -86,7 +88,7 @@ def decode(stored: Mapping[str, Tensor], declared: Declared) -> Tensor:
         CheckpointError: the stored tensors don't match the declaration.
     """
     if declared.form == PACKED:
-        return ct_packed.decode(stored, declared.bits, declared.group_size)
+        return ct_packed.decode(stored, declared.bits, declared.group_size, symmetric=declared.symmetric)
     if declared.form == MXFP8:
         return ct_mxfp8.decode(stored)
     if declared.form in GROUP_SIZES:
@@ -135,6 +137,8 @@ def open_(config: Mapping[str, Any], source: Source, trust_remote_code: bool) ->
         required=(),  # it depends on the module's group
         header=lambda module, headers, read: header(headers, read, declared_of(module)),
         decode=lambda module, stored: decode(stored, declared_of(module)),
-        codes=lambda module, stored: ct_packed.codes(stored, declared_of(module).bits),
+        codes=lambda module, stored: ct_packed.codes(
+            stored, declared_of(module).bits, symmetric=declared_of(module).symmetric
+        ),
         rounding=lambda module, stored, _: input_rounding(module, declared_of(module), stored),
     )

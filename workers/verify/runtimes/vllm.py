@@ -202,7 +202,11 @@ def _watch(watched: Watched, decode: bool = False) -> None:
     own_process = getattr(loader.process_weights_after_loading, "own", loader.process_weights_after_loading)
 
     def create(self: Any, vllm_config: Any, model_config: Any, prefix: str = "") -> Any:
+        cached = bool(getattr(vllm_config.quant_config, "kv_cache_scheme", None))
+        if decode:
+            vllm_reference.leave_cache_unrounded(vllm_config)
         model = own_create(self, vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        vllm_loading.expect_cache_scales(model, cached)
         watched.filled = BITSANDBYTES.name not in str(model_config.quantization)  # whose loader replaces parameters
         if watched.filled:
             vllm_loading.fill(model)
@@ -214,6 +218,7 @@ def _watch(watched: Watched, decode: bool = False) -> None:
         watched.problems += vllm_loading.split_scales(model)
         if decode:
             watched.decoded = vllm_reference.use_reference(model)
+            vllm_reference.round_cached(model)
         own_process(model, model_config, device)
 
     create.own, process.own = own_create, own_process  # type: ignore[attr-defined]

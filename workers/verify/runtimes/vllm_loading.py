@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from workers.spec.formats import CACHE_SCALES
+
 # Leaves of the names of parameters that a checkpoint must set; experts' have a prefix. Others, as scales of a cache,
 # have defaults.
 REQUIRED = frozenset({
@@ -18,6 +20,8 @@ EXPERTS = ("w13_", "w2_")
 GLOBAL_SCALES = ("weight_global_scale", "input_global_scale")
 # Byte that integers are filled with before loading; a whole row of it wasn't set.
 UNSET_BYTE = 0x55
+# Set on attention modules whose checkpoint declares scales of keys and values.
+CACHED = "scales_are_declared"
 # A row of fewer bytes may hold that by chance.
 LEAST_ROW = 8
 E8M0_NAN = 0xFF
@@ -44,6 +48,21 @@ def fill(model: Any) -> None:
             parameter.data.view(torch.uint8).fill_(_mark(name, parameter))
 
 
+def expect_cache_scales(model: Any, declared: bool) -> None:
+    """Note, of a model that was made, that a checkpoint must set the scales of keys and values if it declares them."""
+    for module in model.modules():
+        if declared and all(hasattr(module, name) for name in CACHE_SCALES):
+            setattr(module, CACHED, True)
+
+
+def cache_scales(module: Any) -> tuple[Any, Any] | None:
+    """The scales [] of an attention module's keys and values as they were loaded; None without any."""
+    if not getattr(module, CACHED, False):
+        return None
+    keys, values = (getattr(module, name).data.float().max() for name in CACHE_SCALES)
+    return keys, values
+
+
 def unset(model: Any) -> list[str]:
     """Names of parameters that loading left as ``fill`` made them, wholly or in part, sorted."""
     return sorted(name for name, tensor in _required(model) if _is_unset(name, tensor))
@@ -56,6 +75,8 @@ def _required(model: Any) -> Iterator[tuple[str, Any]]:
         unrounded = getattr(getattr(module, "quant_method", None), "use_a16", False)
         for name, parameter in module.named_parameters(recurse=False):
             leaf = leaf_of(name)
+            if leaf in CACHE_SCALES and getattr(module, CACHED, False):
+                yield f"{prefix}.{name}".removeprefix("."), parameter
             if leaf in REQUIRED and not (unrounded and leaf.startswith("input_")):
                 yield f"{prefix}.{name}".removeprefix("."), parameter
 

@@ -18,6 +18,7 @@ from enum import EnumType
 from typing import Any
 
 from workers.spec.formats import AWQ
+from workers.verify.runtimes import vllm_loading, vllm_rounding
 from workers.verify.runtimes.reply import NotHere
 
 # Functions of vLLM that choose a kernel, wherever they were imported to.
@@ -35,9 +36,6 @@ LATE = (
 # Backends of experts whose parameters have the checkpoint's layout, the first that there is.
 PLAIN_BACKENDS = ("MARLIN", "TRITON")
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-FP8_MAX, INT8_MAX = 448.0, 127.0
-
-Rounding = Callable[[Any], Any]
 
 
 class NoKernel:
@@ -67,6 +65,8 @@ def choose_no_kernels() -> None:
                 setattr(module, name, lambda *args, **kwargs: NoKernel())
             elif name == "choose_mp_linear_kernel":
                 setattr(module, name, lambda *args, **kwargs: NoKernel)
+            elif name == "resolve_kv_cache_dtype_string":
+                setattr(module, name, lambda given, config: given)
             elif name == "expose_input_quant_key":
                 setattr(module, name, lambda *args, **kwargs: None)
             elif EXPERTS_CHOICE.match(name) and name != "select_unquantized_moe_backend":
@@ -117,7 +117,7 @@ def _linear(name: str, layer: Any) -> Any:
     from vllm.model_executor.layers.linear import LinearMethodBase
 
     parameters = dict(layer.named_parameters(recurse=False))
-    rounded = _rounding(name, layer, parameters)
+    rounded = vllm_rounding.of_layer(name, layer, parameters)
     own = getattr(layer, "scheme", None) or layer.quant_method
     weight_OI = decoded(parameters, own, _output_sizes(layer))
 
@@ -148,16 +148,13 @@ def _experts(name: str, layer: Any) -> Any:
     own = layer.quant_method
     stacks = {}
     for prefix in ("w13_", "w2_"):
-        parts = {n.removeprefix(prefix): p for n, p in parameters.items() if n.startswith(prefix)}
+        parts = _of(prefix, parameters)
         count = next(iter(parts.values())).shape[0]
         halves = 2 if prefix == "w13_" else 1
         stacks[prefix] = [decoded({n: p[e] for n, p in parts.items()}, own, halves) for e in range(count)]
     if str(getattr(layer.activation, "value", layer.activation)) != "silu":
         raise NotHere(f"{name}: experts with the activation {layer.activation}; silu is known")
-    inputs, between = (
-        _rounding(name, layer, {n.removeprefix(prefix): p for n, p in parameters.items() if n.startswith(prefix)})
-        for prefix in ("w13_", "w2_")
-    )
+    inputs, between = (vllm_rounding.of_layer(name, layer, _of(prefix, parameters)) for prefix in ("w13_", "w2_"))
 
     class Reference(FusedMoEMethodBase):  # type: ignore[misc, unused-ignore]
         """Computes each expert's tokens by its decoded weights."""
@@ -178,6 +175,37 @@ def _experts(name: str, layer: Any) -> Any:
             return out
 
     return Reference(layer.moe_config)
+
+
+def _of(prefix: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix(prefix): p for name, p in parameters.items() if name.startswith(prefix)}
+
+
+# ------------------------------------------------------------------------------------- keys and values
+
+
+def leave_cache_unrounded(vllm_config: Any) -> None:
+    """Let a model that is made be one whose keys and values are cached as they are, for which there is a kernel.
+
+    The scales of a checkpoint are loaded all the same.
+    """
+    if getattr(vllm_config.quant_config, "kv_cache_scheme", None):
+        vllm_config.quant_config.kv_cache_scheme = None
+        vllm_config.cache_config.cache_dtype = "auto"
+
+
+def round_cached(model: Any) -> None:
+    """Round what attention caches under the scales that were loaded, before it's cached."""
+    for module in model.modules():
+        if (scales := vllm_loading.cache_scales(module)) is not None:
+            module.forward = _caching(module.forward, *map(vllm_rounding.static, scales))
+
+
+def _caching(attend: Any, keys: vllm_rounding.Rounding, values: vllm_rounding.Rounding) -> Callable[..., Any]:
+    def rounding(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        return attend(query, keys(key), values(value), *args, **kwargs)
+
+    return rounding
 
 
 # ---------------------------------------------------------------------------------------------- weights
@@ -203,11 +231,14 @@ def decoded(parts: dict[str, Any], own: Any, fused: list[int] | int) -> Any:
     scale = parts.get("weight_scale_inv", parts.get("weight_scale"))
     if scale is None:
         raise NotHere(f"{weight.dtype} without a scale is of no format that is known here")
+    if scale.dtype == torch.uint8:  # powers of two of groups of inputs
+        exponent = scale.data.float() - 127
+        return weight.data.float() * torch.exp2(exponent).repeat_interleave(weight.shape[1] // scale.shape[1], 1)
     block = getattr(own, "weight_block_size", None)
     spread = _spread(scale.data.float(), weight.shape, fused, block)
     if weight.dtype == torch.float8_e4m3fn and block is None and scale.numel() not in (1, weight.shape[0]):
         # vLLM keeps one scale for a fused layer, the largest, and rounds the parts to it.
-        return _to_fp8(weight.data.float() * spread / spread.max()) * spread.max()
+        return vllm_rounding.to_fp8(weight.data.float() * spread / spread.max()) * spread.max()
     return weight.data.float() * spread
 
 
@@ -286,58 +317,3 @@ def _four_bit_floats(packed: Any, parts: dict[str, Any]) -> Any:
     else:
         spread = torch.exp2(scale.float() - 127)
     return values * spread.repeat_interleave(values.shape[-1] // spread.shape[-1], -1)
-
-
-# ------------------------------------------------------------------------------------------- activations
-
-
-def _rounding(name: str, layer: Any, parameters: dict[str, Any]) -> Rounding:
-    """How a layer's inputs are rounded, by the checkpoint's configuration as vLLM has parsed it."""
-    config: Any = getattr(layer, "quant_config", None) or getattr(layer.quant_method, "quant_config", None)
-    if hasattr(config, "get_scheme_dict"):
-        experts = getattr(layer, "ckpt_gate_proj_name", None)
-        found = config.get_scheme_dict(layer, f"{name}.0.{experts}" if experts else name) or {}
-        return rounding_of(found.get("input_activations"), parameters)
-    if block := getattr(config, "weight_block_size", None):
-        return lambda x: _by_groups(x, block[1], FP8_MAX, _to_fp8)
-    if getattr(config, "activation_scheme", None) == "static":
-        return _static(parameters["input_scale"].data.float().max())
-    return lambda x: x
-
-
-def rounding_of(given: Any, parameters: dict[str, Any]) -> Rounding:
-    """The rounding of compressed-tensors' ``input_activations``.
-
-    Raises:
-        NotHere: a combination that is unknown here.
-    """
-    if given is None:
-        return lambda x: x
-    kind, strategy = (str(getattr(value, "value", value)) for value in (given.type, given.strategy))
-    match kind, given.num_bits, strategy:
-        case "float", 8, "tensor" if not given.dynamic:
-            return _static(parameters["input_scale"].data.float().max())
-        case "float", 8, "token":
-            return lambda x: _by_groups(x, x.shape[-1], FP8_MAX, _to_fp8)
-        case "float", 8, "group" if given.group_size:
-            return lambda x: _by_groups(x, given.group_size, FP8_MAX, _to_fp8)
-        case "int", 8, "token":
-            return lambda x: _by_groups(x, x.shape[-1], INT8_MAX, lambda v: v.round().clamp(-128, 127))
-    raise NotHere(f"activations of {given.num_bits} bits, {kind}, by {strategy}: no reference arithmetic")
-
-
-def _static(scale: Any) -> Rounding:
-    return lambda x: (_to_fp8((x.float() / scale).clamp(-FP8_MAX, FP8_MAX)) * scale).to(x.dtype)
-
-
-def _by_groups(x: Any, size: int, largest: float, grid: Rounding) -> Any:
-    """Round to a grid under a scale for each group of ``size`` values, from its largest magnitude."""
-    groups = x.float().unflatten(-1, (-1, size))
-    scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-12) / largest
-    return (grid(groups / scale) * scale).flatten(-2).to(x.dtype)
-
-
-def _to_fp8(x: Any) -> Any:
-    import torch
-
-    return x.to(torch.float8_e4m3fn).float()
