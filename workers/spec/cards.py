@@ -7,7 +7,7 @@ from typing import NamedTuple
 from workers.spec.base import meant
 from workers.spec.formats import MLX
 from workers.spec.recipes import Recipe
-from workers.spec.schemes import Scheme
+from workers.spec.schemes import Float8Scheme, IntScheme, MicroscalingScheme, Scheme
 
 
 class Card(NamedTuple):
@@ -61,11 +61,10 @@ def lacks(card: Card, recipe: Recipe) -> str | None:
 
 def _arithmetic(scheme: Scheme) -> tuple[str, tuple[int, int]] | None:
     """What a scheme multiplies in, where activations are rounded, too, and from which capability on that is there."""
-    rounded = getattr(scheme, "activations", "none")
-    if scheme.type in ("nvfp4", "mxfp4"):
-        return ("FP4", FLOAT4) if rounded not in ("none", None) else None
-    if scheme.type == "mxfp8":
-        return "MXFP8", FLOAT4
-    if scheme.type == "fp8":
+    if isinstance(scheme, MicroscalingScheme):
+        if scheme.activations == "none" and scheme.type != "mxfp8":
+            return None
+        return ("MXFP8" if scheme.type == "mxfp8" else "FP4"), FLOAT4
+    if isinstance(scheme, Float8Scheme):
         return "FP8", FLOAT8
-    return ("INT8", INT8) if scheme.type == "int" and rounded not in ("none", None) else None
+    return ("INT8", INT8) if isinstance(scheme, IntScheme) and scheme.activations != "none" else None
