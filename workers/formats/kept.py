@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from workers.checkpoint.source import DTYPES, Header, Source
 from workers.errors import CheckpointError, NumericalError, UnsupportedModel
+from workers.formats import mxfp4
 from workers.formats.decoded import Decoded
 from workers.formats.decoder import Decoder
 from workers.formats.table import CODECS
@@ -67,12 +69,16 @@ class DecodedSource(QuantizedSource):
         found = low_bit.read(config, _headers(source))
         if isinstance(found, str):
             raise UnsupportedModel(f"checkpoint {folder}: it can't be decoded: {found}")
-        super().__init__(folder, source, CODECS[found.format].open(config["quantization_config"], source, False))
+        open_ = mxfp4.open_ if found.format == low_bit.MXFP4 else CODECS[found.format].open
+        super().__init__(folder, source, open_(config["quantization_config"], source, False))
         self._dtype = DTYPES[found.dtype]
         self.headers = {
             key: Header(header.shape, self._dtype) if self._is_decoded(key) else header
             for key, header in self.headers.items()
         }
+
+    def _is_decoded(self, key: str) -> bool:
+        return super()._is_decoded(key) or key not in self._source.headers
 
     def read(self, name: str) -> Tensor:
         """The tensor, on the CPU, contiguous; a quantized weight in the dtype that config.json names."""
@@ -128,17 +134,21 @@ def open_source(folder: Path, model: ModelPin) -> OpenSource:
         UnsupportedModel: its codes can't be kept.
     """
     source = Source(folder, allow_pickle=model.allow_pickle, variant=model.variant)
+    with ExitStack() as opened:
+        opened.enter_context(source)
+        whole = _config(folder)
+        kind = DecodedSource if model.dequantize else KeptSource
+        found = kind(folder, whole, source) if whole.get("quantization_config") else source
+        opened.pop_all()
+    return found
+
+
+def _config(folder: Path) -> dict[str, Any]:
     try:
-        whole = json.loads((folder / "config.json").read_text())
-        if not whole.get("quantization_config"):
-            return source
-        return (DecodedSource if model.dequantize else KeptSource)(folder, whole, source)
+        whole: dict[str, Any] = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
-        source.__exit__(None, None, None)
         raise CheckpointError(f"checkpoint {folder}: no readable config.json ({error})") from error
-    except BaseException:
-        source.__exit__(None, None, None)
-        raise
+    return whole
 
 
 def converted(module: str, weight: IntWeight, scheme: IntScheme, fmt: str) -> IntWeight:

@@ -15,8 +15,14 @@ from workers.spec.formats import COMPRESSED_TENSORS, FP8, recognised
 from workers.spec.layers import loaded_dtype
 from workers.spec.tensors import TensorHeader
 
-# Families whose publishers give no half-precision weights: DeepSeek, MiniMax, Kimi and Mistral, by model_type.
-NATIVE = frozenset({"deepseek_v3", "deepseek_v32", "deepseek_v4", "kimi_k2", "kimi_k25", "minimax_m2", "ministral3"})
+# Families whose publishers give no half-precision weights: DeepSeek, MiniMax, Kimi, Mistral and OpenAI, by model_type.
+NATIVE = frozenset({
+    "deepseek_v3", "deepseek_v32", "deepseek_v4", "gpt_oss", "kimi_k2", "kimi_k25", "minimax_m2", "ministral3",
+})  # fmt: skip
+# transformers' quant_method of gpt-oss: read as a source, and written by none of our recipes. Experts' codes and their
+# scales are tensors of these endings.
+MXFP4 = "mxfp4"
+BLOCKS, SCALES = "_blocks", "_scales"
 # Tensors of a quantized module that aren't its weight, by format.
 BESIDE = {
     FP8.name: frozenset({"weight_scale_inv"}),
@@ -26,6 +32,7 @@ BESIDE = {
 }
 # Numbers in an element of packed codes, where their number of bits follows from the dtype.
 PACKED_PAIRS = 2
+MXFP4_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,9 @@ def read(config: Mapping[str, Any], tensors: tuple[TensorHeader, ...]) -> LowBit
     declared = config.get("quantization_config") or {}
     row = recognised(declared)
     dtype = loaded_dtype(config, [t for t in tensors if t.dtype != "F32"]) or "BF16"
+    if declared.get("quant_method") == MXFP4:
+        fused = _fused(dtype, tensors)
+        return fused if isinstance(fused, str) else LowBit(MXFP4, dtype, fused)
     if row is not None and row.name in BESIDE:
         found = _decoded(row.name, dtype, tensors)
         if not isinstance(found, str):
@@ -63,6 +73,35 @@ def read(config: Mapping[str, Any], tensors: tuple[TensorHeader, ...]) -> LowBit
 
 def _in(tensor: TensorHeader, dtype: str) -> TensorHeader:
     return tensor._replace(dtype=dtype)
+
+
+def fused_shape(blocks: tuple[int, ...], scales: tuple[int, ...] | None) -> tuple[int, int, int] | None:
+    """Experts, inputs and outputs of MXFP4 blocks (E, O, G, 16) with scales (E, O, G); None if they aren't such."""
+    if len(blocks) != 4 or blocks[3] != MXFP4_BLOCK // 2 or scales != blocks[:3]:
+        return None
+    experts, rows, groups, _ = blocks
+    return experts, MXFP4_BLOCK * groups, rows
+
+
+def _fused(dtype: str, tensors: tuple[TensorHeader, ...]) -> tuple[TensorHeader, ...] | str:
+    """The tensors of an MXFP4 checkpoint as they are decoded; or the one that isn't known how to decode."""
+    by_name = {tensor.name: tensor for tensor in tensors}
+    decoded = []
+    for tensor in tensors:
+        name = tensor.name.removesuffix(BLOCKS)
+        if tensor.name.endswith(SCALES) and f"{tensor.name.removesuffix(SCALES)}{BLOCKS}" in by_name:
+            continue
+        if name == tensor.name:
+            decoded.append(tensor)
+            continue
+        scales = by_name.get(f"{name}{SCALES}")
+        shape = fused_shape(tensor.shape, scales.shape if scales else None)
+        if shape is None or {tensor.dtype, scales.dtype if scales else ""} != {"U8"}:
+            return f"{tensor.name}: {tensor.dtype} {tensor.shape} isn't blocks of {MXFP4_BLOCK} codes with their scales"
+        decoded.append(TensorHeader(name, shape, dtype))
+    if len(decoded) == len(tensors):
+        return "its config.json declares mxfp4, but none of its tensors are blocks"
+    return tuple(decoded)
 
 
 def _decoded(fmt: str, dtype: str, tensors: Iterable[TensorHeader]) -> tuple[TensorHeader, ...] | str:
