@@ -14,6 +14,8 @@ from torch import Tensor
 from workers.checkpoint.source import ModelSource
 from workers.engines.stored import StoredMaker
 from workers.errors import UnsupportedRecipe
+from workers.formats.already import kept_codes
+from workers.formats.kept import DecodedSource
 from workers.methods import linear, schemes
 from workers.methods.layer import Coded, Factors, Layer, LayerWork
 from workers.methods.scaling import Scaling, some
@@ -21,6 +23,7 @@ from workers.model.key_values import KEYS, VALUES, attentions_of
 from workers.model.loading import InputName, QuantizableWeight, StreamedModel
 from workers.model.statistics import InputStatistics
 from workers.numerics import fp8
+from workers.numerics.codes import CodedWeight
 from workers.numerics.precision import coarse_products
 from workers.spec.formats import FORMATS
 from workers.spec.job import ArtifactMade, Job, Order
@@ -94,14 +97,33 @@ class LinearMaker(StoredMaker):
             factors=work.factors,
         )
         self.decoded = {}
-        for coded in linear.code_layer(self._recipe, chosen, layer):
+        kept = self._kept(chosen)
+        for coded in linear.code_layer(self._recipe, [pair for pair in chosen if pair[0].module not in kept], layer):
             self._put(coded, layer)
+        for weight, _ in chosen:
+            if weight.module in kept:
+                self._put(Coded(weight, kept[weight.module]), layer)
         self.copy({key: scaling.replaced.get(key, work.tensors[key]) for key in keys if key not in self._schemes})
         self._write_stacks()
         self._write_cache_scales(work, layer.dtype)
-        self._note_borrowing(work, [weight for weight, _ in chosen])
+        self._note_borrowing(work, [weight for weight, _ in chosen if weight.module not in kept])
         if scaling.changed:
             scaling.save(self._folds / f"{work.index:05d}.safetensors")
+
+    def _kept(self, chosen: list[tuple[QuantizableWeight, LinearScheme]]) -> dict[str, CodedWeight]:
+        """The codes of weights that the source has in the recipe's scheme, by module: they are stored as they are.
+
+        Methods that fold scales into weights change them first.
+        """
+        if not isinstance(self._source, DecodedSource) or self._recipe.needs.folds:
+            return {}
+        schemes = {weight.module: scheme for weight, scheme in chosen if not weight.transposed}
+        kept = kept_codes(self._source, schemes, self._recipe.format)
+        if kept and len(kept) == len(chosen):
+            self.fallbacks["codes and scales are the source's own, bit for bit, for it has the recipe's scheme"] = None
+        elif kept:
+            self.fallbacks[f"codes and scales are the source's own, bit for bit: {some(list(kept))}"] = None
+        return kept
 
     def _write_cache_scales(self, work: LayerWork, dtype: torch.dtype) -> None:
         """Write the scales of the layer's keys and values: their largest magnitude over the largest of E4M3.

@@ -23,7 +23,7 @@ from workers.formats.decoded import Decoded
 from workers.formats.decoder import Decoder
 from workers.formats.table import CODECS
 from workers.numerics import ggml
-from workers.numerics.codes import IntWeight
+from workers.numerics.codes import CodedWeight, IntWeight
 from workers.spec import kept, low_bit
 from workers.spec.checkpoint_files import CheckpointFiles
 from workers.spec.formats import FORMATS
@@ -57,6 +57,9 @@ class QuantizedSource(Decoded):
         module, _, leaf = key.rpartition(".")
         return leaf == "weight" and module in self._stored
 
+    def _stored_tensors(self, module: str) -> dict[str, Tensor]:
+        return {name: self._tensors.read(key) for name, key in self._stored[module].items()}
+
 
 class DecodedSource(QuantizedSource):
     """A source whose weights are those that it decodes to, in the dtype that its config.json names.
@@ -85,6 +88,16 @@ class DecodedSource(QuantizedSource):
         tensor = super().read(name)
         return tensor.to(self._dtype) if self._is_decoded(name) else tensor
 
+    def codes(self, module: str) -> CodedWeight | None:
+        """The codes of a module, as stored; None if it has none, or of a kind that no recipe makes.
+
+        Raises:
+            UnsupportedRecipe: they are of a kind that no other format holds.
+        """
+        if module not in self._stored or self._decoder.codes is None:
+            return None
+        return self._decoder.codes(module, self._stored_tensors(module))
+
 
 class KeptSource(QuantizedSource):
     """A source with its ``codes``, as they are stored.
@@ -112,7 +125,9 @@ class KeptSource(QuantizedSource):
         Raises:
             UnsupportedRecipe: they are of a kind that no other format holds.
         """
-        return self._codes(module, {name: self._tensors.read(key) for name, key in self._stored[module].items()})
+        found = self._codes(module, self._stored_tensors(module))
+        assert isinstance(found, IntWeight), "spec.kept reads integers alone"
+        return found
 
     def exact(self, key: str) -> Tensor | None:
         """A quantized weight before any rounding to half precision, float32; None for other tensors."""
