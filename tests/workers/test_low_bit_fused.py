@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from pipeline.planning.sources import resolve
 from pipeline.zoo.zoo import ModelEntry
+from tests.workers.formats.test_mlx import environment
 from tests.workers.fused import save_gpt_oss
 from tests.workers.jobs import job
 from tests.workers.test_low_bit import decoded_job
 from workers.checkpoint.source import Source
 from workers.errors import UnsupportedModel
 from workers.formats import mxfp4
+from workers.formats.decoded import open_decoded
 from workers.formats.kept import DecodedSource, open_source
 from workers.run import run_stage
 from workers.spec.job import Stage
@@ -104,3 +107,36 @@ def test_its_codes_cannot_be_kept_by_the_method_for_integers(gpt_oss: Path, tmp_
     of = job(gpt_oss, tmp_path, "keep-gptq")
     with pytest.raises(UnsupportedModel, match="method: keep can't read it: its codes are of the kind 'mxfp4'"):
         open_source(gpt_oss, of.model)
+
+
+@pytest.mark.parametrize("name", ["mlx-mxfp4", "mlx-w4-g64"])
+def test_mlx_stores_its_experts_as_they_are(name: str, gpt_oss: Path, tmp_path: Path) -> None:
+    of = decoded_job(gpt_oss, tmp_path, name)
+    made = run_stage(of, Stage.QUANTIZE).artifacts[0]
+    assert made.error is None, made.error
+    assert "experts in MXFP4: codes and scales are the source's own, bit for bit" in made.fallbacks
+    assert not any(line.startswith("left in half precision") for line in made.fallbacks)
+    folder = artifact_folder(of.workspace, of.orders[0])
+    before, after = (load_file(place / "model.safetensors") for place in (gpt_oss, folder))
+    experts = [key for key in before if key.endswith(("_blocks", "_scales"))]
+    assert len(experts) == 8
+    assert all(torch.equal(before[key], after[key]) for key in experts)
+    with open_source(gpt_oss, of.model) as source, open_decoded(folder) as artifact:
+        assert set(source.headers) == set(artifact.headers)
+        assert all(torch.equal(source.read(key), artifact.read(key)) for key in source.headers if ".experts." in key)
+    declared = json.loads((folder / "config.json").read_text())["quantization"]
+    stack = declared.get("model.layers.1.mlp.experts.up_proj", declared)
+    assert stack["mode"] == "mxfp4"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mlx-mxfp4", "mlx-w4-g64"])
+def test_mlx_lm_computes_what_was_stored(name: str, gpt_oss: Path, tmp_path: Path) -> None:
+    environment()
+    of = decoded_job(gpt_oss, tmp_path, name)
+    run_stage(of, Stage.QUANTIZE)
+    result = run_stage(of, Stage.VERIFY, name)
+    assert result.manifest is not None, result.failure
+    assert result.manifest.verdict.accepted, result.manifest.verdict.reasons
+    assert result.manifest.verdict.runtime is not None
+    assert result.manifest.verdict.runtime.version.startswith("0.32.2 (mlx ")

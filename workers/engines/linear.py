@@ -74,7 +74,9 @@ class LinearMaker(StoredMaker):
             threshold = sum(map(math.prod, shapes.values())) // 100
             large = (key for key, shape in shapes.items() if len(shape) > 1 and math.prod(shape) > threshold)
             unquantized += [
-                key for key in large if key not in known and not self._recipe.ignores(key.rpartition(".")[0])
+                key
+                for key in large
+                if key not in {*known, *self._blocks} and not self._recipe.ignores(key.rpartition(".")[0])
             ]
         return unquantized
 
@@ -103,7 +105,7 @@ class LinearMaker(StoredMaker):
         for weight, _ in chosen:
             if weight.module in kept:
                 self._put(Coded(weight, kept[weight.module]), layer)
-        self.copy({key: scaling.replaced.get(key, work.tensors[key]) for key in keys if key not in self._schemes})
+        self._copy_rest({key: scaling.replaced.get(key, work.tensors[key]) for key in keys if key not in self._schemes})
         self._write_stacks()
         self._write_cache_scales(work, layer.dtype)
         self._note_borrowing(work, [weight for weight, _ in chosen if weight.module not in kept])

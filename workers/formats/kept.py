@@ -88,6 +88,14 @@ class DecodedSource(QuantizedSource):
         tensor = super().read(name)
         return tensor.to(self._dtype) if self._is_decoded(name) else tensor
 
+    def blocks(self, key: str) -> dict[str, Tensor]:
+        """The MXFP4 tensors of a layer's experts, by their keys; empty for other tensors."""
+        return self._tensors.stored(key) if isinstance(self._tensors, mxfp4.Fused) else {}
+
+    def has_blocks(self, key: str) -> bool:
+        """Whether a tensor is stored as a layer's experts in MXFP4."""
+        return isinstance(self._tensors, mxfp4.Fused) and self._is_decoded(key)
+
     def codes(self, module: str) -> CodedWeight | None:
         """The codes of a module, as stored; None if it has none, or of a kind that no recipe makes.
 

@@ -64,9 +64,25 @@ class Fused:
 
     def read(self, name: str) -> Tensor:
         """The tensor, on the CPU, contiguous."""
-        if name in self.headers and name not in self._source.headers:
-            return decode(self._source.read(f"{name}{BLOCKS}"), self._source.read(f"{name}{SCALES}"))
-        return self._source.read(name)
+        stored = self.stored(name)
+        return decode(stored[f"{name}{BLOCKS}"], stored[f"{name}{SCALES}"]) if stored else self._source.read(name)
+
+    def stored_name(self, name: str) -> str:
+        """The key of the file that holds a tensor which isn't decoded."""
+        return name
+
+    def stored(self, name: str) -> dict[str, Tensor]:
+        """The tensors that one is decoded from, by their keys; none if it's stored as it is."""
+        if name in self._source.headers or name not in self.headers:
+            return {}
+        return {key: self._source.read(key) for key in (f"{name}{BLOCKS}", f"{name}{SCALES}")}
+
+
+def has_blocks(source: Source) -> bool:
+    """Whether a checkpoint has experts in blocks with scales."""
+    return any(
+        key.endswith(BLOCKS) and f"{key.removesuffix(BLOCKS)}{SCALES}" in source.headers for key in source.headers
+    )
 
 
 def open_(config: Mapping[str, Any], source: Source, trust_remote_code: bool) -> Decoder:

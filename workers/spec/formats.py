@@ -65,6 +65,8 @@ class Format:
     ``decoded``: quantmill has a decoder of its own; of formats without one, the runtime's predictions are measured.
     ``cache_declaration``: what ``quantization_config`` says of keys and values in FP8, whose scales
     are tensors of their attention modules (``CACHE_SCALES``).
+    ``blocks``: experts that the source has in one MXFP4 tensor
+    (``spec.low_bit``) are stored as they are.
     """
 
     name: str
@@ -93,6 +95,7 @@ class Format:
     keeps: bool = False
     decoded: bool = True
     cache_declaration: Mapping[str, Any] | None = None
+    blocks: bool = False
 
 
 # ------------------------------------------------------------------------------------- compressed-tensors
@@ -425,6 +428,7 @@ MLX = Format(
     settings=mlx.settings,
     place=mlx.place,
     keeps=True,
+    blocks=True,
 )
 
 # ------------------------------------------------------------------------------- transformers' quantizers
