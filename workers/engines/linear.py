@@ -26,8 +26,9 @@ from workers.numerics import fp8
 from workers.numerics.codes import CodedWeight
 from workers.numerics.precision import coarse_products
 from workers.spec.formats import FORMATS
+from workers.spec.fusion import together
 from workers.spec.job import ArtifactMade, Job, Order
-from workers.spec.recipes import BitsAndBytesRecipe, GgufRecipe, KeepRecipe, TransformersRecipe
+from workers.spec.recipes import BitsAndBytesRecipe, GgufRecipe, KeepRecipe, TransformersRecipe, nearest
 from workers.spec.schemes import LinearScheme
 from workers.spec.workspace import folds_folder
 
@@ -42,7 +43,9 @@ class LinearMaker(StoredMaker):
         assert not isinstance(order.recipe, BitsAndBytesRecipe | GgufRecipe | KeepRecipe | TransformersRecipe)
         self._recipe = order.recipe
         super().__init__(job, order, streamed, source, partial)
-        outside = {key: weight for key, weight in self._weights.items() if weight.layer < 0}
+        outside = {
+            key: weight for key, weight in self._weights.items() if weight.layer < 0 and key not in streamed.speculative
+        }
         self._attentions = {
             index: attentions_of(streamed, index) if self._recipe.kv_cache else {}
             for index in range(len(streamed.layers))
@@ -54,6 +57,9 @@ class LinearMaker(StoredMaker):
             )
         self.fallbacks |= dict.fromkeys(schemes.deviations(self._recipe, streamed.weights, self._schemes))
         self.fallbacks.update(dict.fromkeys(schemes.left_outside(self._recipe, streamed, outside)))
+        self._block = self._fused_in_block()
+        if self._recipe.mtp == "quantize":
+            self.fallbacks[self._said_of_block()] = None
         unknown = self._other_matrices()
         if unknown:
             note = f"left in half precision, for they are no linear layers that can be streamed: {some(unknown)}"
@@ -63,7 +69,27 @@ class LinearMaker(StoredMaker):
         outside = schemes.outside_weights(self._recipe, self._streamed)
         chosen = schemes.schemes_of(self._recipe, self._streamed)
         chosen |= {key: schemes.scheme_outside(self._recipe, weight) for key, weight in outside.items()}
-        return {weight.key: weight for weight in self._streamed.weights} | outside, chosen
+        block = schemes.speculative_weights(self._recipe, self._streamed)
+        for key, weight in block.items():
+            if (scheme := schemes.scheme_in_block(self._recipe, weight)) is not None:
+                chosen[key] = scheme
+        return {weight.key: weight for weight in self._streamed.weights} | outside | block, chosen
+
+    def _fused_in_block(self) -> dict[str, list[QuantizableWeight]]:
+        """The quantized weights of speculative blocks by key, each with those that runtimes fuse it with."""
+        weights = [self._weights[key] for key in self._schemes if key in self._streamed.speculative]
+        by_module = {weight.module: weight for weight in weights}
+        groups = ([by_module[module] for module in modules] for modules in together(by_module))
+        return {weight.key: group for group in groups for weight in group}
+
+    def _said_of_block(self) -> str:
+        modules = [self._weights[key].module for key in self._block]
+        if not modules:
+            return "mtp: quantize: the checkpoint has no speculative block with linear layers as its decoder's"
+        return (
+            f"speculative block rounded to nearest, for no calibration text passes through it: {len(modules)} linear "
+            f"layers ({some(modules)})"
+        )
 
     def _other_matrices(self) -> list[str]:
         """Large layer tensors that aren't separate linear weights, such as experts stored as one tensor."""
@@ -157,6 +183,9 @@ class LinearMaker(StoredMaker):
         if scheme is None:
             super().outside(key)
             return
+        if key in self._block:
+            self._round_block(self._block[key], key)
+            return
         weight, matrix_OI = self._weights[key], self._source.read(key)
         layer = Layer(
             read=lambda piece: rows_OI,
@@ -172,6 +201,26 @@ class LinearMaker(StoredMaker):
                 stored.append({name: tensor.to("cpu") for name, tensor in self._encode(coded.codes, scheme).items()})
                 self.fallbacks.update(dict.fromkeys(coded.fallbacks))
         self.put(weight.module, {name: _joined([part[name] for part in stored]) for name in stored[0]})
+
+    def _round_block(self, group: list[QuantizableWeight], key: str) -> None:
+        """Round weights of a speculative block that runtimes fuse, once the first of them comes."""
+        if key != min(weight.key for weight in group):
+            return
+        pairs = [(weight, self._schemes[weight.key]) for weight in group]
+        layer = Layer(
+            read=lambda weight: self._source.read(weight.key).to(self._streamed.device),
+            statistics=lambda weight: None,
+            dtype=self._source.headers[key].dtype,
+            factors=Factors(),
+        )
+        kept = self._kept(pairs)
+        others = [pair for pair in pairs if pair[0].module not in kept]
+        for coded in linear.code_layer(nearest(self._recipe), others, layer):
+            self.put(coded.weight.module, self._encode(coded.codes, self._schemes[coded.weight.key]))
+            self.fallbacks.update(dict.fromkeys(coded.fallbacks))
+        for weight, scheme in pairs:
+            if weight.module in kept:
+                self.put(weight.module, self._encode(kept[weight.module], scheme))
 
     def _statistics_outside(self, weight: QuantizableWeight) -> InputStatistics | None:
         """The statistics that a matrix outside of the layers is quantized under: the head's input; for embeddings the

@@ -68,7 +68,8 @@ class StoredMaker(Maker):
         }
         by_module, others = self._by_stored_module(), self._unquantized_modules()
         by_module |= {name: MXFP4 for key in self._blocks for name in mlx.fused_experts(key)}
-        return self._config(by_module, others, conv1d, self.order.runtimes, in_model)
+        speculative = {key.rpartition(".")[0] for key in self._streamed.speculative}
+        return self._config(by_module, others, conv1d, self.order.runtimes, in_model, speculative)
 
     def _by_stored_module(self) -> dict[str, LinearScheme]:
         """The schemes by the modules' names in the artifact.

@@ -62,6 +62,7 @@ def quantization_config(
     conv1d: Iterable[str] = (),
     runtimes: Iterable[str] = (),
     in_model: Mapping[str, str] = NO_NAMES,
+    speculative: Iterable[str] = (),
 ) -> dict[str, Any]:
     """The ``quantization_config`` of config.json, which mlx-lm calls ``quantization``: the settings of most layers, and
     under their names those of the others.

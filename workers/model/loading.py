@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from workers.model.buffers import make_buffers
 from workers.model.cut import first_layers
 from workers.spec.auto_classes import loader_of
 from workers.spec.families import family_of
+from workers.spec.patterns import is_speculative
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,9 @@ class StreamedModel:
 
     All weights are on the meta device until ``load_outside`` and ``load_layer`` read them from ``source``.
     ``unexpected`` are the checkpoint's keys that the model doesn't use; ``unused`` are those of them that its class
-    doesn't declare to ignore either (a value head of training, the layers of another model). ``layers`` cuts the model
-    to its first ones.
+    doesn't declare to ignore either (a value head of training, the layers of another model). ``speculative`` are those
+    of the unexpected that predict further tokens, declared or not. ``layers`` cuts the model to its first ones.
+
     Raises:
         UnsupportedModel: a class that transformers doesn't know as a causal LM, or without a list of layers.
         CheckpointError: the checkpoint lacks a tensor that the model needs.
@@ -99,7 +102,10 @@ class StreamedModel:
         inside = {key for keys in self._keys_of_layer.values() for key in keys}
         self._outside = [key for key in source.headers if key not in inside]
         self.unexpected = tuple(key for key in self._outside if key not in targets)
-        self.unused = _undeclared(self.model, self.unexpected)
+        # Of a model that was cut, further layers are no speculative block.
+        count = len(self.layers) if layers is None else sys.maxsize
+        self.speculative = frozenset(key for key in self.unexpected if is_speculative(key, count))
+        self.unused = tuple(key for key in _undeclared(self.model, self.unexpected) if key not in self.speculative)
         self.weights = list(self._quantizable(targets))
         self.outside_loaded = False
         # Set by ``unpackable_modules``.
