@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.checkpoint.source import DTYPES, Header, Source
+from workers.checkpoint.source import DTYPES, Header, Source, SplitSource
 from workers.errors import CheckpointError, NumericalError, UnsupportedModel
 from workers.formats import mxfp4
 from workers.formats.decoded import Decoded
@@ -26,6 +26,7 @@ from workers.numerics import ggml
 from workers.numerics.codes import CodedWeight, IntWeight
 from workers.spec import kept, low_bit
 from workers.spec.checkpoint_files import CheckpointFiles
+from workers.spec.families import family_of
 from workers.spec.formats import FORMATS
 from workers.spec.ggml import TYPES
 from workers.spec.job import ModelPin
@@ -156,10 +157,12 @@ def open_source(folder: Path, model: ModelPin) -> OpenSource:
         CheckpointError: the files aren't a checkpoint.
         UnsupportedModel: its codes can't be kept.
     """
-    source = Source(folder, allow_pickle=model.allow_pickle, variant=model.variant)
+    whole = _config(folder)
+    stacked = family_of(whole.get("model_type")).split_experts and not whole.get("quantization_config")
+    opener = SplitSource if stacked else Source
+    source = opener(folder, allow_pickle=model.allow_pickle, variant=model.variant)
     with ExitStack() as opened:
         opened.enter_context(source)
-        whole = _config(folder)
         kind = DecodedSource if model.dequantize else KeptSource
         found = kind(folder, whole, source) if whole.get("quantization_config") else source
         opened.pop_all()

@@ -243,12 +243,23 @@ def build_on_meta(folder: Path, dtype: torch.dtype, trust_remote_code: bool = Fa
         loader = getattr(transformers, loader_of(read_config(folder)))
         with torch.device("meta"):
             model = loader.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            if family_of(config.model_type).split_experts:
+                _split_experts(model, dtype)
     except (ValueError, KeyError, ImportError, OSError) as error:
         raise UnsupportedModel(f"model {folder.name!r}: transformers builds no model of it ({error})") from error
     if hasattr(model, "set_experts_implementation"):
         # The eager implementation multiplies expert by expert, so that each expert's input can be observed.
         model.set_experts_implementation("eager")
     return model.eval()
+
+
+def _split_experts(model: Any, dtype: torch.dtype) -> None:
+    """Replace experts in stacks by linear layers, as transformers does for a quantized checkpoint."""
+    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION as PATCHES
+
+    for name, module in list(model.named_modules()):
+        if patch := PATCHES.get(type(module).__name__):
+            model.set_submodule(name, patch["module_name"](model.config.get_text_config()).to(dtype))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

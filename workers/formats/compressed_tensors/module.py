@@ -103,13 +103,11 @@ def codes(stored: Mapping[str, Tensor], declared: Declared) -> CodedWeight | Non
     return ct_float4.codes(stored) if declared.form in GROUP_SIZES else ct_plain.codes(stored, declared.bits)
 
 
-def input_rounding(module: str, declared: Declared, stored: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor] | None:
+def input_rounding(declared: Declared, stored: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor] | None:
     """The rounding that transformers 5.23 applies to a module's input, on a CPU as on a GPU; None if none.
 
-    ``stored`` has the scale of the module's input, if there is one. Experts are fused, and their input isn't rounded.
+    ``stored`` has the scale of the module's input, if there is one.
     """
-    if EXPERT.search(module):
-        return None
     match declared.activations:
         case "int8":
             return activations.round_int8_token
@@ -145,5 +143,5 @@ def open_(config: Mapping[str, Any], source: Source, trust_remote_code: bool) ->
         header=lambda module, headers, read: header(headers, read, declared_of(module)),
         decode=lambda module, stored: decode(stored, declared_of(module)),
         codes=lambda module, stored: codes(stored, declared_of(module)),
-        rounding=lambda module, stored, _: input_rounding(module, declared_of(module), stored),
+        rounding=lambda module, stored, _: input_rounding(declared_of(module), stored),
     )
