@@ -17,6 +17,7 @@ from workers.spec.engines import ENGINES
 from workers.spec.formats import FORMATS
 from workers.spec.job import Calibration, Stage, Verification
 from workers.spec.layers import EXPERT, LAYER, layer_of, out_in_shape, quantizable, scheme_for
+from workers.spec.low_bit import MXFP4, MXFP4_BLOCK
 from workers.spec.recipes import Recipe
 from workers.spec.runtimes import Runtime, checkers
 from workers.spec.split import gathered_bytes
@@ -203,6 +204,9 @@ def _stored_bytes(tensor: TensorHeader, source: PinnedModel, recipe: Recipe) -> 
     # Of the tensors of a stack, the first alone has an entry.
     entries = 0 if place is not None and place.expert else 1
     unquantized = tensor.bytes + entries * tensor.header_bytes
+    if source.decoded == MXFP4 and FORMATS[recipe.format].blocks and len(tensor.shape) == 3:
+        # Experts in blocks of 32 codes of half a byte, and a scale.
+        return tensor.numel // 2 + tensor.numel // MXFP4_BLOCK + 2 * tensor.header_bytes
     if not quantizable(tensor, recipe):
         return unquantized
     module, shape_OI = tensor.name.removesuffix(".weight"), out_in_shape(tensor, conv1d=source.family.conv1d)
