@@ -49,7 +49,10 @@ def _problems(weights: Sequence[tuple[QuantizableWeight, LinearScheme]], layer: 
             # What runtimes fuse shares a global scale, and is coded together.
             name = (fused_group(weight.module) if has_tensor_scale(scheme) else None) or weight.key
         together.setdefault((name, scheme), []).append(weight)
-    for (_, scheme), group in together.items():
+    # Checkpoints list an expert's weights one after another: those of one shape come together, to be stacked.
+    shapes = {key: [weight.shape_OI for weight in group] for key, group in together.items()}
+    order = sorted(together, key=lambda key: (together[key][0].input.expert is not None, shapes[key]))
+    for (_, scheme), group in ((key, together[key]) for key in order):
         matrices = [require_finite(weight.key, layer.read(weight)) for weight in group]
         yield Problem(tuple(group), scheme, torch.cat(matrices), layer.statistics(group[0]))
 

@@ -12,17 +12,17 @@ import transformers as tf
 from pipeline.planning import sizing, sources
 from pipeline.zoo.zoo import ModelEntry
 from tests.workers.families import save_tokenizer
-from tests.workers.jobs import job
+from tests.workers.jobs import job, quick, recipe
 from workers.formats.decoded import Decoded, open_decoded
 from workers.machine import child
 from workers.run import run_stage
 from workers.spec.job import Stage
 from workers.spec.workspace import artifact_folder
 
-RECIPE = "gptq-w4-g128"
-# Experts, and the widths of the hidden states and of an expert: about 25 million weights in a layer.
-SIZES = {128: (256, 256), 512: (128, 128)}
-LAYERS = (2, 8)
+RECIPE = quick(recipe(name="gptq-w4-g64", method="gptq", scheme={"bits": 4, "group_size": 64}))
+# Experts, and the widths of the hidden states and of an expert: 6 or 13 million weights in a layer.
+SIZES = {128: (128, 128), 512: (128, 64)}
+LAYERS = (2, 6)
 
 
 def quantized(request: str) -> str:
