@@ -27,6 +27,8 @@ from workers.spec.workspace import MAX_SHARD_BYTES, MICRO_BATCH_TOKENS
 # Bytes of a process with torch and transformers, forked from the warm parent, and of the second one that checks the
 # runtime. Measured: 0.4 to 0.55 GB each, pages shared with the parent included (0.1 GB more without a parent).
 PROCESS_BYTES, LOADER_BYTES = 580_000_000, 680_000_000
+# A pass's objects for each tensor of the source: 10 to 19 KB, measured with 128 and 512 experts in 2 to 6 layers.
+TENSOR_BYTES = 16_000
 # GPU bytes of such a process: CUDA context and kernels. Not measured yet.
 DEVICE_BYTES = 1_000_000_000
 # Bytes per weight of the largest layer: as read, the next layer prefetched, the model's float32, the method's own copy.
@@ -291,6 +293,7 @@ def _quantizing(
     hidden_states = (1 + recipe.needs.own_stream) * tokens * _bytes_for_each_token(source, shape, longest)
     whole = 4 * shape.weights if ENGINES[recipe.engine].loads_whole_model else 0
     host = PROCESS_BYTES + 4 * outside + LAYER_BYTES * layer + 2 * hessians + hidden_states + working + whole
+    host += TENSOR_BYTES * len(shape.every)
     # On a GPU weights are in half precision, and hidden states of waiting micro-batches stay on the host.
     device = DEVICE_BYTES + 2 * outside + (LAYER_BYTES // 2) * layer + 2 * hessians + working
     return Need(host, device)
