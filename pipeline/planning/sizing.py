@@ -18,6 +18,7 @@ from workers.spec.engines import ENGINES
 from workers.spec.formats import FORMATS
 from workers.spec.job import Stage
 from workers.spec.layers import EXPERT, LAYER, layer_of, out_in_shape, quantizable, scheme_for
+from workers.spec.low_bit import MXFP4, MXFP4_BLOCK
 from workers.spec.recipes import Recipe
 from workers.spec.runtimes import Runtime, checkers
 from workers.spec.split import gathered_bytes
@@ -27,6 +28,8 @@ from workers.spec.workspace import MAX_SHARD_BYTES, MICRO_BATCH_TOKENS
 # Bytes of a process with torch and transformers, forked from the warm parent, and of the second one that checks the
 # runtime. Measured: 0.4 to 0.55 GB each, pages shared with the parent included (0.1 GB more without a parent).
 PROCESS_BYTES, LOADER_BYTES = 580_000_000, 680_000_000
+# A pass's objects for each tensor of the source: 10 to 19 KB, measured with 128 and 512 experts in 2 to 6 layers.
+TENSOR_BYTES = 16_000
 # GPU bytes of such a process: CUDA context and kernels. Not measured yet.
 DEVICE_BYTES = 1_000_000_000
 # Bytes per weight of the largest layer: as read, the next layer prefetched, the model's float32, the method's own copy.
@@ -212,6 +215,9 @@ def _stored_bytes(tensor: TensorHeader, source: PinnedModel, recipe: Recipe) -> 
     # Of the tensors of a stack, the first alone has an entry.
     entries = 0 if place is not None and place.expert else 1
     unquantized = tensor.bytes + entries * tensor.header_bytes
+    if source.decoded == MXFP4 and FORMATS[recipe.format].blocks and len(tensor.shape) == 3:
+        # Experts in blocks of 32 codes of half a byte, and a scale.
+        return tensor.numel // 2 + tensor.numel // MXFP4_BLOCK + 2 * tensor.header_bytes
     if not quantizable(tensor, recipe):
         return unquantized
     module, shape_OI = tensor.name.removesuffix(".weight"), out_in_shape(tensor, conv1d=source.family.conv1d)
@@ -296,6 +302,7 @@ def _quantizing(
     hidden_states = (1 + recipe.needs.own_stream) * tokens * _bytes_for_each_token(source, shape, longest)
     whole = 4 * shape.weights if ENGINES[recipe.engine].loads_whole_model else 0
     host = PROCESS_BYTES + 4 * outside + LAYER_BYTES * layer + 2 * hessians + hidden_states + working + whole
+    host += TENSOR_BYTES * len(shape.every)
     # On a GPU weights are in half precision, and hidden states of waiting micro-batches stay on the host.
     device = DEVICE_BYTES + 2 * outside + (LAYER_BYTES // 2) * layer + 2 * hessians + working
     return Need(host, device)

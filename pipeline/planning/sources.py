@@ -25,6 +25,7 @@ from workers.spec.base import canonical_json
 from workers.spec.bounds import CONFIG_BYTES, HEADER_BYTES
 from workers.spec.checkpoint_files import CONFIG, CheckpointFiles, checkpoint_files, folder_left_out, summary
 from workers.spec.data import Calibration, Dataset, SpecialTokens
+from workers.spec.expert_stacks import split_experts
 from workers.spec.families import Family, family_of
 from workers.spec.job import ModelPin
 from workers.spec.kept import Kept
@@ -96,6 +97,8 @@ def resolve(
         source = _decoded(source, what)
     elif keeps:
         source = _with_codes(source, what)
+    if source.family.split_experts and not source.config.get("quantization_config"):
+        source = replace(source, tensors=split_experts(source.tensors))
     known = source.kept is not None or source.decoded is not None
     check_loadable(source.config, source.tensors, what, entry.trust_remote_code, kept=known)
     return source

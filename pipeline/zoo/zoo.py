@@ -50,8 +50,8 @@ class ModelEntry(Frozen):
     )
     source: Literal["original", "dequantize"] = Field(
         "original",
-        description="dequantize: the model is quantized (FP8, compressed-tensors, gptq, awq), and what it decodes to "
-        "is quantized. Families that are published so alone need no such word.",
+        description="dequantize: the model is quantized (FP8, MXFP4, compressed-tensors, gptq, awq, bitsandbytes), and "
+        "what it decodes to is quantized. Families that are published so alone need no such word.",
     )
     recipes: tuple[str, ...] = Field((), description="Those of the zoo's recipes that this model gets; left out: all.")
     gates: Gates = Field({}, description="What differs for this model, by family of recipes or by recipe.")

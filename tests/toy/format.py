@@ -48,6 +48,7 @@ def config(
     conv1d: Iterable[str] = (),
     runtimes: Iterable[str] = (),
     in_model: Mapping[str, str] = NO_NAMES,
+    speculative: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Only the name: every linear layer of a decoder layer is quantized, or says so by its tensors."""
     return {"quant_method": "toy"}

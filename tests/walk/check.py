@@ -17,12 +17,12 @@ from pipeline.zoo.zoo import ModelEntry
 from tests.walk.smallest import VOCABULARY, load_plain, loader, save_smallest
 from tests.workers.families import save_tokenizer
 from tests.workers.jobs import job, recipe
-from workers.checkpoint.source import Source
 from workers.formats.decoded import Decoded, open_decoded
+from workers.formats.kept import open_source
 from workers.model.forward import LogitsHead, stream
 from workers.model.loading import StreamedModel, find_layers
 from workers.quantize.one_pass import quantize
-from workers.spec.job import ArtifactMade, Job
+from workers.spec.job import ArtifactMade, Job, ModelPin
 from workers.spec.layers import quantizable
 from workers.spec.workspace import artifact_folder, folds_folder
 from workers.verify.activations import rounded_inputs
@@ -94,12 +94,16 @@ def check_plan(model: Path) -> None:
     assert model_problem(source) is None, model_problem(source)
     plain = recipe(name="walk-plain", method="rtn", scheme=PACKED, ignore=[])
     planned = {tensor.name for tensor in source.tensors if quantizable(tensor, plain)}
-    with Source(model) as opened:
+    with open_source(model, _pin(model)) as opened:
         streamed = StreamedModel(model, opened, dtype=torch.float32)
         missed = {weight.key for weight in streamed.weights} - planned
         beside = planned & set(streamed.outside_keys)
     assert not missed, f"the plan doesn't count {sorted(missed)[:3]}"
     assert not beside, f"the plan counts {sorted(beside)[:3]}, which belong to no layer"
+
+
+def _pin(model: Path) -> ModelPin:
+    return ModelPin(id=model.name, revision="0" * 40, folder=str(model))
 
 
 def check_stream(model: Path, auto: Any = tf.AutoModelForCausalLM) -> float:
@@ -108,7 +112,7 @@ def check_stream(model: Path, auto: Any = tf.AutoModelForCausalLM) -> float:
     with torch.inference_mode():
         expected = [plain(input_ids=batch, use_cache=False).logits for batch in tokens()]
     assert all(bool(want.isfinite().all()) and want.std() > 1e-3 for want in expected), "the model itself is no good"
-    with Source(model) as source:
+    with open_source(model, _pin(model)) as source:
         streamed = StreamedModel(model, source, dtype=torch.float32)
         head = LogitsHead(streamed)
         for hidden, want in zip(stream(streamed, tokens()), expected, strict=True):

@@ -14,7 +14,8 @@ from workers.spec.families import FAMILIES
 MOST_USED = (
     "llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text", "gemma", "gemma2",
     "gemma3_text", "phi", "phi3", "gpt2", "gpt_neox", "gpt_oss", "opt", "bloom", "falcon", "mixtral", "starcoder2",
-    "cohere", "cohere2", "olmo2", "granite", "deepseek_v2", "deepseek_v3", "glm4_moe", "stablelm", "mamba", "jamba",
+    "cohere", "cohere2", "olmo2", "granite", "deepseek_v2", "deepseek_v3", "glm4_moe", "llama4_text", "stablelm",
+    "mamba", "jamba",
 )  # fmt: skip
 # Their layers are Conv1D, which no format of linear layers takes.
 CONV1D = ("gpt2", "gpt-sw3", "openai-gpt")
@@ -42,8 +43,6 @@ BREAKS = {
     "gemma4_unified_assistant": "layer types producing a cache is different",
     "hrm_text": "its forward comes to a layer again after the last",
     "kimi_linear": "automatic conversion of the weights",
-    "llama4": r"missing_keys.*feed_forward\.experts\.\d",
-    "llama4_text": r"missing_keys.*feed_forward\.experts\.\d",
     "mllama": "Unrecognized configuration class .*MllamaTextConfig",
     "musicgen": "'MusicgenConfig' object has no attribute",
     "musicgen_melody": "'MusicgenMelodyConfig' object has no attribute",

@@ -21,6 +21,7 @@ from workers.errors import CheckpointError
 from workers.machine.files import open_checkpoint
 from workers.spec.checkpoint_files import INDEX as INDEX
 from workers.spec.checkpoint_files import CheckpointFiles
+from workers.spec.expert_stacks import ExpertPart, split_names
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -119,10 +120,12 @@ class Source:
 
     def read_part(self, name: str, index: int) -> Tensor:
         """One slice of a tensor's first dimension, on the CPU, contiguous: as ``read(name)[index]``."""
+        return self._slice(name, self.headers[name], index)
+
+    def _slice(self, name: str, header: Header, index: int) -> Tensor:
         if self._pickled:
             return self._pickled[name][index].contiguous()
         file, start, size = self._places[name]
-        header = self.headers[name]
         part = size // header.shape[0]
         data = torch.empty(part, dtype=torch.uint8)
         read_into(data.numpy().data, file, start + index * part)
@@ -154,6 +157,38 @@ class Source:
             start, end = entry["data_offsets"]
             self.headers[name] = Header(tuple(entry["shape"]), _dtype(shard, name, entry["dtype"]))
             self._places[name] = (file, 8 + length + start, end - start)
+
+
+class SplitSource(Source):
+    """A checkpoint whose stacks of experts are presented as linear layers, one for each expert and projection.
+
+    Raises:
+        CheckpointError, UnsupportedModel: as ``Source``.
+    """
+
+    def __init__(self, folder: Path, *, allow_pickle: bool = False, variant: str | None = None) -> None:
+        super().__init__(folder, allow_pickle=allow_pickle, variant=variant)
+        self._stacks, self.headers = self.headers, {}
+        self._parts: dict[str, ExpertPart] = {}
+        for key, header in self._stacks.items():
+            parts = list(split_names(key, header.shape))
+            if not parts:
+                self.headers[key] = header
+            for name, place, shape_OI in parts:
+                self._parts[name] = place
+                self.headers[name] = Header(shape_OI, header.dtype)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, on the CPU, contiguous; an expert's as a linear layer stores it, (O, I).
+
+        Raises:
+            CheckpointError: there is no tensor of that name.
+        """
+        place = self._parts.get(name)
+        if place is None:
+            return super().read(name)
+        stack_IO = self._slice(place.stack, self._stacks[place.stack], place.expert)
+        return stack_IO.chunk(place.parts, dim=1)[place.part].T.contiguous()
 
 
 def read_into(target: memoryview, file: int, start: int) -> None:

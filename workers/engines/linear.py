@@ -14,6 +14,8 @@ from torch import Tensor
 from workers.checkpoint.source import ModelSource
 from workers.engines.stored import StoredMaker
 from workers.errors import UnsupportedRecipe
+from workers.formats.already import kept_codes
+from workers.formats.kept import DecodedSource
 from workers.methods import linear, schemes
 from workers.methods.layer import Coded, Factors, Layer, LayerWork
 from workers.methods.scaling import Scaling, some
@@ -22,10 +24,12 @@ from workers.model.key_values import KEYS, VALUES, attentions_of
 from workers.model.loading import InputName, QuantizableWeight, StreamedModel
 from workers.model.statistics import InputStatistics
 from workers.numerics import fp8
+from workers.numerics.codes import CodedWeight
 from workers.numerics.precision import coarse_products
 from workers.spec.formats import FORMATS
+from workers.spec.fusion import together
 from workers.spec.job import ArtifactMade, Job, Order
-from workers.spec.recipes import BitsAndBytesRecipe, GgufRecipe, KeepRecipe, TransformersRecipe
+from workers.spec.recipes import BitsAndBytesRecipe, GgufRecipe, KeepRecipe, TransformersRecipe, nearest
 from workers.spec.schemes import LinearScheme
 from workers.spec.workspace import folds_folder
 
@@ -43,7 +47,9 @@ class LinearMaker(StoredMaker):
         assert not isinstance(order.recipe, BitsAndBytesRecipe | GgufRecipe | KeepRecipe | TransformersRecipe)
         self._recipe = order.recipe
         super().__init__(job, order, streamed, source, partial)
-        outside = {key: weight for key, weight in self._weights.items() if weight.layer < 0}
+        outside = {
+            key: weight for key, weight in self._weights.items() if weight.layer < 0 and key not in streamed.speculative
+        }
         self._attentions = {
             index: attentions_of(streamed, index) if self._recipe.kv_cache else {}
             for index in range(len(streamed.layers))
@@ -55,6 +61,9 @@ class LinearMaker(StoredMaker):
             )
         self.fallbacks |= dict.fromkeys(schemes.deviations(self._recipe, streamed.weights, self._schemes))
         self.fallbacks.update(dict.fromkeys(schemes.left_outside(self._recipe, streamed, outside)))
+        self._block = self._fused_in_block()
+        if self._recipe.mtp == "quantize":
+            self.fallbacks[self._said_of_block()] = None
         unknown = self._other_matrices()
         if unknown:
             note = f"left in half precision, for they are no linear layers that can be streamed: {some(unknown)}"
@@ -64,7 +73,27 @@ class LinearMaker(StoredMaker):
         outside = schemes.outside_weights(self._recipe, self._streamed)
         chosen = schemes.schemes_of(self._recipe, self._streamed)
         chosen |= {key: schemes.scheme_outside(self._recipe, weight) for key, weight in outside.items()}
-        return {weight.key: weight for weight in self._streamed.weights} | outside, chosen
+        block = schemes.speculative_weights(self._recipe, self._streamed)
+        for key, weight in block.items():
+            if (scheme := schemes.scheme_in_block(self._recipe, weight)) is not None:
+                chosen[key] = scheme
+        return {weight.key: weight for weight in self._streamed.weights} | outside | block, chosen
+
+    def _fused_in_block(self) -> dict[str, list[QuantizableWeight]]:
+        """The quantized weights of speculative blocks by key, each with those that runtimes fuse it with."""
+        weights = [self._weights[key] for key in self._schemes if key in self._streamed.speculative]
+        by_module = {weight.module: weight for weight in weights}
+        groups = ([by_module[module] for module in modules] for modules in together(by_module))
+        return {weight.key: group for group in groups for weight in group}
+
+    def _said_of_block(self) -> str:
+        modules = [self._weights[key].module for key in self._block]
+        if not modules:
+            return "mtp: quantize: the checkpoint has no speculative block with linear layers as its decoder's"
+        return (
+            f"speculative block rounded to nearest, for no calibration text passes through it: {len(modules)} linear "
+            f"layers ({some(modules)})"
+        )
 
     def _other_matrices(self) -> list[str]:
         """Large layer tensors that aren't separate linear weights, such as experts stored as one tensor."""
@@ -75,7 +104,9 @@ class LinearMaker(StoredMaker):
             threshold = sum(map(math.prod, shapes.values())) // 100
             large = (key for key, shape in shapes.items() if len(shape) > 1 and math.prod(shape) > threshold)
             unquantized += [
-                key for key in large if key not in known and not self._recipe.ignores(key.rpartition(".")[0])
+                key
+                for key in large
+                if key not in {*known, *self._blocks} and not self._recipe.ignores(key.rpartition(".")[0])
             ]
         return unquantized
 
@@ -98,14 +129,33 @@ class LinearMaker(StoredMaker):
             factors=work.factors,
         )
         self.decoded = {}
-        for coded in linear.code_layer(self._recipe, chosen, layer):
+        kept = self._kept(chosen)
+        for coded in linear.code_layer(self._recipe, [pair for pair in chosen if pair[0].module not in kept], layer):
             self._put(coded, layer)
-        self.copy({key: scaling.replaced.get(key, work.tensors[key]) for key in keys if key not in self._schemes})
+        for weight, _ in chosen:
+            if weight.module in kept:
+                self._put(Coded(weight, kept[weight.module]), layer)
+        self._copy_rest({key: scaling.replaced.get(key, work.tensors[key]) for key in keys if key not in self._schemes})
         self._write_stacks()
         self._write_cache_scales(work, layer.dtype)
-        self._note_borrowing(work, [weight for weight, _ in chosen])
+        self._note_borrowing(work, [weight for weight, _ in chosen if weight.module not in kept])
         if scaling.changed:
             scaling.save(self._folds / f"{work.index:05d}.safetensors")
+
+    def _kept(self, chosen: list[tuple[QuantizableWeight, LinearScheme]]) -> dict[str, CodedWeight]:
+        """The codes of weights that the source has in the recipe's scheme, by module: they are stored as they are.
+
+        Methods that fold scales into weights change them first.
+        """
+        if not isinstance(self._source, DecodedSource) or self._recipe.needs.folds:
+            return {}
+        schemes = {weight.module: scheme for weight, scheme in chosen if not weight.transposed}
+        kept = kept_codes(self._source, schemes, self._recipe.format)
+        if kept and len(kept) == len(chosen):
+            self.fallbacks["codes and scales are the source's own, bit for bit, for it has the recipe's scheme"] = None
+        elif kept:
+            self.fallbacks[f"codes and scales are the source's own, bit for bit: {some(list(kept))}"] = None
+        return kept
 
     def _write_cache_scales(self, work: LayerWork, dtype: torch.dtype) -> None:
         """Write the scales of the layer's keys and values: their largest magnitude over the largest of E4M3.
@@ -137,6 +187,9 @@ class LinearMaker(StoredMaker):
         if scheme is None:
             super().outside(key)
             return
+        if key in self._block:
+            self._round_block(self._block[key], key)
+            return
         weight, matrix_OI = self._weights[key], self._source.read(key)
         layer = Layer(
             read=lambda piece: rows_OI,
@@ -152,6 +205,26 @@ class LinearMaker(StoredMaker):
                 stored.append({name: tensor.to("cpu") for name, tensor in self._encode(coded.codes, scheme).items()})
                 self.fallbacks.update(dict.fromkeys(coded.fallbacks))
         self.put(weight.module, {name: _joined([part[name] for part in stored]) for name in stored[0]})
+
+    def _round_block(self, group: list[QuantizableWeight], key: str) -> None:
+        """Round weights of a speculative block that runtimes fuse, once the first of them comes."""
+        if key != min(weight.key for weight in group):
+            return
+        pairs = [(weight, self._schemes[weight.key]) for weight in group]
+        layer = Layer(
+            read=lambda weight: self._source.read(weight.key).to(self._streamed.device),
+            statistics=lambda weight: None,
+            dtype=self._source.headers[key].dtype,
+            factors=Factors(),
+        )
+        kept = self._kept(pairs)
+        others = [pair for pair in pairs if pair[0].module not in kept]
+        for coded in linear.code_layer(nearest(self._recipe), others, layer):
+            self.put(coded.weight.module, self._encode(coded.codes, self._schemes[coded.weight.key]))
+            self.fallbacks.update(dict.fromkeys(coded.fallbacks))
+        for weight, scheme in pairs:
+            if weight.module in kept:
+                self.put(weight.module, self._encode(kept[weight.module], scheme))
 
     def _statistics_outside(self, weight: QuantizableWeight) -> InputStatistics | None:
         """The statistics that a matrix outside of the layers is quantized under: the head's input; for embeddings what

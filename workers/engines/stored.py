@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from functools import partial as partial_function
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,16 @@ from torch import Tensor, nn
 from workers.checkpoint.source import ModelSource
 from workers.engines.maker import Maker
 from workers.errors import UnsupportedRecipe
+from workers.formats.kept import DecodedSource
 from workers.formats.table import CODECS
 from workers.model.loading import QuantizableWeight, StreamedModel
+from workers.spec import mlx
 from workers.spec.formats import FORMATS
 from workers.spec.job import Job, Order
 from workers.spec.layers import Layout
-from workers.spec.schemes import LinearScheme
+from workers.spec.schemes import LinearScheme, MicroscalingScheme
+
+MXFP4 = MicroscalingScheme(type="mxfp4")
 
 
 class StoredMaker(Maker):
@@ -35,6 +40,10 @@ class StoredMaker(Maker):
         # Tensors of a layer's experts that the format stacks, by the stack's name and the expert.
         self._stacks: dict[str, dict[int, Tensor]] = {}
         self._weights, self._schemes = self._chosen()
+        # Keys of experts in MXFP4 that are stored as the source has them.
+        self._blocks: tuple[str, ...] = ()
+        if FORMATS[recipe.format].blocks and isinstance(source, DecodedSource):
+            self._blocks = tuple(key for key in source.headers if source.has_blocks(key))
         self.quantization_config()  # raises if the format can't store the schemes
 
     @abstractmethod
@@ -58,7 +67,9 @@ class StoredMaker(Maker):
             if key in self._schemes and weight.input.expert is None and weight.input.module != weight.module
         }
         by_module, others = self._by_stored_module(), self._unquantized_modules()
-        return self._config(by_module, others, conv1d, self.order.runtimes, in_model)
+        by_module |= {name: MXFP4 for key in self._blocks for name in mlx.fused_experts(key)}
+        speculative = {key.rpartition(".")[0] for key in self._streamed.speculative}
+        return self._config(by_module, others, conv1d, self.order.runtimes, in_model, speculative)
 
     def _by_stored_module(self) -> dict[str, LinearScheme]:
         """The schemes by the modules' names in the artifact.
@@ -98,6 +109,16 @@ class StoredMaker(Maker):
             if not isinstance(modules.get(owner), nn.Embedding):
                 in_checkpoint.append(key.rpartition(".")[0])
         return [*(name for name in linears if name not in coded), *in_checkpoint]
+
+    def _copy_rest(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors that aren't quantized; experts in MXFP4 as the source has them, if the format holds such."""
+        for key, tensor in tensors.items():
+            if key in self._blocks:
+                assert isinstance(self._source, DecodedSource), "others have no blocks"
+                self.copy(self._source.blocks(key))
+                self.fallbacks["experts in MXFP4: codes and scales are the source's own, bit for bit"] = None
+            else:
+                self.copy({key: tensor})
 
     def _write(self, key: str, tensor: Tensor) -> None:
         """Write a tensor, or keep it until all of its stack are there."""

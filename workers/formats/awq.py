@@ -99,6 +99,7 @@ def quantization_config(
     conv1d: Iterable[str] = (),
     runtimes: Iterable[str] = (),
     in_model: Mapping[str, str] = NO_NAMES,
+    speculative: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Return the ``quantization_config`` of config.json; arguments as in ``formats.gptq``.
 

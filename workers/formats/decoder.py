@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from workers.checkpoint.source import Header, TensorSource
-from workers.numerics.codes import IntWeight
+from workers.numerics.codes import CodedWeight
 
 NO_NAMES: Mapping[str, str] = {}
 
@@ -20,7 +20,8 @@ class Decoder:
     A module is quantized if the checkpoint has a tensor named by it and one of ``anchors``; its weight's tensors are
     those named by ``suffixes``, of which all ``required`` must exist. ``header`` returns shape and dtype of the result
     of ``decode``; ``rounding`` also takes the kind of device, and returns how the runtime rounds the module's input.
-    ``codes`` returns a module's codes, for formats of which they can be kept (``spec.kept``).
+    ``codes`` returns a module's codes as stored, for formats of which they can be kept (``spec.kept``, and
+    ``formats.already``); None for codes of a kind that no recipe makes.
     With ``cache_scales``, attention modules have scales of their keys and values. ``view`` is the checkpoint under the
     names of the one that was quantized, if it's stored under others.
     """
@@ -34,4 +35,4 @@ class Decoder:
     rounding: Callable[[str, Mapping[str, Tensor], str], Callable[[Tensor], Tensor] | None] = lambda *_: None
     cache_scales: bool = False
     view: TensorSource | None = None
-    codes: Callable[[str, Mapping[str, Tensor]], IntWeight] | None = None
+    codes: Callable[[str, Mapping[str, Tensor]], CodedWeight | None] | None = None

@@ -94,6 +94,11 @@ def decode(stored: Mapping[str, Tensor]) -> Tensor:
     return fp8.dequantize(values_OI, scale_PQ, blocks=True)
 
 
+def codes(stored: Mapping[str, Tensor]) -> Float8Weight:
+    """The codes of one module, and its scales in their stored dtype."""
+    return Float8Weight(stored["weight"], stored["weight_scale_inv"], blocks=True)
+
+
 def check_declared(config: Mapping[str, Any]) -> None:
     """Refuse a ``quantization_config`` that can't be decoded.
 
@@ -119,6 +124,7 @@ def quantization_config(
     conv1d: Iterable[str] = (),
     runtimes: Iterable[str] = (),
     in_model: Mapping[str, str] = NO_NAMES,
+    speculative: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Return the ``quantization_config`` of config.json.
 
@@ -166,4 +172,5 @@ def open_(config: Mapping[str, Any], source: Source, trust_remote_code: bool) ->
         header=lambda module, headers, read: header(headers),
         decode=lambda module, stored: decode(stored),
         rounding=lambda module, stored, device: input_rounding(device),
+        codes=lambda module, stored: codes(stored),
     )

@@ -120,6 +120,7 @@ class Version:
         conv1d: Iterable[str] = (),
         runtimes: Iterable[str] = (),
         in_model: Mapping[str, str] = NO_NAMES,
+        speculative: Iterable[str] = (),
     ) -> dict[str, Any]:
         """Return the ``quantization_config`` of config.json.
 

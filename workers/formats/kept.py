@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.checkpoint.source import DTYPES, Header, Source
+from workers.checkpoint.source import DTYPES, Header, Source, SplitSource
 from workers.errors import CheckpointError, NumericalError, UnsupportedModel
+from workers.formats import mxfp4
 from workers.formats.decoded import Decoded
 from workers.formats.decoder import Decoder
 from workers.formats.table import CODECS
 from workers.numerics import ggml
-from workers.numerics.codes import IntWeight
+from workers.numerics.codes import CodedWeight, IntWeight
 from workers.spec import kept, low_bit
 from workers.spec.checkpoint_files import CheckpointFiles
+from workers.spec.families import family_of
 from workers.spec.formats import FORMATS
 from workers.spec.ggml import TYPES
 from workers.spec.job import ModelPin
@@ -55,6 +58,9 @@ class QuantizedSource(Decoded):
         module, _, leaf = key.rpartition(".")
         return leaf == "weight" and module in self._stored
 
+    def _stored_tensors(self, module: str) -> dict[str, Tensor]:
+        return {name: self._tensors.read(key) for name, key in self._stored[module].items()}
+
 
 class DecodedSource(QuantizedSource):
     """A source whose weights are those that it decodes to, in the dtype that its config.json names.
@@ -67,17 +73,39 @@ class DecodedSource(QuantizedSource):
         found = low_bit.read(config, _headers(source))
         if isinstance(found, str):
             raise UnsupportedModel(f"checkpoint {folder}: it can't be decoded: {found}")
-        super().__init__(folder, source, CODECS[found.format].open(config["quantization_config"], source, False))
+        open_ = mxfp4.open_ if found.format == low_bit.MXFP4 else CODECS[found.format].open
+        super().__init__(folder, source, open_(config["quantization_config"], source, False))
         self._dtype = DTYPES[found.dtype]
         self.headers = {
             key: Header(header.shape, self._dtype) if self._is_decoded(key) else header
             for key, header in self.headers.items()
         }
 
+    def _is_decoded(self, key: str) -> bool:
+        return super()._is_decoded(key) or key not in self._source.headers
+
     def read(self, name: str) -> Tensor:
         """The tensor, on the CPU, contiguous; a quantized weight in the dtype that config.json names."""
         tensor = super().read(name)
         return tensor.to(self._dtype) if self._is_decoded(name) else tensor
+
+    def blocks(self, key: str) -> dict[str, Tensor]:
+        """The MXFP4 tensors of a layer's experts, by their keys; empty for other tensors."""
+        return self._tensors.stored(key) if isinstance(self._tensors, mxfp4.Fused) else {}
+
+    def has_blocks(self, key: str) -> bool:
+        """Whether a tensor is stored as a layer's experts in MXFP4."""
+        return isinstance(self._tensors, mxfp4.Fused) and self._is_decoded(key)
+
+    def codes(self, module: str) -> CodedWeight | None:
+        """The codes of a module, as stored; None if it has none, or of a kind that no recipe makes.
+
+        Raises:
+            UnsupportedRecipe: they are of a kind that no other format holds.
+        """
+        if module not in self._stored or self._decoder.codes is None:
+            return None
+        return self._decoder.codes(module, self._stored_tensors(module))
 
 
 class KeptSource(QuantizedSource):
@@ -106,7 +134,9 @@ class KeptSource(QuantizedSource):
         Raises:
             UnsupportedRecipe: they are of a kind that no other format holds.
         """
-        return self._codes(module, {name: self._tensors.read(key) for name, key in self._stored[module].items()})
+        found = self._codes(module, self._stored_tensors(module))
+        assert isinstance(found, IntWeight), "spec.kept reads integers alone"
+        return found
 
     def exact(self, key: str) -> Tensor | None:
         """A quantized weight before any rounding to half precision, float32; None for other tensors."""
@@ -127,18 +157,24 @@ def open_source(folder: Path, model: ModelPin) -> OpenSource:
         CheckpointError: the files aren't a checkpoint.
         UnsupportedModel: its codes can't be kept.
     """
-    source = Source(folder, allow_pickle=model.allow_pickle, variant=model.variant)
+    whole = _config(folder)
+    stacked = family_of(whole.get("model_type")).split_experts and not whole.get("quantization_config")
+    opener = SplitSource if stacked else Source
+    source = opener(folder, allow_pickle=model.allow_pickle, variant=model.variant)
+    with ExitStack() as opened:
+        opened.enter_context(source)
+        kind = DecodedSource if model.dequantize else KeptSource
+        found = kind(folder, whole, source) if whole.get("quantization_config") else source
+        opened.pop_all()
+    return found
+
+
+def _config(folder: Path) -> dict[str, Any]:
     try:
-        whole = json.loads((folder / "config.json").read_text())
-        if not whole.get("quantization_config"):
-            return source
-        return (DecodedSource if model.dequantize else KeptSource)(folder, whole, source)
+        whole: dict[str, Any] = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
-        source.__exit__(None, None, None)
         raise CheckpointError(f"checkpoint {folder}: no readable config.json ({error})") from error
-    except BaseException:
-        source.__exit__(None, None, None)
-        raise
+    return whole
 
 
 def converted(module: str, weight: IntWeight, scheme: IntScheme, fmt: str) -> IntWeight:

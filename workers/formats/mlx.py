@@ -19,6 +19,7 @@ from workers.checkpoint.source import Header, Source
 from workers.errors import CheckpointError, NumericalError, UnsupportedRecipe
 from workers.formats.compressed_tensors.config import some
 from workers.formats.decoder import NO_NAMES, Decoder
+from workers.formats.mxfp4 import Fused, has_blocks
 from workers.numerics import microscaling
 from workers.numerics.codes import CodedWeight, Float4Weight, IntWeight
 from workers.numerics.packing import WORD, pack, unpack
@@ -62,6 +63,7 @@ def quantization_config(
     conv1d: Iterable[str] = (),
     runtimes: Iterable[str] = (),
     in_model: Mapping[str, str] = NO_NAMES,
+    speculative: Iterable[str] = (),
 ) -> dict[str, Any]:
     """The ``quantization_config`` of config.json, which mlx-lm calls ``quantization``: the settings of most layers, and
     under their names those of the others.
@@ -123,7 +125,8 @@ def _shape(weight: tuple[int, ...], scales: tuple[int, ...], bits: int, group_si
 
 def open_(config: Mapping[str, Any], source: Source, trust_remote_code: bool) -> Decoder:
     """The decoder of a checkpoint with this ``quantization_config``."""
-    view = Unstacked(source, json.loads((source.folder / "config.json").read_text()).get("model_type", ""))
+    model_type = json.loads((source.folder / "config.json").read_text()).get("model_type", "")
+    view: Unstacked | Fused = Fused(source) if has_blocks(source) else Unstacked(source, model_type)
 
     def declared(module: str) -> Mapping[str, Any]:
         given = config.get(view.stored_name(f"{module}.weight").removesuffix(".weight"))

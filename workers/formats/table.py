@@ -38,13 +38,15 @@ class Configure(Protocol):
         conv1d: Iterable[str] = (),
         runtimes: Iterable[str] = (),
         in_model: Mapping[str, str] = NO_NAMES,
+        speculative: Iterable[str] = (),
     ) -> dict[str, Any]:
         """The ``quantization_config``.
 
         ``schemes`` is each quantized module's scheme, fallbacks included; ``unquantized`` are the other Linear modules
         (where a module and its checkpoint key differ in name, both names); ``conv1d`` are those of ``schemes`` that are
         transformers' Conv1D; ``runtimes`` are those that a zoo names to check the artifact, none: the format's own;
-        ``in_model`` has the names in the model of those of ``schemes`` whose names in the checkpoint differ.
+        ``in_model`` has the names in the model of those of ``schemes`` whose names in the checkpoint differ;
+        ``speculative`` are those of ``unquantized`` in blocks that transformers doesn't build.
 
         Raises:
             UnsupportedRecipe: modules that the format, or the runtime that checks it, doesn't support.

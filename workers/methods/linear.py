@@ -22,8 +22,9 @@ from workers.spec.fusion import fused_group, together
 from workers.spec.recipes import LinearRecipe
 from workers.spec.schemes import Float8Scheme, IntScheme, LinearScheme, MicroscalingScheme, has_tensor_scale
 
-# Maximum number of weight elements stacked into one problem: bounds the memory of a layer with many experts.
-STACKED_ELEMENTS = 1 << 26
+# Maximum number of weight elements stacked into one problem: bounds the memory of a layer with many experts. Stacks of
+# a million save the time of many small products; larger ones take memory that the plan doesn't count, and no less time.
+STACKED_ELEMENTS = 1 << 20
 NEAREST = {"mxfp4": microscaling.nearest_, "nvfp4": microscaling.nearest_, "mxfp8": fp8.nearest_}
 
 
@@ -49,7 +50,10 @@ def _problems(weights: Sequence[tuple[QuantizableWeight, LinearScheme]], layer: 
             # What runtimes fuse shares a global scale, and is coded together.
             name = (fused_group(weight.module) if has_tensor_scale(scheme) else None) or weight.key
         together.setdefault((name, scheme), []).append(weight)
-    for (_, scheme), group in together.items():
+    # Checkpoints list an expert's weights one after another: those of one shape come together, to be stacked.
+    shapes = {key: [weight.shape_OI for weight in group] for key, group in together.items()}
+    order = sorted(together, key=lambda key: (together[key][0].input.expert is not None, shapes[key]))
+    for (_, scheme), group in ((key, together[key]) for key in order):
         matrices = [require_finite(weight.key, layer.read(weight)) for weight in group]
         yield Problem(tuple(group), scheme, torch.cat(matrices), layer.statistics(group[0]))
 

@@ -10,6 +10,7 @@ from workers.model.loading import InputName, QuantizableWeight, StreamedModel
 from workers.model.unpackable import unpackable_modules
 from workers.spec.formats import FORMATS, formats_that_hold
 from workers.spec.layers import LayerScheme, scheme_for
+from workers.spec.patterns import part_of_layer
 from workers.spec.recipes import LinearRecipe
 from workers.spec.schemes import LinearScheme, Scheme
 
@@ -62,6 +63,19 @@ def outside_weights(recipe: LinearRecipe, streamed: StreamedModel) -> dict[str, 
     return found
 
 
+def speculative_weights(recipe: LinearRecipe, streamed: StreamedModel) -> dict[str, QuantizableWeight]:
+    """The linear layers of speculative blocks that have a decoder layer's names and shapes, by checkpoint key."""
+    if recipe.mtp == "keep":
+        return {}
+    known = {(part_of_layer(weight.key), weight.shape_OI) for weight in streamed.weights if not weight.transposed}
+    found = {}
+    for key in sorted(streamed.speculative):
+        shape, module = streamed.source.headers[key].shape, key.rpartition(".")[0]
+        if (part_of_layer(key), shape) in known and not recipe.ignores(module):
+            found[key] = QuantizableWeight(key, -1, InputName(key, None), (shape[0], shape[1]), False)
+    return found
+
+
 def left_outside(recipe: LinearRecipe, streamed: StreamedModel, found: Mapping[str, QuantizableWeight]) -> list[str]:
     """Deviations: embeddings or a head that the recipe quantizes, and ``outside_weights`` didn't find."""
     if recipe.outside is None:
@@ -93,6 +107,15 @@ def scheme_outside(recipe: LinearRecipe, weight: QuantizableWeight) -> LinearSch
     if chosen.scheme is None:
         raise UnsupportedRecipe(f"recipe {recipe.name!r}: outside: {weight.module}: {chosen.why}; leave it out there")
     return cast(LinearScheme, chosen.scheme)
+
+
+def scheme_in_block(recipe: LinearRecipe, weight: QuantizableWeight) -> LinearScheme | None:
+    """The scheme of a speculative block's weight; None if it stays in half precision.
+
+    Raises:
+        UnsupportedRecipe: the scheme refuses its shape.
+    """
+    return cast(LinearScheme | None, _chosen(recipe, weight).scheme)
 
 
 def _chosen(recipe: LinearRecipe, weight: QuantizableWeight) -> LayerScheme:

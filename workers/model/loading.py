@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from workers.model.buffers import make_buffers
 from workers.model.cut import first_layers
 from workers.spec.auto_classes import is_multimodal, loader_of
 from workers.spec.families import family_of
+from workers.spec.patterns import is_speculative
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,9 @@ class StreamedModel:
 
     All weights are on the meta device until ``load_outside`` and ``load_layer`` read them from ``source``.
     ``unexpected`` are the checkpoint's keys that the model doesn't use; ``unused`` are those of them that its class
-    doesn't declare to ignore either (a value head of training, the layers of another model). ``layers`` cuts the model
-    to its first ones.
+    doesn't declare to ignore either (a value head of training, the layers of another model). ``speculative`` are those
+    of the unexpected that predict further tokens, declared or not. ``layers`` cuts the model to its first ones.
+
     Raises:
         UnsupportedModel: a class that transformers doesn't know as a causal LM, or without a list of layers.
         CheckpointError: the checkpoint lacks a tensor that the model needs.
@@ -99,7 +102,10 @@ class StreamedModel:
         inside = {key for keys in self._keys_of_layer.values() for key in keys}
         self._outside = [key for key in source.headers if key not in inside]
         self.unexpected = tuple(key for key in self._outside if key not in targets)
-        self.unused = _undeclared(self.model, self.unexpected)
+        # Of a model that was cut, further layers are no speculative block.
+        count = len(self.layers) if layers is None else sys.maxsize
+        self.speculative = frozenset(key for key in self.unexpected if is_speculative(key, count))
+        self.unused = tuple(key for key in _undeclared(self.model, self.unexpected) if key not in self.speculative)
         self.weights = list(self._quantizable(targets))
         self.outside_loaded = False
         # Set by ``unpackable_modules``.
@@ -247,6 +253,8 @@ def build_on_meta(folder: Path, dtype: torch.dtype, trust_remote_code: bool = Fa
         loader = getattr(transformers, loader_of(read_config(folder)))
         with torch.device("meta"):
             model = loader.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            if family_of(config.model_type).split_experts:
+                _split_experts(model, dtype)
     except (ValueError, KeyError, ImportError, OSError) as error:
         # The first line names the config's class and the loader; what follows lists every class of the loader.
         reason = str(error).partition("\n")[0]
@@ -255,6 +263,15 @@ def build_on_meta(folder: Path, dtype: torch.dtype, trust_remote_code: bool = Fa
         # The eager implementation multiplies expert by expert, so that each expert's input can be observed.
         model.set_experts_implementation("eager")
     return model.eval()
+
+
+def _split_experts(model: Any, dtype: torch.dtype) -> None:
+    """Replace experts in stacks by linear layers, as transformers does for a quantized checkpoint."""
+    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION as PATCHES
+
+    for name, module in list(model.named_modules()):
+        if patch := PATCHES.get(type(module).__name__):
+            model.set_submodule(name, patch["module_name"](model.config.get_text_config()).to(dtype))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

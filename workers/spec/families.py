@@ -18,7 +18,8 @@ class Family:
     ``refused`` is the reason why it can't be quantized, ``refused_alone`` the one why its text part alone can't, which
     AutoModelForCausalLM builds; ``package`` is one that its class imports beside transformers. ``loader`` is the class
     of transformers that builds it, and ``text_prefix`` the module that holds its text part, empty if that is the whole
-    model. ``conv1d``: its linear layers are Conv1D, stored (in, out).
+    model. ``conv1d``: its linear layers are Conv1D, stored (in, out). ``split_experts``: its own checkpoints hold a
+    layer's experts in two tensors, of which transformers makes linear layers where a checkpoint is quantized.
     """
 
     refused: str | None = None
@@ -27,15 +28,12 @@ class Family:
     loader: str = DEFAULT_LOADER
     text_prefix: str = ""
     conv1d: bool = False
+    split_experts: bool = False
 
 
 _FUSED_CONVOLUTIONS = "transformers 5.23 fails to fuse its convolutions when a quantized checkpoint of it is loaded"
 _TEXT_PART = "AutoModelForCausalLM builds its text part alone, and saves it with a config that it doesn't take back"
 _SHARED_BLOCK = "its layers share the weights of one attention block, and a layer can't be quantized alone"
-_SPLIT_EXPERTS = (
-    "transformers splits its experts into linear layers when a quantized checkpoint is loaded, which its own "
-    "checkpoints hold as one tensor"
-)
 _OTHER_MODEL = "it drafts on the keys and values of another model; transformers 5.23 builds no model of it alone"
 _COMPOSITE = "AutoModelForCausalLM can't be built of its composite config"
 
@@ -69,8 +67,8 @@ FAMILIES: dict[str, Family] = {
     "kosmos-2": Family(refused=_NEEDS_A_PICTURE),
     "kosmos-2.5": Family(refused=_NEEDS_A_PICTURE),
     "kyutai_speech_to_text": Family(refused="it reads codes of sound beside each token of text"),
-    "llama4": Family(refused=_SPLIT_EXPERTS),
-    "llama4_text": Family(refused=_SPLIT_EXPERTS),
+    "llama4": Family(split_experts=True),
+    "llama4_text": Family(split_experts=True),
     "minimax_m3_vl": Family(refused=_CONVERSION),
     "mllama": Family(refused_alone=_TEXT_PART),
     "musicgen": Family(refused=_COMPOSITE),

@@ -67,6 +67,8 @@ class Format:
     ``decoded``: quantmill has a decoder of its own; of formats without one, the runtime's predictions are measured.
     ``cache_declaration``: what ``quantization_config`` says of keys and values in FP8, whose scales
     are tensors of their attention modules (``CACHE_SCALES``).
+    ``blocks``: experts that the source has in one MXFP4 tensor (``spec.low_bit``) are stored as they are.
+    ``speculative``: its readers take quantized layers of a speculative block, which the model's class doesn't build.
     """
 
     name: str
@@ -100,6 +102,8 @@ class Format:
     towers: bool = True
     decoded: bool = True
     cache_declaration: Mapping[str, Any] | None = None
+    blocks: bool = False
+    speculative: bool = False
 
 
 # ------------------------------------------------------------------------------------- compressed-tensors
@@ -185,6 +189,7 @@ COMPRESSED_TENSORS = Format(
     arithmetic=lambda config: "own" if any(kind in str(config.get("format")) for kind in ("fp4", "mxfp8")) else "any",
     needs=("compressed-tensors",),
     keeps=True,
+    speculative=True,
     cache_declaration={
         "kv_cache_scheme": {
             "num_bits": 8,
@@ -300,6 +305,7 @@ FP8 = Format(
     family=lambda config: ["fp8"],
     arithmetic=lambda config: "decoded",
     lists_unquantized=True,
+    speculative=True,
 )
 
 
@@ -439,6 +445,7 @@ MLX = Format(
     settings=mlx.settings,
     place=mlx.place,
     keeps=True,
+    blocks=True,
 )
 
 # ------------------------------------------------------------------------------- transformers' quantizers

@@ -400,6 +400,8 @@ def _what_determines_bytes(recipe: Recipe) -> dict[str, Any]:
     content = recipe.model_dump(mode="json", exclude={"name", "description", "environment", "labels"})
     if isinstance(recipe, BitsAndBytesRecipe):
         content["options"] = recipe.options.model_dump(mode="json", exclude_defaults=True)
+    if content.get("mtp") == "keep":
+        del content["mtp"]
     return {key: _known_before(value) for key, value in content.items() if key not in LATER or value is not None}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Self
@@ -11,8 +12,9 @@ from workers.spec.base import Frozen
 from workers.spec.formats import FORMATS
 from workers.spec.fusion import split_groups
 from workers.spec.patterns import LAYER as LAYER
+from workers.spec.patterns import is_speculative, part_of_layer
 from workers.spec.patterns import layer_of as layer_of
-from workers.spec.recipes import Recipe
+from workers.spec.recipes import CodedRecipe, Recipe
 from workers.spec.schemes import FP8_BLOCK, AnyScheme, Float8Scheme, IntScheme, MicroscalingScheme, Scheme
 from workers.spec.tensors import FLOATS, TensorHeader
 
@@ -82,6 +84,12 @@ def is_matrix_of_a_layer(tensor: TensorHeader) -> bool:
     return tensor.name.endswith(".weight") and len(tensor.shape) == 2 and layer_of(tensor.name) is not None
 
 
+def in_speculative_layer(tensor: TensorHeader) -> bool:
+    """Whether a tensor is a matrix in a numbered layer of a block that is called mtp."""
+    matrix = tensor.name.endswith(".weight") and len(tensor.shape) == 2
+    return matrix and is_speculative(tensor.name, sys.maxsize) and part_of_layer(tensor.name) is not None
+
+
 def is_quantized_outside(tensor: TensorHeader, recipe: Recipe) -> bool:
     """Whether a tensor is the matrix of embeddings or head, and the recipe quantizes it."""
     module = tensor.name.removesuffix(".weight")
@@ -93,9 +101,11 @@ def quantizable(tensor: TensorHeader, recipe: Recipe) -> bool:
     """Whether the recipe quantizes this tensor: a matrix inside a decoder layer that isn't ignored, or one outside."""
     if is_quantized_outside(tensor, recipe):
         return True
+    module = tensor.name.removesuffix(".weight")
+    if isinstance(recipe, CodedRecipe) and recipe.mtp == "quantize" and in_speculative_layer(tensor):
+        return not recipe.ignores(module)
     if not is_matrix_of_a_layer(tensor):
         return False
-    module = tensor.name.removesuffix(".weight")
     return not recipe.ignores(module) and not (EXPERT.search(tensor.name) and experts_left(recipe))
 
 

@@ -81,6 +81,13 @@ def expert_name(model_type: str, stacked: str, expert: int) -> str | None:
     return f"{block}.experts.{expert}.{projection}{rest or ''}"
 
 
+def fused_experts(name: str) -> tuple[str, ...]:
+    """mlx-lm's modules of gpt-oss's experts, by the name of the source's tensor: it splits gates from the others."""
+    parent, _, leaf = name.rpartition(".")
+    leaves = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+    return tuple(f"{parent}.{leaf}" for leaf in leaves)
+
+
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of config.json that mlx-lm needs beside the source's; ``config`` has its ``quantization_config``.
 

@@ -15,6 +15,8 @@ BESIDE = re.compile(
     r"conformer|whisper|sam|vqmodel|vq|qformer|resampler|perceiver|projectors?|projection|qwen2_model|connector|adapter|adaptor|"
     r"aligner|merger|abstractor|talker|code_predictor|code2wav|token2wav|mtp|eagle)(?=[._\d]|model|tower|encoder|$)"
 )
+# Part of names of a speculative block, which predicts the tokens after the next one.
+_SPECULATIVE = re.compile(r"(?:^|\.)mtp(?:_layers)?\.")
 # Layers, as in 0-3,-1: numbers, and ranges with both ends; negative ones from the end.
 LAYERS = r"^\s*-?\d+(\s*-\s*\d+)?(\s*,\s*-?\d+(\s*-\s*\d+)?)*\s*$"
 _ONE = re.compile(r"(-?\d+)(?:-(\d+))?")
@@ -24,6 +26,23 @@ def layer_of(name: str) -> str | None:
     """The number of the decoder layer that a tensor belongs to, by its name; None if it belongs to none."""
     match = LAYER.search(name)
     return match.group(1) if match and not BESIDE.search(name[: match.start()]) else None
+
+
+def is_speculative(name: str, layers: int) -> bool:
+    """Whether a tensor or module belongs to a block that predicts further tokens (MTP), of a model of so many layers.
+
+    Publishers call it mtp, or give it the number after the last layer's.
+    """
+    if _SPECULATIVE.search(name):
+        return True
+    number = layer_of(name)
+    return number is not None and int(number) >= layers
+
+
+def part_of_layer(name: str) -> str | None:
+    """A module's or tensor's name within its layer, or within its speculative block's; None if it's in neither."""
+    match = LAYER.search(name)
+    return name[match.end() :] if match else None
 
 
 def matches(pattern: str, name: str) -> bool:

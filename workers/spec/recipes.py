@@ -200,6 +200,19 @@ class Override(Frozen):
         return compiled("modules", value)
 
 
+def _check_block(recipe: GridRecipe | RtnRecipe) -> None:
+    """Refuse scales of inputs for a speculative block, through which no calibration text passes.
+
+    Raises:
+        ValueError: the recipe quantizes one, and its scheme has such scales.
+    """
+    if recipe.mtp == "quantize" and _static_inputs(recipe.scheme):
+        raise ValueError(
+            f"recipe {recipe.name!r}: mtp: quantize: the scheme has fixed scales of inputs, which calibration gives, "
+            "and no text passes through the speculative block; choose activations: dynamic (fp8) or none, or mtp: keep"
+        )
+
+
 def _static_inputs(scheme: LinearScheme) -> bool:
     """Whether a layer's input has a scale that is fixed by the calibration text."""
     match scheme:
@@ -218,6 +231,23 @@ class CodedRecipe(RecipeBase):
         description="fp8: with a scale for each layer's keys and one for its values, from the calibration text, with "
         "which runtimes keep their cache in FP8 E4M3.",
     )
+    mtp: Literal["keep", "quantize"] = Field(
+        "keep",
+        description="The speculative block (MTP), which predicts further tokens: keep: as it is; quantize: those of "
+        "its linear layers that have a decoder layer's names and shapes, rounded to nearest in the recipe's scheme.",
+    )
+
+    @model_validator(mode="after")
+    def _speculative_readable(self) -> Self:
+        if self.mtp == "keep":
+            return self
+        if not FORMATS[self.format].speculative:
+            able = " or ".join(row.name for row in FORMATS.values() if row.speculative)
+            raise ValueError(
+                f"recipe {self.name!r}: mtp: quantize: the format {self.format!r} is read for the model's own layers "
+                f"alone; choose format: {able}, or mtp: keep"
+            )
+        return self
 
     @property
     def revision(self) -> int:
@@ -266,6 +296,7 @@ class GridRecipe(CodedRecipe):
     def _readable(self) -> Self:
         for scheme in (self.scheme, *(override.scheme for override in self.overrides)):
             check_holds(self.name, self.format, scheme)
+        _check_block(self)
         if self.overrides and not FORMATS[self.format].per_layer_schemes:
             raise ValueError(
                 f"recipe {self.name!r}: overrides need {formats_with_schemes_by_layer()}, got {self.format!r}, which "
@@ -388,6 +419,7 @@ class RtnRecipe(CodedRecipe):
     @model_validator(mode="after")
     def _readable(self) -> Self:
         check_holds(self.name, self.format, self.scheme)
+        _check_block(self)
         return self
 
     @property
@@ -519,6 +551,11 @@ LinearRecipe = GptqRecipe | RtnRecipe | AwqRecipe | SmoothQuantRecipe | HqqRecip
 Recipe = Annotated[
     LinearRecipe | BitsAndBytesRecipe | GgufRecipe | KeepRecipe | TransformersRecipe, Field(discriminator="method")
 ]
+
+
+def nearest(recipe: LinearRecipe) -> RtnRecipe:
+    """The recipe with its scheme and format, and rounding to nearest as its method."""
+    return RtnRecipe(name=recipe.name, method="rtn", scheme=recipe.scheme, format=recipe.format)
 
 
 def words(recipe: Recipe) -> str:

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from workers.spec import ggml, mlx
 from workers.spec.base import Frozen, meant
-from workers.spec.families import DEFAULT_LOADER
+from workers.spec.families import DEFAULT_LOADER, family_of
 from workers.spec.formats import (
     AWQ,
     BITSANDBYTES,
@@ -446,5 +446,10 @@ def misfit(fmt: str, scheme: Scheme, kinds: LayerKinds, runtimes: Iterable[str] 
 
     ``runtimes`` are those that a zoo names; none: the format's own checks alone.
     """
+    if family_of(kinds.model_type).split_experts and fmt != COMPRESSED_TENSORS.name:
+        return (
+            f"are of the family {kinds.model_type}, whose experts runtimes take as linear layers in "
+            f"{COMPRESSED_TENSORS.name} alone; choose that format"
+        )
     reasons = (row.reads(fmt, scheme, kinds) for row in checkers(fmt, runtimes))
     return next((why for why in reasons if why), None)

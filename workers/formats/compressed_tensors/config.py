@@ -72,13 +72,15 @@ def quantization_config(
     conv1d: Iterable[str] = (),
     runtimes: Iterable[str] = (),
     in_model: Mapping[str, str] = NO_NAMES,
+    speculative: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Return the ``quantization_config`` of config.json.
 
     ``schemes`` is each quantized module's scheme, fallbacks included; ``unquantized`` are the other Linear modules
     (where a module and its checkpoint key differ in name, both names); ``conv1d`` are those of ``schemes`` that are
     transformers' Conv1D; ``runtimes`` are those that a zoo names to check the artifact; ``in_model`` has the names in
-    the model of those of ``schemes`` whose names in the checkpoint differ.
+    the model of those of ``schemes`` whose names in the checkpoint differ; ``speculative`` are those of ``unquantized``
+    in blocks that transformers doesn't build.
 
     Raises:
         UnsupportedRecipe: there are Conv1D modules, or experts that a runtime which checks it loads wrongly.
@@ -92,7 +94,8 @@ def quantization_config(
     base = Counter(schemes[name] for name in experts or schemes).most_common(1)[0][0]
     _refuse_unreadable(conv1d, base, LayerKinds(conv1d=True), runtimes)
     _refuse_unreadable(experts, base, LayerKinds(experts=True), runtimes)
-    _refuse_uneven_experts([name for name in experts if schemes[name] != base], experts, unquantized, base)
+    built = sorted(set(unquantized) - set(speculative))
+    _refuse_uneven_experts([name for name in experts if schemes[name] != base], experts, built, base)
     groups = [{"targets": ["Linear"], **_contents(base)}]
     for scheme in dict.fromkeys(schemes.values()):
         if scheme != base:

@@ -58,3 +58,9 @@ def decode(stored: Mapping[str, Tensor], group_size: int) -> Tensor:
     if scale_OG.dtype != dtype:
         raise CheckpointError(f"scales stored as {scale_OG.dtype}, expected {dtype} as config.json declares")
     return microscaling.dequantize(codes_OI, scale_OG, stored[GLOBAL] if nvfp4 else None).to(DTYPE)
+
+
+def codes(stored: Mapping[str, Tensor]) -> Float4Weight:
+    """The codes of one module, its scales as they are stored."""
+    codes_OI = microscaling.unpack(stored["weight_packed"])
+    return Float4Weight(codes_OI, stored["weight_scale"], stored.get(GLOBAL), stored.get(INPUTS))

@@ -96,13 +96,20 @@ def decode(stored: Mapping[str, Tensor], declared: Declared) -> Tensor:
     return ct_plain.decode(stored, declared.kind)
 
 
-def input_rounding(module: str, declared: Declared, stored: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor] | None:
+def codes(stored: Mapping[str, Tensor], declared: Declared) -> CodedWeight | None:
+    """The codes of one module, its scales in their stored dtypes; None for groups of byte-wide weights."""
+    if declared.form == PACKED:
+        return ct_packed.codes(stored, declared.bits, symmetric=declared.symmetric)
+    if declared.form == MXFP8:
+        return Mxfp8Weight(stored["weight"], stored["weight_scale"])
+    return ct_float4.codes(stored) if declared.form in GROUP_SIZES else ct_plain.codes(stored, declared.bits)
+
+
+def input_rounding(declared: Declared, stored: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor] | None:
     """The rounding that transformers 5.23 applies to a module's input, on a CPU as on a GPU; None if none.
 
-    ``stored`` has the scale of the module's input, if there is one. Experts are fused, and their input isn't rounded.
+    ``stored`` has the scale of the module's input, if there is one.
     """
-    if EXPERT.search(module):
-        return None
     match declared.activations:
         case "int8":
             return activations.round_int8_token
@@ -137,8 +144,6 @@ def open_(config: Mapping[str, Any], source: Source, trust_remote_code: bool) ->
         required=(),  # it depends on the module's group
         header=lambda module, headers, read: header(headers, read, declared_of(module)),
         decode=lambda module, stored: decode(stored, declared_of(module)),
-        codes=lambda module, stored: ct_packed.codes(
-            stored, declared_of(module).bits, symmetric=declared_of(module).symmetric
-        ),
-        rounding=lambda module, stored, _: input_rounding(module, declared_of(module), stored),
+        codes=lambda module, stored: codes(stored, declared_of(module)),
+        rounding=lambda module, stored, _: input_rounding(declared_of(module), stored),
     )

@@ -59,3 +59,13 @@ def decode(stored: Mapping[str, Tensor], kind: str) -> Tensor:
         )
     groups = values_OI.to(scale.dtype).view(rows, scale.shape[1], -1)
     return (groups * scale[:, :, None]).view(rows, columns)
+
+
+def codes(stored: Mapping[str, Tensor], bits: int) -> IntWeight | Float8Weight | None:
+    """The codes of one module, its scales in their stored dtype; None for scales by group."""
+    values_OI, scale = stored["weight"], stored["weight_scale"]
+    if scale.numel() not in (1, len(values_OI)):
+        return None
+    if values_OI.dtype == torch.int8:
+        return IntWeight(values_OI, scale, None, bits, None) if scale.dim() == 2 else None
+    return Float8Weight(values_OI, scale, blocks=False, input_scale=stored.get("input_scale"))
