@@ -63,7 +63,7 @@ IMATRIX = "imatrix.gguf"
 PROJECTOR = "mmproj-"
 # Multimodal families whose text model was tried as a file of its own; the rest of them, towers and projector, is
 # another one, which llama.cpp's own converter makes.
-MULTIMODAL = frozenset({"llava", "gemma3", "qwen2_5_vl"})
+MULTIMODAL = frozenset({"llava", "gemma3", "qwen2_5_vl", "qwen3_vl"})
 
 
 def is_beside(name: str) -> bool:
