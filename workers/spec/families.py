@@ -46,7 +46,9 @@ FAMILIES: dict[str, Family] = {
     "bailing_hybrid": Family(refused=_FUSED_CONVOLUTIONS),
     "blip": Family(refused=_NEEDS_A_PICTURE),
     "blip-2": Family(refused=_NEEDS_A_PICTURE),
+    "blt": Family(refused="its bytes go through three models, and its config has no number of layers"),
     "diffusion_gemma": Family(refused="it writes a block of tokens at once, by diffusion, not one after the other"),
+    "dots3_note": Family(refused=_CONVERSION),
     "emu3": Family(refused_alone=_TEXT_PART),
     "ernie4_5_vl_moe": Family(
         refused="its checkpoints hold the experts for text and those for pictures in one series, of two tensors"
@@ -76,6 +78,7 @@ FAMILIES: dict[str, Family] = {
     "nemo_speechlm": Family(refused="transformers 5.23 doesn't load what it saves of it: sizes differ"),
     "olmo_hybrid": Family(refused=_FUSED_CONVOLUTIONS),
     "perception_lm": Family(package="timm"),
+    "step3p7": Family(refused=_CONVERSION),
     "pi0": Family(refused="it moves a robot: its forward needs the state of one"),
     "pix2struct": Family(refused=_ENCODER),
     "pp_formulanet": Family(refused=_ENCODER),
