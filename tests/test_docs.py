@@ -12,6 +12,7 @@ from pipeline.cli.reference import PAGES as PAGES_MADE
 from pipeline.cli.reference import with_measured
 from pipeline.zoo import reference, shipped
 from pipeline.zoo import zoo as zoos
+from tests.walk.table import with_counts
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -111,3 +112,9 @@ def test_python_that_is_shown_compiles(page: str, text: str) -> None:
 def test_the_table_of_what_was_measured_is_up_to_date() -> None:
     text = (ROOT / "docs/choosing.md").read_text()
     assert text == with_measured(text)
+
+
+def test_the_readme_counts_the_families_that_the_walk_took() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert with_counts(text) == text, "`python -m tests.walk.table` prints the counts anew"
+    assert "<!-- walk -->" in text

@@ -6,6 +6,7 @@ A family with a row stays as it is: remove rows to walk through those again.
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import shutil
 import sys
 import tempfile
@@ -18,6 +19,9 @@ from tests.walk.smallest import families, loader
 from workers.spec.families import FAMILIES
 
 TABLE = Path(__file__).with_name("OUTCOMES.md")
+README = TABLE.parents[2] / "README.md"
+# Where the README says how many families go all the way.
+COUNTED = re.compile(r"(<!-- walk -->).*?(<!-- /walk -->)", re.DOTALL)
 COLUMNS = ("family", "class", "plan", "stream, GPTQ, AWQ, load", "share in codes", "seconds")
 
 
@@ -31,6 +35,12 @@ def main() -> None:
                 row = _walked(family, multimodal=multimodal)
                 rows = {**known(), (family, name): (family, name, *row)}
                 TABLE.write_text(rendered(rows))
+    README.write_text(with_counts(README.read_text()))
+
+
+def with_counts(text: str) -> str:
+    """The README with the counts of the table."""
+    return COUNTED.sub(lambda found: f"{found[1]}{counts(known())}{found[2]}", text)
 
 
 def known() -> dict[tuple[str, str], tuple[str, ...]]:
