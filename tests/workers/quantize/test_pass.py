@@ -108,7 +108,7 @@ def test_a_pass_without_memory_goes_on_with_smaller_batches(tmp_path: Path, monk
     plain, tried = Lanes.advance, set[int]()
 
     def advance(self: Lanes) -> None:
-        largest = max(lane._batch.numel() for lane in self._lanes)
+        largest = max(lane._batch["input_ids"].numel() for lane in self._lanes)
         tried.add(largest)
         if largest > 512 and self._at == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -127,7 +127,7 @@ def test_a_lean_pass_takes_the_smallest_batches_from_the_start(tmp_path: Path, m
     plain, seen = Lanes.advance, set[int]()
 
     def advance(self: Lanes) -> None:
-        seen.update(lane._batch.numel() for lane in self._lanes)
+        seen.update(lane._batch["input_ids"].numel() for lane in self._lanes)
         plain(self)
 
     monkeypatch.setattr(Lanes, "advance", advance)

@@ -77,7 +77,8 @@ def said_of(made: dict[str, ArtifactMade]) -> dict[str, Any]:
 
 def joined(of: Job, parts: int) -> dict[str, ArtifactMade]:
     made, size = spread.join(of, source_of(of), parts)
-    assert size == sum(path.stat().st_size for path in source_of(of).glob("*.safetensors"))
+    if not of.model.dequantize:  # whose size is that of what it decodes to
+        assert size == sum(path.stat().st_size for path in source_of(of).glob("*.safetensors"))
     return {artifact.recipe: artifact for artifact in made}
 
 
@@ -334,7 +335,7 @@ def test_a_part_without_memory_takes_smaller_batches(tmp_path: Path, monkeypatch
     plain = Lanes.advance
 
     def advance(self: Lanes) -> None:
-        if any(lane._batch.numel() > 128 for lane in self._lanes):
+        if any(lane._batch["input_ids"].numel() > 128 for lane in self._lanes):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         plain(self)
 
