@@ -41,7 +41,7 @@ class _Layer:
 def model_problem(source: PinnedModel) -> str | None:
     """Why models of this family can't be quantized at all, or None."""
     family, kind = source.family, source.config.get("model_type")
-    reason = family.refused or (None if is_multimodal(source.config) else family.refused_alone)
+    reason = family.refused or (family.refused_whole if is_multimodal(source.config) else family.refused_alone)
     if not reason and family.package and find_spec(family.package) is None:
         return (
             f"model {source.pin.id!r}: model_type {kind!r}: its class needs the package {family.package}, which isn't "

@@ -22,6 +22,7 @@ from workers.formats.kept import open_source
 from workers.model.forward import LogitsHead, stream
 from workers.model.loading import StreamedModel, find_layers
 from workers.quantize.one_pass import quantize
+from workers.spec.families import family_of
 from workers.spec.job import ArtifactMade, Job, ModelPin
 from workers.spec.layers import quantizable
 from workers.spec.workspace import artifact_folder, folds_folder
@@ -39,13 +40,15 @@ class Outcome:
     """What a family did.
 
     ``share``: of the numbers in its layers' matrices, how many belong to linear layers that recipes turn into codes;
-    ``packed``: four bits; ``refused``: why it got no codes of ours; ``folds``: layers that AWQ scaled.
+    ``packed``: four bits; ``refused``: why it got no codes of ours; ``folds``: layers that AWQ scaled; ``format``: the
+    one that it was checked in, where compressed-tensors doesn't hold its layers.
     """
 
     share: float
     packed: bool
     refused: str = ""
     folds: int = 0
+    format: str = ""
 
 
 def tokens() -> list[Tensor]:
@@ -81,6 +84,11 @@ def check(model_type: str, folder: Path, *, multimodal: bool = False, planned: b
                 check_artifact(artifact, artifact_folder(of.workspace, order), auto)
             return Outcome(share, scheme is PACKED, folds=_folded_layers(of))
         assert len(refused) == len(made), refused
+    if family_of(model_type).conv1d:
+        of = job(model, folder / "work", "bnb-nf4")
+        (artifact,), _ = quantize(of, model)
+        check_artifact(artifact, artifact_folder(of.workspace, of.orders[0]), auto)
+        return Outcome(share, True, format="bitsandbytes")
     return Outcome(share, False, refused[0])
 
 

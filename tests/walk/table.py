@@ -55,7 +55,7 @@ def counts(rows: dict[tuple[str, str], tuple[str, ...]]) -> str:
     said = []
     for multimodal, kind in ((False, "causal language models"), (True, "multimodal ones")):
         part = [row for row in rows.values() if (row[1] != "AutoModelForCausalLM") == multimodal]
-        done = sum(row[3] == "all" for row in part)
+        done = sum(row[3].startswith("all") for row in part)
         said.append(f"{done} of {len(part)} {kind} (transformers has {len(families(multimodal=multimodal))})")
     return " and ".join(said)
 
@@ -79,7 +79,7 @@ def rendered(rows: dict[tuple[str, str], tuple[str, ...]]) -> str:
 def _walked(family: str, *, multimodal: bool) -> tuple[str, ...]:
     """The cells of a family's row after its class."""
     start, row = time.monotonic(), FAMILIES.get(family)
-    why = row and (row.refused or (None if multimodal else row.refused_alone))
+    why = row and (row.refused or (row.refused_whole if multimodal else row.refused_alone))
     if row and row.package and find_spec(row.package) is None:
         return (f"refused: its class needs the package {row.package}, which isn't installed", "", "", "")
     if why:
@@ -92,7 +92,9 @@ def _walked(family: str, *, multimodal: bool) -> tuple[str, ...]:
         return ("taken", f"{type(error).__name__}: {said}", "", f"{time.monotonic() - start:.0f}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    done = "all" if not outcome.refused else f"stream; {outcome.refused[:100].replace('|', '/')}"
+    done = f"all, in {outcome.format}" if outcome.format else "all"
+    if outcome.refused:
+        done = f"stream; {outcome.refused[:100].replace('|', '/')}"
     return ("taken", done, f"{outcome.share:.2f}", f"{time.monotonic() - start:.0f}")
 
 

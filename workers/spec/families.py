@@ -16,14 +16,16 @@ class Family:
     """One model family.
 
     ``refused`` is the reason why it can't be quantized, ``refused_alone`` the one why its text part alone can't, which
-    AutoModelForCausalLM builds; ``package`` is one that its class imports beside transformers. ``loader`` is the class
-    of transformers that builds it, and ``text_prefix`` the module that holds its text part, empty if that is the whole
-    model. ``conv1d``: its linear layers are Conv1D, stored (in, out). ``split_experts``: its own checkpoints hold a
-    layer's experts in two tensors, of which transformers makes linear layers where a checkpoint is quantized.
+    AutoModelForCausalLM builds, and ``refused_whole`` the one why the multimodal model can't; ``package`` is one that
+    its class imports beside transformers. ``loader`` is the class of transformers that builds it, and ``text_prefix``
+    the module that holds its text part, empty if that is the whole model. ``conv1d``: its linear layers are Conv1D,
+    stored (in, out). ``split_experts``: its own checkpoints hold a layer's experts in two tensors, of which
+    transformers makes linear layers where a checkpoint is quantized.
     """
 
     refused: str | None = None
     refused_alone: str | None = None
+    refused_whole: str | None = None
     package: str | None = None
     loader: str = DEFAULT_LOADER
     text_prefix: str = ""
@@ -48,7 +50,7 @@ FAMILIES: dict[str, Family] = {
     "blip-2": Family(refused=_NEEDS_A_PICTURE),
     "blt": Family(refused="its bytes go through three models, and its config has no number of layers"),
     "diffusion_gemma": Family(refused="it writes a block of tokens at once, by diffusion, not one after the other"),
-    "dots3_note": Family(refused=_CONVERSION),
+    "dots3_note": Family(refused_whole=_CONVERSION),
     "emu3": Family(refused_alone=_TEXT_PART),
     "ernie4_5_vl_moe": Family(
         refused="its checkpoints hold the experts for text and those for pictures in one series, of two tensors"
