@@ -8,6 +8,7 @@ there; ``bury`` makes it the run's ``results.json``.
 from __future__ import annotations
 
 import fcntl
+import json
 import secrets
 import signal
 import sqlite3
@@ -385,4 +386,11 @@ def results_of(folder: Path) -> contract.Results:
         OSError, ValueError: they can't be read.
     """
     source = folder / RESULTS if (folder / RESULTS).exists() else folder / UNFINISHED
-    return contract.Results.model_validate_json(source.read_text())
+    content = json.loads(source.read_text())
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != contract.SCHEMA_VERSION:
+        raise ValueError(
+            f"{source}: results of schema version {version!r}, and this quantmill reads {contract.SCHEMA_VERSION}; "
+            "read them with the release that wrote them, or run the zoo again"
+        )
+    return contract.Results.model_validate(content)

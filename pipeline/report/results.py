@@ -15,6 +15,8 @@ from workers.spec.data import Calibration
 from workers.spec.job import Generation, Manifest, Outcome, PeakMemory, Stage
 from workers.spec.workspace import artifact_folder
 
+# Of results.json; changes when a name gets another meaning, or goes. New names come without a new version.
+SCHEMA_VERSION: Literal[1] = 1
 # ``error.kind`` of a run that a signal ended.
 INTERRUPTED = "Interrupted"
 Status = Literal["published", "verified", "skipped", "rejected", "failed"]
@@ -107,7 +109,7 @@ class ArtifactEntry(Frozen):
 class Results(Frozen):
     """The whole run."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1] = SCHEMA_VERSION
     run_id: str
     zoo: str
     started_at: str

@@ -242,6 +242,8 @@ NamedOrDefined = Annotated[
 ]
 
 
+# Of the form of zoo files; changes when a key gets another meaning, or goes.
+VERSION = 1
 # In place of a list of recipes: they are chosen for each model by the budget.
 AUTO = "auto"
 
@@ -264,6 +266,7 @@ class Budget(Frozen):
 class Zoo(Frozen):
     """A zoo: every model under every recipe."""
 
+    version: Literal[1] = Field(1, description="Of the form of zoo files that this one is written in.")
     name: str = Field(pattern=SLUG.pattern, max_length=64, description="Of the zoo, in the names of its runs.")
     models: tuple[ModelEntry, ...] = Field(min_length=1, description="What is quantized.")
     recipes: tuple[NamedOrDefined, ...] = Field(
@@ -370,6 +373,11 @@ def check(raw: object, path: str) -> Zoo:
     """
     if not isinstance(raw, dict):
         raise ZooError(f"{path}: expected a mapping with name, models, recipes, verify; got {_kind(raw)}")
+    if (version := raw.get("version", VERSION)) != VERSION:
+        raise ZooError(
+            f"{path}: version: got {version!r}, and this quantmill reads version {VERSION} of zoo files; upgrade "
+            "quantmill for a later one, or write the zoo in this one's keys (`quantmill schema`) and its version"
+        )
     try:
         zoo = Zoo.model_validate(raw)
     except ValidationError as error:
