@@ -146,3 +146,11 @@ def test_two_runs_are_compared_and_nights_listed_on_the_command_line(out: Path) 
     rows = json.loads(CliRunner().invoke(main, ["report", "--history", "--json", "--out", str(out)]).output)
     assert [row["bad"] for row in rows] == [0] * 6 + [3]
     assert "median KL" in CliRunner().invoke(main, ["report", "--history", "--out", str(out)]).output
+
+
+def test_results_of_another_version_are_named(tmp_path: Path) -> None:
+    folder = nights.write(tmp_path, 1)
+    path = folder / night.RESULTS
+    path.write_text(path.read_text().replace('"schema_version":1', '"schema_version":9'))
+    with pytest.raises(ValueError, match="results of schema version 9, and this quantmill reads 1"):
+        write_report(folder)

@@ -62,6 +62,7 @@ def test_a_recipe_can_be_defined_in_place(tmp_path: Path) -> None:
         (("bnb-nf4]", "gptq-w4-g128]"), ["recipe 'gptq-w4-g128' is listed twice"]),
         (("b.txt", "a.txt"), ["verify.dataset is the calibration data"]),
         (("[a.txt]}}", "[a.txt]}, samples: 0}"), ["calibration.samples", "got 0"]),
+        (("name: small", "version: 2\nname: small"), ["version: got 2", "reads version 1 of zoo files; upgrade"]),
         (
             (CALIBRATION, "genral"),
             ["did you mean 'general'", "quantmill ships chat, "],
@@ -119,7 +120,7 @@ def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
 
 
 def test_a_pair_that_no_runtime_reads_is_refused_with_those_that_can(tmp_path: Path) -> None:
-    definition = "{name: x, method: gptq, scheme: {bits: 4, symmetric: false}, format: compressed-tensors}"
+    definition = "{name: x, method: gptq, scheme: {bits: 3, symmetric: false}, format: compressed-tensors}"
     message = refusal(tmp_path, GOOD.replace("bnb-nf4", definition))
     assert "choose format: gptq" in message
     message = refusal(
