@@ -37,6 +37,10 @@ class ZooError(UserError):
     """The zoo file or the command line is wrong; nothing was started."""
 
 
+class PluginError(UserError):
+    """A plugin can't be imported; the message names it, the reason and the remedy."""
+
+
 class ModelNotFound(UserError):
     """There is no such repository, revision or folder."""
 

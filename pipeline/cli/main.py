@@ -42,9 +42,12 @@ class _Group(click.Group):
 
 def _told(error: Exception) -> tuple[str, int]:
     """What to say of an error, and the exit code."""
-    from workers.errors import QuantmillError, UserError
-    from workers.machine.failures import classify
-    from workers.spec.bounds import printable_lines
+    try:
+        from workers.errors import QuantmillError, UserError
+        from workers.machine.failures import classify
+        from workers.spec.bounds import printable_lines
+    except ValueError as broken:  # a plugin, which is imported with the package
+        return str(broken), WRONG
 
     known = classify(error)
     if isinstance(known, QuantmillError):

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from pipeline.planning import choosing
 from pipeline.zoo.problems import explain
-from pipeline.zoo.zoo import AUTO, Budget, ModelEntry, Zoo, check, read_yaml
+from pipeline.zoo.zoo import AUTO, Budget, ModelEntry, Zoo, check, load_plugins, read_yaml
 from workers.errors import ZooError
 
 
@@ -21,6 +21,7 @@ def load(path: Path, out: Path | None = None) -> Zoo:
         UserError, HubUnavailable: a model can't be resolved, so that nothing can be chosen for it.
     """
     raw = read_yaml(path)
+    load_plugins(raw, path)
     return check(filled_in(raw, path, out), str(path))
 
 

@@ -78,6 +78,11 @@ def pack(zoo: Zoo, zoo_path: Path, shared: Sequence[Path] = ()) -> Parcel:
     for folder in shared:
         if not folder.is_absolute():
             raise ZooError(f"--shared: expected an absolute path, got {str(folder)!r}; name it as every node sees it")
+    if files := [name for name in zoo.plugins if name.endswith(".py")]:
+        raise ZooError(
+            f"plugins: {files[0]!r} is a file of this machine; install it on the cluster as a package with an entry "
+            "point of the group quantmill, or name its module"
+        )
     local = _Local(zoo_path.resolve().parent, tuple(Path(os.path.normpath(folder)) for folder in shared))
     updates = {"models": tuple(local.model(entry) for entry in zoo.models), "verify": zoo.verify}
     held_out = {"dataset": local.dataset(zoo.verify.dataset, "verify.dataset")}

@@ -11,6 +11,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from pipeline.zoo.problems import explain
 from workers.errors import ZooError
+from workers.spec import plugins
 from workers.spec.base import Frozen, meant
 from workers.spec.data import Dataset, Sequences
 from workers.spec.job import Thresholds
@@ -42,8 +43,13 @@ def own_text() -> tuple[Path, Path]:
 
 
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes, sorted."""
-    return sorted(path.stem for path in (configs() / "recipes").glob("*.yaml"))
+    """Names of the shipped recipes, and of those that plugins add, sorted."""
+    return sorted(_recipe_files())
+
+
+def _recipe_files() -> dict[str, Path]:
+    folders = [*plugins.RECIPES, configs() / "recipes"]  # a shipped name stays what it is
+    return {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
 
 
 @cache
@@ -59,7 +65,7 @@ def recipe(name: str) -> Recipe:
             f"recipes: unknown recipe, got {name!r}; {meant(name, known)}quantmill ships {', '.join(known)}. "
             "Name one of them, or define the recipe in place (name, method, scheme, format)."
         )
-    path = configs() / "recipes" / f"{name}.yaml"
+    path = _recipe_files()[name]
     content = {"name": name, **yaml.safe_load(path.read_text())}
     try:
         return _RECIPE.validate_python(content)

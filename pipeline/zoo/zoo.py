@@ -12,7 +12,8 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, ValidationError, fie
 from pipeline.zoo import gating, shipped
 from pipeline.zoo.gating import Gates
 from pipeline.zoo.problems import explain
-from workers.errors import ZooError
+from workers.errors import PluginError, ZooError
+from workers.spec import plugins
 from workers.spec.base import SLUG, Frozen, meant
 from workers.spec.bounded_yaml import BadYaml, parse_yaml
 from workers.spec.bounds import ZOO_BYTES
@@ -268,6 +269,9 @@ class Zoo(Frozen):
 
     version: Literal[1] = Field(1, description="Of the form of zoo files that this one is written in.")
     name: str = Field(pattern=SLUG.pattern, max_length=64, description="Of the zoo, in the names of its runs.")
+    plugins: tuple[str, ...] = Field(
+        (), description="Python files (relative to this file) or modules that add formats, runtimes and recipes."
+    )
     models: tuple[ModelEntry, ...] = Field(min_length=1, description="What is quantized.")
     recipes: tuple[NamedOrDefined, ...] = Field(
         min_length=1,
@@ -362,7 +366,26 @@ def load(path: Path) -> Zoo:
     Raises:
         ZooError: the message names key, value and remedy of every finding.
     """
-    return check(read_yaml(path), str(path))
+    raw = read_yaml(path)
+    load_plugins(raw, path)
+    return check(raw, str(path))
+
+
+def load_plugins(raw: object, path: Path) -> None:
+    """Import what a zoo file names as plugins, and let the run's processes do so.
+
+    Raises:
+        ZooError: one can't be imported.
+    """
+    named = raw.get("plugins") if isinstance(raw, dict) else None
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        return  # nothing, or what `check` refuses
+    found = [str((path.parent / name).resolve()) if name.endswith(".py") else name for name in named]
+    try:
+        plugins.load(found)
+    except PluginError as error:
+        raise ZooError(f"{path}: {error}") from None
+    plugins.bequeath(found)
 
 
 def check(raw: object, path: str) -> Zoo:

@@ -18,6 +18,7 @@ from workers.formats.compressed_tensors import module as compressed_tensors
 from workers.formats.decoder import NO_NAMES, Decoder
 from workers.numerics.codes import CodedWeight
 from workers.spec import formats as rows
+from workers.spec import plugins
 from workers.spec.schemes import LinearScheme
 
 
@@ -93,3 +94,4 @@ CODECS: dict[str, Codec] = {
     rows.MLX.name: Codec(mlx.open_, mlx.encode, mlx.quantization_config),
     rows.HF_QUANTIZER.name: Codec(_not_decoded),
 }
+CODECS |= {name: plugins.resolved(where) for name, where in plugins.CODECS.items()}

@@ -29,6 +29,7 @@ from pathlib import Path
 
 from workers.machine.memory import MemoryWatch, expendable
 from workers.machine.secrets import without_secrets
+from workers.spec.plugins import VARIABLE
 
 REQUEST, ANSWER, STDOUT, STDERR = "request.json", "answer.json", "stdout", "stderr"
 # Environment variable with the socket of the warm parent that a process may ask for children.
@@ -131,7 +132,8 @@ def _start(
     entry: str, folder: Path, python: str | Path | None, given: dict[str, str], cwd: Path | None, seconds: float | None
 ) -> int:
     """Exit code of a process without a parent; another interpreter imports the quantmill installed in it."""
-    given = given if python else {**given, "PYTHONPATH": import_path()}
+    # Another environment has no plugin of this one's, nor what it imports.
+    given = {k: v for k, v in given.items() if k != VARIABLE} if python else {**given, "PYTHONPATH": import_path()}
     command = [str(python or sys.executable), "-P", "-m", __name__, entry, str(folder), str(os.getpid())]
     with (folder / STDOUT).open("wb") as out, (folder / STDERR).open("wb") as err:
         process = subprocess.Popen(command, cwd=cwd, env=given, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
