@@ -22,7 +22,7 @@ def zoo_file(folder: Path, **changed: object) -> Path:
         "plugins": [str(PLUGIN)],
         "models": [{"id": str(ZOO / "models" / "llama-tiny")}],
         "recipes": ["toy-w8"],
-        "verify": {"dataset": {"path": "text", "data_files": [str(TEXT / "heldout.txt")]}, "tokens": 1024},
+        "verify": {"dataset": {"path": "text", "data_files": [str(TEXT / "heldout.txt")]}, "tokens": 8192},
     }
     path = folder / "zoo.yaml"
     path.write_text(yaml.safe_dump({**raw, **changed}))
