@@ -38,7 +38,6 @@ MOST = 0.9
 # What breaks when one that is refused is taken all the way.
 BREAKS = {
     "bailing_hybrid": "automatic conversion of the weights",
-    "blt": "object has no attribute .num_hidden_layers",
     "emu3": "Unrecognized configuration class .*Emu3TextConfig",
     "gemma4_assistant": "layer types producing a cache is different",
     "gemma4_unified_assistant": "layer types producing a cache is different",

@@ -37,7 +37,8 @@ def bytes_per_token(streamed: StreamedModel, sequence_length: int) -> int:
 
 def _heads(config: Any) -> int:
     """The largest number of attention heads of a text model's layers, which some configs give for each."""
-    layers = getattr(config, "per_layer_config", None) or (config,)
+    # Asked for its length, transformers' list of them looks for a number of layers, which not every config has.
+    layers = (getattr(config, "per_layer_config", None) if hasattr(config, "num_hidden_layers") else None) or (config,)
     given = [getattr(layer, "num_attention_heads", None) or 1 for layer in layers]
     return max(count if isinstance(count, int) else max(count) for count in given)
 

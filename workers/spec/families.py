@@ -48,7 +48,6 @@ FAMILIES: dict[str, Family] = {
     "bailing_hybrid": Family(refused=_FUSED_CONVOLUTIONS),
     "blip": Family(refused=_NEEDS_A_PICTURE),
     "blip-2": Family(refused=_NEEDS_A_PICTURE),
-    "blt": Family(refused="its bytes go through three models, and its config has no number of layers"),
     "diffusion_gemma": Family(refused="it writes a block of tokens at once, by diffusion, not one after the other"),
     "dots3_note": Family(refused_whole=_CONVERSION),
     "emu3": Family(refused_alone=_TEXT_PART),
