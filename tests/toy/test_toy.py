@@ -83,7 +83,7 @@ def test_a_toy_goes_all_the_way(tmp_path: Path, whole: bool) -> None:
     assert manifest.verdict.accepted, manifest.verdict.reasons
     assert manifest.verdict.runtime is not None
     assert manifest.verdict.runtime.name == "toyrun"
-    assert len(manifest.verdict.generations) == 4
+    assert 1 <= len(manifest.verdict.generations) <= 4, "those that name people are left out"
     card = (place / "README.md").read_text()
     assert "import toyrun" in card
     assert "from_pretrained" not in card

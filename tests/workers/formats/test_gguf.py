@@ -336,7 +336,7 @@ def test_mixtures_and_conv1d_are_checked_in_llama_cpp(model: str, tmp_path: Path
         assert manifest.verdict.accepted, manifest.verdict.reasons
         assert manifest.verdict.runtime is not None
         assert manifest.verdict.runtime.name == "llama.cpp"
-        assert len(manifest.verdict.generations) == 4
+        assert 1 <= len(manifest.verdict.generations) <= 4, "those that name people are left out"
     assert any("256 doesn't divide" in line for line in artifacts[0].fallbacks) == (model == "qwen3-moe-tiny")
 
 

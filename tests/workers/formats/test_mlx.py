@@ -346,7 +346,7 @@ def test_mlx_lm_computes_what_the_streamed_artifact_computes(name: str, tmp_path
     assert verdict.runtime.version.startswith(f"{mlx.VERSION} (mlx ")
     # Both in float32; what is left is the order of sums.
     assert verdict.runtime.relative_logit_difference < 1e-4
-    assert len(verdict.generations) == 4
+    assert 1 <= len(verdict.generations) <= 4, "those that name people are left out"
 
 
 def test_experts_of_one_stack_have_one_scheme(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_an_artifact_of_torchao_is_measured_in_transformers(made: tuple[Job, Pat
     assert verdict.runtime is not None
     assert verdict.runtime.relative_logit_difference < 1e-2
     assert undecoded.NOTE in manifest.fallbacks
-    assert len(verdict.generations) == 4
+    assert 1 <= len(verdict.generations) <= 4, "those that name people are left out"
     assert "torchao" in manifest.environment
     planned = sizing.estimate(
         sources.resolve(ModelEntry(id=str(LLAMA)), folder), job.orders[0].recipe, None, job.verification

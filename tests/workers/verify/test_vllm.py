@@ -103,7 +103,7 @@ def test_each_recipe_that_vllm_reads_is_loaded_by_it(recipe: str, dense: Job) ->
     assert verdict.runtime.version.startswith("0.32")
     assert verdict.runtime.kl_mean is not None
     assert verdict.runtime.kl_mean < (0.03 if recipe.endswith("w4a4") else 0.01)
-    assert len(verdict.generations) == 4
+    assert 1 <= len(verdict.generations) <= 4, "those that name people are left out"
     if "AVX2" in verdict.runtime.processor:
         assert verdict.runtime.verdict == (CHECKED if recipe in NATIVE else LOADER_CHECKED)
         assert bool(verdict.runtime.kernels) is (recipe not in NATIVE)
