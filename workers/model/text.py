@@ -176,10 +176,11 @@ def _chosen(
     if len(pool) < samples:
         of = f" of {where}" if len(calibration.datasets) > 1 else ""
         said = f" ({'; '.join(notes)})" if notes else ""
+        shown = kind.startswith("rows with")
+        remedy = "raise sequence_length, or add rows" if shown else "shorten sequence_length, or add text"
         raise CalibrationError(
             f"calibration.samples: got {samples}{of}, but the data set holds {len(pool)} {kind} "
-            f"{calibration.sequence_length} tokens{said}; {_at_most('samples', len(pool), 1)}"
-            f"{'raise' if kind.startswith('rows with') else 'shorten'} sequence_length, or add data"
+            f"{calibration.sequence_length} tokens{said}; {_at_most('samples', len(pool), 1)}{remedy}"
         )
     chosen = sorted(random.Random(calibration.seed).sample(range(len(pool)), samples))
     return [pool[index] for index in chosen]
