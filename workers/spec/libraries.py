@@ -75,6 +75,9 @@ REFUSED: dict[str, str] = {
     "autoawq": "autoawq 0.2.9 (archived; installs beside transformers 5.23 by --no-deps alone, and quantizes) folds "
     "scales into norms and records none, so that the files can't be compared with the source's; method: awq without an "
     "engine writes the same format",
+    "auto-gptq": "auto-gptq 0.7.1 (archived) quantizes on a GPU alone (from_pretrained: 'Load pretrained model to do "
+    "quantization requires CUDA available.'; its solver calls torch.cuda.synchronize), and fails to import with "
+    "transformers 5.23 (no_init_weights); engine: gptqmodel, its successor, writes the same format",
     "torchao": "it quantizes through transformers: method: transformers, recipes torchao-*, which need no environment "
     "of their own",
     "hqq": "transformers 5.23 doesn't implement it, and hqq 0.2.8 saves .pt files that no runtime reads; method: hqq "

@@ -158,6 +158,8 @@ def test_a_librarys_artifact_stands_beside_ours(name: str, tmp_path: Path) -> No
             environments.interpreter(needed)
         except PreflightError as error:
             pytest.skip(str(error))
+    options = recipe.options.model_copy(update={"iterations": 20} if recipe.method == "autoround" else {})
+    recipe = recipe.model_copy(update={"options": options})
     ours = {"name": "ours", "method": "rtn", "scheme": recipe.scheme.model_dump(), "format": recipe.format}
     thresholds = shipped.gates()["default"][recipe.scheme.family]
     job = jobs.job(LLAMA, tmp_path / "runs", recipe, jobs.recipe(**ours), samples=16, thresholds=thresholds)

@@ -25,8 +25,10 @@ def make(request: dict[str, Any]) -> list[str]:
     tokens = speak.tokens_of(request)
     data: dict[str, Any] = {}
     if tokens:
-        rows = [{"input_ids": torch.tensor([one]), "attention_mask": torch.ones(1, len(one)).long()} for one in tokens]
-        loader = torch.utils.data.DataLoader(rows, batch_size=None)
+        rows: Any = [
+            {"input_ids": torch.tensor([one]), "attention_mask": torch.ones(1, len(one)).long()} for one in tokens
+        ]
+        loader: Any = torch.utils.data.DataLoader(rows, batch_size=None)
         data = {"dataset": loader, "num_calibration_samples": len(rows), "max_seq_length": len(tokens[0])}
     speak.progress("quantizing")
     with tempfile.TemporaryDirectory(dir=Path(request["out"]).parent) as saved:
