@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -10,8 +12,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from pipeline.zoo import shipped
 from tests.workers import jobs
 from workers.quantize.one_pass import quantize
+from workers.verify.card_body import training
 
 LLAMA = jobs.ZOO / "models" / "llama-tiny"
 RECIPES = ("bnb-nf4", "bnb-int8")
@@ -80,10 +84,13 @@ def test_steps_on_an_adapter_lower_the_loss(name: str, artifacts: dict[str, Path
 @pytest.mark.parametrize("name", RECIPES)
 def test_peft_trains_on_the_artifact_as_its_card_says(name: str, artifacts: dict[str, Path]) -> None:
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_pretrained(artifacts[name])
-    model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
-    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = peft.get_peft_model(model, config)
+    said = training(shipped.recipe(name), str(artifacts[name]), "AutoModelForCausalLM")
+    code = re.findall(r"```python\n(.*?)```", said, re.S)
+    assert len(code) == 1
+    made: dict[str, Any] = {}
+    exec(code[0], made)
+    model = made["model"]
+    assert isinstance(model, peft.PeftModel)
     model.train()
     assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
