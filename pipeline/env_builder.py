@@ -36,6 +36,7 @@ from workers.machine import environments
 from workers.machine.environments import RECORD, Built
 from workers.machine.files import write_text
 from workers.spec.base import Frozen, canonical_json, meant
+from workers.spec.libraries import REFUSED
 
 LOCK_LIST = "requirements.lock"
 LOG = "pip.log"
@@ -122,6 +123,8 @@ def definition(name: str, source: Path | None = None) -> Definition:
         return _read(shipped.configs() / "environments" / f"{name}.yaml")
     if record := environments.built(name):
         return Definition.model_validate(record.definition)
+    if reason := REFUSED.get(name):
+        raise ZooError(f"env: there is no environment {name!r}: {reason}")
     raise ZooError(
         f"env: unknown environment, got {name!r}; {meant(name, known())}quantmill knows {', '.join(known())}. Name one "
         "of them, or give a definition by --from FILE.yaml (description, packages)"

@@ -21,7 +21,7 @@ from workers.spec.layers import (
     quantizable,
     scheme_for,
 )
-from workers.spec.recipes import GridRecipe, KeepRecipe, Recipe
+from workers.spec.recipes import GridRecipe, KeepRecipe, LibraryRecipe, Recipe
 from workers.spec.runtimes import checkers, misfit
 from workers.spec.schemes import IntScheme, MicroscalingScheme, Scheme
 from workers.spec.tensors import TensorHeader
@@ -83,9 +83,32 @@ def recipe_problems(source: PinnedModel, recipe: Recipe, runtimes: Sequence[str]
             f"{list(recipe.ignore)}, include {recipe.include and list(recipe.include)}, layers {recipe.layers}; "
             "`quantmill plan --modules` shows the names of a model's modules"
         )
-    problem = _runtime_problem(source, recipe, layers, runtimes) or _shape_problem(source, recipe, layers)
+    problem = (
+        _library_problem(source, recipe)
+        or _runtime_problem(source, recipe, layers, runtimes)
+        or _shape_problem(source, recipe, layers)
+    )
     if problem:
         yield problem
+
+
+def _library_problem(source: PinnedModel, recipe: Recipe) -> str | None:
+    """Why a library can't be trusted with a model, as a message with a remedy; or None."""
+    if not isinstance(recipe, LibraryRecipe):
+        return None
+    kinds = {
+        "is a mixture of experts, of which libraries store what transformers reads as random weights": any(
+            EXPERT.search(tensor.name) for tensor in source.tensors
+        ),
+        "has its layers in Conv1D modules, which aren't linear ones to libraries": source.family.conv1d,
+        "has more than text layers": is_multimodal(source.config),
+        "is quantized already, and libraries read the original alone": bool(source.kept or source.pin.dequantize),
+    }
+    why = next((words for words, found in kinds.items() if found), None)
+    return why and (
+        f"recipe {recipe.name!r}: engine {recipe.engine!r}: {source.pin.id!r} {why}; leave engine out for quantmill's "
+        "own, or give that model recipes of its own (models: [{id: ..., recipes: [...]}])"
+    )
 
 
 def _layer(source: PinnedModel, recipe: Recipe, tensor: TensorHeader) -> _Layer:

@@ -15,7 +15,7 @@ from workers.spec.base import Frozen
 from workers.spec.formats import FORMATS
 from workers.spec.ggml import FILE_TYPES
 from workers.spec.layers import LayerKinds
-from workers.spec.recipes import BitsAndBytesRecipe, KeepRecipe, Recipe, TransformersRecipe
+from workers.spec.recipes import BitsAndBytesRecipe, KeepRecipe, LibraryRecipe, Recipe, TransformersRecipe
 from workers.spec.runtimes import checking, runtime_named
 from workers.spec.schemes import FourBitFloatScheme, GgmlScheme, GgufScheme, LlmInt8Scheme, Scheme
 from workers.spec.tensors import TensorHeader
@@ -111,7 +111,11 @@ def recommend(
     """
     able = [recipe for recipe in recipes if _serves(recipe, use) and _is_read(recipe, runtime)]
     # What a library makes, and may want a GPU or a package for, only where it was seen to work.
-    able = [recipe for recipe in able if not isinstance(recipe, TransformersRecipe) or recipe.name in measured]
+    able = [
+        recipe
+        for recipe in able
+        if not isinstance(recipe, TransformersRecipe | LibraryRecipe) or recipe.name in measured
+    ]
     scale = _scale(able, measured)
     known = sizes or {}
     rated = [_rated(recipe, parameters, scale, measured.get(recipe.name), known.get(recipe.name)) for recipe in able]

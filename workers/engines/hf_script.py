@@ -14,6 +14,7 @@ from typing import Any
 
 from workers.checkpoint.source import Source
 from workers.engines import hf_registry
+from workers.engines.whole import headers_of
 from workers.errors import UnsupportedRecipe, UserError
 from workers.machine.files import write_text
 from workers.methods.scaling import some
@@ -95,11 +96,11 @@ def _answer(
         raise UnsupportedRecipe(f"{recipe.scheme.config} left no quantization_config; choose another recipe")
     write_text(out / "config.json", json.dumps({**config, "quantization_config": block}, indent=2) + "\n")
     with Source(source, variant=variant) as plain, Source(out) as stored:
-        wanted = [t for t in _headers(plain) if quantizable(t, recipe)]
-        kept = {t.name: t for t in _headers(stored)}
+        wanted = [t for t in headers_of(plain) if quantizable(t, recipe)]
+        kept = {t.name: t for t in headers_of(stored)}
         modules = [t.name.removesuffix(".weight") for t in wanted if _is_coded(kept.get(t.name), t)]
         left = [t.name.removesuffix(".weight") for t in wanted if not _is_coded(kept.get(t.name), t)]
-        fused = [t.name for t in _headers(plain) if EXPERT.search(t.name)]
+        fused = [t.name for t in headers_of(plain) if EXPERT.search(t.name)]
     if not modules:
         raise UnsupportedRecipe(
             f"nothing was quantized: transformers left {some(left or [t.name for t in wanted])} as they were; choose "
@@ -110,14 +111,6 @@ def _answer(
         notes.append(f"experts stay in half precision, which {recipe.scheme.config} doesn't convert: {some(fused)}")
     layout = Layout(schemes=(recipe.scheme,), modules=dict.fromkeys(modules, 0))
     return WholeAnswer(layout=layout, fallbacks=tuple(notes))
-
-
-def _headers(source: Source) -> list[TensorHeader]:
-    named = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
-    return [
-        TensorHeader(name, tuple(header.shape), named.get(str(header.dtype), str(header.dtype)))
-        for name, header in source.headers.items()
-    ]
 
 
 def _is_coded(stored: TensorHeader | None, source: TensorHeader) -> bool:

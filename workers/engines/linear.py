@@ -29,7 +29,7 @@ from workers.numerics.precision import coarse_products
 from workers.spec.formats import FORMATS
 from workers.spec.fusion import together
 from workers.spec.job import ArtifactMade, Job, Order
-from workers.spec.recipes import BitsAndBytesRecipe, GgufRecipe, KeepRecipe, TransformersRecipe, nearest
+from workers.spec.recipes import LinearRecipe, nearest
 from workers.spec.schemes import LinearScheme
 from workers.spec.workspace import folds_folder
 
@@ -44,7 +44,7 @@ class LinearMaker(StoredMaker):
     """Quantizes linear layers."""
 
     def __init__(self, job: Job, order: Order, streamed: StreamedModel, source: ModelSource, partial: Path) -> None:
-        assert not isinstance(order.recipe, BitsAndBytesRecipe | GgufRecipe | KeepRecipe | TransformersRecipe)
+        assert isinstance(order.recipe, LinearRecipe)
         self._recipe = order.recipe
         super().__init__(job, order, streamed, source, partial)
         outside = {

@@ -12,7 +12,7 @@ from workers.engines.maker import Maker
 from workers.model.loading import StreamedModel
 from workers.spec import engines
 from workers.spec.layers import Layout
-from workers.spec.recipes import BitsAndBytesRecipe, GgufRecipe, KeepRecipe, Recipe, TransformersRecipe
+from workers.spec.recipes import BitsAndBytesRecipe, GgufRecipe, KeepRecipe, LibraryRecipe, Recipe, TransformersRecipe
 from workers.spec.schemes import Scheme
 from workers.spec.workspace import layout_path
 
@@ -71,6 +71,7 @@ def _layout_again(recipe: Recipe, streamed: StreamedModel) -> dict[str, Scheme]:
         return dict.fromkeys(modules, recipe.scheme)
     from workers.methods.schemes import schemes_of
 
-    assert not isinstance(recipe, GgufRecipe | KeepRecipe | TransformersRecipe), "its maker always stored a layout"
+    own = GgufRecipe | KeepRecipe | TransformersRecipe | LibraryRecipe
+    assert not isinstance(recipe, own), "its maker always stored a layout"
     schemes = schemes_of(recipe, streamed)
     return {weight.module: schemes[weight.key] for weight in streamed.weights if weight.key in schemes}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from workers.checkpoint.source import Source
 from workers.engines.maker import copy_beside, put_in_place
 from workers.errors import UnsupportedRecipe
 from workers.machine import child
@@ -27,8 +29,11 @@ from workers.machine.environments import interpreter
 from workers.machine.failures import of_a_process
 from workers.machine.files import open_checkpoint
 from workers.machine.memory import MemoryWatch
-from workers.spec.engines import Engine, WholeAnswer, WholeRequest
+from workers.spec.engines import Engine, WholeAnswer, WholeProgress, WholeRequest
 from workers.spec.job import ArtifactMade, Job, Order
+from workers.spec.layers import quantizable
+from workers.spec.recipes import Recipe
+from workers.spec.tensors import TensorHeader
 from workers.spec.workspace import artifact_folder
 
 WEIGHTS = "*.safetensors"
@@ -62,6 +67,7 @@ def make(
                 calibration=_stored(calibration_NT, Path(scratch)),
                 trust_remote_code=job.model.trust_remote_code,
                 variant=job.model.variant,
+                **_modules(order.recipe, source, job.model.variant),
             )
             answer = _ask(engine, request)
         pin = job.model
@@ -70,6 +76,26 @@ def make(
         return _publish(engine, order, partial, target, answer, left_out, time.monotonic() - begun)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _modules(recipe: Recipe, source: Path, variant: str | None) -> dict[str, tuple[str, ...]]:
+    """The modules to quantize, and the others with a matrix; by their names in the checkpoint."""
+    with Source(source, variant=variant) as plain:
+        tensors = [tensor for tensor in headers_of(plain) if tensor.name.endswith(".weight") and len(tensor.shape) == 2]
+    wanted = {tensor.name.removesuffix(".weight"): quantizable(tensor, recipe) for tensor in tensors}
+    return {
+        "modules": tuple(name for name, chosen in wanted.items() if chosen),
+        "left": tuple(name for name, chosen in wanted.items() if not chosen),
+    }
+
+
+def headers_of(source: Source) -> list[TensorHeader]:
+    """The headers of a checkpoint, as the plan has them."""
+    named = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+    return [
+        TensorHeader(name, tuple(header.shape), named.get(str(header.dtype), str(header.dtype)))
+        for name, header in source.headers.items()
+    ]
 
 
 def _stored(tokens_NT: Tensor | None, scratch: Path) -> str | None:
@@ -116,6 +142,8 @@ def _answer(process: subprocess.Popen[str], request: WholeRequest) -> WholeAnswe
     last = WholeAnswer()
     for line in process.stdout:
         with suppress(ValidationError):
+            print(f"{request.recipe.name}: {WholeProgress.model_validate_json(line).progress}", file=sys.stderr)
+        with suppress(ValidationError):
             answer = WholeAnswer.model_validate_json(line)
             if answer.layout is not None or answer.error is not None:
                 last = answer
@@ -138,7 +166,12 @@ def _publish(
         )
     fallbacks = (*answer.fallbacks, *left_out)
     artifact = ArtifactMade(
-        recipe=order.recipe.name, path=str(target), bytes=size, seconds=seconds, fallbacks=fallbacks
+        recipe=order.recipe.name,
+        path=str(target),
+        bytes=size,
+        seconds=seconds,
+        fallbacks=fallbacks,
+        made_with=answer.versions,
     )
     assert answer.layout is not None, "an answer without a layout was refused"
     put_in_place(partial, target, artifact, answer.layout)

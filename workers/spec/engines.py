@@ -45,14 +45,26 @@ class WholeRequest(Frozen):
     calibration: str | None = Field(None, description="safetensors with ``tokens`` int64 [N, T]; null: no calibration.")
     trust_remote_code: bool = False
     variant: str | None = Field(None, description="Of the weight files' names, as transformers' argument.")
+    modules: tuple[str, ...] = Field((), description="Modules to quantize, by their names in the checkpoint.")
+    left: tuple[str, ...] = Field((), description="Other modules with a matrix, which stay as they are.")
 
 
 class WholeAnswer(Frozen):
-    """What a whole-artifact engine answers, as one line: ``layout`` and ``fallbacks`` of what it made, or ``error``."""
+    """What a whole-artifact engine answers, as one line: ``layout`` and ``fallbacks`` of what it made, or ``error``.
+
+    ``versions`` are those of distributions in its environment, for the manifest.
+    """
 
     layout: Layout | None = None
     fallbacks: tuple[str, ...] = ()
+    versions: dict[str, str] = Field(default_factory=dict)
     error: str | None = None
+
+
+class WholeProgress(Frozen):
+    """What a whole-artifact engine may say on lines before its answer; it goes to the stage's log."""
+
+    progress: str
 
 
 class RegistryRequest(Frozen):
@@ -84,4 +96,23 @@ TRANSFORMERS = Engine(
     optional=("torchao", "optimum-quanto", "hqq", "kernels", "fbgemm-gpu-genai", "sinq"),
 )
 
-ENGINES: dict[str, Engine] = {row.name: row for row in (LINEAR, BITSANDBYTES, GGML, KEEP, TRANSFORMERS)}
+# Libraries, by `engine` in a recipe (``spec.libraries``). gptqmodel also loads its own format in this environment.
+GPTQMODEL = Engine(
+    "gptqmodel", packages=("gptqmodel",), script="workers.engines.libraries.with_gptqmodel", loads_whole_model=True
+)
+LLMCOMPRESSOR = Engine(
+    "llmcompressor",
+    script="workers.engines.libraries.with_llmcompressor",
+    environment="llmcompressor",
+    loads_whole_model=True,
+)
+AUTO_ROUND = Engine(
+    "auto-round",
+    script="workers.engines.libraries.with_auto_round",
+    environment="auto-round",
+    loads_whole_model=True,
+)
+
+ENGINES: dict[str, Engine] = {
+    row.name: row for row in (LINEAR, BITSANDBYTES, GGML, KEEP, TRANSFORMERS, GPTQMODEL, LLMCOMPRESSOR, AUTO_ROUND)
+}

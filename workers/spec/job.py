@@ -350,13 +350,17 @@ class PeakMemory(Frozen):
 
 
 class ArtifactMade(Frozen):
-    """One artifact made by the quantize stage; ``seconds`` are its own share of solving and writing."""
+    """One artifact made by the quantize stage; ``seconds`` are its own share of solving and writing.
+
+    ``made_with`` are versions in the environment of its engine, where that isn't the stage's own.
+    """
 
     recipe: str
     path: str
     bytes: int
     seconds: float
     fallbacks: tuple[str, ...] = ()
+    made_with: dict[str, str] = Field(default_factory=dict)
     error: Failure | None = None
 
 

@@ -87,3 +87,11 @@ class GgufOptions(Frozen):
     )
     damping: float = Field(0.01, gt=0, lt=1, description="Added to diag(H), as a share of its mean.")
     refine: int = Field(3, ge=0, le=100, description="After solving: sweeps of coordinate descent for the codes.")
+
+
+class LibraryOptions(Frozen):
+    """Settings of a library that makes whole artifacts; each takes some of them."""
+
+    damping: float = Field(0.01, gt=0, lt=1, description="GPTQ: added to diag(H), as a share of its mean.")
+    activation_order: bool = Field(False, description="GPTQ: solve columns in order of falling diag(H).")
+    iterations: int = Field(200, ge=1, le=10000, description="AutoRound: steps of signed gradient descent for a block.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
 from workers.spec.base import SLUG, Frozen
 from workers.spec.formats import (
@@ -21,12 +21,14 @@ from workers.spec.formats import (
     check_holds,
     formats_with_schemes_by_layer,
 )
+from workers.spec.libraries import LIBRARIES, LibraryName, check_makes
 from workers.spec.options import (
     AwqOptions,
     BitsAndBytesOptions,
     GgufOptions,
     GptqOptions,
     HqqOptions,
+    LibraryOptions,
     NoOptions,
     RtnOptions,
     SmoothQuantOptions,
@@ -96,11 +98,10 @@ class RecipeBase(Frozen):
     """The fields of every recipe, whatever its method.
 
     ``numerics`` is incremented whenever a change alters the bytes that the method writes, so that old artifacts are
-    made again. ``engine`` names the row of ``spec.engines`` that makes the artifact.
+    made again. Every recipe has an ``engine``, which names the row of ``spec.engines`` that makes the artifact.
     """
 
     numerics: ClassVar[int] = 1
-    engine: ClassVar[str] = "linear"
 
     @property
     def revision(self) -> int:
@@ -223,6 +224,8 @@ def _static_inputs(scheme: LinearScheme) -> bool:
 
 class CodedRecipe(RecipeBase):
     """A recipe whose codes are ours, and stored in a format."""
+
+    engine: ClassVar[str] = "linear"
 
     format: FormatName
     outside: Outside | None = Field(None, description="Schemes of embeddings and head; null: left as they are.")
@@ -547,9 +550,44 @@ class TransformersRecipe(RecipeBase):
         return self.scheme
 
 
+class LibraryRecipe(RecipeBase):
+    """A recipe whose ``engine`` is a library, which makes the whole artifact in an environment of its own."""
+
+    engine: LibraryName = Field(description="The library that makes it, instead of quantmill.")
+    method: Literal["gptq", "rtn", "autoround"]
+    scheme: AnyLinearScheme
+    format: FormatName
+    options: LibraryOptions = LibraryOptions()
+
+    @model_validator(mode="after")
+    def _can_be_made(self) -> Self:
+        check_holds(self.name, self.format, self.scheme)
+        given = self.options.model_dump(exclude_defaults=True)
+        check_makes(self.name, self.engine, self.method, self.format, self.scheme, given)
+        return self
+
+    @property
+    def needs(self) -> PassNeeds:
+        """A calibration text, if the library's method takes one."""
+        return PassNeeds(statistics=LIBRARIES[self.engine][self.method].calibrated)
+
+    def scheme_of(self, module: str) -> LinearScheme:
+        """The recipe's scheme for a module."""
+        return self.scheme
+
+
+def _made_by(value: object) -> str:
+    """Whether a recipe names an engine: its discriminator, before ``method``."""
+    named = "engine" in value if isinstance(value, dict) else isinstance(value, LibraryRecipe)
+    return "by-a-library" if named else "by-method"
+
+
 LinearRecipe = GptqRecipe | RtnRecipe | AwqRecipe | SmoothQuantRecipe | HqqRecipe
-Recipe = Annotated[
+OwnRecipe = Annotated[
     LinearRecipe | BitsAndBytesRecipe | GgufRecipe | KeepRecipe | TransformersRecipe, Field(discriminator="method")
+]
+Recipe = Annotated[
+    Annotated[OwnRecipe, Tag("by-method")] | Annotated[LibraryRecipe, Tag("by-a-library")], Discriminator(_made_by)
 ]
 
 

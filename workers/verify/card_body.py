@@ -53,7 +53,7 @@ def body(job: Job, order: Order, verdict: Verdict, told: Told, zoo: str) -> str:
         *(_loading(runtime, recipe, repo, told) for runtime in checkers(recipe.format, order.runtimes)),
         *_other_runtimes(order, repo, told),
         "## Train on it\n",
-        _training(recipe, repo, told.loader),
+        training(recipe, repo, told.loader),
         *_siblings(job, order),
         *_continued(verdict),
     ]
@@ -196,7 +196,7 @@ def _other_runtimes(order: Order, repo: str, told: Told) -> Iterator[str]:
             yield f"Not checked in {runtime.name}{seen}:\n\n{_loading(runtime, recipe, repo, told)}"
 
 
-def _training(recipe: Recipe, repo: str, loader: str) -> str:
+def training(recipe: Recipe, repo: str, loader: str) -> str:
     """How adapters are trained on it, or that they aren't."""
     if not isinstance(recipe, BitsAndBytesRecipe):
         return (
@@ -209,7 +209,8 @@ def _training(recipe: Recipe, repo: str, loader: str) -> str:
         "from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training\n"
         f"from transformers import {loader}\n\n"
         f'model = {loader}.from_pretrained("{repo}")\n'
-        "model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)\n"
+        'checkpointing = {"use_reentrant": False}\n'
+        "model = prepare_model_for_kbit_training(model, True, checkpointing)\n"
         'model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", '
         'task_type="CAUSAL_LM"))\n```\n'
     )

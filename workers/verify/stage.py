@@ -155,7 +155,7 @@ def _seal(
 ) -> Manifest:
     """Write the card, then the manifest of all files, which fixes the artifact's bytes."""
     (folder / MANIFEST).unlink(missing_ok=True)
-    environment = versions()
+    environment = {**versions(), **record.made_with}
     with open_source(source_folder, job.model) as source:
         reference_bytes = source.bytes
         config = read_config(source_folder)

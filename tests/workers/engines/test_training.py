@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 
+from pipeline.zoo import shipped
 from tests.workers import jobs
 from workers.quantize.one_pass import quantize
+from workers.verify.card_body import training
 
 LLAMA = jobs.ZOO / "models" / "llama-tiny"
 RECIPES = ("bnb-nf4", "bnb-int8")
@@ -74,13 +79,22 @@ def test_steps_on_an_adapter_lower_the_loss(name: str, artifacts: dict[str, Path
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items()), "the base stays as it is"
 
 
+# peft 0.21 still calls transformers' older names, as gradient_checkpointing_enable.
+@pytest.mark.filterwarnings("ignore:`[a-z_]*gradient_checkpointing[a-z_]*` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", RECIPES)
 def test_peft_trains_on_the_artifact_as_its_card_says(name: str, artifacts: dict[str, Path]) -> None:
-    peft = pytest.importorskip("peft")
-    model = transformers.AutoModelForCausalLM.from_pretrained(artifacts[name])
-    model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
-    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = peft.get_peft_model(model, config)
+    torch.manual_seed(0)
+    said = training(shipped.recipe(name), str(artifacts[name]), "AutoModelForCausalLM")
+    code = re.findall(r"```python\n(.*?)```", said, re.S)
+    assert len(code) == 1
+    made: dict[str, Any] = {}
+    exec(code[0], made)
+    model = made["model"]
+    assert isinstance(model, peft.PeftModel)
     model.train()
-    found = losses(model, [parameter for parameter in model.parameters() if parameter.requires_grad])
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert {"lora_" in name for name, one in model.named_parameters() if one.requires_grad} == {True}
+    found = losses(model, parameters)
     assert found[-1] < found[0]
+    assert all(bool(parameter.grad is not None and parameter.grad.abs().sum() > 0) for parameter in parameters)

@@ -26,6 +26,7 @@ from workers.spec.engines import ENGINES, Engine
 from workers.spec.formats import FORMATS, HF_QUANTIZER, recognised
 from workers.spec.job import ModelPin, fingerprint
 from workers.spec.layers import LayerKinds, kinds_of
+from workers.spec.libraries import LIBRARIES
 from workers.spec.recipes import KeepRecipe, Recipe
 from workers.spec.runtimes import RUNTIMES, VLLM, checking, misfit
 from workers.spec.schemes import FP8_BLOCK
@@ -36,7 +37,8 @@ RECIPES = shipped.recipe_names()
 
 
 def recipe_classes() -> list[type]:
-    return list(get_args(get_args(Recipe)[0]))
+    by_method, _ = get_args(get_args(Recipe)[0])
+    return list(get_args(get_args(by_method)[0]))
 
 
 def test_formats_have_a_codec_a_writer_and_a_runtime_that_reads_them() -> None:
@@ -56,7 +58,7 @@ def test_methods_and_engines_are_those_of_the_recipes() -> None:
     methods = {get_args(cls.model_fields["method"].annotation)[0]: cls for cls in recipe_classes()}
     linear = {name: cls for name, cls in methods.items() if cls.engine == "linear"}
     assert {name: row.recipe for name, row in METHODS.items()} == linear
-    assert {cls.engine for cls in methods.values()} <= set(ENGINES)
+    assert {cls.engine for cls in methods.values()} | set(LIBRARIES) == set(ENGINES)
     assert {name for name, row in ENGINES.items() if row.script is None} == set(MAKERS)
     for name, row in METHODS.items():
         folding = any(recipe.needs.folds for recipe in map(shipped.recipe, RECIPES) if recipe.method == name)
@@ -118,10 +120,19 @@ def test_no_other_place_names_a_format() -> None:
     """Literals equal to a format's name, some of which are also the name of a method, a scheme or a package."""
     # Beside its row and its codec.
     allowed: dict[str, set[str]] = {
-        "gptq": {"workers/spec/recipes.py", "workers/methods/table.py"},
+        "gptq": {
+            "workers/spec/recipes.py",
+            "workers/methods/table.py",
+            "workers/spec/libraries.py",
+            "workers/engines/libraries/with_llmcompressor.py",
+        },
         "awq": {"workers/spec/recipes.py", "workers/methods/table.py"},
         # Also a family of gates.
-        "fp8": {"workers/spec/schemes.py", "pipeline/planning/recommend.py"},
+        "fp8": {
+            "workers/spec/schemes.py",
+            "pipeline/planning/recommend.py",
+            "workers/engines/libraries/with_llmcompressor.py",
+        },
         "gguf": {"workers/spec/runtimes.py", "workers/spec/checkpoint_files.py"},
         "bitsandbytes": {
             "workers/spec/recipes.py",

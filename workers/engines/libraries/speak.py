@@ -1,0 +1,164 @@
+"""What the libraries' scripts share: how they are asked and answer, and the files that they leave.
+
+Imports nothing of quantmill; runs on Python 3.10.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+# Bytes of one file of weights, as everywhere in quantmill (spec.workspace.MAX_SHARD_BYTES).
+SHARD = 5 * 10**9
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class Refused(Exception):
+    """A library can't make what it's asked for; the message says why, and what to do."""
+
+
+def main(make: Callable[[dict[str, Any]], list[str]]) -> None:
+    """Read a request, have it made, and answer with its layout and the fallbacks that ``make`` returns."""
+    request = json.loads(sys.stdin.readline())
+    try:
+        answer = answered(request, make(request))
+    except MemoryError:
+        raise
+    except Refused as error:
+        answer = {"error": str(error)}
+    except Exception as error:
+        if "out of memory" in str(error).lower() or "can't allocate" in str(error).lower():
+            raise
+        traceback.print_exc()
+        remedy = "leave engine out for quantmill's own, or ignore the layer"
+        answer = {"error": f"{type(error).__name__}: {error}; {remedy}"}
+    print("\n" + json.dumps(answer), flush=True)
+
+
+def progress(what: str) -> None:
+    """Say what is being done, as a line of JSON."""
+    print("\n" + json.dumps({"progress": what}), flush=True)
+
+
+def layers(model: Any) -> None:
+    """Say when a model's next decoder layer is run for the first time."""
+    layer = re.compile(r"(^|\.)(layers|h|blocks)\.\d+$")
+    numbered = {name: module for name, module in model.named_modules() if layer.search(name)}
+    seen: set[str] = set()
+
+    def hook(name: str) -> Callable[..., None]:
+        def say(*_: Any) -> None:
+            if name not in seen:
+                seen.add(name)
+                progress(f"layer {len(seen)} of {len(numbered)}")
+
+        return say
+
+    for name, module in numbered.items():
+        module.register_forward_pre_hook(hook(name))
+
+
+def tokens_of(request: dict[str, Any]) -> list[list[int]]:
+    """The calibration sequences; empty if there are none."""
+    from safetensors.torch import load_file
+
+    path = request["calibration"]
+    return load_file(path)["tokens"].tolist() if path else []
+
+
+def exactly(names: Iterable[str]) -> list[str]:
+    """Regular expressions that match these names and no others."""
+    return [f"^{re.escape(name)}$" for name in names]
+
+
+def answered(request: dict[str, Any], fallbacks: list[str]) -> dict[str, Any]:
+    """The answer: modules whose stored tensors aren't those of the source."""
+    out = Path(request["out"])
+    headers = {name: header for path in sorted(out.glob("*.safetensors")) for name, header in _headers(path).items()}
+    wanted = request["modules"]
+    made = [name for name in wanted if _is_coded(headers.get(f"{name}.weight"))]
+    if not made:
+        return {"error": f"the library quantized none of {len(wanted)} modules, as {wanted[:3]}; choose another engine"}
+    left = sorted(set(wanted) - set(made))
+    notes = [f"left in half precision by {request['recipe']['engine']}: {', '.join(left[:8])}"] if left else []
+    layout = {"schemes": [request["recipe"]["scheme"]], "modules": dict.fromkeys(made, 0)}
+    return {"layout": layout, "fallbacks": [*fallbacks, *notes], "versions": versions(request["recipe"]["engine"])}
+
+
+def versions(library: str) -> dict[str, str]:
+    """The library's version, by its name on PyPI."""
+    try:
+        return {library: importlib.metadata.version(library)}
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+
+
+def _headers(path: Path) -> dict[str, dict[str, Any]]:
+    with path.open("rb") as file:
+        headers: dict[str, dict[str, Any]] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    headers.pop("__metadata__", None)
+    return headers
+
+
+def _is_coded(weight: dict[str, Any] | None) -> bool:
+    return weight is None or weight["dtype"] not in FLOATS
+
+
+def store(request: dict[str, Any], saved: Path) -> None:
+    """Write what a library saved into the request's folder: its codes, and the source's own other tensors.
+
+    A tensor that the library left as it was, but in another dtype, or left out, is stored as the source has it; one
+    that it changed is stored as changed, which verification refuses. config.json is the source's, with the library's
+    ``quantization_config``.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    source, out = Path(request["source"]), Path(request["out"])
+    made, plain = _tensors(saved), _tensors(source, request.get("variant"))
+    modules = set(request["modules"])
+    stored = {name: tensor for name, tensor in made.items() if name not in plain or name.rpartition(".")[0] in modules}
+    for name, tensor in plain.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and module in modules:
+            if name not in made and not any(key.startswith(f"{module}.") for key in made):
+                stored[name] = tensor
+        elif name not in made or _alike(made[name], tensor):
+            stored[name] = tensor
+        else:
+            stored[name] = made[name]
+    split = split_torch_state_dict_into_shards(stored, max_shard_size=SHARD)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: stored[name].contiguous() for name in names}, out / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    block = json.loads((saved / "config.json").read_text()).get("quantization_config")
+    if not block:
+        raise Refused("the library left no quantization_config; choose another engine")
+    config = json.loads((source / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "quantization_config": block}, indent=2) + "\n")
+
+
+def _tensors(folder: Path, variant: str | None = None) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    pattern = f"*.{variant}*.safetensors" if variant else "*.safetensors"
+    return {name: tensor for path in sorted(folder.glob(pattern)) for name, tensor in load_file(path).items()}
+
+
+def _alike(made: Any, plain: Any) -> bool:
+    """Whether two tensors are the same but for rounding to the narrower of their dtypes."""
+    import torch
+
+    if made.shape != plain.shape or not made.dtype.is_floating_point:
+        return False
+    if made.dtype == plain.dtype:
+        return bool(torch.equal(made, plain))
+    return bool(torch.equal(plain.to(made.dtype), made) or torch.equal(made.to(plain.dtype), plain))
