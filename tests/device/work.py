@@ -46,6 +46,23 @@ def whole_pass(workspace: str, model: str, *recipes: str) -> dict[str, Any]:
     return {"quantize": quantized, "verify": verified}
 
 
+def faulty_pass(workspace: str, launches: str, words: str) -> dict[str, Any]:
+    """A pass of two recipes in which the card fails with these words after so many launches."""
+    of = job(ZOO / "models" / "llama-tiny", Path(workspace), "fp8-dynamic", "rtn-w4-g128")
+    card().fail_after(int(launches), words)
+    return _stage(of, Stage.QUANTIZE)[1]
+
+
+def tight_pass(workspace: str) -> dict[str, Any]:
+    """A pass with all the memory that it likes, and one with nine tenths of what that took."""
+    model = ZOO / "models" / "llama-tiny"
+    roomy = _stage(job(model, Path(workspace) / "roomy", "fp8-dynamic"), Stage.QUANTIZE)[1]
+    limit = int(0.9 * roomy["peak"])
+    card().limit(limit)
+    tight = _stage(job(model, Path(workspace) / "tight", "fp8-dynamic"), Stage.QUANTIZE)[1]
+    return {"roomy": roomy, "limit": limit, "tight": tight}
+
+
 def _refused(what: Callable[[], Any]) -> dict[str, str]:
     """The class of an error, ours for it, and its message."""
     try:

@@ -12,6 +12,12 @@ from typing import NamedTuple
 
 from workers.errors import DeviceLost, DeviceUnusable, OutOfMemory, QuantmillError
 
+# Lines that torch appends to any error of CUDA, about debugging; they name errors that didn't happen.
+ADVICE = re.compile(
+    r"^(Search for `cuda|CUDA kernel errors might|For debugging consider|Compile with `TORCH_USE_CUDA_DSA"
+    r"|Device-side assertion tracking).*$",
+    re.MULTILINE,
+)
 # Lines at the end of stderr in which a process says what ended it: an uncaught error's, and torch's advice after it.
 LAST_LINES = 12
 
@@ -48,7 +54,7 @@ CARD_ERRORS: dict[str, CardError] = {
         "the GPU can't be used by this process",
         "end the process that holds it (nvidia-smi names it), or set its compute mode to default: nvidia-smi -c 0; "
         "CUDA_VISIBLE_DEVICES= uses the CPU",
-        r"devices? (are|is) busy or unavailable",
+        r"devices?(\(s\))? (are|is|is/are) busy or unavailable",
         r"exclusive-thread device already in use",
         r"CUDA_ERROR_DEVICE_UNAVAILABLE|cudaErrorDevicesUnavailable|cudaErrorDeviceAlreadyInUse",
     ),
@@ -95,7 +101,8 @@ CARD_ERRORS: dict[str, CardError] = {
 
 def row_of(message: str) -> CardError | None:
     """The row whose words are in a message; None: no error of a card."""
-    return next((row for row in CARD_ERRORS.values() if row.words.search(message)), None)
+    said = ADVICE.sub("", message)
+    return next((row for row in CARD_ERRORS.values() if row.words.search(said)), None)
 
 
 def card_error(error: BaseException | str) -> OutOfMemory | DeviceLost | DeviceUnusable | None:
@@ -105,8 +112,8 @@ def card_error(error: BaseException | str) -> OutOfMemory | DeviceLost | DeviceU
     row = row_of(str(error))
     if row is None:
         return None
-    # torch appends three lines of advice about debugging to CUDA's words.
-    line = next((line.strip() for line in str(error).splitlines() if row.words.search(line)), str(error))
+    said = ADVICE.sub("", str(error)).strip()
+    line = next((line.strip() for line in said.splitlines() if row.words.search(line)), said)
     return row.error(f"{row.what} ({line.rstrip('.')}); {row.remedy}")
 
 
