@@ -170,6 +170,13 @@ def lacking(room: Room, need: Need, disk: int, where: str) -> list[str]:
             f"GPU memory: {gigabytes(room.device_memory)} usable of {room.facts.devices[0].name} on {node}, expected "
             f"at least {gigabytes(need.device)} for {where}; use a larger card"
         )
+    if room.node.gpus and not room.facts.devices and not room.facts.cards:
+        cuda = room.facts.torch_cuda
+        torch = f"torch {room.facts.packages.get('torch')} (built {f'for CUDA {cuda}' if cuda else 'without CUDA'})"
+        problems.append(
+            f"GPU: Ray schedules {room.node.gpus} on {node}, but {torch} finds none, expected as many; install torch's CUDA build and the driver there, or start the "
+            "node with --num-gpus 0"
+        )
     if disk > room.facts.disk_free:
         problems.append(
             f"disk: {gigabytes(room.facts.disk_free)} free on {node}, expected at least {gigabytes(disk)} for "

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 
 from pipeline.fleet.cluster import _cards_of
-from pipeline.fleet.placement import Claim, Node
+from pipeline.fleet.placement import Claim, Node, Room, lacking
 from pipeline.fleet.scheduler import Driver
 from pipeline.fleet.steps import NETWORK_STAGES, Step
+from pipeline.planning.sizing import Need
 from tests.pipeline.simulated import SimulatedFleet, node, plan_of, size
+from workers.machine.preflight import MachineFacts
 from workers.spec.job import Failure, Job, StageResult
 
 LOST = Failure(kind="DeviceLost", message="the GPU failed (CUDA error: uncorrectable ECC error encountered)")
@@ -66,6 +68,14 @@ def test_where_all_cards_are_broken_the_jobs_fail_with_that_reason() -> None:
     assert len(places) == 2
     assert not any(published(driver))
     assert [text for text in told.failures if "GPU: all 1 of a are set aside" in text]
+
+
+def test_a_cpu_build_of_torch_on_a_node_with_gpus_is_said() -> None:
+    facts = MachineFacts(
+        node="a", python="3", packages={"torch": "2.13"}, host_memory=8, disk_free=8, cpus=4, torch_cuda=None
+    )
+    (found,) = lacking(Room(node("a", gpus=2), facts), Need(0), 0, "m")
+    assert "Ray schedules 2 on a, but torch 2.13 (built without CUDA) finds none" in found
 
 
 @pytest.mark.parametrize(
