@@ -165,17 +165,17 @@ def lacking(room: Room, need: Need, disk: int, where: str) -> list[str]:
             f"host memory: {gigabytes(room.host_memory)} on {node}, expected at least {gigabytes(need.host)} for "
             f"{where}; lower calibration.samples, or use a larger machine"
         )
-    if room.node.gpus and need.device > room.device_memory > 0:
+    if room.node.gpus and need.least_device > room.device_memory > 0:
         problems.append(
             f"GPU memory: {gigabytes(room.device_memory)} usable of {room.facts.devices[0].name} on {node}, expected "
-            f"at least {gigabytes(need.device)} for {where}; use a larger card"
+            f"at least {gigabytes(need.least_device)} for {where}; use a larger card"
         )
     if room.node.gpus and not room.facts.devices and not room.facts.cards:
         cuda = room.facts.torch_cuda
         torch = f"torch {room.facts.packages.get('torch')} (built {f'for CUDA {cuda}' if cuda else 'without CUDA'})"
         problems.append(
-            f"GPU: Ray schedules {room.node.gpus} on {node}, but {torch} finds none, expected as many; install torch's CUDA build and the driver there, or start the "
-            "node with --num-gpus 0"
+            f"GPU: Ray schedules {room.node.gpus} on {node}, but {torch} finds none, expected as many; "
+            "install torch's CUDA build and the driver there, or start the node with --num-gpus 0"
         )
     if disk > room.facts.disk_free:
         problems.append(

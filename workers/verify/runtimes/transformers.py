@@ -43,7 +43,7 @@ def _load_and_run(request: dict[str, Any]) -> dict[str, Any]:
     from safetensors.torch import load_file, save_file
 
     artifact, scratch = Path(request["artifact"]), Path(request["scratch"])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device(request.get("device_bytes", 0))
     model, loading = getattr(transformers, request["loader"]).from_pretrained(
         artifact,
         dtype=_dtype(request["arithmetic"], device),
@@ -92,6 +92,14 @@ def _continued(model: Any, artifact: Path, prompts: Any, new_tokens: int) -> tup
             raise
         return [], [f"runtime transformers: generates not: {in_a_line(error)}"]
     return [row[prompts.shape[1] :].tolist() for row in rows], []
+
+
+def _device(weights: int) -> str:
+    """A card, if there is one with room for so many bytes of weights and an eighth more; else the CPU."""
+    import torch
+
+    there = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] >= weights + weights // 8
+    return "cuda" if there else "cpu"
 
 
 def _settings_problems(artifact: Path) -> list[str]:
