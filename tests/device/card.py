@@ -200,7 +200,7 @@ def _describe(torch: Any, library: Any, cards: int, properties: Properties) -> N
     torch.accelerator.current_accelerator = lambda check_available=False: torch.device("cuda")
 
 
-def run(module: str, *arguments: str, seconds: float = 240, **of: Any) -> str:
+def run(module: str, *arguments: str, seconds: float = 600, **of: Any) -> str:
     """The standard output of a module run as a script in a process with cards (``environment``).
 
     Raises:

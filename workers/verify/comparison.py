@@ -270,7 +270,8 @@ class Comparison:
         """Bytes of an artifact's weights in a runtime on a card: packed as they are stored, or in half precision."""
         if row is not None and row.packed_on_card:
             return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        return 2 * sum(parameter.numel() for parameter in self.reference.model.parameters())
+        weights: int = sum(parameter.numel() for parameter in self.reference.model.parameters())
+        return 2 * weights
 
     def _agreement(
         self, answer: RuntimeAnswer, head: LogitsHead, hidden: list[Tensor]
@@ -389,5 +390,5 @@ class _Asking:
 
 def _pieces(head: LogitsHead, hidden_TH: Tensor) -> Iterator[Tensor]:
     """Logits of a sequence, float32 [R, V] for some rows after the other."""
-    for piece_RH in hidden_TH.split(LOGITS_ROWS):
+    for piece_RH in torch.split(hidden_TH, LOGITS_ROWS):
         yield head.logits(piece_RH[None])[0].float()

@@ -20,7 +20,10 @@ def compare(sequences: Iterable[Iterable[Pair]], tokens: Iterable[Tensor]) -> Me
 
     Tokens of one sequence aren't independent, so the confidence bounds use sequences as samples.
     """
-    kl, agree, log_ratio, reference_nll = [], [], [], []
+    kl: list[Tensor] = []
+    agree: list[Tensor] = []
+    reference_nll: list[Tensor] = []
+    log_ratio: list[Tensor] = []
     for pieces, tokens_T in zip(sequences, tokens, strict=True):
         measured = zip(*_measured(pieces, tokens_T), strict=True)
         for values, found in zip((kl, agree, reference_nll, log_ratio), measured, strict=True):

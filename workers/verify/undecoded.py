@@ -113,4 +113,4 @@ def measure(comparison: Comparison, folder: Path, problems: list[str]) -> gates.
 def _in_pieces(path: Path) -> tuple[Tensor, ...]:
     """The logits of a file, float32 [T, V], in pieces of ``LOGITS_ROWS`` rows."""
     logits_TV: Tensor = load_file(path)["logits"].float()
-    return logits_TV.split(LOGITS_ROWS)
+    return torch.split(logits_TV, LOGITS_ROWS)
