@@ -9,6 +9,7 @@
     │   ├── UnsupportedRecipe         a recipe that this model or runtime can't take
     │   ├── CalibrationError          unreadable text, too few samples
     │   ├── PreflightError            everything that this machine lacks
+    │   ├── DeviceUnusable            a card that this build, driver or process can't use
     │   └── HubRefused                token, permission, a repository changed by someone else
     ├── NumericalError (ArithmeticError)   NaN or Inf in weights, activations or results
     ├── DiskFull (OSError)            stops the job; the user has to free space
@@ -17,6 +18,7 @@
         ├── HubUnavailable            429, 5xx, resets, stalls
         ├── StageHung                 no end within many times its estimate
         ├── WorkerDied                the process or its node ended
+        ├── DeviceLost                a card failed, or an error poisoned its context; another card may do
         └── ClusterLost               Ray doesn't start, or its head ended
 
 A message names the thing, the actual value, what was expected, and the remedy.
@@ -65,6 +67,10 @@ class PreflightError(UserError):
     """The machine lacks something that the job needs; the message lists every problem."""
 
 
+class DeviceUnusable(UserError):
+    """A card can't be used from here: the build has no kernels for it, the driver is too old, or others hold it."""
+
+
 class HubRefused(UserError):
     """The Hub refused permanently: token, permission, or a repository changed by someone else."""
 
@@ -103,6 +109,10 @@ class StageHung(TransientError):
 
 class WorkerDied(TransientError):
     """The worker process, or its node, ended before it answered."""
+
+
+class DeviceLost(TransientError):
+    """A card failed, or an error poisoned its context; its process has to end, and another card may do."""
 
 
 class ClusterLost(TransientError):

@@ -214,7 +214,8 @@ class Cluster:
         )
         sent = job.model_copy(update={"lean": True}) if claim.alone else job
         request = StageRequest(job=sent, stage=step.stage, recipe=step.recipe, part=step.part, seconds=seconds)
-        where = Where(self._pace, python, node.cpus_per_stage if computing else 1)
+        cards = _cards_of(claim, embedded=self._own is not None)
+        where = Where(self._pace, python, node.cpus_per_stage if computing else 1, cards)
         self._flying[call.remote(request.model_dump_json(), where, warm, *more)] = step, node.id
 
     def stage(self, step: Step) -> tuple[Callable[..., str], tuple[Any, ...]]:
@@ -422,19 +423,39 @@ class _SharedPace:
         self._actor.pause.remote(hub, seconds)
 
 
+def _cards_of(claim: Claim, *, embedded: bool) -> str | None:
+    """CUDA_VISIBLE_DEVICES of a stage's process: none for a claim without a GPU, which Ray lets see them all.
+
+    The embedded Ray's cards are this driver's alone, so the claim's own is taken: one that is set aside stays unused.
+    In a cluster that others share, Ray chooses (None).
+    """
+    if not claim.gpus:
+        return ""
+    if not embedded:
+        return None
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return visible[claim.card] if claim.card < len(visible) else str(claim.card)
+
+
 @dataclass(frozen=True)
 class Where:
-    """Context of a stage on its node: the run's pace (an actor), its Python, and its number of threads."""
+    """Context of a stage on its node: the run's pace (an actor), its Python, its number of threads, and its cards.
+
+    ``cards`` is CUDA_VISIBLE_DEVICES of its process; None: what Ray has set.
+    """
 
     pace: Any
     python: str | None
     threads: int
+    cards: str | None = None
 
     def ask(self, entry: str, request: str, warm: tuple[str | None, str | None]) -> child.Ended:
         """Run ``entry`` in a fresh process, forked from the warm parent at ``warm`` if there is one."""
         address, note = warm
         # Ray sets threads by the task's share of the node; an artifact's bytes must not depend on that.
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        if self.cards is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = self.cards
         ended = child.run(entry, request, python=self.python, warm=address, environment=environment)
         return replace(ended, note=ended.note or note)
 

@@ -35,7 +35,11 @@ class Demand:
     def largest(self) -> Need:
         """Peak bytes over all stages, for host and device separately."""
         needs = [TRANSFER, self.quantize, *self.verify.values()]
-        return Need(max(need.host for need in needs), max(need.device for need in needs))
+        return Need(
+            max(need.host for need in needs),
+            max(need.device for need in needs),
+            max(need.least_device for need in needs),
+        )
 
     def need(self, stage: Stage, recipe: str | None) -> Need:
         """Peak bytes of one stage."""

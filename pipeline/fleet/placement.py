@@ -10,6 +10,8 @@ from workers.machine.preflight import MachineFacts
 
 # Most stages that share one GPU, and the fraction of its memory that estimates may fill.
 MOST_SHARES, USABLE = 8, 0.9
+# Errors of one card after which nothing is placed on it any more.
+FAULTS = 2
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Room:
         self._cpus = float(node.cpus)
         self._memory = self.host_memory
         self._cards = [1.0] * node.gpus
+        self._faults = [0] * node.gpus
 
     @property
     def speed(self) -> float:
@@ -69,7 +72,23 @@ class Room:
     @property
     def idle_cards(self) -> int:
         """Number of GPUs that nothing runs on."""
-        return sum(free > 1 - 1e-9 for free in self._cards)
+        return sum(free > 1 - 1e-9 for card, free in enumerate(self._cards) if not self.set_aside(card))
+
+    def set_aside(self, card: int) -> bool:
+        """Whether a GPU has failed too often to be used again."""
+        return self._faults[card] >= FAULTS
+
+    @property
+    def usable_cards(self) -> list[int]:
+        """The GPUs that aren't set aside, those that have failed least first."""
+        return sorted(
+            (card for card in range(len(self._cards)) if not self.set_aside(card)), key=self._faults.__getitem__
+        )
+
+    def card_failed(self, card: int) -> bool:
+        """Count a GPU's failure; True if it is set aside from now on."""
+        self._faults[card] += 1
+        return self.set_aside(card)
 
     def compute(self, need: Need, *, most: int = 1) -> Claim | None:
         """Claim for a computing stage: a whole GPU, or a share of one that at most ``most`` stages share; None while
@@ -81,17 +100,22 @@ class Room:
             return Claim(threads, need.host) if threads <= self._cpus else None
         parts = min(self.parts(need), most)
         threads_of_part = threads / parts
-        # Take the fullest GPU with a free share, so that idle GPUs stay whole.
-        fitting = [(free, card) for card, free in enumerate(self._cards) if free >= 1 / parts - 1e-9]
+        # Take the fullest GPU with a free share, so that idle GPUs stay whole; one that has failed comes last.
+        fitting = [
+            (self._faults[card], free, card)
+            for card, free in enumerate(self._cards)
+            if free >= 1 / parts - 1e-9 and not self.set_aside(card)
+        ]
         if not fitting or threads_of_part > self._cpus + 1e-9:
             return None
-        return Claim(threads_of_part, need.host, 1 / parts, min(fitting)[1])
+        return Claim(threads_of_part, need.host, 1 / parts, min(fitting)[2])
 
     def alone(self, need: Need) -> Claim | None:
         """Claim for the whole node, for a stage that ran out of memory beside others; None while something runs."""
-        if self.running:
+        if self.running or (self._cards and not self.usable_cards):
             return None
-        return Claim(self.node.cpus_per_stage, max(need.host, self.host_memory), float(bool(self._cards)), 0, True)
+        card = self.usable_cards[0] if self._cards else -1
+        return Claim(self.node.cpus_per_stage, max(need.host, self.host_memory), float(card >= 0), card, True)
 
     def transfer(self, need: Need) -> Claim | None:
         """Claim for a stage that only transfers files; None while memory doesn't suffice."""
@@ -141,10 +165,17 @@ def lacking(room: Room, need: Need, disk: int, where: str) -> list[str]:
             f"host memory: {gigabytes(room.host_memory)} on {node}, expected at least {gigabytes(need.host)} for "
             f"{where}; lower calibration.samples, or use a larger machine"
         )
-    if room.node.gpus and need.device > room.device_memory > 0:
+    if room.node.gpus and need.least_device > room.device_memory > 0:
         problems.append(
             f"GPU memory: {gigabytes(room.device_memory)} usable of {room.facts.devices[0].name} on {node}, expected "
-            f"at least {gigabytes(need.device)} for {where}; use a larger card"
+            f"at least {gigabytes(need.least_device)} for {where}; use a larger card"
+        )
+    if room.node.gpus and not room.facts.devices and not room.facts.cards:
+        cuda = room.facts.torch_cuda
+        torch = f"torch {room.facts.packages.get('torch')} (built {f'for CUDA {cuda}' if cuda else 'without CUDA'})"
+        problems.append(
+            f"GPU: Ray schedules {room.node.gpus} on {node}, but {torch} finds none, expected as many; "
+            "install torch's CUDA build and the driver there, or start the node with --num-gpus 0"
         )
     if disk > room.facts.disk_free:
         problems.append(

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from workers.errors import DiskFull, HubUnavailable, OutOfMemory, StageHung, WorkerDied
+from workers.errors import DeviceLost, DiskFull, HubUnavailable, OutOfMemory, StageHung, WorkerDied
 from workers.spec.job import Failure
 
 # Attempts in all, by error class. Errors named neither here nor in `decide` are permanent: no retry.
-ATTEMPTS = {HubUnavailable.__name__: 6, WorkerDied.__name__: 3, StageHung.__name__: 2}
+ATTEMPTS = {HubUnavailable.__name__: 6, WorkerDied.__name__: 3, StageHung.__name__: 2, DeviceLost.__name__: 3}
 LONGEST_WAIT_SECONDS = 300.0
 
 

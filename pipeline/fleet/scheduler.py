@@ -24,7 +24,7 @@ from pipeline.fleet.spreads import Spread, parts_for
 from pipeline.fleet.steps import NETWORK_STAGES, JobRun, Step
 from pipeline.planning.plan import Plan
 from pipeline.planning.sizing import deadline_seconds
-from workers.errors import DiskFull, PreflightError, WorkerDied
+from workers.errors import DeviceLost, DiskFull, PreflightError, WorkerDied
 from workers.spec.job import Failure, Part, Stage, StageResult
 from workers.spec.split import spreadable
 
@@ -40,7 +40,7 @@ SPREAD_SECONDS = 300.0
 # Priority of stages on a node, lowest number first: later stages come before earlier ones.
 URGENCY = {Stage.PUBLISH: 1, Stage.KEEP: 1, Stage.VERIFY: 2, Stage.QUANTIZE: 3, Stage.FETCH: 4}
 
-DIED = WorkerDied.__name__
+DIED, CARD_LOST = WorkerDied.__name__, DeviceLost.__name__
 
 Key = tuple[int, Stage, str | None, Part | None]
 
@@ -181,7 +181,7 @@ class Driver:
     def _survey(self) -> None:
         """List the nodes, probe new ones, and queue jobs again if needed; jobs that fit no node fail."""
         self._surveyed = self._clock()
-        nodes = {node.id: node for node in self._fleet.nodes() if node.cpus}
+        nodes = {node.id: node for node in self._fleet.nodes() if node.cpus and node.id not in self._sites.shunned}
         orphans = self._forget(self._sites.names - set(nodes))
         new = [node for name, node in nodes.items() if name not in self._sites.names]
         probed = self._fleet.probe(new, self._sites.environments) if new else {}
@@ -376,10 +376,11 @@ class Driver:
         run, attempts = self.jobs[step.job], self._attempts[_key(step)]
         if step.generation != run.generation or (step.part and run.index not in self._spreads):
             return
+        if result.failure and result.failure.kind == CARD_LOST:
+            result = self._told(result, result.failure, self._sites.card_failed(flight.site, flight.claim))
         retry = self._decide_retry(step, result.failure, flight) if result.failure else None
         if retry is not None and retry.mode is not RetryMode.SAME and result.failure is not None:
-            told = f"{result.failure.message}; next: {retry.mode.value}"
-            result = result.model_copy(update={"failure": result.failure.model_copy(update={"message": told})})
+            result = self._told(result, result.failure, f"next: {retry.mode.value}")
         if step.part and (retry is None or retry.mode is not RetryMode.SAME):
             whole = self._land_part(run, step, result)
             if whole is None:
@@ -390,7 +391,8 @@ class Driver:
         for watcher in self.watchers:
             watcher.ended(run.job, step, attempts, result, retry.seconds if retry else None)
         if retry is not None:
-            self._repeat(run, step, retry, died=result.failure is not None and result.failure.kind == DIED)
+            kind = result.failure.kind if result.failure else ""
+            self._repeat(run, step, retry, died=kind in (DIED, CARD_LOST))
             return
         self._open[run.index] -= 1
         for later in following:
@@ -399,6 +401,12 @@ class Driver:
         if not self._open[run.index]:
             self._unplace(run)
             self._let_go(run)
+
+    @staticmethod
+    def _told(result: StageResult, failure: Failure, more: str) -> StageResult:
+        """The result with more in its failure's message."""
+        message = f"{failure.message}; {more}" if more else failure.message
+        return result.model_copy(update={"failure": failure.model_copy(update={"message": message})})
 
     def _let_go(self, run: JobRun) -> None:
         self._work_left -= self._demands[run.index].work
@@ -428,7 +436,11 @@ class Driver:
     # ------------------------------------------------------------------------------------------ refusals
 
     def _refuse(self, run: JobRun, lines: Sequence[str]) -> None:
-        self._fail(run, _infeasible(repr(run.job.model.id), lines or ["no node of the cluster answers; start one"]))
+        self._fail(run, _infeasible(repr(run.job.model.id), lines or self._no_node))
+
+    @property
+    def _no_node(self) -> list[str]:
+        return list(self._sites.shunned.values()) or ["no node of the cluster answers; start one"]
 
     def _refuse_rest(self) -> None:
         """Fail the jobs still queued when nothing runs: files of other jobs fill the disks."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from pipeline.fleet.demand import Demand
-from pipeline.fleet.placement import Claim, Node, Room, lacking, unmatched
+from pipeline.fleet.placement import FAULTS, Claim, Node, Room, lacking, unmatched
 from pipeline.fleet.retry import Choices, RetryMode
 from pipeline.fleet.steps import JobRun, Step
 from workers.machine import preflight
@@ -117,6 +117,7 @@ class Sites:
             int, tuple[RetryMode, Room]
         ] = {}  # by job: what it ran out of (memory or disk), and on which node
         self.queued: set[int] = set()
+        self.shunned: dict[str, str] = {}  # nodes whose every card is set aside, and what to say of them
         self.speed = 1.0
 
     def __getitem__(self, name: str) -> Site:
@@ -160,6 +161,20 @@ class Sites:
         if changed:
             self._queues = {kind: [] for kind in self._members}
         return changed
+
+    def card_failed(self, name: str, claim: Claim) -> str:
+        """Record that the card of a claim failed; what to say of it, empty if it may be used again.
+
+        A node without a card left is shunned: its CPU would take days for what was planned on a GPU.
+        """
+        site = self._by_name.get(name)
+        if site is None or not claim.gpus or not site.room.card_failed(claim.card):
+            return ""
+        node, cards = site.room.facts.node, site.room.node.gpus
+        said = f"card {claim.card} of {node} is set aside, for it failed {FAULTS} times"
+        if not site.room.usable_cards:
+            self.shunned[name] = f"GPU: all {cards} of {node} are set aside, for they failed {FAULTS} times each"
+        return said
 
     def remove(self, name: str) -> None:
         """Remove a node that is gone."""

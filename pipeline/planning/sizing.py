@@ -23,7 +23,7 @@ from workers.spec.recipes import Recipe
 from workers.spec.runtimes import Runtime, checkers
 from workers.spec.split import gathered_bytes
 from workers.spec.tensors import TensorHeader
-from workers.spec.workspace import MAX_SHARD_BYTES, MICRO_BATCH_TOKENS
+from workers.spec.workspace import LOGITS_ROWS, MAX_SHARD_BYTES, MICRO_BATCH_TOKENS
 
 # Bytes of a process with torch and transformers, forked from the warm parent, and of the second one that checks the
 # runtime. Measured: 0.4 to 0.55 GB each, pages shared with the parent included (0.1 GB more without a parent).
@@ -34,7 +34,8 @@ TENSOR_BYTES = 16_000
 DEVICE_BYTES = 1_000_000_000
 # Bytes per weight of the largest layer: as read, the next layer prefetched, the model's float32, the method's own copy.
 LAYER_BYTES = 12
-# Bytes per logit of a sequence: both models' logits, their logarithms, and the loading process's logits and answer.
+# Bytes per logit of a piece of a sequence: both models' logits, their logarithms, and the loading process's logits and
+# answer.
 LOGITS_BYTES = 36
 # Config keys for the number of experts that a token is sent to.
 SENT_TO = ("num_experts_per_tok", "num_experts_per_token", "moe_topk")
@@ -65,10 +66,19 @@ TYPICAL_ON_A_CORE, TYPICAL_ON_A_GPU = 4e10, 5e13
 
 @dataclass(frozen=True)
 class Need:
-    """Peak bytes of a stage, in host memory and in GPU memory."""
+    """Peak bytes of a stage, in host memory and in GPU memory.
+
+    ``least``: bytes of GPU memory with which it goes on, more slowly; 0: no fewer than ``device``.
+    """
 
     host: int
     device: int = 0
+    least: int = 0
+
+    @property
+    def least_device(self) -> int:
+        """Bytes of GPU memory that a card must have."""
+        return self.least or self.device
 
 
 @dataclass(frozen=True)
@@ -303,8 +313,9 @@ def _quantizing(
     whole = 4 * shape.weights if ENGINES[recipe.engine].loads_whole_model else 0
     host = PROCESS_BYTES + 4 * outside + LAYER_BYTES * layer + 2 * hessians + hidden_states + working + whole
     host += TENSOR_BYTES * len(shape.every)
-    # On a GPU weights are in half precision, and hidden states of waiting micro-batches stay on the host.
-    device = DEVICE_BYTES + 2 * outside + (LAYER_BYTES // 2) * layer + 2 * hessians + working
+    # On a GPU weights and hidden states are in half precision; those of waiting micro-batches stay there, too.
+    waiting = (1 + recipe.needs.own_stream) * tokens * _bytes_for_each_token(source, shape, longest, floats=2)
+    device = DEVICE_BYTES + 2 * outside + (LAYER_BYTES // 2) * layer + 2 * hessians + waiting + working
     return Need(host, device)
 
 
@@ -314,14 +325,15 @@ def _verifying(source: PinnedModel, shape: Shape, verification: Verification, ru
     CPU, on a GPU its own dtype."""
     outside = sum(tensor.numel for tensor in shape.outside)
     layer = max((sum(tensor.numel for tensor in layer) for layer, _ in shape.layers), default=0)
-    logits = _size(source, "vocab_size") * verification.sequence_length
+    logits = _size(source, "vocab_size") * min(verification.sequence_length, LOGITS_ROWS)
     working = _activations(source, shape, verification.sequence_length, verification.tokens) + LOGITS_BYTES * logits
     hidden = _size(source, "hidden_size", "n_embd") * verification.tokens
     host = PROCESS_BYTES + 8 * outside + LAYER_BYTES * layer + 8 * hidden + working + LOADER_BYTES + 4 * shape.weights
     host += max((runtime.host_bytes for runtime in runtimes), default=0)
-    device = 2 * DEVICE_BYTES + 4 * outside + (LAYER_BYTES // 2) * layer + working
-    device += max(2 * shape.weights, shape.bytes)
-    return Need(host, device)
+    # Both models' hidden states are there while theirs are streamed. Without room for the second process's model, it
+    # runs on the CPU, and the source is compared by its first layers.
+    streamed = DEVICE_BYTES + 4 * outside + (LAYER_BYTES // 2) * layer + 4 * hidden + working
+    return Need(host, streamed + DEVICE_BYTES + max(2 * shape.weights, shape.bytes), streamed)
 
 
 def _hessian_bytes(layer: tuple[TensorHeader, ...], source: PinnedModel, recipe: Recipe) -> int:
@@ -356,11 +368,11 @@ def _widths(source: PinnedModel, shape: Shape, recipe: Recipe) -> list[int]:
     return widths
 
 
-def _bytes_for_each_token(source: PinnedModel, shape: Shape, longest: int) -> int:
+def _bytes_for_each_token(source: PinnedModel, shape: Shape, longest: int, floats: int = 4) -> int:
     """Bytes per token held between two layers: hidden states, mask, rotary embeddings. Experts take several times as
     much: they gather tokens in pieces of varying size, which allocators don't return."""
     experts = any(EXPERT_ONE.search(tensor.name) for layer, _ in shape.layers for tensor in layer)
-    return 4 * (9 if experts else 1) * _size(source, "hidden_size", "n_embd") + longest + 512
+    return floats * (9 if experts else 1) * _size(source, "hidden_size", "n_embd") + longest + 512
 
 
 def _activations(source: PinnedModel, shape: Shape, longest: int, tokens: int) -> int:

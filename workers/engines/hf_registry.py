@@ -147,8 +147,9 @@ def said(what: str) -> Iterator[list[str]]:
 
     Raises:
         UnsupportedRecipe: the quantizer isn't implemented.
-        PreflightError: everything else but want of memory, which passes as it is.
+        PreflightError: everything else but want of memory and a card's errors, which pass as they are.
     """
+    from workers.machine.card_errors import card_error
     from workers.machine.memory import ran_out
 
     log: list[str] = []
@@ -157,7 +158,7 @@ def said(what: str) -> Iterator[list[str]]:
     try:
         yield log
     except Exception as error:
-        if ran_out(error) or type(error).__name__ == "OutOfMemoryError":
+        if ran_out(error) or type(error).__name__ == "OutOfMemoryError" or card_error(error) is not None:
             raise
         words = _cause(log) if GENERAL in str(error) else _words(error)
         if isinstance(error, NotImplementedError):

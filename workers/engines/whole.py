@@ -25,6 +25,7 @@ from workers.checkpoint.source import Source
 from workers.engines.maker import copy_beside, put_in_place
 from workers.errors import UnsupportedRecipe
 from workers.machine import child
+from workers.machine.card_errors import card_error
 from workers.machine.environments import interpreter
 from workers.machine.failures import of_a_process
 from workers.machine.files import open_checkpoint
@@ -126,6 +127,8 @@ def _ask(engine: Engine, request: WholeRequest) -> WholeAnswer:
     if ended.memory:
         raise of_a_process(f"engine {engine.name!r}", ended)
     if answer.error is not None:
+        if (of_a_card := card_error(answer.error)) is not None:
+            raise of_a_card
         raise UnsupportedRecipe(f"recipe {request.recipe.name!r}: engine {engine.name!r}: {answer.error}")
     if process.returncode or answer.layout is None:
         raise of_a_process(f"engine {engine.name!r}", ended)

@@ -16,6 +16,7 @@ from workers.checkpoint.source import Header, Source
 from workers.errors import CheckpointError, UnsupportedRecipe
 from workers.formats.compressed_tensors.config import EXPERT, some
 from workers.formats.decoder import NO_NAMES, Decoder
+from workers.machine import fp8_kernels
 from workers.numerics import activations, fp8
 from workers.numerics.codes import CodedWeight, Float8Weight
 from workers.spec.formats import FP8, others_that_hold
@@ -113,9 +114,11 @@ def check_declared(config: Mapping[str, Any]) -> None:
 def input_rounding(device: str) -> Callable[[Tensor], Tensor] | None:
     """The rounding that transformers 5.23 applies to every quantized layer's input, experts included; None if none.
 
-    Only its kernels round (on a GPU or XPU); without them, the weights are decoded on loading.
+    Only its kernels round (on a GPU that they run on, or an XPU); without them, the weights are decoded on loading.
     """
-    return None if device == "cpu" else activations.round_fp8_group128
+    capability = torch.cuda.get_device_capability() if device == "cuda" else None
+    decoded = device == "cpu" or (device == "cuda" and fp8_kernels.lacking(capability) != "")
+    return None if decoded else activations.round_fp8_group128
 
 
 def quantization_config(

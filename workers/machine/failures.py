@@ -8,7 +8,8 @@ import sys
 import traceback
 from pathlib import Path
 
-from workers.errors import DiskFull, HubUnavailable, OutOfMemory, QuantmillError, WorkerDied
+from workers.errors import DeviceLost, DeviceUnusable, DiskFull, HubUnavailable, OutOfMemory, QuantmillError, WorkerDied
+from workers.machine.card_errors import card_error, card_error_at_end
 from workers.machine.child import Ended
 from workers.machine.memory import peak_host_bytes, ran_out
 from workers.machine.remedies import with_remedy
@@ -30,9 +31,11 @@ def describe(error: BaseException) -> Failure:
 
 
 def classify(error: BaseException) -> BaseException:
-    """The same error, or our equivalent: out of memory, or disk full."""
+    """The same error, or our equivalent: out of memory, disk full, or what a card is at fault for."""
     if isinstance(error, QuantmillError):
         return error
+    if (of_a_card := card_error(error)) is not None:
+        return of_a_card
     if ran_out(error) or type(error).__name__ == "OutOfMemoryError":
         return OutOfMemory(f"out of memory ({error}); use a larger machine, or lower calibration.samples")
     # safetensors reports a full disk as its own error, with the system's text in it.
@@ -53,8 +56,10 @@ def no_space(error: BaseException) -> str:
     return f"no space left for {named!r}: {free} in {str(folder)!r}"
 
 
-def of_a_process(what: str, ended: Ended) -> OutOfMemory | WorkerDied:
+def of_a_process(what: str, ended: Ended) -> OutOfMemory | WorkerDied | DeviceLost | DeviceUnusable:
     """The error for a process that ended without an answer; ``what`` begins the message."""
+    if (of_a_card := card_error_at_end(ended.stderr)) is not None:
+        return type(of_a_card)(f"{what}: {of_a_card}")
     if ended.memory:
         return OutOfMemory(
             f"{what}: out of memory ({ended.memory}); use a larger machine, or lower calibration.samples"

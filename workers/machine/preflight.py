@@ -27,6 +27,8 @@ BASE_PACKAGES = ("torch", "transformers", "safetensors", "datasets", "huggingfac
 
 # Versions that pyproject.toml asks for, which somebody may have changed since.
 LEAST_VERSIONS = {"accelerate": "1.15", "bitsandbytes": "0.50.2", "transformers": "5.23", "torch": "2.9"}
+# As torch.cuda.get_arch_list names them.
+ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")
 # Compute capabilities from which cards compute in bfloat16 (Ampere) and in FP8 (Ada).
 BFLOAT16, FLOAT8 = (8, 0), (8, 9)
 
@@ -52,6 +54,7 @@ class MachineFacts(Frozen):
     cpus: int
     cards: int = Field(0, description="NVIDIA cards that the system shows, whether torch can use them or not.")
     torch_cuda: str | None = Field(None, description="The CUDA version that torch is built for; null: it isn't.")
+    torch_architectures: tuple[str, ...] = Field((), description="Architectures that torch has kernels for: sm_90 ...")
     bitsandbytes_cuda: tuple[str, ...] = Field((), description="CUDA versions that bitsandbytes has libraries for.")
     refused: dict[str, str] = Field(default_factory=dict, description="Why recipes can't be made here, by their names.")
 
@@ -68,6 +71,7 @@ def probe(workspace: Path, with_devices: bool = True) -> MachineFacts:
         cpus=len(os.sched_getaffinity(0)),
         cards=_cards() if with_devices else 0,
         torch_cuda=_torch_cuda(),
+        torch_architectures=_architectures() if with_devices else (),
         bitsandbytes_cuda=_bitsandbytes_cuda(),
     )
 
@@ -110,6 +114,7 @@ def problems(facts: MachineFacts, recipe: Recipe, runtimes: Iterable[str] = ()) 
         missing
         + _too_old(facts)
         + _without_cuda(facts)
+        + _without_kernels(facts)
         + _unfit_for_cards(facts, recipe)
         + refused
         + [
@@ -145,6 +150,39 @@ def _without_cuda(facts: MachineFacts) -> list[str]:
         f"{facts.cards} NVIDIA card(s) on {facts.node}, but torch built for CUDA {facts.torch_cuda} finds none; update "
         "the driver (nvidia-smi shows the CUDA version that it reaches), or look at CUDA_VISIBLE_DEVICES"
     ]
+
+
+def _without_kernels(facts: MachineFacts) -> list[str]:
+    """Cards whose architecture this build of torch has no kernels for."""
+    return [
+        f"{device.name} has compute capability {'.'.join(map(str, device.capability))}, and torch "
+        f"{facts.packages.get('torch')} has kernels for {', '.join(facts.torch_architectures)}; install a build "
+        "of torch for this card (pytorch.org/get-started), or hide it by CUDA_VISIBLE_DEVICES= to use the CPU"
+        for device in facts.devices
+        if facts.torch_architectures and not has_kernels(facts.torch_architectures, device.capability)
+    ][:1]
+
+
+def has_kernels(architectures: Iterable[str], capability: tuple[int, int]) -> bool:
+    """Whether a build for these architectures runs on a card of that compute capability.
+
+    ``sm_86`` runs on 8.6 and later minor versions of 8; ``sm_90a`` on 9.0 alone; ``sm_100f`` as sm_100; PTX
+    (``compute_80``) is compiled by the driver for every later card. Names that aren't known forbid nothing.
+    """
+    known = [found for name in architectures if (found := ARCHITECTURE.fullmatch(name))]
+    if not known:
+        return True
+    for kind, major, minor, exact in (found.groups() for found in known):
+        built = int(major), int(minor)
+        if kind == "compute" and built <= capability:
+            return True
+        if (
+            kind == "sm"
+            and built[0] == capability[0]
+            and (built == capability or (exact != "a" and built <= capability))
+        ):
+            return True
+    return False
 
 
 def _unfit_for_cards(facts: MachineFacts, recipe: Recipe) -> list[str]:
@@ -184,6 +222,15 @@ def _cards() -> int:
     """Cards that the system shows, unless CUDA_VISIBLE_DEVICES hides all of them."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "none", "None")
     return 0 if hidden else len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def _architectures() -> tuple[str, ...]:
+    """What torch has kernels for; nothing, if it finds no card."""
+    try:
+        import torch
+    except ImportError:
+        return ()
+    return tuple(torch.cuda.get_arch_list()) if torch.cuda.is_available() else ()
 
 
 def _torch_cuda() -> str | None:

@@ -9,6 +9,7 @@ import torch
 
 from workers.errors import OutOfMemory
 from workers.machine import memory
+from workers.machine.card_errors import card_error
 from workers.machine.memory import host_memory
 from workers.model.loading import StreamedModel
 from workers.spec.workspace import MICRO_BATCH_TOKENS
@@ -55,7 +56,7 @@ def ran_out(error: BaseException) -> bool:
     """
     if isinstance(error, OutOfMemory):
         return False
-    on_a_card = isinstance(error, RuntimeError) and "out of memory" in str(error)
+    on_a_card = isinstance(error, RuntimeError) and isinstance(card_error(error), OutOfMemory)
     return memory.ran_out(error) or isinstance(error, torch.OutOfMemoryError) or on_a_card
 
 

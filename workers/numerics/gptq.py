@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -75,9 +76,50 @@ def solve_values(
     return _solved(w_BOI, factor, scale_BOG, zero_BOG, nearest)
 
 
+@dataclass(frozen=True)
+class Integers:
+    """Rounds in place to the whole numbers from ``low`` to ``high``."""
+
+    low: int
+    high: int
+
+    def __call__(self, code: Tensor) -> Tensor:
+        return code.round_().clamp_(self.low, self.high)
+
+
 def integers(low: int, high: int) -> Nearest:
     """Rounds in place to the whole numbers from ``low`` to ``high``."""
-    return lambda code: code.round_().clamp_(low, high)
+    return Integers(low, high)
+
+
+def on_a_kernel(nearest: Nearest, device: torch.device) -> bool:
+    """Whether one kernel rounds whole blocks of columns: on a card where Triton is installed, to integers."""
+    return device.type == "cuda" and isinstance(nearest, Integers) and find_spec("triton") is not None
+
+
+def sweep(
+    wt_BIO: Tensor,
+    mixing_BII: Tensor,
+    error_BIO: Tensor,
+    scale_BOG: Tensor,
+    zero_BOG: Tensor | None,
+    group_BI: Tensor,
+    nearest: Nearest,
+    *,
+    lower: bool,
+) -> Tensor:
+    """``sweep_columns`` for parameters of groups; ``group_BI`` is each column's group. Codes [B, I, O] as floats."""
+    if on_a_kernel(nearest, wt_BIO.device):
+        from workers.numerics.kernels import columns
+
+        assert isinstance(nearest, Integers)
+        bounds = nearest.low, nearest.high
+        return columns.sweep(wt_BIO, mixing_BII, error_BIO, scale_BOG, zero_BOG, group_BI, bounds, lower=lower)
+    scales = each_column(scale_BOG, group_BI)
+    zeros = None if zero_BOG is None else each_column(zero_BOG, group_BI)
+    # A single problem comes without B: its small operations then take two thirds of the time.
+    alone = (wt_BIO[0], mixing_BII[0], error_BIO[0]) if len(wt_BIO) == 1 else (wt_BIO, mixing_BII, error_BIO)
+    return sweep_columns(*alone, scales, zeros, nearest, lower=lower).view_as(wt_BIO)
 
 
 def _solved(w_BOI: Tensor, factor: Factor, scale_BOG: Tensor, zero_BOG: Tensor | None, nearest: Nearest) -> Tensor:
@@ -86,12 +128,8 @@ def _solved(w_BOI: Tensor, factor: Factor, scale_BOG: Tensor, zero_BOG: Tensor |
     wt_BIO = _rows(transposed(w_BOI.float()), order_BI)
     columns_BI = torch.arange(width).expand(len(w_BOI), -1) if order_BI is None else order_BI
     group_BI = columns_BI.to(w_BOI.device) // (width // scale_BOG.shape[-1])
-    scales = each_column(scale_BOG, group_BI)
-    zeros = None if zero_BOG is None else each_column(zero_BOG, group_BI)
-    if len(wt_BIO) == 1:
-        codes_BIO = _round_columns(wt_BIO[0], factor.mixing_BII[0], scales, zeros, nearest)[None]
-    else:
-        codes_BIO = _round_columns(wt_BIO, factor.mixing_BII, scales, zeros, nearest)
+    errors_BIO = torch.zeros_like(wt_BIO)
+    codes_BIO = sweep(wt_BIO, factor.mixing_BII, errors_BIO, scale_BOG, zero_BOG, group_BI, nearest, lower=True)
     return transposed(_rows(codes_BIO, None if order_BI is None else order_BI.argsort(1)))
 
 
@@ -201,17 +239,6 @@ def cholesky(h_BII: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
                 rows, columns = below[:, left - stop :], below[:, left - stop : right - stop]
                 h_BII[:, left:, left:right].baddbmm_(rows, columns.mT, alpha=-1)
     return h_BII.tril_(), whole_B & torch.isfinite(h_BII.diagonal(dim1=1, dim2=2)).all(1)
-
-
-def _round_columns(
-    wt_BIO: Tensor, mixing_BII: Tensor, scales: Sequence[Tensor], zeros: Sequence[Tensor] | None, nearest: Nearest
-) -> Tensor:
-    """Codes [B, I, O] as floats; scales and zeros are [B, O] for each column.
-
-    A single problem may come without B: its small operations then take two thirds of the time.
-    """
-    errors_BIO = torch.zeros_like(wt_BIO)
-    return sweep_columns(wt_BIO, mixing_BII, errors_BIO, scales, zeros, nearest, lower=True)
 
 
 def sweep_columns(

@@ -10,13 +10,12 @@ Codes: coordinate descent; the loss is minimal in column j at w_j + sum_{k != j}
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from workers.numerics.gptq import Nearest, damped, each_column, integers, sweep_columns, transposed
+from workers.numerics.gptq import Nearest, damped, integers, sweep, transposed
 from workers.numerics.precision import add_product
 from workers.numerics.rounding import code_range, stored_zero
 
@@ -249,7 +248,4 @@ def _swept(
     steps_BGgO = _steps(codes_BIO, groups, zero_BOG)
     error_BIO = wt_BIO - (steps_BGgO * scale_BOG.float().mT[:, :, None, :]).flatten(1, 2)
     group_BI = (torch.arange(width, device=wt_BIO.device) // (width // groups)).expand(batch, -1)
-    scales = each_column(scale_BOG, group_BI)
-    zeros: Sequence[Tensor] | None = None if zero_BOG is None else each_column(zero_BOG, group_BI)
-    alone = (wt_BIO[0], mixing_BII[0], error_BIO[0]) if batch == 1 else (wt_BIO, mixing_BII, error_BIO)
-    return sweep_columns(*alone, scales, zeros, nearest, lower=False).view_as(wt_BIO)
+    return sweep(wt_BIO, mixing_BII, error_BIO, scale_BOG, zero_BOG, group_BI, nearest, lower=False)

@@ -11,6 +11,7 @@ import torch
 
 from workers.engines.maker import Maker
 from workers.errors import OutOfMemory, StageHung
+from workers.machine import card_errors
 from workers.machine.failures import describe
 from workers.model import batching
 from workers.quantize.resume import NotResumable, PassFolder, PassState
@@ -21,10 +22,10 @@ KEEPING_SECONDS, KEEPING_SHARE = 10.0, 0.1
 
 
 def failure_alone(order: Order, error: Exception) -> Failure:
-    """Describe an error that fails one artifact. Out of memory and disk errors concern all artifacts: raise those."""
+    """Describe an error that fails one artifact. Errors of memory, disk and cards concern all of them: raise those."""
     if batching.ran_out(error):
         raise OutOfMemory(f"recipe {order.recipe.name!r}: out of memory ({error}); use a larger machine") from error
-    if isinstance(error, OSError | NotResumable | StageHung):
+    if isinstance(error, OSError | NotResumable | StageHung) or card_errors.of_the_machine(error):
         raise error
     return describe(error)
 

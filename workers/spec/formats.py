@@ -68,6 +68,7 @@ class Format:
     ``cache_declaration``: what ``quantization_config`` says of keys and values in FP8, whose scales
     are tensors of their attention modules (``CACHE_SCALES``).
     ``blocks``: experts that the source has in one MXFP4 tensor (``spec.low_bit``) are stored as they are.
+    ``packed_on_card``: transformers keeps the codes on a card, others are decoded to half precision there.
     ``speculative``: its readers take quantized layers of a speculative block, which the model's class doesn't build.
     """
 
@@ -104,6 +105,7 @@ class Format:
     cache_declaration: Mapping[str, Any] | None = None
     blocks: bool = False
     speculative: bool = False
+    packed_on_card: bool = False
 
 
 # ------------------------------------------------------------------------------------- compressed-tensors
@@ -236,6 +238,7 @@ def _is_gptq_v2(config: Mapping[str, Any]) -> bool:
 def _gptq(name: str, declares: Callable[[Mapping[str, Any]], bool]) -> Format:
     return Format(
         name=name,
+        packed_on_card=True,
         says="int of 2, 3, 4 or 8 bits, symmetric or not, one scheme for all layers, dense models",
         holds=_gptq_holds,
         stored=_gptq_stored,
@@ -271,6 +274,7 @@ def _awq_holds(scheme: Scheme) -> bool:
 
 AWQ = Format(
     name="awq",
+    packed_on_card=True,
     says="asymmetric int of 4 bits, one scheme for all layers, dense models",
     holds=_awq_holds,
     stored=_awq_stored,
@@ -344,6 +348,7 @@ def _bnb_family(config: Mapping[str, Any]) -> list[str]:
 
 BITSANDBYTES = Format(
     name="bitsandbytes",
+    packed_on_card=True,
     says="nf4, fp4 and llm-int8",
     holds=lambda scheme: isinstance(scheme, FourBitFloatScheme | LlmInt8Scheme),
     stored=_bnb_stored,

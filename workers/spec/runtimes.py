@@ -53,6 +53,7 @@ class RuntimeRequest(Frozen):
     arithmetic: Arithmetic = "any"
     loader: str = DEFAULT_LOADER
     unused: tuple[str, ...] = Field((), description="Keys that the source has, too, without a place in the model.")
+    device_bytes: int = Field(0, description="What its weights take on a card; with less free there, the CPU is used.")
     new_tokens: int = Field(24, ge=1, description="Tokens that are generated after each prompt.")
 
 

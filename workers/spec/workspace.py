@@ -11,6 +11,8 @@ MANIFEST = "quantmill.json"
 MAX_SHARD_BYTES = 2_000_000_000
 # Maximum tokens of a micro-batch: enough for efficient matrix products, few enough for the logits to fit in memory.
 MICRO_BATCH_TOKENS = 4096
+# Tokens whose logits are computed and compared at a time: a vocabulary is many times as wide as a model.
+LOGITS_ROWS = 512
 
 
 def artifact_folder(workspace: Path | str, order: Order) -> Path:

@@ -32,9 +32,10 @@ from workers.numerics import divergence
 from workers.spec.auto_classes import loader_of
 from workers.spec.bounds import fit_to_show
 from workers.spec.data import Verification
-from workers.spec.formats import FORMATS, recognised
+from workers.spec.formats import FORMATS, Format, recognised
 from workers.spec.job import CHECKED, LOADER_CHECKED, Generation, Job, Metrics, ModelPin, RuntimeAgreement, SourceCheck
 from workers.spec.runtimes import Runtime, RuntimeRequest, checking, runtime_named
+from workers.spec.workspace import LOGITS_ROWS
 from workers.verify import fidelity, gates, source_check
 from workers.verify.activations import rounded_inputs
 from workers.verify.integrity import Findings
@@ -195,21 +196,23 @@ class Comparison:
         )
 
     def _metrics(self, head: LogitsHead, hidden: list[Tensor]) -> Metrics:
-        return self.metrics(head.logits(ours[None])[0].float() for ours in fidelity.rows(hidden))
+        return self.metrics(_pieces(head, ours) for ours in fidelity.rows(hidden))
 
-    def metrics(self, logits: Iterable[Tensor], sequences: int | None = None) -> Metrics:
-        """Metrics of an artifact's logits, float32 [T, V] for each held-out sequence, against the reference's.
+    def metrics(self, logits: Iterable[Iterable[Tensor]], sequences: int | None = None) -> Metrics:
+        """Metrics of an artifact's logits against the reference's.
 
-        ``sequences``: the first so many alone.
+        ``logits``: of each held-out sequence, float32 [T, V] in pieces of ``LOGITS_ROWS`` rows. ``sequences``: the
+        first so many alone.
         """
         reference_hidden, head = self._reference_hidden(), LogitsHead(self.reference)
 
-        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-            for theirs, ours in zip(islice(fidelity.rows(reference_hidden), sequences), logits, strict=True):
-                reference_TV = head.logits(theirs[None])[0].float()
-                yield reference_TV, ours.to(reference_TV.device)
+        def pairs(theirs: Tensor, ours: Iterable[Tensor]) -> Iterator[fidelity.Pair]:
+            for reference_RV, ours_RV in zip(_pieces(head, theirs), ours, strict=True):
+                yield reference_RV, ours_RV.to(reference_RV.device)
 
-        return fidelity.compare(pairs(), self.held_out.rows[:sequences])
+        hidden = islice(fidelity.rows(reference_hidden), sequences)
+        compared = (pairs(theirs, ours) for theirs, ours in zip(hidden, logits, strict=True))
+        return fidelity.compare(compared, self.held_out.rows[:sequences])
 
     @property
     def _reference_file(self) -> ReferenceFile:
@@ -256,9 +259,19 @@ class Comparison:
             arithmetic=row.arithmetic(declared) if row else "any",
             loader=loader_of(config),
             unused=self.reference.unused,
+            device_bytes=self._on_a_card(folder, row),
         )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what this process keeps for later, the other can't have
         tokens = self.tokens[:RUNTIME_SEQUENCES, :RUNTIME_TOKENS].clone()
         return ask(runtime, request, tokens, self.prompts, self.tokens if held_out else None)
+
+    def _on_a_card(self, folder: Path, row: Format | None) -> int:
+        """Bytes of an artifact's weights in a runtime on a card: packed as they are stored, or in half precision."""
+        if row is not None and row.packed_on_card:
+            return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        weights: int = sum(parameter.numel() for parameter in self.reference.model.parameters())
+        return 2 * weights
 
     def _agreement(
         self, answer: RuntimeAnswer, head: LogitsHead, hidden: list[Tensor]
@@ -373,3 +386,9 @@ class _Asking:
         if isinstance(ended, BaseException):
             raise ended
         return ended
+
+
+def _pieces(head: LogitsHead, hidden_TH: Tensor) -> Iterator[Tensor]:
+    """Logits of a sequence, float32 [R, V] for some rows after the other."""
+    for piece_RH in torch.split(hidden_TH, LOGITS_ROWS):
+        yield head.logits(piece_RH[None])[0].float()

@@ -11,20 +11,23 @@ from torch import Tensor
 from workers.numerics import divergence
 from workers.spec.job import Metrics
 
+# (reference, artifact) logits [R, V] of some successive tokens of a sequence.
+Pair = tuple[Tensor, Tensor]
 
-def compare(pairs: Iterable[tuple[Tensor, Tensor]], tokens: Iterable[Tensor]) -> Metrics:
-    """Compute metrics over sequences: for each its (reference, artifact) logits [T, V], and its tokens.
+
+def compare(sequences: Iterable[Iterable[Pair]], tokens: Iterable[Tensor]) -> Metrics:
+    """Compute metrics over sequences: for each its logits, in pieces of rows, and its tokens.
 
     Tokens of one sequence aren't independent, so the confidence bounds use sequences as samples.
     """
-    kl, agree, log_ratio, reference_nll = [], [], [], []
-    for (reference_TV, ours_TV), tokens_T in zip(pairs, tokens, strict=True):
-        kl.append(divergence.kl_divergence(reference_TV, ours_TV))
-        agree.append(divergence.top1_agreement(reference_TV, ours_TV))
-        targets = tokens_T[1:].to(reference_TV.device)
-        theirs = divergence.negative_log_likelihood(reference_TV[:-1], targets)
-        reference_nll.append(theirs)
-        log_ratio.append(divergence.negative_log_likelihood(ours_TV[:-1], targets) - theirs)
+    kl: list[Tensor] = []
+    agree: list[Tensor] = []
+    reference_nll: list[Tensor] = []
+    log_ratio: list[Tensor] = []
+    for pieces, tokens_T in zip(sequences, tokens, strict=True):
+        measured = zip(*_measured(pieces, tokens_T), strict=True)
+        for values, found in zip((kl, agree, reference_nll, log_ratio), measured, strict=True):
+            values.append(torch.cat(found))
     all_kl, all_agree = torch.cat(kl), torch.cat(agree)
     mean_nll = torch.cat(reference_nll).mean().item()
     mean_ratio = torch.cat(log_ratio).mean().item()
@@ -43,6 +46,18 @@ def compare(pairs: Iterable[tuple[Tensor, Tensor]], tokens: Iterable[Tensor]) ->
         eval_tokens=count,
         perplexity_ratio_lower=_bound(ratio[0]),
     )
+
+
+def _measured(pieces: Iterable[Pair], tokens_T: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Of each piece's tokens: KL, whether the first choice agrees, -log p in the reference, and log p's difference."""
+    start = 0
+    for reference_RV, ours_RV in pieces:
+        start, first = start + len(reference_RV), start
+        targets = tokens_T[first + 1 : start + 1].to(reference_RV.device)  # the last token of all has none
+        theirs = divergence.negative_log_likelihood(reference_RV[: len(targets)], targets)
+        ours = divergence.negative_log_likelihood(ours_RV[: len(targets)], targets)
+        kl = divergence.kl_divergence(reference_RV, ours_RV)
+        yield kl, divergence.top1_agreement(reference_RV, ours_RV), theirs, ours - theirs
 
 
 def _exp(value: float) -> float:

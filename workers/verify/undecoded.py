@@ -16,6 +16,7 @@ from torch import Tensor
 from workers.checkpoint.source import Header, ModelSource, Source
 from workers.formats.folded import Folded
 from workers.spec.runtimes import TRANSFORMERS
+from workers.spec.workspace import LOGITS_ROWS
 from workers.verify import gates
 from workers.verify.comparison import RUNTIME_SEQUENCES, RUNTIME_TOKENS, Comparison
 from workers.verify.integrity import Findings, companions_of, listed, settings_of
@@ -97,7 +98,7 @@ def measure(comparison: Comparison, folder: Path, problems: list[str]) -> gates.
         # The same text once more, as the beginning of longer sequences: logits don't depend on what follows.
         again = torch.stack([load_file(path)["logits"][:RUNTIME_TOKENS].float() for path in files[:RUNTIME_SEQUENCES]])
         agreement, found = comparison.agreement(answer, again)
-        metrics = comparison.metrics((load_file(path)["logits"].float() for path in files), len(files))
+        metrics = comparison.metrics((_in_pieces(path) for path in files), len(files))
     return gates.Evidence(
         integrity=problems,
         runtime_problems=found,
@@ -107,3 +108,9 @@ def measure(comparison: Comparison, folder: Path, problems: list[str]) -> gates.
         generations=comparison.generations(answer),
         promised_tokens=comparison.verification.tokens,
     )
+
+
+def _in_pieces(path: Path) -> tuple[Tensor, ...]:
+    """The logits of a file, float32 [T, V], in pieces of ``LOGITS_ROWS`` rows."""
+    logits_TV: Tensor = load_file(path)["logits"].float()
+    return torch.split(logits_TV, LOGITS_ROWS)

@@ -68,6 +68,11 @@ def without(name: str) -> dict[str, str]:
             {},
             "compute capability 3.7 of K80: bitsandbytes expects 6.0 or more; use the CPU",
         ),
+        (
+            {"devices": [H100], "torch_architectures": ["sm_75", "sm_80", "sm_86"]},
+            {},
+            "capability 9.0, and torch 99 has kernels for sm_75, sm_80, sm_86; install a build of torch for this card",
+        ),
         ({"refused": {"bnb-nf4": "its own words; mend it"}}, {}, "its own words; mend it"),
     ],
 )
@@ -86,10 +91,34 @@ def test_what_is_known_beforehand_is_said_with_its_remedy(
         ({"devices": [A100], "cards": 1, "torch_cuda": "12.8"}, {"compute_dtype": "bfloat16"}),
         ({"devices": [T4], "cards": 1, "torch_cuda": "12.8"}, {"compute_dtype": "float16"}),
         ({"devices": [H100], "torch_cuda": "12.9", "bitsandbytes_cuda": ["11.8", "12.8"]}, {}),
+        (
+            {"devices": [H100, T4], "torch_architectures": ["sm_75", "sm_80", "compute_80"]},
+            {"compute_dtype": "float16"},
+        ),
     ],
 )
 def test_what_runs_is_not_refused(changes: dict[str, Any], options: dict[str, Any]) -> None:
     assert problems(facts(**changes), NF4.model_copy(update={"options": BitsAndBytesOptions(**options)})) == []
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        (["sm_80"], (8, 6), True),
+        (["sm_86"], (8, 0), False),
+        (["sm_80", "sm_90"], (10, 0), False),
+        (["sm_80", "compute_90"], (12, 0), True),
+        (["sm_100"], (10, 3), True),
+        (["sm_90a"], (9, 0), True),
+        (["sm_100a"], (10, 3), False),
+        (["sm_100f"], (10, 3), True),
+        (["gfx90a"], (9, 0), True),
+    ],
+)
+def test_a_builds_architectures_are_compared_with_the_card(
+    architectures: list[str], capability: tuple[int, int], runs: bool
+) -> None:
+    assert preflight.has_kernels(architectures, capability) is runs
 
 
 def test_fp8_on_an_older_card_is_a_note() -> None:

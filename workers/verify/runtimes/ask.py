@@ -12,6 +12,7 @@ from torch import Tensor
 
 from workers.errors import WorkerDied
 from workers.machine import child
+from workers.machine.card_errors import card_error_at_end
 from workers.machine.environments import interpreter
 from workers.machine.failures import of_a_process
 from workers.spec.base import Frozen
@@ -88,6 +89,7 @@ def in_a_process(entry: str, request: Frozen, scratch: Path, what: str, python: 
 
     Raises:
         OutOfMemory: the process ran out of memory.
+        DeviceLost, DeviceUnusable: its card failed.
         WorkerDied: it was killed by somebody else, or gave no answer within the deadline.
     """
     try:
@@ -95,7 +97,8 @@ def in_a_process(entry: str, request: Frozen, scratch: Path, what: str, python: 
     except TimeoutError:
         raise WorkerDied(f"{what}: no answer within {DEADLINE_SECONDS:.0f} s") from None
     if done.answer is None:
-        if done.memory or done.code == -signal.SIGKILL:  # nothing that a checkpoint could have done
+        # Nothing that a checkpoint could have done.
+        if done.memory or done.code == -signal.SIGKILL or card_error_at_end(done.stderr) is not None:
             raise of_a_process(what, done)
         return {"error": f"the process ended with {done.code}: {done.said}", "not_here": False}
     answer: dict[str, Any] = json.loads(done.answer)

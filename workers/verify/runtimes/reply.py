@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from workers.machine.card_errors import card_error
+
 # Messages of libraries that need hardware which this machine lacks.
 NOT_HERE = re.compile(r"(?i)no gpu|(requires?|needs?) (a |an )?(\w+ )?(gpu|cuda|accelerator|xpu)|cuda is not available")
 
@@ -46,8 +48,9 @@ def processor() -> str:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, which isn't the checkpoint's fault."""
-    return isinstance(error, MemoryError) or "out of memory" in str(error) or type(error).__name__ == "OutOfMemoryError"
+    """Whether memory ran out or a card failed, which isn't the checkpoint's fault; the process ends by it."""
+    ran_out = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return ran_out or "out of memory" in str(error) or card_error(error) is not None
 
 
 def in_a_line(error: Exception) -> str:

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from workers.machine import fp8_kernels
 from workers.machine.memory import peak_host_bytes
 from workers.model.generation import failing_settings, greedy
 from workers.spec.patterns import is_speculative
@@ -43,7 +45,8 @@ def _load_and_run(request: dict[str, Any]) -> dict[str, Any]:
     from safetensors.torch import load_file, save_file
 
     artifact, scratch = Path(request["artifact"]), Path(request["scratch"])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device(request.get("device_bytes", 0))
+    decoding, kernels = _decoding(artifact, device)
     model, loading = getattr(transformers, request["loader"]).from_pretrained(
         artifact,
         dtype=_dtype(request["arithmetic"], device),
@@ -52,6 +55,7 @@ def _load_and_run(request: dict[str, Any]) -> dict[str, Any]:
         trust_remote_code=request["trust_remote_code"],
         # Taken instead of the one in the artifact, which is judged by itself.
         generation_config=transformers.GenerationConfig(),
+        **decoding,
     )
     if device == "cpu" and request["arithmetic"] == "decoded":
         _widen(model)
@@ -71,6 +75,7 @@ def _load_and_run(request: dict[str, Any]) -> dict[str, Any]:
         "problems": [*wrong, *_settings_problems(artifact), *problems],
         "generated": generated,
         "host_bytes": peak_host_bytes(),
+        "kernels": kernels,
         **({"processor": torch.cuda.get_device_name()} if device == "cuda" else {}),
     }
 
@@ -92,6 +97,32 @@ def _continued(model: Any, artifact: Path, prompts: Any, new_tokens: int) -> tup
             raise
         return [], [f"runtime transformers: generates not: {in_a_line(error)}"]
     return [row[prompts.shape[1] :].tolist() for row in rows], []
+
+
+def _device(weights: int) -> str:
+    """A card, if there is one with room for so many bytes of weights and an eighth more; else the CPU."""
+    import torch
+
+    there = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] >= weights + weights // 8
+    return "cuda" if there else "cpu"
+
+
+def _decoding(artifact: Path, device: str) -> tuple[dict[str, Any], str]:
+    """What has the format fp8 decoded on loading where a card is, but its kernels don't run; and why they don't.
+
+    transformers does it by itself on a machine without a card, and on an old one; else it asks for a package.
+    """
+    import torch
+    import transformers
+
+    declared = json.loads((artifact / "config.json").read_text()).get("quantization_config") or {}
+    if declared.get("quant_method") != "fp8" or not torch.cuda.is_available():
+        return {}, ""
+    why = fp8_kernels.lacking(torch.cuda.get_device_capability() if device == "cuda" else None)
+    if not why:
+        return {}, ""
+    decoded = transformers.FineGrainedFP8Config.from_dict({**declared, "dequantize": True})
+    return {"quantization_config": decoded}, f"{why}: its weights were decoded"
 
 
 def _settings_problems(artifact: Path) -> list[str]:

@@ -1,0 +1,40 @@
+"""The stand-in for a card refuses what a card refuses, and counts what costs time there."""
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.device import card
+
+pytestmark = pytest.mark.timeout(600)  # the first of them compiles for half a minute, on busy cores for longer
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(card.run("tests.device.work", "tensors", memory=1 << 20, cards=2))
+    return found
+
+
+def test_two_devices_are_refused(seen: dict[str, Any]) -> None:
+    assert "found at least two devices" in seen["mixed"]["message"]
+    assert "found at least two devices" in seen["two cards"]["message"]
+    assert "invalid device ordinal" in seen["third card"]["message"]
+
+
+def test_more_memory_than_there_is_is_refused_with_torchs_own_error(seen: dict[str, Any]) -> None:
+    assert seen["too large"]["class"] == "OutOfMemoryError"
+    assert seen["too large"]["kind"] == "OutOfMemory"
+
+
+def test_a_poisoned_card_fails_ever_after(seen: dict[str, Any]) -> None:
+    assert [seen[name]["kind"] for name in ("poisoned", "still poisoned")] == ["DeviceLost", "DeviceLost"]
+
+
+def test_launches_waits_and_bytes_are_counted(seen: dict[str, Any]) -> None:
+    # To the card 4 x 4 float32; a product, a view (none) and a sum; one number back, which waits, and 64 bytes.
+    assert seen["counted"] == {"launches": 2, "waits": 3, "to": 64, "from_": 64, "peak": 3 * 512}
+
+
+def test_views_share_memory_and_inputs_in_place_keep_theirs(seen: dict[str, Any]) -> None:
+    assert seen["shared"] == [[0.0, 0.0], [1.0, 1.0]]

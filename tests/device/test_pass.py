@@ -1,0 +1,93 @@
+"""A whole pass on a card, for each method: right, and within budgets of launches, waits and bytes moved.
+
+A budget is the count when it was written and a quarter more: whoever brings back a loop or a copy has to raise it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.device import card
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+# Bytes of llama-tiny's checkpoint.
+MODEL_BYTES = 8_400_000
+
+
+class Budget(NamedTuple):
+    """The most launches and waits of a pass, bytes that it moves to the card as a multiple of the checkpoint's, and the
+    most launches of its verification."""
+
+    launches: int
+    waits: int
+    moved: float
+    verify: int
+
+
+BUDGETS = {
+    "gptq-w4-g128": Budget(42_000, 310, 1.8, 1_000),
+    "awq-w4-g128": Budget(42_000, 4_000, 2.6, 1_000),
+    "fp8-dynamic": Budget(1_300, 250, 1.8, 1_300),
+    "bnb-nf4": Budget(1_600, 380, 1.8, 1_000),
+}
+
+
+@pytest.fixture(scope="module", params=BUDGETS)
+def passed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    """A recipe, and the facts of its pass and its verification."""
+    workspace = tmp_path_factory.mktemp("device")
+    said = card.run("tests.device.work", "whole_pass", str(workspace), "llama-tiny", request.param, seconds=600)
+    facts: dict[str, Any] = json.loads(said)
+    return request.param, facts
+
+
+def test_the_artifact_is_right_and_its_runtime_agrees_on_the_card(passed: tuple[str, dict[str, Any]]) -> None:
+    name, facts = passed
+    verified = facts["verify"][name]
+    assert facts["quantize"]["failure"] is verified["failure"] is None
+    runtime, metrics = verified["verdict"]["runtime"], verified["verdict"]["metrics"]
+    assert runtime["processor"] == "Stand-in for a card"
+    assert runtime["relative_logit_difference"] < 0.02
+    assert metrics["kl_mean"] < 0.05
+    # The held-out text is too short for some bounds; nothing else may be against it.
+    assert set(verified["verdict"].get("codes", ())) <= {"perplexity"}
+
+
+def test_it_computes_on_the_card_within_its_budgets(passed: tuple[str, dict[str, Any]]) -> None:
+    name, facts = passed
+    made, verified, budget = facts["quantize"], facts["verify"][name], BUDGETS[name]
+    assert 100 < made["launches"] <= budget.launches
+    assert made["waits"] <= budget.waits
+    assert 100 < verified["launches"] <= budget.verify
+    # The model's layers once for the pass, and once more for the recipe; AWQ's a third time.
+    assert made["to"] <= budget.moved * MODEL_BYTES
+    assert made["device"] == made["peak"] > 0
+
+
+FAULTS = {
+    "illegal access": ("CUDA error: an illegal memory access was encountered", "DeviceLost"),
+    "no memory for a library": (
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "OutOfMemory",
+    ),
+    "another architecture": ("CUDA error: no kernel image is available for execution on the device", "DeviceUnusable"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_error_of_the_card_is_the_stages_and_no_recipes(fault: str, tmp_path: Path) -> None:
+    words, kind = FAULTS[fault]
+    said = json.loads(card.run("tests.device.work", "faulty_pass", str(tmp_path), "400", words))
+    assert said["failure"]["kind"] == kind, said
+    assert words.rstrip(".") in said["failure"]["message"]
+
+
+def test_out_of_memory_has_its_class_and_a_retry_with_room_succeeds(tmp_path: Path) -> None:
+    said = json.loads(card.run("tests.device.work", "tight_pass", str(tmp_path), seconds=600))
+    assert said["tight"]["failure"]["kind"] == "OutOfMemory", said
+    assert said["tight"]["peak"] <= said["limit"]
+    assert said["again"]["failure"] is None, said
+    assert said["again"]["peak"] > said["limit"]

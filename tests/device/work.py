@@ -1,0 +1,101 @@
+"""What tests run in a process that has a card: each command prints one JSON text of facts."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.zoo import shipped
+from tests.device.card import Card
+from tests.workers.jobs import ZOO, job, quick
+from workers.machine.failures import classify
+from workers.run import run_stage
+from workers.spec.job import Job, Stage, StageResult
+
+
+def card() -> Card:
+    """This process's cards, installed at its start."""
+    found: Card | None = builtins.TEST_CARD  # type: ignore[attr-defined]
+    assert found is not None
+    return found
+
+
+def _stage(of: Job, stage: Stage, recipe: str | None = None) -> tuple[StageResult, dict[str, Any]]:
+    """A stage's result, and its facts."""
+    with card().counted() as counted:
+        result = run_stage(of, stage, recipe)
+    failure = result.failure and {"kind": result.failure.kind, "message": result.failure.message}
+    if result.failure:
+        print(result.failure.traceback, file=sys.stderr)
+    return result, {**asdict(counted), "failure": failure, "device": result.memory.device, "seconds": result.seconds}
+
+
+def whole_pass(workspace: str, model: str, *recipes: str) -> dict[str, Any]:
+    """Quantize and verify a small model under recipes, in one pass."""
+    of = job(ZOO / "models" / model, Path(workspace), *(quick(shipped.recipe(name)) for name in recipes))
+    result, quantized = _stage(of, Stage.QUANTIZE)
+    verified = {}
+    for name in recipes if result.failure is None else ():
+        found, facts = _stage(of, Stage.VERIFY, name)
+        verified[name] = {**facts, "verdict": found.manifest and found.manifest.verdict.model_dump(mode="json")}
+    return {"quantize": quantized, "verify": verified}
+
+
+def faulty_pass(workspace: str, launches: str, words: str) -> dict[str, Any]:
+    """A pass of two recipes in which the card fails with these words after so many launches."""
+    of = job(ZOO / "models" / "llama-tiny", Path(workspace), "fp8-dynamic", "rtn-w4-g128")
+    card().fail_after(int(launches), words)
+    return _stage(of, Stage.QUANTIZE)[1]
+
+
+def tight_pass(workspace: str) -> dict[str, Any]:
+    """A pass on a card with less memory than it needs (10 MB), and the same again on one with enough."""
+    of = job(ZOO / "models" / "llama-tiny", Path(workspace), "fp8-dynamic")
+    limit = 9_000_000
+    card().limit(limit)
+    tight = _stage(of, Stage.QUANTIZE)[1]
+    card().limit(0)
+    return {"limit": limit, "tight": tight, "again": _stage(of, Stage.QUANTIZE)[1]}
+
+
+def _refused(what: Callable[[], Any]) -> dict[str, str]:
+    """The class of an error, ours for it, and its message."""
+    try:
+        what()
+    except Exception as error:
+        return {"class": type(error).__name__, "kind": type(classify(error)).__name__, "message": str(error)}
+    return {"class": "", "kind": "", "message": ""}
+
+
+def tensors() -> dict[str, Any]:
+    """What becomes of small tensors on two cards of 1 MiB each."""
+    import torch
+
+    one = torch.ones(4, 4)
+    with card().counted() as counted:
+        there = one.to("cuda")
+        product = there @ there
+        assert product[1:].sum().item() == 48
+        product.cpu()
+    shared = torch.ones(2, 2, device="cuda")
+    shared[:1].zero_()
+    found: dict[str, Any] = {
+        "counted": asdict(counted),
+        "shared": shared.tolist(),
+        "mixed": _refused(lambda: there @ one),
+        "two cards": _refused(lambda: there @ one.to("cuda:1")),
+        "third card": _refused(lambda: one.to("cuda:2")),
+        "too large": _refused(lambda: torch.empty(1 << 20, device="cuda")),
+    }
+    card().fail_after(1, "CUDA error: an illegal memory access was encountered")
+    there.add(there)
+    return found | {name: _refused(lambda: there.add(there)) for name in ("poisoned", "still poisoned")}
+
+
+if __name__ == "__main__":
+    print(json.dumps(globals()[sys.argv[1]](*sys.argv[2:])))

@@ -1,0 +1,114 @@
+"""Rounds blocks of columns in one launch each, as ``workers.numerics.gptq.sweep_columns`` does in several a column.
+
+B stacked problems, O output features, I input features, G groups, e = w - q; W is kept as [B, I, O].
+
+Column j of W becomes the code nearest to ``w_j + sum_k mixing[j, k] e_k``, and e_j its new error. What the columns
+outside a block of 128 add is a matrix product before the block's launch; inside, a program takes 32 rows of W through
+the block, column by column, with their 128 x 32 errors in registers. So a block takes two launches of PyTorch's own (a
+copy, a product) and one of this kernel, whether 1 or 128 problems are stacked.
+
+The sums have another order than the loop's, so a code may differ where its target lies within a rounding error of the
+middle between two codes. Loaded where Triton is installed, only.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from workers.numerics.precision import add_product
+
+BLOCK, ROWS = 128, 32
+# 1.5 x 2^23: added to a float32 of less than 2^22 and taken away again, it leaves the nearest integer, ties to even.
+TO_INTEGER = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def _round_block(
+    target, weight, mixing, error, code, scale, zero, group,
+    outputs, columns, of_mixing, next_of_mixing, next_of_weight, next_of_scale, next_of_group,
+    low, high,
+    ZEROS: tl.constexpr, LOWER: tl.constexpr, WIDTH: tl.constexpr, HEIGHT: tl.constexpr,
+):  # fmt: skip
+    """Round ``columns`` <= WIDTH columns of HEIGHT rows; grid (outputs / HEIGHT, problems).
+
+    target, weight, error, code: [columns, outputs], contiguous; mixing: [columns, columns], its rows ``of_mixing``
+    apart; scale, zero: float32 [G, outputs]; group: int32 [columns]. ``next_of_*``: elements to the next problem's.
+    """
+    problem = tl.program_id(1).to(tl.int64)
+    target += problem * next_of_weight
+    weight += problem * next_of_weight
+    error += problem * next_of_weight
+    code += problem * next_of_weight
+    mixing += problem * next_of_mixing
+    scale += problem * next_of_scale
+    zero += problem * next_of_scale
+    group += problem * next_of_group
+    row = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
+    there = row < outputs
+    k = tl.arange(0, WIDTH)
+    errors = tl.zeros((HEIGHT, WIDTH), dtype=tl.float32)
+    if not LOWER:
+        at = row[:, None] + k[None, :].to(tl.int64) * outputs
+        errors = tl.load(error + at, mask=there[:, None] & (k < columns)[None, :], other=0.0)
+    for j in range(columns):
+        others = k < j if LOWER else (k < columns) & (k != j)
+        mixed = tl.load(mixing + j * of_mixing + k, mask=others, other=0.0)
+        at = j * outputs + row
+        wanted = tl.load(target + at, mask=there, other=0.0) + tl.sum(errors * mixed[None, :], axis=1)
+        params = tl.load(group + j).to(tl.int64) * outputs + row
+        size = tl.load(scale + params, mask=there, other=1.0)
+        step = tl.div_rn(wanted, size)
+        if ZEROS:
+            middle = tl.load(zero + params, mask=there, other=0.0)
+            step += middle
+        step = tl.minimum(tl.maximum(step, low), high)
+        step = (step + TO_INTEGER) - TO_INTEGER
+        tl.store(code + at, step, mask=there)
+        if ZEROS:
+            step -= middle
+        left = tl.load(weight + at, mask=there, other=0.0) - step * size
+        tl.store(error + at, left, mask=there)
+        errors = tl.where((k == j)[None, :], left[:, None], errors)
+
+
+def sweep(
+    wt_BIO: Tensor,
+    mixing_BII: Tensor,
+    error_BIO: Tensor,
+    scale_BOG: Tensor,
+    zero_BOG: Tensor | None,
+    group_BI: Tensor,
+    bounds: tuple[int, int],
+    *,
+    lower: bool,
+) -> Tensor:
+    """Codes as floats [B, I, O], integers within ``bounds``; see ``gptq.sweep_columns``, which gives the same.
+
+    ``error_BIO`` is replaced by the new codes' error. ``group_BI`` is each column's group.
+    """
+    problems, width, outputs = wt_BIO.shape
+    scale_BGO = scale_BOG.float().mT.contiguous()
+    zero_BGO = scale_BGO if zero_BOG is None else zero_BOG.float().mT.contiguous()
+    codes_BIO = torch.empty_like(wt_BIO)
+    grid = (triton.cdiv(outputs, ROWS), problems)
+    for start in range(0, width, BLOCK):
+        here = slice(start, min(start + BLOCK, width))
+        weight = wt_BIO[:, here].contiguous()
+        target, error = weight.clone(), error_BIO[:, here].contiguous()
+        for inside in (slice(0, start), slice(here.stop, 0 if lower else width)):
+            if inside.start < inside.stop:
+                add_product(target, mixing_BII[:, here, inside], error_BIO[:, inside])
+        mixing = mixing_BII[:, here, here].contiguous()
+        group = group_BI[:, here].to(torch.int32).contiguous()
+        codes = torch.empty_like(weight)
+        _round_block[grid](
+            target, weight, mixing, error, codes, scale_BGO, zero_BGO, group,
+            outputs, here.stop - start, mixing.stride(1), mixing.stride(0), weight.stride(0), scale_BGO.stride(0),
+            group.stride(0), float(bounds[0]), float(bounds[1]),
+            ZEROS=zero_BOG is not None, LOWER=lower, WIDTH=BLOCK, HEIGHT=ROWS, num_warps=4,
+        )  # fmt: skip
+        error_BIO[:, here], codes_BIO[:, here] = error, codes
+    return codes_BIO
