@@ -97,7 +97,7 @@ def _library_problem(source: PinnedModel, recipe: Recipe) -> str | None:
     if not isinstance(recipe, LibraryRecipe):
         return None
     kinds = {
-        "is a mixture of experts, of which libraries store what transformers reads as random weights": any(
+        "is a mixture of experts, some of which libraries store so that transformers reads random weights": any(
             EXPERT.search(tensor.name) for tensor in source.tensors
         ),
         "has its layers in Conv1D modules, which aren't linear ones to libraries": source.family.conv1d,

@@ -175,7 +175,8 @@ def test_a_librarys_artifact_stands_beside_ours(name: str, tmp_path: Path) -> No
     metrics, other = manifest.verdict.metrics, by_name["ours"].verdict.metrics
     assert metrics is not None
     assert other is not None
-    assert metrics.kl_mean < (1.1 if recipe.method == "rtn" else 1.0) * other.kl_mean
+    # Solvers beat rounding; another rounding on the same grid chooses its scales otherwise.
+    assert metrics.kl_mean < (1.5 if recipe.method == "rtn" else 1.0) * other.kl_mean
     to = Destination(endpoint=str(tmp_path / "published"))
     revision = destinations.publish(to, "acme/theirs", Path(theirs.path))
     standing = destinations.standing(to.endpoint, "acme/theirs", job.orders[0].fingerprint)
