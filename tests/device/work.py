@@ -97,5 +97,31 @@ def tensors() -> dict[str, Any]:
     return found | {name: _refused(lambda: there.add(there)) for name in ("poisoned", "still poisoned")}
 
 
+def searches() -> dict[str, Any]:
+    """Launches of each search for a weight of 1024 x 1024, and whether it finds what it finds on the CPU."""
+    import torch
+
+    from workers.numerics import hqq, microscaling, rounding
+
+    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(1))
+    half = torch.float16
+    of: dict[str, Callable[[Any], Any]] = {
+        "hqq": lambda w: hqq.params(w, 4, 64, scale_dtype=half, iterations=20, norm=0.7),
+        "mxfp4": microscaling.mxfp4,
+        "nvfp4": microscaling.nvfp4,
+        "mse": lambda w: rounding.mse_params(w, 4, 128, symmetric=False, scale_dtype=half),
+    }
+    found = {}
+    for name, search in of.items():
+        on_card = weight.to("cuda")
+        with card().counted() as counted:
+            there = search(on_card)
+        same = all(
+            torch.equal(one.cpu(), other) for one, other in zip(there, search(weight), strict=True) if other is not None
+        )
+        found[name] = {"launches": counted.launches, "waits": counted.waits, "same": same}
+    return found
+
+
 if __name__ == "__main__":
     print(json.dumps(globals()[sys.argv[1]](*sys.argv[2:])))
