@@ -7,7 +7,7 @@ OUT ?= runs
 # Tests of one file stay together, for they share what was made for them; the longest files come first (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: docs help setup quickstart test test-gpu test-slow walk night check lint types contracts tables runtimes bench constraints clean
+.PHONY: bench-gpu docs help setup quickstart test test-gpu test-slow walk night check lint types contracts tables runtimes bench constraints clean
 
 help:
 	@echo "make quickstart   two small models x three recipes: quantized, verified, published to a loopback Hub"
@@ -20,6 +20,7 @@ help:
 	@echo "make tables       print the README's tables and docs/reference from the rows, models and commands"
 	@echo "make docs         build the documentation in site/, with strict links (an environment of its own)"
 	@echo "make runtimes     load every recipe's artifact in every runtime whose environment is built; writes docs/runtimes.md"
+	@echo "make bench-gpu    measure solvers and searches on a card (on the CPU where there is none)"
 	@echo "make bench        measure; results go into tests/bench/RESULTS.md by hand"
 
 setup: $(STAMP)
@@ -83,6 +84,10 @@ runtimes: $(STAMP)
 
 bench: $(STAMP)
 	for what in solver pass memory datafree publish sizing fleet planning night simulation; do $(BIN)/python -m tests.bench.bench_$$what || exit 1; done
+
+# Solvers and searches on a card, as one Markdown table; paste it into tests/bench/RESULTS.md with the card's name.
+bench-gpu: $(STAMP)
+	$(BIN)/python -m tests.bench.bench_gpu
 
 constraints: $(DOCS)/.installed
 	( head -1 constraints.txt; \

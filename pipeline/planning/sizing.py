@@ -32,6 +32,8 @@ PROCESS_BYTES, LOADER_BYTES = 580_000_000, 680_000_000
 TENSOR_BYTES = 16_000
 # GPU bytes of such a process: CUDA context and kernels. Not measured yet.
 DEVICE_BYTES = 1_000_000_000
+# GPU bytes of a search for scales: eight temporaries of a piece of a weight in float32 (numerics.pieces.ON_A_CARD).
+SEARCH_BYTES = 32 * (1 << 25)
 # Bytes per weight of the largest layer: as read, the next layer prefetched, the model's float32, the method's own copy.
 LAYER_BYTES = 12
 # Bytes per logit of a piece of a sequence: both models' logits, their logarithms, and the loading process's logits and
@@ -315,7 +317,8 @@ def _quantizing(
     host += TENSOR_BYTES * len(shape.every)
     # On a GPU weights and hidden states are in half precision; those of waiting micro-batches stay there, too.
     waiting = (1 + recipe.needs.own_stream) * tokens * _bytes_for_each_token(source, shape, longest, floats=2)
-    device = DEVICE_BYTES + 2 * outside + (LAYER_BYTES // 2) * layer + 2 * hessians + waiting + working
+    searched = min(SEARCH_BYTES, 32 * layer)
+    device = DEVICE_BYTES + 2 * outside + (LAYER_BYTES // 2) * layer + searched + 2 * hessians + waiting + working
     return Need(host, device)
 
 

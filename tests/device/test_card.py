@@ -38,3 +38,20 @@ def test_launches_waits_and_bytes_are_counted(seen: dict[str, Any]) -> None:
 
 def test_views_share_memory_and_inputs_in_place_keep_theirs(seen: dict[str, Any]) -> None:
     assert seen["shared"] == [[0.0, 0.0], [1.0, 1.0]]
+
+
+# Launches of a search of one weight of 1024 x 1024, in one piece: the same up to 2^25 elements.
+SEARCHES = {"hqq": 1_800, "mxfp4": 110, "nvfp4": 300, "mse": 380}
+
+
+@pytest.fixture(scope="module")
+def searched() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(card.run("tests.device.work", "searches"))
+    return found
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_search_takes_few_launches_and_finds_what_it_finds_on_the_cpu(searched: dict[str, Any], name: str) -> None:
+    assert searched[name]["same"]
+    assert 0 < searched[name]["launches"] <= SEARCHES[name], searched
+    assert searched[name]["waits"] <= 4, searched

@@ -91,3 +91,15 @@ def test_out_of_memory_has_its_class_and_a_retry_with_room_succeeds(tmp_path: Pa
     assert said["tight"]["peak"] <= said["limit"]
     assert said["again"]["failure"] is None, said
     assert said["again"]["peak"] > said["limit"]
+
+
+@pytest.mark.parametrize(("capability", "says"), [((9, 0), "package kernels"), ((8, 6), "capability 8.6")])
+def test_fp8_in_blocks_is_verified_where_transformers_has_no_kernels(
+    capability: tuple[int, int], says: str, tmp_path: Path
+) -> None:
+    """transformers decodes it on loading there, so the activations aren't rounded: neither by it nor by us."""
+    said = card.run("tests.device.work", "whole_pass", str(tmp_path), "llama-tiny", "fp8-block", capability=capability)
+    verdict = json.loads(said)["verify"]["fp8-block"]["verdict"]
+    assert verdict["runtime"] is not None, verdict
+    assert says in verdict["runtime"]["kernels"]
+    assert verdict["runtime"]["relative_logit_difference"] < 1e-3

@@ -54,9 +54,9 @@ def faulty_pass(workspace: str, launches: str, words: str) -> dict[str, Any]:
 
 
 def tight_pass(workspace: str) -> dict[str, Any]:
-    """A pass on a card with less memory than it needs (10 MB), and the same again on one with enough."""
+    """A pass on a card with far too little memory, and the same again with enough."""
     of = job(ZOO / "models" / "llama-tiny", Path(workspace), "fp8-dynamic")
-    limit = 9_000_000
+    limit = 3_000_000
     card().limit(limit)
     tight = _stage(of, Stage.QUANTIZE)[1]
     card().limit(0)
@@ -95,6 +95,32 @@ def tensors() -> dict[str, Any]:
     card().fail_after(1, "CUDA error: an illegal memory access was encountered")
     there.add(there)
     return found | {name: _refused(lambda: there.add(there)) for name in ("poisoned", "still poisoned")}
+
+
+def searches() -> dict[str, Any]:
+    """Launches of each search for a weight of 1024 x 1024, and whether it finds what it finds on the CPU."""
+    import torch
+
+    from workers.numerics import hqq, microscaling, rounding
+
+    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(1))
+    half = torch.float16
+    of: dict[str, Callable[[Any], Any]] = {
+        "hqq": lambda w: hqq.params(w, 4, 64, scale_dtype=half, iterations=20, norm=0.7),
+        "mxfp4": microscaling.mxfp4,
+        "nvfp4": microscaling.nvfp4,
+        "mse": lambda w: rounding.mse_params(w, 4, 128, symmetric=False, scale_dtype=half),
+    }
+    found = {}
+    for name, search in of.items():
+        on_card = weight.to("cuda")
+        with card().counted() as counted:
+            there = search(on_card)
+        same = all(
+            torch.equal(one.cpu(), other) for one, other in zip(there, search(weight), strict=True) if other is not None
+        )
+        found[name] = {"launches": counted.launches, "waits": counted.waits, "same": same}
+    return found
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from workers.numerics import rounding
+from workers.numerics.pieces import rows_at_a_time
 
 # The weight of the quadratic term, and its growth factor per iteration.
 BETA, GROWTH = 10.0, 1.01
@@ -30,7 +31,8 @@ def params(
     size = group_size or w_OI.shape[-1]
     groups_Ng = w_OI.reshape(-1, size)
     scales, zeros = [], []
-    for piece_Ng in torch.split(groups_Ng, max(PIECE_ELEMENTS // size, 1)):
+    at_once = rows_at_a_time(size, w_OI.device, max(PIECE_ELEMENTS // size, 1))
+    for piece_Ng in torch.split(groups_Ng, at_once):
         scale_N, zero_N = _fit(piece_Ng.float(), bits, scale_dtype, iterations, norm)
         scales.append(scale_N)
         zeros.append(zero_N)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from workers.numerics.fp8 import nearest_ as nearest_e4m3_
 from workers.numerics.fp8 import to_e4m3
+from workers.numerics.pieces import rows_at_a_time
 
 # Values of the codes 0 to 7; 8 to 15 are the same with a minus sign.
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -154,7 +155,8 @@ def _exponents(
 
 
 def _by_rows(w_OI: Tensor, piece: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    pieces = [piece(w_RI) for w_RI in torch.split(w_OI.contiguous(), ROWS_AT_A_TIME)]
+    at_once = rows_at_a_time(w_OI.shape[-1], w_OI.device, ROWS_AT_A_TIME)
+    pieces = [piece(w_RI) for w_RI in torch.split(w_OI.contiguous(), at_once)]
     return torch.cat([codes for codes, _ in pieces]), torch.cat([bits for _, bits in pieces])
 
 

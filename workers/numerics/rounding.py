@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from workers.numerics.pieces import rows_at_a_time
+
 # Factors on the min-max range tried by the MSE search: a coarse grid; then smaller ones for groups whose best was the
 # smallest (2 or 3 bits for a long row with outliers: the best is 0.1 to 0.4); then halving steps around the best.
 COARSE = (1.0, 0.9, 0.8, 0.7, 0.56)
@@ -54,8 +56,9 @@ def mse_params(
     if importance_I is not None:
         weights = importance_I.float().unsqueeze(-2).expand(w_OI.shape).reshape(flat.shape)
     scales, zeros = [], []
-    for start in range(0, len(flat), ROWS_AT_A_TIME):
-        piece = slice(start, start + ROWS_AT_A_TIME)
+    at_once = rows_at_a_time(flat.shape[1:].numel(), flat.device, ROWS_AT_A_TIME)
+    for start in range(0, len(flat), at_once):
+        piece = slice(start, start + at_once)
         weight = None if weights is None else _grouped(weights[piece], group_size)
         scale, zero = _search(_grouped(flat[piece].float(), group_size), weight, bits, symmetric, scale_dtype)
         scales.append(scale)

@@ -68,6 +68,7 @@ class Format:
     ``cache_declaration``: what ``quantization_config`` says of keys and values in FP8, whose scales
     are tensors of their attention modules (``CACHE_SCALES``).
     ``blocks``: experts that the source has in one MXFP4 tensor (``spec.low_bit``) are stored as they are.
+    ``decodes_on_loading``: where transformers' kernels for it don't run, it can decode the weights instead.
     ``packed_on_card``: transformers keeps the codes on a card, others are decoded to half precision there.
     ``speculative``: its readers take quantized layers of a speculative block, which the model's class doesn't build.
     """
@@ -106,6 +107,7 @@ class Format:
     blocks: bool = False
     speculative: bool = False
     packed_on_card: bool = False
+    decodes_on_loading: bool = False
 
 
 # ------------------------------------------------------------------------------------- compressed-tensors
@@ -302,6 +304,7 @@ def _fp8_stored(scheme: Scheme, weight: TensorHeader) -> list[TensorHeader]:
 
 FP8 = Format(
     name="fp8",
+    decodes_on_loading=True,
     says=f"fp8 with scales for each block of {FP8_BLOCK} x {FP8_BLOCK}",
     holds=lambda scheme: isinstance(scheme, Float8Scheme) and scheme.scales == "block",
     stored=_fp8_stored,

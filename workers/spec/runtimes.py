@@ -54,6 +54,7 @@ class RuntimeRequest(Frozen):
     loader: str = DEFAULT_LOADER
     unused: tuple[str, ...] = Field((), description="Keys that the source has, too, without a place in the model.")
     device_bytes: int = Field(0, description="What its weights take on a card; with less free there, the CPU is used.")
+    decodes_on_loading: bool = Field(False, description="As of the artifact's format.")
     new_tokens: int = Field(24, ge=1, description="Tokens that are generated after each prompt.")
 
 

@@ -260,6 +260,7 @@ class Comparison:
             loader=loader_of(config),
             unused=self.reference.unused,
             device_bytes=self._on_a_card(folder, row),
+            decodes_on_loading=row is not None and row.decodes_on_loading,
         )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what this process keeps for later, the other can't have

@@ -46,7 +46,7 @@ def _load_and_run(request: dict[str, Any]) -> dict[str, Any]:
 
     artifact, scratch = Path(request["artifact"]), Path(request["scratch"])
     device = _device(request.get("device_bytes", 0))
-    decoding, kernels = _decoding(artifact, device)
+    decoding, kernels = _decoding(artifact, device) if request.get("decodes_on_loading") else ({}, "")
     model, loading = getattr(transformers, request["loader"]).from_pretrained(
         artifact,
         dtype=_dtype(request["arithmetic"], device),
@@ -108,20 +108,20 @@ def _device(weights: int) -> str:
 
 
 def _decoding(artifact: Path, device: str) -> tuple[dict[str, Any], str]:
-    """What has the format fp8 decoded on loading where a card is, but its kernels don't run; and why they don't.
+    """What has an artifact decoded on loading where a card is, but its format's kernels don't run; and why they don't.
 
     transformers does it by itself on a machine without a card, and on an old one; else it asks for a package.
     """
     import torch
-    import transformers
+    from transformers.quantizers.auto import AutoQuantizationConfig
 
-    declared = json.loads((artifact / "config.json").read_text()).get("quantization_config") or {}
-    if declared.get("quant_method") != "fp8" or not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         return {}, ""
     why = fp8_kernels.lacking(torch.cuda.get_device_capability() if device == "cuda" else None)
     if not why:
         return {}, ""
-    decoded = transformers.FineGrainedFP8Config.from_dict({**declared, "dequantize": True})
+    declared = json.loads((artifact / "config.json").read_text())["quantization_config"]
+    decoded = AutoQuantizationConfig.from_dict({**declared, "dequantize": True})
     return {"quantization_config": decoded}, f"{why}: its weights were decoded"
 
 
