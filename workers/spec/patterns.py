@@ -11,10 +11,10 @@ LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 # Parts of names, before a layer's number, of what isn't the text model's decoder: towers for images, video and sound,
 # what projects their features, speech synthesis, prediction heads. Learnt from the classes of transformers 5.23.
 BESIDE = re.compile(
-    r"^blocks$|^(mlp1|encoder)(?=\.|$)|(^|[._])(vision|visual|vit|vpm|image|images|video|audio|speech|sound|acoustic|"
-    r"semantic|conformer|whisper|sam|vqmodel|vq|qformer|resampler|perceiver|projectors?|projections?|local_(de|en)coder|"
-    r"patcher|qwen2_model|connector|adapter|adaptor|aligner|merger|abstractor|talker|code_predictor|code2wav|token2wav|"
-    r"mtp|eagle)(?=[._\d]|model|tower|encoder|$)"
+    r"^blocks$|^mlp1(?=\.|$)|^encoder\.layers$|^encoder\.(?!layer\b)|(^|[._])(vision|visual|vit|vpm|image|images|video|"
+    r"audio|speech|sound|acoustic|semantic|conformer|whisper|sam|vqmodel|vq|qformer|resampler|perceiver|projectors?|"
+    r"projections?|local_(de|en)coder|patcher|qwen2_model|connector|adapter|adaptor|aligner|merger|abstractor|talker|"
+    r"code_predictor|code2wav|token2wav|mtp|eagle)(?=[._\d]|model|tower|encoder|$)"
 )
 # Part of names of a speculative block, which predicts the tokens after the next one.
 _SPECULATIVE = re.compile(r"(?:^|\.)mtp(?:_layers)?\.")

@@ -86,7 +86,7 @@ def test_settings_that_come_later_are_the_files_problem(tmp_path: Path) -> None:
     (reason,) = answer.problems
     assert reason.startswith("runtime transformers: generation_config.json: from_pretrained fails on its settings")
     assert answer.logits is not None
-    assert len(answer.generated) == 4
+    assert 1 <= len(answer.generated) <= 4
 
 
 @pytest.mark.usefixtures("forked")

@@ -51,8 +51,8 @@ def _round_block(
     k = tl.arange(0, WIDTH)
     errors = tl.zeros((HEIGHT, WIDTH), dtype=tl.float32)
     if not LOWER:
-        at = row[:, None] + k[None, :].to(tl.int64) * outputs
-        errors = tl.load(error + at, mask=there[:, None] & (k < columns)[None, :], other=0.0)
+        whole = row[:, None] + k[None, :].to(tl.int64) * outputs
+        errors = tl.load(error + whole, mask=there[:, None] & (k < columns)[None, :], other=0.0)
     for j in range(columns):
         others = k < j if LOWER else (k < columns) & (k != j)
         mixed = tl.load(mixing + j * of_mixing + k, mask=others, other=0.0)
