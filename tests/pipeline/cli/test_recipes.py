@@ -90,13 +90,13 @@ def test_wrong_questions_are_answered_by_a_remedy(tmp_path: Path) -> None:
     assert "nothing fits 1MiB" in quantmill("recommend", LLAMA, "--memory", "1MiB", cwd=tmp_path).stdout
 
 
-@pytest.mark.parametrize("columns", [60, 80, 120])
+@pytest.mark.parametrize("columns", [60, 80, 140])
 def test_a_narrow_terminal_has_fewer_columns_and_whole_names(columns: int, tmp_path: Path) -> None:
     printed = re.sub(r"\x1b\[[0-9;]*m", "", answered(["recipes"], [], tmp_path, columns=columns))
     lines = printed.replace("\r", "").splitlines()
     assert [line.split()[0] for line in lines[1 : 1 + len(shipped.recipe_names())]] == shipped.recipe_names()
     assert max(map(len, lines[: 1 + len(shipped.recipe_names())])) <= columns
-    assert ("format" in lines[0]) == (columns == 120)
+    assert ("format" in lines[0]) == (columns == 140)
 
 
 @given(widths=st.lists(st.integers(1, 30), min_size=2, max_size=6), width=st.integers(20, 120), rows=st.integers(0, 3))
