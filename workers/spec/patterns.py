@@ -11,8 +11,8 @@ LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 # Parts of names, before a layer's number, of what isn't the text model's decoder: towers for images, video and sound,
 # what projects their features, speech synthesis, prediction heads. Learnt from the classes of transformers 5.23.
 BESIDE = re.compile(
-    r"^blocks$|^mlp1(?=\.|$)|^encoder\.layers$|^encoder\.(?!layer\b)|(^|[._])(vision|visual|vit|vpm|image|images|video|"
-    r"audio|speech|sound|acoustic|semantic|conformer|whisper|sam|vqmodel|vq|qformer|resampler|perceiver|projectors?|"
+    r"^blocks$|^mlp1(?=\.|$)|^encoder\.layers$|^encoder\.(?!layer\b)|^transformer\.attentions$|(^|[._])(vision|visual|"
+    r"vit|vpm|image|images|video|audio|speech|sound|acoustic|semantic|conformer|whisper|sam|vqmodel|vq|qformer|resampler|perceiver|projectors?|"
     r"projections?|local_(de|en)coder|patcher|qwen2_model|connector|adapter|adaptor|aligner|merger|abstractor|talker|"
     r"code_predictor|code2wav|token2wav|mtp|eagle)(?=[._\d]|model|tower|encoder|$)"
 )
