@@ -11,7 +11,7 @@ import pytest
 
 from tests.device import card
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.night, pytest.mark.timeout(900)]
 
 # Bytes of llama-tiny's checkpoint.
 MODEL_BYTES = 8_400_000

@@ -148,7 +148,7 @@ def test_what_a_library_leaves_is_stored_as_the_source_has_it(tmp_path: Path) ->
     assert "quantized none of 1 modules" in speak.answered({**request, "modules": ["b"]}, [])["error"]
 
 
-@pytest.mark.slow
+@pytest.mark.night
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", OURS)
 def test_a_librarys_artifact_stands_beside_ours(name: str, tmp_path: Path) -> None:
