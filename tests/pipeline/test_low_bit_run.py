@@ -10,7 +10,7 @@ from tests.pipeline.runs import by_key, run, write_zoo
 from tests.workers.fused import save_gpt_oss
 
 
-@pytest.mark.slow
+@pytest.mark.night
 def test_gpt_oss_is_published_from_its_mxfp4_checkpoint(tmp_path: Path) -> None:
     model = save_gpt_oss(tmp_path / "gpt-oss-tiny")
     zoo = write_zoo(tmp_path, [str(model)], "gptq-w4-g128, fp8-dynamic, nvfp4, mxfp4")

@@ -38,7 +38,7 @@ def save_mixture(folder: Path, experts: int, layers: int) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.night
 @pytest.mark.parametrize("experts", SIZES)
 def test_peak_memory_is_that_of_a_layer_and_as_promised(experts: int, tmp_path: Path) -> None:
     peaks = {}

@@ -17,7 +17,7 @@ from workers.spec.job import Job
 from workers.spec.workspace import artifact_folder
 
 RECIPES = ("gptq-w4-g128", "bnb-nf4")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.night
 
 
 @pytest.fixture(scope="module", params=["multimodal", "fp8"])
