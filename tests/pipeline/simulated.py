@@ -60,6 +60,20 @@ class Used:
     cards: Counter[int] = field(default_factory=Counter)
 
 
+class Told:
+    """Collects the failures that watchers are told of."""
+
+    def __init__(self) -> None:
+        self.failures: list[str] = []
+
+    def started(self, *_: object) -> None:
+        pass
+
+    def ended(self, job: Job, step: Step, attempt: int, result: StageResult, retry_in: float | None) -> None:
+        if result.failure:
+            self.failures.append(result.failure.message)
+
+
 class SimulatedFleet:
     """Nodes whose stages take ``seconds(...)`` of virtual time, and fail if ``fails(...)`` returns a failure."""
 

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.fleet.placement import Claim, Node
 from pipeline.fleet.scheduler import Driver
 from pipeline.fleet.steps import Step
-from tests.pipeline.simulated import SimulatedFleet, node, plan_of, size
+from tests.pipeline.simulated import SimulatedFleet, Told, node, plan_of, size
 from workers.machine import child
 from workers.machine.failures import of_a_process
 from workers.spec.job import Failure, Job, Stage, StageResult
@@ -46,20 +46,6 @@ class OneProcess(SimulatedFleet):
                 failure = Failure(kind=type(error).__name__, message=str(error))
                 return StageResult(stage=step.stage, failure=failure)
         return super()._result(step, of, node, claim)
-
-
-class Told:
-    """Collects the failures that watchers are told of."""
-
-    def __init__(self) -> None:
-        self.failures: list[str] = []
-
-    def started(self, *_: object) -> None:
-        pass
-
-    def ended(self, job: Job, step: Step, attempt: int, result: StageResult, retry_in: float | None) -> None:
-        if result.failure:
-            self.failures.append(result.failure.message)
 
 
 def smaller_retry(events: Path | None = None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from workers.checkpoint.source import Source
 from workers.errors import UnsupportedModel
 from workers.formats.kept import DecodedSource, open_source
 from workers.run import run_stage
-from workers.spec.job import Job, Stage
+from workers.spec.job import Job, Manifest, Stage
 from workers.spec.recipes import Recipe
 from workers.spec.workspace import artifact_folder
 
@@ -47,6 +47,19 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def decoded_job(folder: Path, place: Path, *recipes: str | Recipe) -> Job:
     of = job(folder, place, *recipes)
     return of.model_copy(update={"model": of.model.model_copy(update={"dequantize": True})})
+
+
+def accepted(of: Job, name: str) -> Manifest:
+    """Quantize and verify a job of one recipe: its manifest, accepted, with a source that transformers ran, too."""
+    made = run_stage(of, Stage.QUANTIZE).artifacts[0]
+    assert made.error is None, made.error
+    result = run_stage(of, Stage.VERIFY, name)
+    assert result.manifest is not None, result.failure
+    manifest = result.manifest
+    assert manifest.verdict.accepted, manifest.verdict.reasons
+    assert manifest.source_check is not None
+    assert not manifest.source_check.unchecked
+    return manifest
 
 
 @pytest.mark.parametrize("kind", SOURCES)
@@ -91,16 +104,9 @@ def test_weights_are_those_that_transformers_decodes(kind: str, quantized: dict[
 )  # fmt: skip
 def test_it_is_quantized_verified_and_said(kind: str, name: str, quantized: dict[str, Path], tmp_path: Path) -> None:
     of = decoded_job(quantized[kind], tmp_path, name)
-    made = run_stage(of, Stage.QUANTIZE).artifacts[0]
-    assert made.error is None, made.error
-    result = run_stage(of, Stage.VERIFY, name)
-    assert result.manifest is not None, result.failure
-    verdict = result.manifest.verdict
-    assert verdict.accepted, verdict.reasons
-    assert verdict.metrics is not None
-    assert 0 < verdict.metrics.kl_mean < 0.1
-    assert result.manifest.source_check is not None
-    assert not result.manifest.source_check.unchecked
+    metrics = accepted(of, name).verdict.metrics
+    assert metrics is not None
+    assert 0 < metrics.kl_mean < 0.1
     folder = artifact_folder(of.workspace, of.orders[0])
     assert "the source is quantized already" in (folder / "README.md").read_text()
     config = json.loads((folder / "config.json").read_text())

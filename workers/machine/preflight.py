@@ -16,6 +16,7 @@ from pydantic import Field
 
 from workers.machine.memory import host_memory as host_memory
 from workers.spec.base import Frozen
+from workers.spec.cards import BFLOAT16, FLOAT8
 from workers.spec.engines import ENGINES
 from workers.spec.formats import FORMATS
 from workers.spec.recipes import BitsAndBytesRecipe, Recipe
@@ -29,8 +30,6 @@ BASE_PACKAGES = ("torch", "transformers", "safetensors", "datasets", "huggingfac
 LEAST_VERSIONS = {"accelerate": "1.15", "bitsandbytes": "0.50.2", "transformers": "5.23", "torch": "2.9"}
 # As torch.cuda.get_arch_list names them.
 ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")
-# Compute capabilities from which cards compute in bfloat16 (Ampere) and in FP8 (Ada).
-BFLOAT16, FLOAT8 = (8, 0), (8, 9)
 
 
 class Device(Frozen):

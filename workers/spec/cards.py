@@ -28,7 +28,8 @@ CARDS = {
         ("H100", 80, (9, 0)), ("H200", 141, (9, 0)), ("B200", 180, (10, 0)), ("RTX 5090", 32, (12, 0)),
     )
 }  # fmt: skip
-INT8, FLOAT8, FLOAT4 = (7, 5), (8, 9), (10, 0)
+# Compute capabilities from which cards compute in a type: Turing, Ampere, Ada, Blackwell.
+INT8, BFLOAT16, FLOAT8, FLOAT4 = (7, 5), (8, 0), (8, 9), (10, 0)
 
 
 def card_named(name: str) -> Card:

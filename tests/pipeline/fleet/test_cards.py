@@ -9,25 +9,11 @@ from pipeline.fleet.placement import Claim, Node, Room, lacking
 from pipeline.fleet.scheduler import Driver
 from pipeline.fleet.steps import NETWORK_STAGES, Step
 from pipeline.planning.sizing import Need
-from tests.pipeline.simulated import SimulatedFleet, node, plan_of, size
+from tests.pipeline.simulated import SimulatedFleet, Told, node, plan_of, size
 from workers.machine.preflight import MachineFacts
-from workers.spec.job import Failure, Job, StageResult
+from workers.spec.job import Failure, Job
 
 LOST = Failure(kind="DeviceLost", message="the GPU failed (CUDA error: uncorrectable ECC error encountered)")
-
-
-class Told:
-    """Collects the failures that watchers are told of."""
-
-    def __init__(self) -> None:
-        self.failures: list[str] = []
-
-    def started(self, *_: object) -> None:
-        pass
-
-    def ended(self, job: Job, step: Step, attempt: int, result: StageResult, retry_in: float | None) -> None:
-        if result.failure:
-            self.failures.append(result.failure.message)
 
 
 def run(nodes: list[Node], broken: set[tuple[str, int]], jobs: int = 6) -> tuple[list[tuple[str, int]], Told, Driver]:
