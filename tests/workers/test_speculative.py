@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.walk.smallest import VOCABULARY, save_smallest
 from tests.workers.families import save_tokenizer
-from tests.workers.jobs import job, recipe
+from tests.workers.jobs import LOOSE, job, recipe
 from workers.formats.decoded import Decoded, open_decoded
 from workers.run import run_stage
 from workers.spec.job import Job, Stage
@@ -31,6 +31,8 @@ BLOCKS = {
     "mimo_v2_flash": "model.mtp.layers.0",
 }
 W4 = {"bits": 4, "group_size": 32, "indivisible": "keep"}
+# Random weights with random routers: a token's probability may change by any factor, which says nothing of the reading.
+ANY_PERPLEXITY = LOOSE.model_copy(update={"perplexity_ratio": 1e9})
 
 
 @pytest.fixture(scope="module", params=BLOCKS)
@@ -55,7 +57,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 def made(folder: Path, place: Path, *recipes: Recipe) -> tuple[Job, list[Path]]:
-    of = job(folder, place, *recipes, samples=2)
+    of = job(folder, place, *recipes, samples=2, thresholds=ANY_PERPLEXITY)
     artifacts = run_stage(of, Stage.QUANTIZE).artifacts
     assert [artifact.error for artifact in artifacts] == [None] * len(recipes)
     return of, [artifact_folder(of.workspace, order) for order in of.orders]
