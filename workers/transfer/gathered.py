@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from workers.spec.bounded_yaml import BadYaml, parse_yaml
 from workers.spec.bounds import printable_lines
 from workers.spec.checkpoint_files import CONFIG, WEIGHTS
 from workers.spec.formats import can_be_gathered, gathered_formats
-from workers.spec.ggml import IMATRIX
+from workers.spec.ggml import IMATRIX, PROJECTOR, is_beside
 from workers.spec.job import FileEntry
 from workers.spec.recipes import words
 from workers.spec.workspace import MANIFEST
@@ -207,13 +207,15 @@ def beside(
     others = [other for other in others if other not in (*foreign, *taken, *broken)]
     places = {_place(member, name): name for name in artifact.sha256}
     kept = frozenset(path for other in others for path in other.paths)
+    if others and index:  # a projector is for all of them, also where this artifact was made without one
+        kept |= {path for path in index.files if path.startswith(PROJECTOR) and path not in places}
     listed = index.files.get(member.manifest_path) if index else None
     listed_so = listed is not None and listed.sha256 == artifact.sha256[MANIFEST]
     if index is not None and listed_so and not changed:
         own = {path: name for path, name in places.items() if path in member.paths}
         return Content(artifact, index.fingerprint, own, {}, frozenset(index.files) - set(own) | {MANIFEST})
     members = tuple(sorted([*others, member], key=lambda each: (-each.bytes, each.recipe)))
-    card = render_card(repo_id, members, member, _front_matter(artifact), imatrix=IMATRIX in places)
+    card = render_card(repo_id, members, member, _front_matter(artifact), sorted(filter(is_beside, {*places, *kept})))
     files = {path: index.files[path] for path in sorted(kept) if index and path in index.files}
     files |= {path: FileEntry(sha256=artifact.sha256[n], size=artifact.sizes[n]) for path, n in places.items()}
     files[CARD] = FileEntry(sha256=hashlib.sha256(card.encode()).hexdigest(), size=len(card.encode()))
@@ -251,9 +253,9 @@ def _front_matter(artifact: Artifact) -> dict[str, Any]:
 
 
 def render_card(
-    repo_id: str, members: tuple[Member, ...], latest: Member, metadata: Mapping[str, Any], *, imatrix: bool
+    repo_id: str, members: tuple[Member, ...], latest: Member, metadata: Mapping[str, Any], beside: Collection[str]
 ) -> str:
-    """The card of all files; ``metadata`` is that of the card of the ``latest``."""
+    """The card of all files; ``metadata`` is that of the card of the ``latest``, ``beside`` what is no weight file."""
     name = Path(latest.model).name
     alike = [member for member in members if member.text == latest.text]
     results = [result for member in alike if (result := _result(member, metadata))]
@@ -265,7 +267,7 @@ def render_card(
         f"GGUF files of {name}, for llama.cpp and what builds on it; made and compared with the original by quantmill.",
         "\n".join(_table(members)),
         _advice(repo_id, members),
-        *([_IMATRIX] if imatrix else []),
+        *_shared(repo_id, beside),
         f"Each recipe's folder in `{OWN_FOLDER}/` has a card of its own, with all that was measured and how to make "
         f"the file again, and its manifest; `{MANIFEST}` has the sha256 of every file.",
     ]
@@ -273,10 +275,19 @@ def render_card(
     return f"---\n{text}---\n\n" + printable_lines("\n\n".join(parts)) + "\n"
 
 
-_IMATRIX = (
-    f"`{IMATRIX}` is the importance matrix that the scales were chosen with, from the calibration text: llama.cpp's "
-    f"`llama-quantize --imatrix {IMATRIX}` takes it for other types."
-)
+def _shared(repo_id: str, beside: Collection[str]) -> Iterator[str]:
+    """What the files beside the weights are for."""
+    if IMATRIX in beside:
+        yield (
+            f"`{IMATRIX}` is the importance matrix that the scales were chosen with, from the calibration text: "
+            f"llama.cpp's `llama-quantize --imatrix {IMATRIX}` takes it for other types."
+        )
+    for name in beside:
+        if name.startswith(PROJECTOR):
+            yield (
+                f"`{name}` has the towers and the projector, in float16, for each of these files; written by "
+                f"llama.cpp's converter, and not checked here. `llama-mtmd-cli -hf {repo_id}` takes it along."
+            )
 
 
 def _result(member: Member, metadata: Mapping[str, Any]) -> Any:

@@ -113,6 +113,28 @@ def test_a_recipe_adds_its_file_and_leaves_the_others(api: Any, tmp_path: Path) 
     assert "nearest to the original; smallest within" in table[1]
 
 
+def test_a_projector_is_published_once_for_all_files(api: Any, tmp_path: Path) -> None:
+    projector = "mmproj-model-F16.gguf"
+    folders = []
+    for name, mix in (("a", "q4_0"), ("b", "q8_0")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / projector).write_bytes(b"towers" * 1000)
+        folders.append(gguf(tmp_path / name, mix))
+    publish(api, folders[0])
+    before = files(api)
+    publish(api, folders[1])
+    index = check_whole(api, folders)
+    assert files(api)[projector] == before[projector]
+    assert {member.file for member in index.members} == {"model-Q4_0.gguf", "model-Q8_0.gguf"}, "no file to choose"
+    card = from_hub.read_file(api, REPO, "README.md")
+    assert card is not None
+    assert f"`{projector}` has the towers and the projector" in card[0].decode()
+    again = gguf(tmp_path / "c", "q6_k")  # without one: made where the converter had none
+    publish(api, again)
+    check_whole(api, [*folders, again])
+    assert files(api)[projector] == before[projector], "the others still need it"
+
+
 def test_the_second_night_commits_nothing(api: Any, faults: Faults, tmp_path: Path) -> None:
     both = [gguf(tmp_path / "a"), gguf(tmp_path / "b", "q8_0")]
     for folder in both:
