@@ -20,7 +20,7 @@ help:
 	@echo "make tables       print the README's tables and docs/reference from the rows, models and commands"
 	@echo "make docs         build the documentation in site/, with strict links (an environment of its own)"
 	@echo "make runtimes     load every recipe's artifact in every runtime whose environment is built; writes docs/runtimes.md"
-	@echo "make bench-gpu    measure solvers and searches on a card (on the CPU where there is none)"
+	@echo "make bench-gpu    measure solvers, searches and layers of an 8B's widths on a card"
 	@echo "make bench        measure; results go into tests/bench/RESULTS.md by hand"
 
 setup: $(STAMP)
@@ -85,9 +85,10 @@ runtimes: $(STAMP)
 bench: $(STAMP)
 	for what in solver pass memory datafree publish sizing fleet planning night simulation; do $(BIN)/python -m tests.bench.bench_$$what || exit 1; done
 
-# Solvers and searches on a card, as one Markdown table; paste it into tests/bench/RESULTS.md with the card's name.
+# Solvers and searches on a card, and a pass over layers of an 8B's widths, as Markdown tables; paste them into tests/bench/RESULTS.md with the card's name.
 bench-gpu: $(STAMP)
 	$(BIN)/python -m tests.bench.bench_gpu
+	$(BIN)/python -m tests.bench.gpu_stack
 
 constraints: $(DOCS)/.installed
 	( head -1 constraints.txt; \

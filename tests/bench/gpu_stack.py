@@ -1,0 +1,152 @@
+"""A stack of layers of the widths of Llama-3-8B, with random weights: seconds and memory of a pass and a verification.
+
+python -m tests.bench.gpu_stack [--layers 1 4] [--hidden 4096 --inner 14336] [--samples 128 --length 2048]
+
+The weights are made on the card, nothing is downloaded. A pass over few layers and one over more: their difference is
+what a layer takes, without what a pass takes once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig
+
+from tests.bench.bench_solver import processor
+from tests.workers.jobs import LOOSE, ZOO, job
+from workers.run import run_stage
+from workers.spec.data import Calibration, Dataset
+from workers.spec.job import Job, Stage
+
+ONE = ("gptq-w4-g128",)
+EIGHT = (*ONE, "awq-w4-g128", "fp8-dynamic", "fp8-block", "rtn-w4-g128", "nvfp4", "mxfp4", "w8a8-int8")
+# Random weights say nothing of quality: gates are wide open.
+ANY = LOOSE.model_copy(update={"kl_mean": 1e9, "kl_least": 0.0, "perplexity_ratio": 1e9, "top1_agreement": 0.0})
+ALL_LAYERS = 32
+HEADER = ("what", "seconds", "peak GB")
+
+
+def save_stack(folder: Path, layers: int, hidden: int, inner: int, device: torch.device) -> None:
+    """A Llama of the zoo's vocabulary with ``layers`` layers of these widths, bfloat16, one file for each layer."""
+    small = ZOO / "models" / "llama-tiny"
+    folder.mkdir(parents=True)
+    for file in small.iterdir():
+        if not file.name.endswith((".safetensors", ".index.json")):
+            shutil.copy(file, folder)
+    config = AutoConfig.from_pretrained(small)
+    heads, key_heads = hidden // 128, max(1, hidden // 512)
+    config.update({
+        "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": key_heads, "head_dim": 128, "max_position_embeddings": 8192,
+    })  # fmt: skip
+    config.save_pretrained(folder)
+    keys = 128 * key_heads
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (keys, hidden), "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }  # fmt: skip
+    torch.manual_seed(0)
+
+    def drawn(rows: int, columns: int) -> torch.Tensor:
+        weight_OI: torch.Tensor = torch.randn(rows, columns, device=device) / columns**0.5
+        return weight_OI.bfloat16().cpu()
+
+    tensors = {
+        f"model.layers.{layer}.{name}.weight": drawn(*shape)
+        for layer in range(layers)
+        for name, shape in shapes.items()
+    }
+    tensors |= {
+        f"model.layers.{layer}.{name}.weight": torch.ones(hidden, dtype=torch.bfloat16)
+        for layer in range(layers)
+        for name in ("input_layernorm", "post_attention_layernorm")
+    }
+    tensors["model.norm.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = drawn(config.vocab_size, hidden)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def job_of(folder: Path, place: Path, recipes: tuple[str, ...], samples: int, length: int) -> Job:
+    """A job on the stack; the small zoo's texts repeated until they are long enough."""
+    texts = "".join((ZOO / "text" / f"{name}.txt").read_text() for name in ("calibration", "heldout"))
+    text = place / "text.txt"
+    text.parent.mkdir(parents=True, exist_ok=True)
+    text.write_text(texts * (1 + 8 * samples * length // len(texts)))
+    of = job(folder, place, *recipes, thresholds=ANY)
+    data = Dataset(path="text", data_files=(str(text),))
+    calibration = Calibration(dataset=data, samples=samples, sequence_length=length)
+    held_out = of.verification.model_copy(update={"tokens": 16 * length, "sequence_length": length})
+    return of.model_copy(update={"calibration": calibration, "verification": held_out})
+
+
+def passes(place: Path, given: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, str, str]]:
+    """The table's rows: passes of one recipe and of eight, the share of each recipe, and a verification."""
+    few, many = given.layers
+    for layers in (few, many):
+        save_stack(place / f"stack-{layers}", layers, given.hidden, given.inner, device)
+    for recipes in (ONE, EIGHT):
+        taken: dict[int, float] = {}
+        own: dict[int, dict[str, float]] = {}
+        for turn, layers in enumerate((few, few, many)):  # the first compiles kernels, and isn't counted
+            workspace = place / f"work-{len(recipes)}-{turn}"
+            of = job_of(place / f"stack-{layers}", workspace, recipes, given.samples, given.length)
+            result = run_stage(of, Stage.QUANTIZE)
+            failed = [made.error for made in result.artifacts if made.error]
+            assert not result.failure, result.failure
+            assert not failed, failed
+            taken[layers], peak = result.seconds, result.memory
+            own[layers] = {made.recipe: made.seconds for made in result.artifacts}
+            what = f"{len(recipes)} recipe(s), {layers} layer(s)" + ", kernels compiled" * (turn == 0)
+            yield what, f"{result.seconds:.1f}", f"{peak.device / 1e9:.1f}, host {peak.host / 1e9:.1f}"
+            if turn == 0:
+                shutil.rmtree(workspace)
+        each = (taken[many] - taken[few]) / (many - few)
+        yield f"{len(recipes)} recipe(s), a layer", f"{each:.2f}", ""
+        yield (
+            f"{len(recipes)} recipe(s), {ALL_LAYERS} layers by these",
+            f"{taken[few] + each * (ALL_LAYERS - few):.0f}",
+            "",
+        )
+        for name in own[many]:
+            share = (own[many][name] - own[few][name]) / (many - few)
+            yield f"of which {name}, a layer", f"{share:.2f}", ""
+    begun = time.perf_counter()
+    verified = run_stage(of, Stage.VERIFY, ONE[0])
+    assert verified.manifest is not None, verified.failure
+    reasons = "; ".join(verified.manifest.verdict.reasons)
+    yield (
+        f"verification of {ONE[0]}, {many} layers, {16 * given.length} tokens {reasons}".strip(),
+        f"{time.perf_counter() - begun:.1f}",
+        f"{verified.memory.device / 1e9:.1f}, host {verified.memory.host / 1e9:.1f}",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", nargs=2, type=int, default=[1, 4])
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--inner", type=int, default=14336)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=2048)
+    given = parser.parse_args()
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
+    print(f"{name}, torch {torch.__version__}; {given.samples} x {given.length} tokens, hidden {given.hidden}\n")
+    for row in (HEADER, ("---",) * len(HEADER)):
+        print("| " + " | ".join(row) + " |", flush=True)
+    with tempfile.TemporaryDirectory(prefix="quantmill-stack-") as place:
+        for row in passes(Path(place), given, device):
+            print("| " + " | ".join(row) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
