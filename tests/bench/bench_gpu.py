@@ -13,6 +13,7 @@ import torch
 
 from tests.bench.bench_solver import processor
 from workers.numerics import gptq, hqq, microscaling, refine, rounding
+from workers.numerics.grids import Integers
 
 SIZES = ("4096x4096", "4096x14336")
 HEADER = ("size", "what", "seconds", "peak GB", "column loop")
@@ -40,7 +41,7 @@ def measured(device: torch.device, size: str, repetitions: int) -> Iterator[tupl
     outputs, inputs = map(int, size.split("x"))
     x_TI = torch.randn(2 * inputs, inputs, device=device)
     w_OI, h_II = torch.randn(outputs, inputs, device=device) / inputs**0.5, x_TI.T @ x_TI
-    loop = "Triton" if gptq.on_a_kernel(gptq.integers(-8, 7), device) else "PyTorch"
+    loop = "Triton" if gptq.on_a_kernel(Integers(-8, 7), device) else "PyTorch"
     for name, action in parts(w_OI, h_II):
         taken = []
         if device.type == "cuda":

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from workers.numerics import gptq
+from workers.numerics import gptq, grids
+from workers.numerics.rounding import code_range
 
 CASES = {
     # Problems, outputs, inputs, group size, bits, zero points, columns by activation, only below the diagonal.
@@ -24,20 +25,25 @@ CASES = {
     "two bits, one group": (1, 16, 96, 96, 2, True, False, True),
     "refinement": (1, 40, 192, 64, 4, False, False, False),
     "refinement, stacked with zero points": (2, 24, 300, 100, 4, True, False, False),
+    "E2M1, by activation": (2, 33, 192, 16, "E2M1", False, True, True),
+    "E2M1, refinement": (1, 24, 160, 32, "E2M1", False, False, False),
+    "E4M3": (1, 24, 160, 32, "E4M3", False, True, True),
 }
+LARGEST = {"E2M1": 6.0, "E4M3": 448.0}
 
 
 def problem(
-    problems: int, outputs: int, inputs: int, size: int, bits: int, zeros: bool, order: bool, lower: bool
+    problems: int, outputs: int, inputs: int, size: int, bits: int | str, zeros: bool, order: bool, lower: bool
 ) -> dict[str, Any]:
     """Arguments of ``gptq.sweep``."""
-    generator = torch.Generator().manual_seed(outputs * inputs + bits)
+    generator = torch.Generator().manual_seed(outputs * inputs)
     x_BTI = torch.randn(problems, 2 * inputs, inputs, generator=generator)
     w_BOI = torch.randn(problems, outputs, inputs, generator=generator)
     h_BII = x_BTI.mT @ x_BTI
     factor = gptq.factorize(h_BII, activation_order=order, damping=0.01)
     columns = torch.arange(inputs).expand(problems, -1) if factor.order_BI is None else factor.order_BI
-    scale = w_BOI.unflatten(2, (-1, size)).abs().amax(-1) * 2 / (2**bits - 1)
+    largest = (2**bits - 1) / 2 if isinstance(bits, int) else LARGEST[bits]
+    scale = w_BOI.unflatten(2, (-1, size)).abs().amax(-1) / largest
     mixing = factor.mixing_BII
     if not lower:
         mixing = h_BII / h_BII.diagonal(dim1=1, dim2=2)[..., None]
@@ -56,18 +62,17 @@ def problem(
 
 def against_the_loop() -> dict[str, dict[str, float]]:
     """For each case: codes, codes that differ, and the loss in the kernel's errors as a multiple of the loop's."""
-    from workers.numerics.gptq import integers, sweep
     from workers.numerics.kernels import columns
-    from workers.numerics.rounding import code_range
 
     found = {}
     for name, case in CASES.items():
-        given, bounds, lower = problem(*case), code_range(case[4]), case[-1]
+        given, lower = problem(*case), case[-1]
+        grid = getattr(grids, case[4]) if isinstance(case[4], str) else grids.Integers(*code_range(case[4]))
         loop, kernel = (
             {**given, "error_BIO": given["error_BIO"].clone(), "mixing_BII": given["mixing_BII"].clone()} for _ in "ab"
         )
-        want = sweep(**loop, nearest=integers(*bounds), lower=lower)
-        got = columns.sweep(**kernel, bounds=bounds, lower=lower)
+        want = gptq.sweep(**loop, nearest=grid, lower=lower)
+        got = columns.sweep(**kernel, grid=grid, lower=lower)
         errors = kernel["error_BIO"].square().sum() / loop["error_BIO"].square().sum()
         found[name] = {"codes": want.numel(), "differ": int((want != got).sum()), "errors": float(errors)}
     return found
@@ -77,7 +82,11 @@ def against_the_loop() -> dict[str, dict[str, float]]:
 def compared() -> dict[str, dict[str, float]]:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("no Triton: its interpreter compares the kernels with their loops (pip install triton)")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]),
+    }
     done = subprocess.run(
         [sys.executable, "-m", "tests.numerics.test_kernels"],
         env=environment,
@@ -99,12 +108,13 @@ def test_the_kernel_gives_the_loops_codes(compared: dict[str, dict[str, float]],
     assert abs(found["errors"] - 1) < 1e-3, found
 
 
-def test_only_a_card_with_triton_takes_the_kernel_and_only_for_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_card_with_triton_takes_the_kernel_for_grids_by_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     card, cpu = torch.device("cuda", 0), torch.device("cpu")
     for there in (True, False):
         monkeypatch.setattr(gptq, "find_spec", lambda name, there=there: object() if there else None)
-        assert gptq.on_a_kernel(gptq.integers(-8, 7), card) is there
-        assert not gptq.on_a_kernel(gptq.integers(-8, 7), cpu)
+        for grid in (grids.Integers(-8, 7), grids.E2M1, grids.E4M3):
+            assert gptq.on_a_kernel(grid, card) is there
+            assert not gptq.on_a_kernel(grid, cpu)
         assert not gptq.on_a_kernel(lambda code: code, card)
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from workers.numerics import gptq, microscaling, refine
+from workers.numerics.grids import E2M1
 
 GRID = torch.tensor(sorted({sign * value for value in microscaling.VALUES for sign in (1, -1)}))
 
@@ -45,7 +46,7 @@ def test_inputs_that_have_nothing_in_common_are_rounded_to_nearest(seed: int, ki
     w_BOI, _ = problem(seed)
     scale_BOG = scales_of(w_BOI, kind)
     factor = gptq.factorize(torch.eye(64)[None], activation_order=True, damping=0.01)
-    values_BOI = gptq.solve_values(w_BOI, factor, scale_BOG, microscaling.nearest_)
+    values_BOI = gptq.solve_values(w_BOI, factor, scale_BOG, E2M1)
     scaled_BOI = (w_BOI.unflatten(-1, (scale_BOG.shape[-1], -1)) / scale_BOG[..., None]).flatten(-2)
     assert torch.equal(microscaling.encode(values_BOI[0]) & 7, microscaling.encode(scaled_BOI[0]) & 7)
 
@@ -56,17 +57,13 @@ def test_it_has_less_loss_than_rounding_and_each_sweep_no_more(seed: int, kind: 
     w_BOI, h_BII = problem(seed)
     scale_BOG = scales_of(w_BOI, kind, h_BII[0].diagonal())
     factor = gptq.factorize(h_BII, activation_order=True, damping=0.01)
-    values_BOI = gptq.solve_values(w_BOI, factor, scale_BOG, microscaling.nearest_)
-    rounded_BOI = microscaling.nearest_(
-        (w_BOI.unflatten(-1, (scale_BOG.shape[-1], -1)) / scale_BOG[..., None]).flatten(-2)
-    )
+    values_BOI = gptq.solve_values(w_BOI, factor, scale_BOG, E2M1)
+    rounded_BOI = E2M1((w_BOI.unflatten(-1, (scale_BOG.shape[-1], -1)) / scale_BOG[..., None]).flatten(-2))
     assert torch.isin(values_BOI, GRID).all()
     losses = [loss(w_BOI, values_BOI, scale_BOG, h_BII)]
     assert losses[0] < loss(w_BOI, rounded_BOI, scale_BOG, h_BII)
     for rounds in (1, 2, 3):
-        swept_BOI = refine.descend(
-            w_BOI, h_BII, values_BOI, scale_BOG, microscaling.nearest_, rounds=rounds, damping=0.01
-        )
+        swept_BOI = refine.descend(w_BOI, h_BII, values_BOI, scale_BOG, E2M1, rounds=rounds, damping=0.01)
         assert torch.isin(swept_BOI, GRID).all()
         losses.append(loss(w_BOI, swept_BOI, scale_BOG, h_BII))
     assert all(after <= before * (1 + 1e-5) for before, after in pairwise(losses))
@@ -80,7 +77,7 @@ def test_scales_follow_what_matters(seed: int, kind: str) -> None:
 
     def weighed(scale_BOG: Tensor) -> float:
         parts = w_BOI.unflatten(-1, (scale_BOG.shape[-1], -1))
-        error = (microscaling.nearest_(parts / scale_BOG[..., None]) * scale_BOG[..., None] - parts).flatten(-2)
+        error = (E2M1(parts / scale_BOG[..., None]) * scale_BOG[..., None] - parts).flatten(-2)
         return float((error.square() * importance_I).sum())
 
     assert weighed(scales_of(w_BOI, kind, importance_I)) <= weighed(scales_of(w_BOI, kind)) * (1 + 1e-6)
@@ -89,6 +86,6 @@ def test_scales_follow_what_matters(seed: int, kind: str) -> None:
 
 @pytest.mark.parametrize("value", GRID.tolist())
 def test_every_code_is_its_own_nearest(value: float) -> None:
-    assert microscaling.nearest_(torch.tensor([value])).item() == value
+    assert E2M1(torch.tensor([value])).item() == value
     one = torch.full((1, 1), microscaling.BIAS, dtype=torch.uint8)
     assert microscaling.dequantize(microscaling.encode(torch.full((1, 32), value)), one, None)[0, 0] == value

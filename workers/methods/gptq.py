@@ -11,6 +11,7 @@ from torch import Tensor
 from workers.errors import NumericalError
 from workers.methods.layer import Problem, Solved, Stack, Stacked
 from workers.numerics import gptq, refine, rounding
+from workers.numerics.grids import Nearest
 from workers.spec.recipes import GptqRecipe
 
 
@@ -47,7 +48,7 @@ def solve(recipe: GptqRecipe, stack: Stack) -> Solved:
 
 
 def values(
-    recipe: GptqRecipe, stack: Stacked, scale_BOG: Tensor, nearest: gptq.Nearest
+    recipe: GptqRecipe, stack: Stacked, scale_BOG: Tensor, nearest: Nearest
 ) -> tuple[Tensor, Sequence[tuple[str, ...]]]:
     """Values of the grid that ``nearest`` rounds to, float32 [B, O, I], for given scales, and each problem's notes.
 

@@ -17,6 +17,7 @@ from workers.methods.table import METHODS
 from workers.model.loading import QuantizableWeight
 from workers.numerics import fp8, microscaling
 from workers.numerics.codes import Float4Weight, Float8Weight, IntWeight, Mxfp8Weight
+from workers.numerics.grids import E2M1, E4M3
 from workers.spec.formats import FORMATS
 from workers.spec.fusion import fused_group, together
 from workers.spec.recipes import LinearRecipe
@@ -25,7 +26,7 @@ from workers.spec.schemes import Float8Scheme, IntScheme, LinearScheme, Microsca
 # Maximum number of weight elements stacked into one problem: bounds the memory of a layer with many experts. Stacks of
 # a million save the time of many small products; larger ones take memory that the plan doesn't count, and no less time.
 STACKED_ELEMENTS = 1 << 20
-NEAREST = {"mxfp4": microscaling.nearest_, "nvfp4": microscaling.nearest_, "mxfp8": fp8.nearest_}
+NEAREST = {"mxfp4": E2M1, "nvfp4": E2M1, "mxfp8": E4M3}
 
 
 def code_layer(

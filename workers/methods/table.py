@@ -13,7 +13,7 @@ from torch import Tensor
 
 from workers.methods import awq, gptq, hqq, rtn, smoothquant
 from workers.methods.layer import FoldableInput, Solved, Stack, Stacked
-from workers.numerics.gptq import Nearest
+from workers.numerics.grids import Nearest
 from workers.spec.recipes import AwqRecipe, GptqRecipe, HqqRecipe, RecipeBase, RtnRecipe, SmoothQuantRecipe
 
 

@@ -7,13 +7,12 @@ each with its own scale unless noted. Zeros stay zeros.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from workers.numerics import microscaling
-from workers.numerics.fp8 import LARGEST, nearest_, nonzero, to_e4m3
+from workers.numerics.fp8 import LARGEST, nonzero, to_e4m3
+from workers.numerics.grids import E2M1, E4M3, Nearest
 
 # 255 / 2, half of the code range, as in compressed-tensors: the largest positive input is clipped to code 127.
 HALF_RANGE = 127.5
@@ -50,12 +49,12 @@ def round_fp8_group128(x: Tensor) -> Tensor:
 
 def round_mxfp4(x: Tensor) -> Tensor:
     """Round to MXFP4: E2M1, a power of two for each 32 inputs of a token."""
-    return _round_mx(x, microscaling.E2M1_EXPONENT, microscaling.nearest_)
+    return _round_mx(x, microscaling.E2M1_EXPONENT, E2M1)
 
 
 def round_mxfp8(x: Tensor) -> Tensor:
     """Round to MXFP8: E4M3, a power of two for each 32 inputs of a token."""
-    return _round_mx(x, microscaling.E4M3_EXPONENT, nearest_)
+    return _round_mx(x, microscaling.E4M3_EXPONENT, E4M3)
 
 
 def round_nvfp4(x: Tensor, global_scale: Tensor) -> Tensor:
@@ -65,10 +64,10 @@ def round_nvfp4(x: Tensor, global_scale: Tensor) -> Tensor:
     scale = to_e4m3(wanted).float()
     # Zeros take E4M3's epsilon.
     scale = torch.where(scale == 0, torch.finfo(torch.float8_e4m3fn).eps, scale) / global_scale
-    return (microscaling.nearest_(groups / scale) * scale).flatten(-2).to(x.dtype)
+    return (E2M1(groups / scale) * scale).flatten(-2).to(x.dtype)
 
 
-def _round_mx(x: Tensor, largest: int, nearest: Callable[[Tensor], Tensor]) -> Tensor:
+def _round_mx(x: Tensor, largest: int, nearest: Nearest) -> Tensor:
     """Round groups of 32 to ``nearest`` numbers of a type whose largest number is in the octave of 2^``largest``.
 
     A group's exponent is its largest magnitude's, or the next one if that is at least 1.75 times the power of two.

@@ -53,11 +53,6 @@ def to_e4m3(x: Tensor) -> Tensor:
     return x.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
 
 
-def nearest_(x: Tensor) -> Tensor:
-    """Round ``x`` in place to the nearest E4M3 numbers, as ``to_e4m3``."""
-    return x.copy_(to_e4m3(x))
-
-
 def nonzero(scale: Tensor) -> Tensor:
     """``scale`` with zeros replaced by its dtype's epsilon, as in compressed-tensors, to avoid division by zero."""
     return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale).to(scale.dtype)

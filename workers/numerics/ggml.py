@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from workers.numerics.grids import Integers, Nearest
+
 # The codebook of iq4_nl and iq4_xs.
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
@@ -75,11 +77,11 @@ def decode(kind: str, raw_OR: Tensor) -> Tensor:
     return on_grid(numbers(kind, raw_OR), grid(kind, raw_OR))
 
 
-def nearest(kind: str) -> Callable[[Tensor], Tensor]:
+def nearest(kind: str) -> Nearest:
     """Rounds a tensor in place to the numbers that the type's codes stand for."""
     layout = LAYOUTS[kind]
     if layout.table is None:
-        return lambda value: value.round_().clamp_(layout.low, layout.high)
+        return Integers(layout.low, layout.high)
     values = torch.tensor(layout.table, dtype=torch.float32)
     bounds = (values[1:] + values[:-1]) / 2
     return lambda value: value.copy_(

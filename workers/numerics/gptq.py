@@ -10,19 +10,18 @@ W is kept transposed, so that columns are contiguous.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from workers.numerics.grids import Floats, Integers, Nearest
 from workers.numerics.precision import add_product
 from workers.numerics.rounding import code_range
 
 OUTER, INNER = 256, 8
-# Rounds a tensor in place to the numbers of a grid.
-Nearest = Callable[[Tensor], Tensor]
 SMALLEST_RAISED, LARGEST_DAMPING = 1e-4, 1.0
 
 
@@ -63,7 +62,7 @@ def factorize(h_BII: Tensor, *, activation_order: bool, damping: float) -> Facto
 
 def solve(w_BOI: Tensor, factor: Factor, scale_BOG: Tensor, zero_BOG: Tensor | None, *, bits: int) -> Tensor:
     """Codes, int8 [B, O, I], for weights on given grids (``rounding``: scale and zero point of each group)."""
-    return _solved(w_BOI, factor, scale_BOG, zero_BOG, integers(*code_range(bits))).to(torch.int8)
+    return _solved(w_BOI, factor, scale_BOG, zero_BOG, Integers(*code_range(bits))).to(torch.int8)
 
 
 def solve_values(
@@ -76,25 +75,9 @@ def solve_values(
     return _solved(w_BOI, factor, scale_BOG, zero_BOG, nearest)
 
 
-@dataclass(frozen=True)
-class Integers:
-    """Rounds in place to the whole numbers from ``low`` to ``high``."""
-
-    low: int
-    high: int
-
-    def __call__(self, code: Tensor) -> Tensor:
-        return code.round_().clamp_(self.low, self.high)
-
-
-def integers(low: int, high: int) -> Nearest:
-    """Rounds in place to the whole numbers from ``low`` to ``high``."""
-    return Integers(low, high)
-
-
 def on_a_kernel(nearest: Nearest, device: torch.device) -> bool:
-    """Whether one kernel rounds whole blocks of columns: on a card where Triton is installed, to integers."""
-    return device.type == "cuda" and isinstance(nearest, Integers) and find_spec("triton") is not None
+    """Whether one kernel rounds whole blocks of columns: on a card with Triton, to a grid that arithmetic rounds to."""
+    return device.type == "cuda" and isinstance(nearest, Integers | Floats) and find_spec("triton") is not None
 
 
 def sweep(
@@ -112,9 +95,8 @@ def sweep(
     if on_a_kernel(nearest, wt_BIO.device):
         from workers.numerics.kernels import columns
 
-        assert isinstance(nearest, Integers)
-        bounds = nearest.low, nearest.high
-        return columns.sweep(wt_BIO, mixing_BII, error_BIO, scale_BOG, zero_BOG, group_BI, bounds, lower=lower)
+        assert isinstance(nearest, Integers | Floats)
+        return columns.sweep(wt_BIO, mixing_BII, error_BIO, scale_BOG, zero_BOG, group_BI, nearest, lower=lower)
     scales = each_column(scale_BOG, group_BI)
     zeros = None if zero_BOG is None else each_column(zero_BOG, group_BI)
     # A single problem comes without B: its small operations then take two thirds of the time.

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from workers.numerics.fp8 import nearest_ as nearest_e4m3_
 from workers.numerics.fp8 import to_e4m3
+from workers.numerics.grids import E2M1, E4M3, Nearest
 from workers.numerics.pieces import rows_at_a_time
 
 # Values of the codes 0 to 7; 8 to 15 are the same with a minus sign.
@@ -21,7 +21,6 @@ LARGEST_E4M3 = 448.0
 MX_GROUP, NVFP4_GROUP = 32, 16
 E2M1_EXPONENT, E4M3_EXPONENT = 2, 8  # of the largest number's power of two
 BIAS = 127
-EXPONENT = 0x7F800000  # its bits in a float32
 ROWS_AT_A_TIME = 64  # keeps the search's temporaries in the cache
 # Scales tried, as steps from the initial scale; the first wins ties. Larger sets found nothing better.
 MX_STEPS = (0, 1)
@@ -38,7 +37,7 @@ def mxfp4(w_OI: Tensor, importance_I: Tensor | None = None) -> tuple[Tensor, Ten
     """
 
     def piece(w_RI: Tensor) -> tuple[Tensor, Tensor]:
-        groups_RGg, bits_RG = _exponents(w_RI, E2M1_EXPONENT, nearest_, importance_I)
+        groups_RGg, bits_RG = _exponents(w_RI, E2M1_EXPONENT, E2M1, importance_I)
         return encode(groups_RGg / _power(bits_RG).unsqueeze(-1)).flatten(-2), bits_RG
 
     return _by_rows(w_OI, piece)
@@ -48,7 +47,7 @@ def mxfp8(w_OI: Tensor, importance_I: Tensor | None = None) -> tuple[Tensor, Ten
     """Values float8_e4m3fn [O, I] and exponents uint8 [O, I / 32] with a bias of 127, chosen as ``mxfp4`` does."""
 
     def piece(w_RI: Tensor) -> tuple[Tensor, Tensor]:
-        groups_RGg, bits_RG = _exponents(w_RI, E4M3_EXPONENT, nearest_e4m3_, importance_I)
+        groups_RGg, bits_RG = _exponents(w_RI, E4M3_EXPONENT, E4M3, importance_I)
         return to_e4m3(groups_RGg / _power(bits_RG).unsqueeze(-1)).flatten(-2), bits_RG
 
     return _by_rows(w_OI, piece)
@@ -75,7 +74,7 @@ def nvfp4(
         def scale_of(bits: Tensor) -> Tensor:
             return _e4m3(bits).float() / divisor
 
-        bits_RG = _best(groups_RGg, trials, scale_of, nearest_, importance_I)
+        bits_RG = _best(groups_RGg, trials, scale_of, E2M1, importance_I)
         return encode(groups_RGg / scale_of(bits_RG).unsqueeze(-1)).flatten(-2), bits_RG
 
     codes_OI, bits_OG = _by_rows(w_OI, piece)
@@ -90,7 +89,7 @@ def nvfp4_global_scale(abs_max: Tensor) -> Tensor:
 
 def encode(x: Tensor) -> Tensor:
     """The nearest codes, uint8, ties to even; clamped to 6. A zero keeps its sign."""
-    m = nearest_(x.to(torch.float32, copy=True)).abs_()
+    m = E2M1(x.to(torch.float32, copy=True)).abs_()
     codes = torch.where(m < 2, 2 * m, torch.where(m < 4, m + 2, m / 2 + 4))
     return codes.to(torch.uint8) | (torch.signbit(x).to(torch.uint8) << 3)
 
@@ -124,17 +123,6 @@ def unpack(pairs: Tensor) -> Tensor:
     return torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2)
 
 
-def nearest_(x: Tensor) -> Tensor:
-    """Round float32 ``x`` in place to the nearest E2M1 numbers.
-
-    Even codes are even multiples of the step between neighbours, so rounding half to even is a tie to the even code.
-    """
-    step = x.abs().clamp_(1, 4)
-    step.view(torch.int32).bitwise_and_(EXPONENT)
-    step.mul_(0.5)
-    return x.div_(step).round_().mul_(step).clamp_(-LARGEST, LARGEST)
-
-
 def _e4m3(bits: Tensor) -> Tensor:
     return bits.to(torch.uint8).view(torch.float8_e4m3fn)
 
@@ -143,9 +131,7 @@ def _power(bits: Tensor) -> Tensor:
     return torch.exp2(bits.float() - BIAS)
 
 
-def _exponents(
-    w_RI: Tensor, largest: int, nearest: Callable[[Tensor], Tensor], importance_I: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _exponents(w_RI: Tensor, largest: int, nearest: Nearest, importance_I: Tensor | None) -> tuple[Tensor, Tensor]:
     """Groups [R, G, 32] and their exponents uint8 [R, G], for a type whose largest number is in 2^largest's octave."""
     groups_RGg = w_RI.float().view(len(w_RI), -1, MX_GROUP)
     _, exponent = torch.frexp(groups_RGg.abs().amax(-1))  # the largest is in [2^(exponent - 1), 2^exponent)
@@ -164,7 +150,7 @@ def _best(
     groups_OGg: Tensor,
     trials_OG: list[Tensor],
     scale_of: Callable[[Tensor], Tensor],
-    nearest: Callable[[Tensor], Tensor],
+    nearest: Nearest,
     importance_I: Tensor | None,
 ) -> Tensor:
     """The bits, uint8 [O, G], of each group's trial scale with the least squared error."""

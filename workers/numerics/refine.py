@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from workers.numerics.gptq import Nearest, damped, integers, sweep, transposed
+from workers.numerics.gptq import damped, sweep, transposed
+from workers.numerics.grids import Integers, Nearest
 from workers.numerics.precision import add_product
 from workers.numerics.rounding import code_range, stored_zero
 
@@ -230,8 +231,7 @@ def _codes(
     bits: int,
 ) -> Tensor:
     """One sweep of coordinate descent over the columns: int8 [B, I, O]."""
-    nearest = integers(*code_range(bits))
-    return _swept(wt_BIO, mixing_BII, codes_BIO, scale_BOG, zero_BOG, nearest).to(torch.int8)
+    return _swept(wt_BIO, mixing_BII, codes_BIO, scale_BOG, zero_BOG, Integers(*code_range(bits))).to(torch.int8)
 
 
 def _swept(

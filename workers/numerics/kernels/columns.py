@@ -18,24 +18,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.numerics import grids
+from workers.numerics.grids import E2M1, Floats, Integers
 from workers.numerics.precision import add_product
 
 BLOCK, ROWS = 128, 32
 # 1.5 x 2^23: added to a float32 of less than 2^22 and taken away again, it leaves the nearest integer, ties to even.
 TO_INTEGER = tl.constexpr(12582912.0)
+EXPONENT = tl.constexpr(grids.EXPONENT)
 
 
 @triton.jit
 def _round_block(
     target, weight, mixing, error, code, scale, zero, group,
     outputs, columns, of_mixing, next_of_mixing, next_of_weight, next_of_scale, next_of_group,
-    low, high,
-    ZEROS: tl.constexpr, LOWER: tl.constexpr, WIDTH: tl.constexpr, HEIGHT: tl.constexpr,
+    low, high, first, last, share,
+    ZEROS: tl.constexpr, LOWER: tl.constexpr, FLOATS: tl.constexpr, WIDTH: tl.constexpr, HEIGHT: tl.constexpr,
 ):  # fmt: skip
     """Round ``columns`` <= WIDTH columns of HEIGHT rows; grid (outputs / HEIGHT, problems).
 
     target, weight, error, code: [columns, outputs], contiguous; mixing: [columns, columns], its rows ``of_mixing``
     apart; scale, zero: float32 [G, outputs]; group: int32 [columns]. ``next_of_*``: elements to the next problem's.
+    ``first``, ``last``, ``share``: see ``grids.Floats``.
     """
     problem = tl.program_id(1).to(tl.int64)
     target += problem * next_of_weight
@@ -65,7 +69,12 @@ def _round_block(
             middle = tl.load(zero + params, mask=there, other=0.0)
             step += middle
         step = tl.minimum(tl.maximum(step, low), high)
-        step = (step + TO_INTEGER) - TO_INTEGER
+        if FLOATS:
+            apart = tl.minimum(tl.maximum(tl.abs(step), first), last)
+            apart = (apart.to(tl.int32, bitcast=True) & EXPONENT).to(tl.float32, bitcast=True) * share
+            step = ((tl.div_rn(step, apart) + TO_INTEGER) - TO_INTEGER) * apart
+        else:
+            step = (step + TO_INTEGER) - TO_INTEGER
         tl.store(code + at, step, mask=there)
         if ZEROS:
             step -= middle
@@ -81,11 +90,11 @@ def sweep(
     scale_BOG: Tensor,
     zero_BOG: Tensor | None,
     group_BI: Tensor,
-    bounds: tuple[int, int],
+    grid: Integers | Floats,
     *,
     lower: bool,
 ) -> Tensor:
-    """Codes as floats [B, I, O], integers within ``bounds``; see ``gptq.sweep_columns``, which gives the same.
+    """Codes as floats [B, I, O], numbers of the ``grid``; see ``gptq.sweep_columns``, which gives the same.
 
     ``error_BIO`` is replaced by the new codes' error. ``group_BI`` is each column's group.
     """
@@ -93,7 +102,9 @@ def sweep(
     scale_BGO = scale_BOG.float().mT.contiguous()
     zero_BGO = scale_BGO if zero_BOG is None else zero_BOG.float().mT.contiguous()
     codes_BIO = torch.empty_like(wt_BIO)
-    grid = (triton.cdiv(outputs, ROWS), problems)
+    programs = (triton.cdiv(outputs, ROWS), problems)
+    floats = grid if isinstance(grid, Floats) else E2M1  # of integers unused
+    low, high = (grid.low, grid.high) if isinstance(grid, Integers) else (-grid.largest, grid.largest)
     for start in range(0, width, BLOCK):
         here = slice(start, min(start + BLOCK, width))
         weight = wt_BIO[:, here].contiguous()
@@ -104,11 +115,12 @@ def sweep(
         mixing = mixing_BII[:, here, here].contiguous()
         group = group_BI[:, here].to(torch.int32).contiguous()
         codes = torch.empty_like(weight)
-        _round_block[grid](
+        _round_block[programs](
             target, weight, mixing, error, codes, scale_BGO, zero_BGO, group,
             outputs, here.stop - start, mixing.stride(1), mixing.stride(0), weight.stride(0), scale_BGO.stride(0),
-            group.stride(0), float(bounds[0]), float(bounds[1]),
-            ZEROS=zero_BOG is not None, LOWER=lower, WIDTH=BLOCK, HEIGHT=ROWS, num_warps=4,
+            group.stride(0), float(low), float(high), float(floats.first), float(floats.last), floats.share,
+            ZEROS=zero_BOG is not None, LOWER=lower, FLOATS=isinstance(grid, Floats), WIDTH=BLOCK, HEIGHT=ROWS,
+            num_warps=4,
         )  # fmt: skip
         error_BIO[:, here], codes_BIO[:, here] = error, codes
     return codes_BIO

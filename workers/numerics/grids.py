@@ -1,0 +1,53 @@
+"""Grids that weights are rounded to: whole numbers, and floats of few bits. A grid rounds a tensor in place.
+
+Grids are described by numbers, so that a kernel rounds to them by the same arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Rounds a tensor in place to the numbers of a grid.
+Nearest = Callable[[Tensor], Tensor]
+EXPONENT = 0x7F800000  # its bits in a float32
+
+
+@dataclass(frozen=True)
+class Integers:
+    """The whole numbers from ``low`` to ``high``; ties go to the even one."""
+
+    low: int
+    high: int
+
+    def __call__(self, value: Tensor) -> Tensor:
+        return value.round_().clamp_(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Floats:
+    """Floats of few bits up to ``largest``; ties go to the even code. ``value`` to round: float32.
+
+    Neighbours are ``share`` of a power of two apart: of the one at or below the number, from ``first`` (the smallest
+    normal number; below it they are as far apart) to ``last``.
+    """
+
+    first: float
+    last: float
+    share: float
+    largest: float
+
+    def __call__(self, value: Tensor) -> Tensor:
+        # Even codes are even multiples of the step between neighbours, so rounding half to even is a tie to the even.
+        step = value.abs().clamp_(self.first, self.last)
+        step.view(torch.int32).bitwise_and_(EXPONENT)
+        step.mul_(self.share)
+        return value.div_(step).round_().mul_(step).clamp_(-self.largest, self.largest)
+
+
+# OCP Microscaling Formats 1.0, section 5.3.
+E2M1 = Floats(first=1, last=4, share=1 / 2, largest=6)
+E4M3 = Floats(first=2**-6, last=2**8, share=1 / 8, largest=448)
