@@ -6,6 +6,7 @@ from tests.bench.bench_gpu import HEADER
 from tests.device import card
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_bench_prints_one_table() -> None:
     said = card.run("tests.bench.bench_gpu", "--sizes", "128x256", "--repetitions", "1").strip().splitlines()

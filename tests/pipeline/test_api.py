@@ -23,6 +23,7 @@ ZOO = {
 }
 
 
+@pytest.mark.slow
 def test_plan_run_and_verify(tmp_path: Path) -> None:
     planned = quantmill.plan(ZOO, out=tmp_path / "runs")
     assert [(cell.order.recipe.name, cell.skipped) for cell in planned.artifacts] == [("rtn-w4-g128", False)]

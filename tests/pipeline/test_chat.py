@@ -14,6 +14,7 @@ from tests.workers.jobs import ZOO
 MODELS = ZOO / "models"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["gpt2-tiny"])
 def test_prompts_are_answered_one_line_each(model: str, tmp_path: Path) -> None:
     asked = ["chat", str(MODELS / model), "--prompt", "import os", "--prompt", "def add(a, b):", "--tokens", "8"]

@@ -142,6 +142,7 @@ def test_the_first_zoo_file_is_valid_and_never_overwritten(tmp_path: Path) -> No
     assert "exists already" in again.stderr
 
 
+@pytest.mark.slow
 def test_schema_and_doctor(tmp_path: Path) -> None:
     schema = json.loads(run_cli("schema", cwd=tmp_path).stdout)
     assert "recipes" in schema["properties"]

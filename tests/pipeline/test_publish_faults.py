@@ -9,6 +9,7 @@ from tests.limits import SOON_SECONDS
 from tests.pipeline.runs import wait_for
 
 
+@pytest.mark.slow
 def test_publishes_through_failing_requests_are_whole_and_single(tmp_path: Path) -> None:
     done = bench_publish.storm(tmp_path, repositories=4, revisions=5, share=0.1, seed=1)
     assert done.failed > 10, "the requests did fail"

@@ -73,6 +73,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return artifact_folder(of.workspace, of.orders[0])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_bitsandbytes_is_accepted_and_the_table_says_by_what(tmp_path: Path) -> None:
     config = tf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     tf.AutoModelForCausalLM.from_pretrained(LLAMA, quantization_config=config).save_pretrained(tmp_path / "nf4")
@@ -104,6 +105,7 @@ def test_another_tools_mixture_that_transformers_loads_at_random_is_rejected(ver
     assert "REGRESSION" in said
 
 
+@pytest.mark.slow
 def test_a_method_that_transformers_does_not_know_is_rejected(verify: Verify, ours: Path, tmp_path: Path) -> None:
     """As modelopt writes it: a quant_method that is ignored, and scales that are left over."""
     folder = Path(shutil.copytree(ours, tmp_path / "made"))

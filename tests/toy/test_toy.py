@@ -58,9 +58,10 @@ def by_engine(job: Job, scheme: dict[str, Any]) -> Job:
     return job.model_copy(update={"orders": (job.orders[0].model_copy(update={"recipe": recipe}),)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "whole",
-    [False, pytest.param(True, marks=pytest.mark.slow)],
+    [False, True],
     ids=["in the pass", "by an engine of its own"],
 )
 def test_a_toy_goes_all_the_way(tmp_path: Path, whole: bool) -> None:

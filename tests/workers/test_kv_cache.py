@@ -90,6 +90,7 @@ def test_transformers_rounds_what_we_round(of: Job) -> None:
     assert torch.equal(theirs, ours())
 
 
+@pytest.mark.slow
 def test_artifacts_are_accepted_and_say_so(of: Job) -> None:
     manifest = verified(of)
     assert manifest.verdict.accepted, manifest.verdict.reasons

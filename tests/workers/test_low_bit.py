@@ -96,12 +96,17 @@ def test_weights_are_those_that_transformers_decodes(kind: str, quantized: dict[
             assert torch.equal(opened.read(name), theirs[name]), name
 
 
+# Whole ways through, by when they are tested.
+CELLS = {
+    "slow": (("fp8", "gptq-w4-g128"), ("gptq", "fp8-dynamic"), ("nvfp4", "mxfp4")),
+    "night": (("fp8", "nvfp4"), ("fp8", "bnb-nf4"), ("fp8", "awq-w4-g128"), ("fp8-channel", "gptq-w8-g128")),
+}
+
+
 @pytest.mark.parametrize(
-    ("kind", "name"), [("fp8", "gptq-w4-g128"), *(pytest.param(*p, marks=pytest.mark.slow) for p in (
-        ("fp8", "nvfp4"), ("fp8", "bnb-nf4"), ("fp8", "awq-w4-g128"), ("gptq", "fp8-dynamic"), ("nvfp4", "mxfp4"),
-        ("fp8-channel", "gptq-w8-g128"),
-    ))],
-)  # fmt: skip
+    ("kind", "name"),
+    [pytest.param(*p, marks=getattr(pytest.mark, mark)) for mark in ("slow", "night") for p in CELLS[mark]],
+)
 def test_it_is_quantized_verified_and_said(kind: str, name: str, quantized: dict[str, Path], tmp_path: Path) -> None:
     of = decoded_job(quantized[kind], tmp_path, name)
     metrics = accepted(of, name).verdict.metrics

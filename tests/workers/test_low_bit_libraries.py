@@ -155,6 +155,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_gptq_and_awq_are_decoded_as_the_library_decodes_them(kind: str, packed: dict[str, Path]) -> None:
     folder = packed[kind]

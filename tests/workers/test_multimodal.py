@@ -55,9 +55,8 @@ def verified(of: Job, name: str) -> Manifest:
     return result.manifest
 
 
-@pytest.mark.parametrize(
-    "name", ["gptq-mixed-4-8", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bnb-nf4", "g"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gptq-mixed-4-8", "bnb-nf4", "g"])
 def test_it_is_accepted_with_a_picture(of: Job, name: str) -> None:
     manifest = verified(of, name)
     assert manifest.verdict.accepted, manifest.verdict.reasons

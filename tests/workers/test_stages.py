@@ -36,6 +36,7 @@ def weights_sha256(of: Job, name: str) -> str:
     return file_sha256(artifact_folder(of.workspace, of.order(name)) / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_recipe_makes_the_same_bytes_alone_and_with_seven_others(tmp_path: Path) -> None:
     rtn3 = recipe(name="rtn-w3", method="rtn", scheme={"bits": 3, "group_size": 64}, format="gptq")
     own = recipe(name="own", method="gptq", scheme={"bits": 4, "group_size": 64}, options={"propagate": "quantized"})

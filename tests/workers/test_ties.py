@@ -96,9 +96,8 @@ def test_families_tie_as_transformers_does(family: str, stored: str, tmp_path: P
     assert torch.allclose(logits, theirs, atol=1e-5 * float(theirs.std()))
 
 
-@pytest.mark.parametrize(
-    "stored", [each if each == "lm_head alone" else pytest.param(each, marks=pytest.mark.slow) for each in STORED]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stored", STORED)
 def test_artifacts_are_made_and_accepted(stored: str, tmp_path: Path) -> None:
     names = ["bnb-nf4", "bnb-int8", "gptq-w4-g128", "awq-w4-g128-gemm"]
     in_gptq = recipe(name="gptq", method="gptq", scheme={"bits": 4, "group_size": 128}, format="gptq")

@@ -213,6 +213,7 @@ def gptq_report(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     return report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "group", "sym"), WEIGHTS)
 def test_gptqmodel_decodes_as_we_do(bits: int, group: int | None, sym: bool, gptq_report: dict[str, Any]) -> None:
     assert gptq_report[f"weight_{bits}_{group or -1}_{sym}"] is True

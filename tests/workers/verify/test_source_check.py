@@ -81,6 +81,7 @@ def keys_of(family: str, folder: Path) -> list[str]:
     return sorted(load_file(folder / "model.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "mamba"])
 def test_any_tensor_that_is_read_wrongly_is_caught(family: str, tmp_path: Path) -> None:
