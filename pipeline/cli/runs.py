@@ -114,19 +114,29 @@ def plan(zoo: Path, out: Path, address: str | None, strict: bool, as_json: bool,
 @click.argument("run_id", metavar="[RUN]", required=False)
 @OUT
 @click.option("--address", metavar="URL", help="Show the runs submitted to this cluster instead, or the one named RUN.")
+@click.option("--watch", is_flag=True, help="Follow RUN, the newest if none is named, until it ends: a line a stage.")
 @JSON
-def status(run_id: str | None, out: Path, address: str | None, as_json: bool) -> None:
+def status(run_id: str | None, out: Path, address: str | None, watch: bool, as_json: bool) -> None:
     """Show the runs of the ledger, or the stages that RUN tried."""
+    from pipeline import watching
     from pipeline.ending import at_work
     from pipeline.report.ledger import DIED, Ledger
     from workers.errors import ZooError
     from workers.spec.base import meant
+    from workers.spec.bounds import printable_lines
 
+    if watch and (address or as_json):
+        other = "--address" if address else "--json"
+        raise click.UsageError(f"--watch prints lines of a run on this machine, and can't be given with {other}")
     if address:
         print_submitted(address, run_id, as_json=as_json)
         return
     if not (out / "ledger.sqlite").is_file():
         raise ZooError(f"--out: no ledger in {str(out)!r}; run a zoo first, or name the --out of its run")
+    if watch:
+        for line in watching.watch(out, run_id or watching.newest(out)):
+            click.echo(printable_lines(line))
+        return
     with Ledger(out) as ledger:
         rows = [dict(row) for row in (ledger.attempts(run_id) if run_id else ledger.runs())]
         known = [str(row["run_id"]) for row in ledger.runs()]
