@@ -7,7 +7,7 @@ OUT ?= runs
 # Tests of one file stay together, for they share what was made for them; the longest files come first (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: bench-gpu docs help setup quickstart test test-gpu test-slow walk night check lint types contracts tables runtimes bench constraints clean
+.PHONY: bench-gpu docs help setup quickstart test test-gpu test-slow walk night check lint types contracts tables runtimes envs bench constraints clean
 
 help:
 	@echo "make quickstart   two small models x three recipes: quantized, verified, published to a loopback Hub"
@@ -15,7 +15,7 @@ help:
 	@echo "make test-slow    the tests that take long: real heads, killed drivers, hosts that lose their network"
 	@echo "make walk         every causal language model that transformers knows: streamed, quantized, loaded (nightly)"
 	@echo "make night        long runs, one of them with processes killed at random, beside a quiet one"
-	@echo "make check        lint, types, import contracts, docs, tests and slow tests (what CI runs)"
+	@echo "make check        lint, types, import contracts, docs, tests and slow tests, the latter with llama.cpp and MLX (what CI runs)"
 	@echo "make setup        the environment alone (the others make it if it's missing)"
 	@echo "make tables       print the README's tables and docs/reference from the rows, models and commands"
 	@echo "make docs         build the documentation in site/, with strict links (an environment of its own)"
@@ -51,7 +51,11 @@ test-gpu: $(STAMP)
 test-slow: $(STAMP)
 	$(PYTEST) -m slow
 
-check: lint types contracts docs test test-slow
+check: lint types contracts docs test envs test-slow
+
+# The light ones, in which tests load GGUF and MLX files: built once for all checkouts of a user.
+envs: $(STAMP)
+	for name in llama-cpp mlx; do $(BIN)/quantmill env create $$name || exit 1; done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -137,7 +137,7 @@ def test_the_plan_sets_each_apart_with_its_reason(corpus: Corpus, tmp_path: Path
     assert corpus.changed() == []
 
 
-@pytest.mark.slow
+@pytest.mark.night
 @pytest.mark.timeout(3600)
 def test_a_run_makes_the_good_one_and_what_only_looks_bad(corpus: Corpus) -> None:
     at_work = [each for each in corpus.hostile if each.fate != "refused"]

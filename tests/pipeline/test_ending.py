@@ -327,8 +327,9 @@ def test_where_nothing_can_be_written_the_webhook_and_the_exit_code_still_tell(
     assert receiver.got[0]["status"] == "failed"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("vital", ["gcs_server", "raylet"])
+@pytest.mark.parametrize(
+    "vital", [pytest.param("gcs_server", marks=pytest.mark.slow), pytest.param("raylet", marks=pytest.mark.night)]
+)
 def test_a_head_that_dies_ends_the_run_with_its_results(tmp_path: Path, receiver: Receiver, vital: str) -> None:
     zoo = write_zoo(tmp_path, [str(MODELS / "llama-tiny")], "bnb-nf4")
     mark = uuid.uuid4().hex

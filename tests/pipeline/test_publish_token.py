@@ -88,7 +88,7 @@ def ray_folder() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.slow
+@pytest.mark.night
 def test_a_whole_run_leaves_the_token_nowhere(tmp_path: Path, ray_folder: Path) -> None:
     """Artifacts, ledger, results, report, output, Ray's logs and what Ray was told of jobs and environments."""
     chance = random.Random(3)

@@ -173,9 +173,14 @@ def connect_card(endpoint: str, artifact: str) -> dict[str, Any]:
     return loaded
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(LONG_TEST_SECONDS)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, id="interrupted", marks=pytest.mark.night),
+        pytest.param(signal.SIGKILL, id="killed", marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_run_leaves_no_process_and_is_finished_by_the_next(tmp_path: Path, number: signal.Signals) -> None:
     zoo = write_zoo(tmp_path, [str(MODELS / "llama-tiny")], "bnb-fp4, rtn-w4-g128")
     # One artifact is made, and both are being verified: their processes have children of their own.

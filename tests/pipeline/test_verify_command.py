@@ -85,7 +85,7 @@ def test_a_checkpoint_of_bitsandbytes_is_accepted_and_the_table_says_by_what(tmp
     assert "ACCEPT by the gates of nf4" in said
 
 
-@pytest.mark.slow
+@pytest.mark.night
 def test_another_tools_mixture_that_transformers_loads_at_random_is_rejected(verify: Verify, tmp_path: Path) -> None:
     """gptqmodel's own GPTQ of a mixture of experts: right by its codes, and loaded silently wrong."""
     code = (

@@ -116,7 +116,7 @@ def test_scales_that_clip_are_named(tmp_path: Path) -> None:
     assert "model.layers.1.self_attn: its static scale clips" in reasons
 
 
-@pytest.mark.slow
+@pytest.mark.night
 def test_a_mixture_under_its_own_activations(tmp_path: Path) -> None:
     own = {"refine": 0, "propagate": "quantized"}
     wanted = recipe(name="mine", method="gptq", scheme={"bits": 4, "group_size": 64}, options=own, kv_cache="fp8")

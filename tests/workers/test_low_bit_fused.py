@@ -69,8 +69,14 @@ def test_the_plan_takes_it_without_a_word_and_weights_are_those_of_transformers(
             assert torch.equal(opened.read(name), theirs[name]), name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["gptq-w4-g128", "fp8-dynamic", "nvfp4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("gptq-w4-g128", marks=pytest.mark.slow),
+        pytest.param("fp8-dynamic", marks=pytest.mark.night),
+        pytest.param("nvfp4", marks=pytest.mark.night),
+    ],
+)
 def test_it_is_quantized_verified_and_loaded(name: str, gpt_oss: Path, tmp_path: Path) -> None:
     of = decoded_job(gpt_oss, tmp_path, name)
     assert any("experts.gate_up_proj" in line for line in accepted(of, name).fallbacks)

@@ -67,8 +67,9 @@ def test_bitsandbytes_is_decoded_as_the_library_decodes_it(kind: str, name: str,
                 assert torch.equal(ours, own.to(torch.bfloat16)), key
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("nf4", marks=pytest.mark.slow), pytest.param("int8", marks=pytest.mark.night)]
+)
 def test_bitsandbytes_is_quantized_and_verified(kind: str, tmp_path: Path) -> None:
     folder = tmp_path / "source"
     write_library(MODELS / "llama-tiny", folder, **SETTINGS[kind])

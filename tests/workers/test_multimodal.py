@@ -55,8 +55,14 @@ def verified(of: Job, name: str) -> Manifest:
     return result.manifest
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["gptq-mixed-4-8", "bnb-nf4", "g"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("gptq-mixed-4-8", marks=pytest.mark.slow),
+        pytest.param("bnb-nf4", marks=pytest.mark.night),
+        pytest.param("g", marks=pytest.mark.night),
+    ],
+)
 def test_it_is_accepted_with_a_picture(of: Job, name: str) -> None:
     manifest = verified(of, name)
     assert manifest.verdict.accepted, manifest.verdict.reasons

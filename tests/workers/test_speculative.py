@@ -99,7 +99,14 @@ def test_a_block_is_kept_or_quantized(checkpoint: tuple[Path, str], tmp_path: Pa
     assert not coded & set(ignored)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        pytest.param(family, marks=pytest.mark.slow if family in ("qwen3_next", "glm4_moe") else pytest.mark.night)
+        for family in BLOCKS
+    ],
+    indirect=True,
+)
 def test_either_is_verified_and_the_card_lists_it(checkpoint: tuple[Path, str], tmp_path: Path) -> None:
     folder, block = checkpoint
     recipes = (recipe(name="kept", method="rtn", scheme=W4), recipe(name="q", method="rtn", scheme=W4, mtp="quantize"))

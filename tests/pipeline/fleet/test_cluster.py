@@ -124,9 +124,9 @@ except ClusterLost as error:
             "never",
             "ClusterLost Ray doesn't start on this machine, tried 3 times (The current node timed out during startup.)",
             "",
-            marks=pytest.mark.slow,
+            marks=pytest.mark.night,
         ),
-        pytest.param("slowly", "1 0 servers:\n1", "", marks=pytest.mark.slow),
+        pytest.param("slowly", "1 0 servers:\n1", "", marks=pytest.mark.night),
     ],
 )
 def test_a_ray_that_starts_slowly_is_waited_for_and_one_that_gives_up_tried_again(

@@ -126,7 +126,7 @@ def test_it_is_read_on_any_screen(out: Path, width: int, height: int, dark: bool
 
 
 @BROWSER
-@pytest.mark.slow
+@pytest.mark.night
 def test_a_thousand_artifacts_sort_without_lag(tmp_path: Path) -> None:
     page = write_report(nights.write(tmp_path, 334, faults=nights.FAULTS))
     found = browser.measured(page, 1280, 900, search="model-33")

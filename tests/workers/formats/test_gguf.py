@@ -320,9 +320,11 @@ def sizes_of(file: Path) -> list[tuple[str, tuple[int, ...], int]]:
 
 
 @with_llama_cpp
-@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("model", ["qwen3-moe-tiny", "gpt2-tiny"])
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param("qwen3-moe-tiny", marks=pytest.mark.slow), pytest.param("gpt2-tiny", marks=pytest.mark.night)],
+)
 def test_mixtures_and_conv1d_are_checked_in_llama_cpp(model: str, tmp_path: Path) -> None:
     folder = jobs.ZOO / "models" / model
     job = jobs.job(folder, tmp_path / "runs", "gguf-q4_k_m", "gguf-q3_k_s")

@@ -210,7 +210,7 @@ def test_gptq_becomes_compressed_tensors_and_mlx_and_comes_back(gptq: Path, tmp_
         }
 
 
-@pytest.mark.slow
+@pytest.mark.night
 @pytest.mark.timeout(900)
 def test_awq_becomes_gptq_and_mlx_and_gptq_becomes_gguf(gptq: Path, tmp_path: Path) -> None:
     scheme = {"bits": 4, "group_size": 64, "symmetric": False}
