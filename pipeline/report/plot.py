@@ -67,6 +67,30 @@ def kl_against_size(artifacts: Sequence[ArtifactEntry], most: float) -> Markup |
     return _svg(figure)
 
 
+def noise_by_layer(artifacts: Sequence[ArtifactEntry]) -> Markup | None:
+    """SVG of each artifact's noise by layer (lowest SQNR of its weights, in dB); None if none was measured."""
+    rows = [artifact for artifact in artifacts if any(value is not None for value in artifact.layer_noise)]
+    if not rows:
+        return None
+    layers = max(len(artifact.layer_noise) for artifact in rows)
+    table = [
+        [math.nan if value is None else value for value in (*a.layer_noise, *[None] * (layers - len(a.layer_noise)))]
+        for a in rows
+    ]
+    height = 0.75 + 0.24 * len(rows)
+    figure, axes = _figure(6.4, height, constrained=False)
+    figure.subplots_adjust(left=0.26, right=0.95, bottom=0.5 / height, top=1 - 0.12 / height)
+    drawn = axes.imshow(table, aspect="auto", cmap="viridis", interpolation="none")
+    axes.grid(visible=False)
+    axes.set_yticks(range(len(rows)), [artifact.recipe for artifact in rows], fontsize=9)
+    axes.set_xticks(range(0, layers, math.ceil(layers / 16)))
+    axes.set_xlabel("layer")
+    bar = figure.colorbar(drawn, ax=axes, pad=0.02, fraction=0.05, format="%.0f")
+    bar.set_label("dB")
+    bar.outline.set_visible(False)
+    return _svg(figure)
+
+
 def time_line(steps: Sequence[Step]) -> Markup | None:
     """SVG of what every node did when, by stage; None without a step that took time."""
     took = [step for step in steps if step.ended > step.began and step.node]

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.report.night import Night, recommended
-from pipeline.report.plot import history, kl_against_size, time_line
+from pipeline.report.plot import history, kl_against_size, noise_by_layer, time_line
 from pipeline.report.results import ArtifactEntry
 
 # What the recommended artifact of a model may lose, in nats: the smallest within it is marked.
@@ -29,6 +29,7 @@ class ModelSection:
     revision: str
     artifacts: tuple[ArtifactEntry, ...]
     plot: Markup | None
+    noise: Markup | None
     recommended: str | None
     link: str | None
 
@@ -69,9 +70,10 @@ def _sections(artifacts: Sequence[ArtifactEntry]) -> list[ModelSection]:
     for id_, group in models.items():
         best = recommended(group, MOST_LOST)
         name, revision, plot = Path(id_).name, group[0].revision, kl_against_size(group, MOST_LOST)
+        noise = noise_by_layer(group)
         chosen = best.recipe if best else None
         anchor, link = f"m{len(found)}", _link(id_, revision)
-        found.append(ModelSection(anchor, name, id_, revision, tuple(group), plot, chosen, link))
+        found.append(ModelSection(anchor, name, id_, revision, tuple(group), plot, noise, chosen, link))
     return found
 
 

@@ -104,6 +104,9 @@ class ArtifactEntry(Frozen):
     worst_layers: tuple[tuple[str, float], ...] = ()
     generations: tuple[Generation, ...] = ()
     runtimes: tuple[CheckEntry, ...] = ()
+    layer_noise: tuple[float | None, ...] = Field(
+        (), description="Lowest SQNR in dB of each layer's quantized weights, by number."
+    )
 
 
 class Results(Frozen):
@@ -227,6 +230,7 @@ def _artifact(
         worst_layers=manifest.verdict.worst_layers if manifest else (),
         generations=manifest.verdict.generations if manifest else (),
         runtimes=_checks(manifest),
+        layer_noise=manifest.verdict.layer_noise if manifest else (),
     )
 
 

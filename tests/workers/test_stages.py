@@ -106,6 +106,7 @@ def test_shipped_recipes_are_accepted(model: Path, name: str, tmp_path: Path) ->
     assert manifest.verdict.runtime is not None
     assert manifest.verdict.runtime.name == "transformers"
     assert len(manifest.verdict.worst_layers) == 3
+    assert manifest.verdict.layer_noise[int(manifest.verdict.worst_layers[0][0].split(".")[2])] is not None
     assert manifest.bytes < manifest.reference_bytes
 
 

@@ -282,6 +282,10 @@ class Verdict(Frozen):
         (), description="Agreement with further runtimes, where a zoo names several; `runtime` is the first."
     )
     picture: PictureCheck | None = Field(None, description="Of multimodal models alone.")
+    layer_noise: tuple[float | None, ...] = Field(
+        (),
+        description="Lowest SQNR in dB of each layer's quantized weights, by number; null: none is, or none differs.",
+    )
 
     @property
     def runtimes(self) -> tuple[RuntimeAgreement, ...]:
@@ -299,9 +303,9 @@ class Verdict(Frozen):
 
     @model_serializer(mode="wrap")
     def _without_empty_codes(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit what is empty of codes, further runtimes and pictures: manifests keep the bytes of before those."""
+        """Omit what is empty of what came later: manifests keep the bytes of before those."""
         content: dict[str, Any] = serialize(self)
-        for name in ("codes", "other_runtimes", "picture"):
+        for name in ("codes", "other_runtimes", "picture", "layer_noise"):
             if not getattr(self, name):
                 content.pop(name, None)
         return content

@@ -181,6 +181,7 @@ class Comparison:
             runtime=agreements[0] if agreements else None,
             other_runtimes=agreements[1:],
             worst_layers=findings.worst,
+            layer_noise=findings.by_layer,
             generations=self.generations(answers[0]),
             promised_tokens=self.verification.tokens,
         )

@@ -35,6 +35,7 @@ class Evidence:
     runtime: RuntimeAgreement | None = None
     other_runtimes: tuple[RuntimeAgreement, ...] = ()
     worst_layers: tuple[tuple[str, float], ...] = ()
+    layer_noise: tuple[float | None, ...] = ()
     generations: tuple[Generation, ...] = ()
     promised_tokens: int = 0
     picture: PictureCheck | None = None
@@ -70,6 +71,7 @@ def judge(facts: Evidence, thresholds: Thresholds) -> Verdict:
         runtime=facts.runtime,
         other_runtimes=facts.other_runtimes,
         worst_layers=facts.worst_layers,
+        layer_noise=facts.layer_noise,
         generations=facts.generations,
         picture=facts.picture,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from workers.spec.ggml import is_beside
 from workers.verify.diagnosis import diagnose
 
 NAMED = 3  # names listed in a message
+# The first number in a weight's name is its layer's.
+_LAYER = re.compile(r"\.(\d+)\.")
 # Settings that a quantizer writes into config.json.
 QUANTIZERS_OWN = frozenset(
     {"quantization_config", "compression_config", "dtype", "torch_dtype", "transformers_version"}
@@ -44,6 +47,20 @@ class Findings:
     def worst(self) -> tuple[tuple[str, float], ...]:
         """The three weights with the lowest SQNR, in dB."""
         return tuple(sorted(self.sqnr.items(), key=lambda item: item[1])[:3])
+
+    @property
+    def by_layer(self) -> tuple[float | None, ...]:
+        """The lowest SQNR of each layer's weights, in dB to a hundredth, by the layer's number; None: nothing was lost.
+
+        Weights outside of numbered layers (embeddings, the head) aren't among them.
+        """
+        lowest: dict[int, float] = {}
+        for key, decibels in self.sqnr.items():
+            if (number := _LAYER.search(key)) and math.isfinite(decibels):
+                layer = int(number[1])
+                lowest[layer] = min(decibels, lowest.get(layer, math.inf))
+        found = (lowest.get(layer) for layer in range(max(lowest, default=-1) + 1))
+        return tuple(None if each is None else round(each, 2) for each in found)
 
 
 def inspect(

@@ -89,6 +89,7 @@ def _judged_again(verdict: Verdict, order: Order) -> Verdict:
         runtime=verdict.runtime,
         other_runtimes=verdict.other_runtimes,
         worst_layers=verdict.worst_layers,
+        layer_noise=verdict.layer_noise,
         generations=verdict.generations,
         picture=verdict.picture,
     )
@@ -131,7 +132,7 @@ def _facts(order: Order, comparison: Comparison, folder: Path, artifact: Source 
     left_out = comparison.left_out(order.recipe.format)
     findings = integrity.inspect(expected, artifact, folder, intended, left_out, exact)
     if findings.problems:
-        return gates.Evidence(integrity=findings.problems, worst_layers=findings.worst)
+        return gates.Evidence(integrity=findings.problems, worst_layers=findings.worst, layer_noise=findings.by_layer)
     return comparison.measure(folder, artifact, findings)
 
 

@@ -57,6 +57,8 @@ if (table) {
 }
 const root = document.documentElement;
 root.dataset.found = JSON.stringify({ overflow: root.scrollWidth - root.clientWidth, low, sorted,
+  narrowest: Math.min(...[...document.querySelectorAll("#all td")].filter(cell => cell.getClientRects().length &&
+    cell.textContent.trim().length > 8).map(cell => cell.getBoundingClientRect().width)),
   top: (document.querySelector("h2") || root).getBoundingClientRect().top,
   problems: Math.max(0, ...[...document.querySelectorAll(".problem")].map(p => p.getBoundingClientRect().bottom)) });
 """

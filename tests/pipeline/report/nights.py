@@ -123,6 +123,7 @@ def _artifact(
         error=ErrorEntry(kind=fault["kind"], message=fault["message"]) if fault and not rejected else None,
         outcome=Outcome.REGRESSION if rejected else Outcome.ACCEPT,
         worst_layers=(("model.layers.3.mlp.down_proj.weight", 21.4),),
+        layer_noise=(None, *(round(20 + 10 * dice.random(), 2) for _ in range(31))) if made else (),
     )
 
 

@@ -110,12 +110,13 @@ def test_the_frontier_holds_what_no_smaller_one_beats(points: list[tuple[int, fl
 
 
 @BROWSER
-@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844), (2560, 1400)])
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (1100, 800), (900, 700), (390, 844), (2560, 1400)])
 @pytest.mark.parametrize("dark", [False, True])
 def test_it_is_read_on_any_screen(out: Path, width: int, height: int, dark: bool) -> None:
     (page,) = out.glob("*/report.html")
     found = browser.measured(page, width, height, dark=dark, search="model-003 fp8")
     assert found["overflow"] <= 0
+    assert found["narrowest"] >= 60, "a column of single letters"
     assert found["low"] == []
     assert found["sorted"]["left"] == 1
     numbers = [float(value) for value in found["sorted"]["column"] if value]
