@@ -49,7 +49,7 @@ def test_the_artifact_is_right_and_its_runtime_agrees_on_the_card(passed: tuple[
     verified = facts["verify"][name]
     assert facts["quantize"]["failure"] is verified["failure"] is None
     runtime, metrics = verified["verdict"]["runtime"], verified["verdict"]["metrics"]
-    assert runtime["processor"] == "Stand-in for a card"
+    assert runtime["processor"] == verified["environment"]["card"] == "Stand-in for a card"
     assert runtime["relative_logit_difference"] < 0.02
     assert metrics["kl_mean"] < 0.05
     # The held-out text is too short for some bounds; nothing else may be against it.

@@ -42,7 +42,8 @@ def whole_pass(workspace: str, model: str, *recipes: str) -> dict[str, Any]:
     verified = {}
     for name in recipes if result.failure is None else ():
         found, facts = _stage(of, Stage.VERIFY, name)
-        verified[name] = {**facts, "verdict": found.manifest and found.manifest.verdict.model_dump(mode="json")}
+        manifest = found.manifest.model_dump(mode="json") if found.manifest else {}
+        verified[name] = {**facts, "verdict": manifest.get("verdict"), "environment": manifest.get("environment")}
     return {"quantize": quantized, "verify": verified}
 
 

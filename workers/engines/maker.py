@@ -19,6 +19,7 @@ from workers.checkpoint.source import ModelSource, copy_companions
 from workers.machine.files import write_text
 from workers.methods.layer import LayerWork
 from workers.methods.scaling import some
+from workers.model.device import card_of
 from workers.model.generation import GENERATION_CONFIG, unreadable
 from workers.model.loading import QuantizableWeight, StreamedModel
 from workers.model.statistics import InputStatistics
@@ -148,6 +149,7 @@ class Maker(ABC):
             ),
             seconds=self.seconds,
             fallbacks=tuple(self.fallbacks),
+            made_with=card_of(self._streamed.device),
         )
         put_in_place(self._partial, self.target, artifact, self.layout())
         return artifact

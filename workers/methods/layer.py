@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -152,11 +153,14 @@ class FoldableInput:
     scheme: LinearScheme
     read: Callable[[QuantizableWeight], Tensor]
 
-    def tied(self, values_I: Tensor, how: str) -> Tensor:
-        """Give columns of one source channel the same value: their mean, or their maximum (``how="amax"``)."""
+    def tied(self, values_I: Tensor, how: Literal["mean", "max"]) -> Tensor:
+        """Give columns of one source channel the same value: their mean, or their maximum.
+
+        Summed in the order of the columns on every device: a scatter's atomic additions on a card have no order.
+        """
         rows_I = self.rows_I.to(values_I.device)
-        by_row = values_I.new_zeros(int(rows_I.max()) + 1)
-        return by_row.scatter_reduce_(0, rows_I, values_I, how, include_self=False)[rows_I]
+        sorted_I = values_I[rows_I.argsort(stable=True)]
+        return torch.segment_reduce(sorted_I, how, lengths=torch.bincount(rows_I), axis=0)[rows_I]
 
 
 def require_finite(key: str, tensor: Tensor) -> Tensor:

@@ -15,5 +15,5 @@ def input_scales(recipe: SmoothQuantRecipe, foldable: FoldableInput) -> Tensor:
     input_max_I = torch.stack([statistics.abs_max_I for _, statistics in foldable.seen]).amax(0)
     weight_max_I = torch.stack([foldable.read(weight).abs().amax(0) for weight in foldable.sinks]).amax(0)
     return smoothing.scales(
-        foldable.tied(input_max_I, "amax"), foldable.tied(weight_max_I.float(), "amax"), recipe.options.strength
+        foldable.tied(input_max_I, "max"), foldable.tied(weight_max_I.float(), "max"), recipe.options.strength
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -10,10 +11,24 @@ from workers.checkpoint.source import ModelSource
 from workers.model.loading import StreamedModel
 from workers.spec.job import Job
 
+# Where NVIDIA's kernel module says its version.
+DRIVER = Path("/proc/driver/nvidia/version")
+
 
 def compute_device() -> tuple[str, torch.dtype | None]:
     """Device and dtype of the computation: a GPU in the checkpoint's dtype (None), or the CPU in float32."""
     return ("cuda", None) if torch.cuda.is_available() else ("cpu", torch.float32)
+
+
+def card_of(device: str) -> dict[str, str]:
+    """Name, compute capability, driver and CUDA of a card, as manifests name it; empty for the CPU."""
+    if torch.device(device).type != "cuda":
+        return {}
+    properties = torch.cuda.get_device_properties(device)
+    told = {"card": properties.name, "capability": f"{properties.major}.{properties.minor}"}
+    if DRIVER.is_file() and (found := re.search(r"\b\d+\.\d+(\.\d+)?\b", DRIVER.read_text())):
+        told["driver"] = found[0]
+    return {**told, "cuda": torch.version.cuda} if torch.version.cuda else told
 
 
 def checkpoint_dtype(source: ModelSource) -> torch.dtype:

@@ -356,7 +356,7 @@ class PeakMemory(Frozen):
 class ArtifactMade(Frozen):
     """One artifact made by the quantize stage; ``seconds`` are its own share of solving and writing.
 
-    ``made_with`` are versions in the environment of its engine, where that isn't the stage's own.
+    ``made_with``: the card that it was made on, and versions in its engine's environment, where that isn't the stage's.
     """
 
     recipe: str

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.workers.families import save_random, save_tokenizer
 from tests.workers.jobs import job, recipe
 from workers.checkpoint.source import Source
 from workers.formats.folded import Folded
+from workers.methods.layer import FoldableInput
 from workers.model.folding import Fold, find_folds, fold_source
 from workers.model.forward import LogitsHead, Streaming, stream
 from workers.model.loading import QuantizableWeight, StreamedModel
 from workers.quantize.one_pass import quantize
+from workers.spec.schemes import IntScheme
 from workers.spec.workspace import artifact_folder, folds_folder
 
 GATED = {"mlp.up_proj": ["mlp.down_proj"]}
@@ -241,3 +245,16 @@ def test_a_folded_model_computes_what_it_computed(method: str, family: str, tmp_
         want, got = (LogitsHead(m).logits(stream(m, [tokens])[0]) for m in (streamed, other))
     # A sum of products in another order of magnitude: float32's own noise, and no more.
     assert (got - want).abs().max() < 2e-4 * want.std()
+
+
+@given(channels=st.integers(1, 30), copies=st.integers(1, 8), seed=st.integers(0, 1 << 30))
+def test_columns_of_one_channel_get_one_value_by_sums_in_order(channels: int, copies: int, seed: int) -> None:
+    """As grouped queries share a channel of v; the reference is a scatter, which on the CPU adds in order."""
+    generator = torch.Generator().manual_seed(seed)
+    rows_I = torch.arange(channels).repeat_interleave(copies)[torch.randperm(channels * copies, generator=generator)]
+    values_I = torch.rand(len(rows_I), generator=generator)
+    foldable = FoldableInput(rows_I, [], [], IntScheme(bits=4, group_size=None), lambda weight: values_I)
+    hows: tuple[tuple[Literal["mean", "max"], str], ...] = (("mean", "mean"), ("max", "amax"))
+    for how, scattered in hows:
+        want = torch.zeros(channels).scatter_reduce_(0, rows_I, values_I, scattered, include_self=False)[rows_I]
+        assert torch.equal(foldable.tied(values_I, how), want)
