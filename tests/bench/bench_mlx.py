@@ -1,7 +1,7 @@
 """Measure MLX artifacts beside ``mlx_lm.convert`` at the same bits: KL to the source, both run in mlx-lm.
 
 ``python -m tests.bench.bench_mlx llama-tiny qwen3-moe-tiny mlx-nvfp4`` (recipes: all, if none is named); needs the
-environment mlx (`quantmill env create mlx`). With --gptq: mlx-lm's own GPTQ of 4 bits on the same calibration tokens.
+environment mlx (`quantmill env create mlx`). With --gptq or --dwq: mlx-lm's own on the same calibration tokens.
 The held-out text, its tokens and the reference's logits are those of a verification.
 """
 
@@ -53,23 +53,42 @@ PAIRS: dict[str, dict[str, Any]] = {
 
 
 GPTQ = """
-import sys, time
+import sys
 import mlx.core as mx
 from mlx_lm.quant.gptq import gptq_quantize
 from mlx_lm.utils import load, save
 from safetensors.numpy import load_file
-begun = time.time()
 model, tokenizer, config = load(sys.argv[1], lazy=True, return_config=True)
 tokens = mx.array(load_file(sys.argv[3])["tokens"].astype("int32"))
 model, config["quantization"] = gptq_quantize(model, tokens, 4, 64, 4, 64)
 save(sys.argv[2], sys.argv[1], model, tokenizer, config)
-print(time.time() - begun)
 """
 
 
-def gptq_row(model: str) -> str:
-    """KL and seconds of mlx-lm's own GPTQ, 4 bits in groups of 64, embeddings by rounding to as many."""
+DWQ = """
+import copy, sys
+import mlx.core as mx, mlx.optimizers as optimizers
+from mlx_lm.quant.dwq import dwq_quantize
+from mlx_lm.utils import load, quantize_model, save
+from safetensors.numpy import load_file
+model, tokenizer, config = load(sys.argv[1], lazy=True, return_config=True)
+rows = [(row, 0) for row in load_file(sys.argv[3])["tokens"].astype("int32").tolist()]
+quantized, config = quantize_model(copy.deepcopy(model), config, group_size=64, bits=4)
+optimizer = optimizers.Adam(learning_rate=float(sys.argv[4]), bias_correction=True)
+dwq_quantize(quantized, lambda batch, index, split: model(batch), optimizer, rows[:-16], rows[-16:], 4, 257, 123)
+save(sys.argv[2], sys.argv[1], quantized, tokenizer, config)
+"""
+# By option: its name in the table, the script, and further arguments. DWQ's learning rate of 1e-6 is for large models.
+PEERS: dict[str, tuple[str, str, list[str]]] = {
+    "--gptq": ("mlx-lm's GPTQ, 4 bits", GPTQ, []),
+    "--dwq": ("mlx-lm's DWQ, 4 bits", DWQ, ["1e-5"]),
+}
+
+
+def peer_row(model: str, peer: str) -> str:
+    """KL and seconds of mlx-lm's own method, 4 bits in groups of 64, on the same calibration text."""
     source = jobs.ZOO / "models" / model
+    label, script, arguments = PEERS[peer]
     with tempfile.TemporaryDirectory() as place, Source(source) as opened:
         folder = Path(place)
         job = jobs.job(source, folder / "runs", shipped.recipe("mlx-w4-g64"), samples=128)
@@ -80,13 +99,15 @@ def gptq_row(model: str) -> str:
             torch.cat(stream(comparison.reference, [comparison.tokens]))
         )
         assert job.calibration is not None
-        tokens = calibration_tokens(job.calibration, comparison.tokenizer).tokens_NT
+        (tokens,) = calibration_tokens(job.calibration, comparison.tokenizer).groups
         save_file({"tokens": tokens}, folder / "calibration.safetensors")
-        command = [interpreter("mlx"), "-c", GPTQ, _readable(source, folder / "source"), folder / "out",
-                   folder / "calibration.safetensors"]  # fmt: skip
-        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder)
+        paths = [_readable(source, folder / "source"), folder / "out", folder / "calibration.safetensors"]
+        command = [str(interpreter("mlx")), "-c", script, *map(str, paths), *arguments]
+        begun = time.monotonic()
+        done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=folder)
+        assert done.returncode == 0, done.stderr[-2000:]
         kl = _kl(reference, _logits(folder / "out", comparison.tokens, folder))
-        return f"| {model} | mlx-lm's GPTQ, 4 bits | {kl:.5f} | {float(done.stdout.splitlines()[-1]):.1f} s |"
+        return f"| {model} | {label} | {kl:.5f} | {time.monotonic() - begun:.1f} s |"
 
 
 def rows(model: str, pairs: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -131,7 +152,7 @@ def _readable(source: Path, copy: Path) -> Path:
 
 
 def _converted(source: Path, out: Path, settings: dict[str, Any]) -> tuple[Path, float]:
-    command = [interpreter("mlx"), "-c", CONVERT, source, out, json.dumps(settings)]
+    command = [str(interpreter("mlx")), "-c", CONVERT, str(source), str(out), json.dumps(settings)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=out.parent)
     return out, float(done.stdout.splitlines()[-1])
 
@@ -153,10 +174,11 @@ def _kl(reference: Tensor, logits: Tensor) -> float:
 if __name__ == "__main__":
     print("| model | recipe | KL | KL of convert | ratio | MB | MB of convert | s | s of convert |")
     print("|---|---|---|---|---|---|---|---|---|")
-    if "--gptq" in sys.argv:
+    for peer in PEERS.keys() & set(sys.argv):
         for wanted in sys.argv[1:]:
-            if wanted != "--gptq":
-                print(gptq_row(wanted), flush=True)
+            if wanted not in PEERS:
+                print(peer_row(wanted, peer), flush=True)
+    if PEERS.keys() & set(sys.argv):
         sys.exit()
     named = {name: PAIRS[name] for name in sys.argv[1:] if name in PAIRS}
     for wanted in [name for name in sys.argv[1:] if name not in PAIRS] or ["llama-tiny", "qwen3-moe-tiny"]:
