@@ -225,6 +225,8 @@ class StreamedModel:
                 if len(shape) != 2 or not key.endswith(".weight"):
                     continue
                 if isinstance(module, nn.Linear) and leaf == "weight" and keys_per_owner[owner] == 1:
+                    if module.weight.shape != shape:  # the loader splits it among several modules
+                        continue
                     yield QuantizableWeight(key, layer, InputName(owner, None), (shape[0], shape[1]), False)
                 elif isinstance(module, Conv1D) and leaf == "weight":
                     yield QuantizableWeight(key, layer, InputName(owner, None), (shape[1], shape[0]), True)
