@@ -25,7 +25,7 @@ from workers.errors import CheckpointError, UnsupportedModel
 from workers.model.buffers import make_buffers
 from workers.model.cut import first_layers
 from workers.spec.auto_classes import is_multimodal, loader_of
-from workers.spec.families import family_of
+from workers.spec.families import family_of, forward_of
 from workers.spec.patterns import is_speculative
 
 
@@ -112,6 +112,11 @@ class StreamedModel:
         self.unpackable: frozenset[str] | None = None
 
     @property
+    def language_model(self) -> Any:
+        """The module whose forward takes token ids, with its embeddings and head: the model, but for a few families."""
+        return forward_of(self.model)
+
+    @property
     def base_name(self) -> str:
         """The name of the module that is the decoder without its head.
 
@@ -133,7 +138,7 @@ class StreamedModel:
         if not is_multimodal(self.model.config.to_dict()):
             return ()
         text = f"{self.layers_name.rpartition('.')[0]}."
-        head = self.model.get_output_embeddings()
+        head = self.language_model.get_output_embeddings()
         heads = {f"{name}." for name, module in self.model.named_modules() if head is not None and module is head}
         return tuple(key for key in self._outside if not self.owners.get(key, text).startswith((text, *heads)))
 
@@ -146,7 +151,7 @@ class StreamedModel:
     @property
     def embedding_rows(self) -> int:
         """Number of token ids that the embedding has a row for."""
-        rows: int = self.model.get_input_embeddings().weight.shape[0]
+        rows: int = self.language_model.get_input_embeddings().weight.shape[0]
         return rows
 
     def keys_of_layer(self, index: int) -> list[str]:
