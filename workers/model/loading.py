@@ -26,6 +26,7 @@ from workers.model.buffers import make_buffers
 from workers.model.cut import first_layers
 from workers.spec.auto_classes import is_multimodal, loader_of
 from workers.spec.families import family_of, forward_of
+from workers.spec.layers import is_tiny
 from workers.spec.patterns import is_speculative
 
 
@@ -227,7 +228,7 @@ class StreamedModel:
                 owner, shape = targets[key].owner, self.source.headers[key].shape
                 module_name, _, leaf = owner.rpartition(".")
                 module = modules[module_name]
-                if len(shape) != 2 or not key.endswith(".weight"):
+                if len(shape) != 2 or not key.endswith(".weight") or is_tiny(shape):
                     continue
                 if isinstance(module, nn.Linear) and leaf == "weight" and keys_per_owner[owner] == 1:
                     if module.weight.shape != shape:  # the loader splits it among several modules

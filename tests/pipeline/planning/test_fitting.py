@@ -61,6 +61,13 @@ def test_a_row_may_be_of_the_multimodal_model_alone() -> None:
     assert "fails to join" in problems(whole, scheme=INT4)[0]
 
 
+def test_what_is_tiny_stays_as_it_is() -> None:
+    shapes = {"altup.correction_coefs": (4, 4), "altup.prediction_coefs": (16, 4)}
+    assert problems(model(q_proj=(128, 128), **shapes), scheme=INT4) == []
+    (refused,) = problems(model(q_proj=(128, 128), k_proj=(32, 4)), scheme=INT4)
+    assert "doesn't divide the layer widths of 'org/model', got [4]" in refused
+
+
 def test_a_package_that_a_family_needs_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.planning.fitting.find_spec", lambda name: None)
     assert "needs the package timm, which isn't installed; pip install timm on every node" in str(
