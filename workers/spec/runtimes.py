@@ -152,6 +152,10 @@ def _gptq_by_transformers(scheme: Scheme, kinds: LayerKinds) -> str | None:
     return _dense_alone(scheme, kinds)
 
 
+# Formats beside whose codes transformers joins and splits tensors as ever.
+_UNHARMED = [f"{GPTQ.name} (dense models)", BITSANDBYTES.name]
+
+
 def _undecoded(kinds: LayerKinds) -> str | None:
     family = family_of(kinds.model_type)
     if not family.split and not family.forward:
@@ -161,7 +165,8 @@ def _undecoded(kinds: LayerKinds) -> str | None:
         if family.split
         else "whose class has no forward of its own, and transformers 5.23 decodes this format where that is called"
     )
-    return f"are of the family {kinds.model_type}, {why}; choose {_formats([BITSANDBYTES.name])}"
+    others = [BITSANDBYTES.name] if family.forward else _UNHARMED
+    return f"are of the family {kinds.model_type}, {why}; choose {_formats(others)}"
 
 
 def _joined(scheme: Scheme, kinds: LayerKinds) -> str | None:
@@ -171,7 +176,7 @@ def _joined(scheme: Scheme, kinds: LayerKinds) -> str | None:
         return None
     return (
         f"are of the family {kinds.model_type}, other tensors of which transformers 5.23 fails to join while it loads "
-        f"codes of integers in this format; choose type: fp8, or {_formats([BITSANDBYTES.name])}"
+        f"codes of integers in this format; choose type: fp8, or {_formats(_UNHARMED)}"
     )
 
 

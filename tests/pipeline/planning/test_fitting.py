@@ -44,12 +44,12 @@ def test_formats_whose_checkpoints_of_a_family_are_not_loaded_are_refused_with_t
     float8 = {"method": "rtn", "scheme": {"type": "fp8"}}
     joined, split = model("kimi_linear", q_proj=(128, 128)), model("molmo2", q_proj=(128, 128))
     (refused,) = problems(joined, scheme=INT4)
-    assert "fails to join while it loads codes of integers in this format; choose type: fp8, or format: bits" in refused
+    assert "fails to join while it loads codes of integers in this format; choose type: fp8, or format: gptq" in refused
     assert list(recipe_problems(joined, recipe(name="mine", **float8))) == []
     assert problems(joined, scheme=INT4, format="gptq") == []
     for definition in ({"method": "gptq", "scheme": INT4}, float8):
         (refused,) = recipe_problems(split, recipe(name="mine", **definition))
-        assert "fails to split while it loads this format; choose format: bitsandbytes" in refused
+        assert "fails to split while it loads this format; choose format: gptq (dense models) or bits" in refused
     (refused,) = problems(model("qwen3_omni_moe", q_proj=(128, 128)), scheme=INT4)
     assert "has no forward of its own" in refused
 
