@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.quantmill-setup
 OUT ?= runs
+# timm and torchvision, for the families whose towers are timm's: on the path of the walk alone.
+TOWERS := .venv-towers
 # Tests of one file stay together, for they share what was made for them; the longest files come first (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -39,8 +41,14 @@ quickstart: $(STAMP)
 test: $(STAMP)
 	$(PYTEST)
 
-walk: $(STAMP)
-	$(BIN)/python -m pytest tests/walk -m 'walk or not walk'
+walk: $(STAMP) $(TOWERS)/.installed
+	PYTHONPATH=$(TOWERS) $(BIN)/python -m pytest tests/walk -m 'walk or not walk'
+
+# A folder of its own: PyPI's torchvision is built for CUDA, and beside torch for the CPU no processor may come upon it.
+$(TOWERS)/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade \
+	  --target $(TOWERS) timm torchvision
+	@touch $@
 
 night: $(STAMP) runtimes
 	$(BIN)/python -m pytest -m night -s
@@ -94,9 +102,10 @@ bench-gpu: $(STAMP)
 	$(BIN)/python -m tests.bench.bench_gpu
 	$(BIN)/python -m tests.bench.gpu_stack
 
-constraints: $(DOCS)/.installed
+constraints: $(DOCS)/.installed $(TOWERS)/.installed
 	( head -1 constraints.txt; \
-	  ( $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//'; $(DOCS)/bin/python -m pip freeze ) \
+	  ( $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//'; $(DOCS)/bin/python -m pip freeze; \
+	    $(BIN)/python -m pip freeze --path $(TOWERS) ) \
 	  | sort -f -t= -k1,1 -u ) > constraints.new
 	mv constraints.new constraints.txt
 

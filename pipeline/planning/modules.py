@@ -15,6 +15,7 @@ from workers.spec.layers import (
     experts_left,
     is_matrix_of_a_layer,
     is_quantized_outside,
+    is_tiny,
     layer_of,
     out_in_shape,
     quantizable,
@@ -103,6 +104,8 @@ def _why_left(tensor: TensorHeader, module: str, recipe: Recipe) -> str:
         return "outside of the decoder's layers"
     if why := recipe.why_ignored(module):
         return why
+    if is_tiny(tensor.shape):
+        return "too small"
     left = experts_left(recipe) if EXPERT.search(tensor.name) else None
     return left or "not a linear layer's weight"
 

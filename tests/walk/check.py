@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,10 +23,13 @@ from workers.formats.kept import open_source
 from workers.model.forward import LogitsHead, stream
 from workers.model.loading import StreamedModel, find_layers
 from workers.quantize.one_pass import quantize
-from workers.spec.families import family_of
+from workers.spec.families import family_of, forward_of
+from workers.spec.formats import COMPRESSED_TENSORS
 from workers.spec.job import ArtifactMade, Job, ModelPin
-from workers.spec.layers import quantizable
-from workers.spec.workspace import artifact_folder, folds_folder
+from workers.spec.layers import LayerKinds, Layout, quantizable
+from workers.spec.runtimes import misfit
+from workers.spec.schemes import Float8Scheme, IntScheme
+from workers.spec.workspace import artifact_folder, folds_folder, layout_path
 from workers.verify.activations import rounded_inputs
 
 PACKED = {"bits": 4, "group_size": 32, "indivisible": "keep"}
@@ -39,9 +43,10 @@ TOLERANCE = 1e-3
 class Outcome:
     """What a family did.
 
-    ``share``: of the numbers in its layers' matrices, how many belong to linear layers that recipes turn into codes;
-    ``packed``: four bits; ``refused``: why it got no codes of ours; ``folds``: layers that AWQ scaled; ``format``: the
-    one that it was checked in, where compressed-tensors doesn't hold its layers.
+    ``share``: of the numbers in its layers' matrices, how many belong to linear layers that recipes turn into codes, in
+    the ``format`` if one is named;
+    ``packed``: four bits; ``refused``: why it got no codes of ours; ``folds``: layers that AWQ scaled; ``format``:
+    what it was checked in, where compressed-tensors doesn't hold integers of it.
     """
 
     share: float
@@ -58,7 +63,7 @@ def tokens() -> list[Tensor]:
 
 
 def check(model_type: str, folder: Path, *, multimodal: bool = False, planned: bool = True) -> Outcome:
-    """Take the smallest model of a family all the way; past the plan's refusal, if it isn't ``planned``.
+    """Take the smallest model of a family all the way; past what the plan refuses, if it isn't ``planned``.
 
     Raises:
         AssertionError, QuantmillError, or whatever the library raises: where it doesn't get there.
@@ -70,6 +75,13 @@ def check(model_type: str, folder: Path, *, multimodal: bool = False, planned: b
     if planned:
         check_plan(model)
     share = check_stream(model, auto)
+    if planned and (others := other_recipes(model_type, multimodal=multimodal)):
+        of = job(model, folder / "work", *others.values())
+        made, _ = quantize(of, model)
+        places = [artifact_folder(of.workspace, order) for order in of.orders]
+        for artifact, place in zip(made, places, strict=True):
+            check_artifact(artifact, place, auto)
+        return Outcome(_share_of(places[0], model), True, format=" and ".join(others))
     for scheme in (PACKED, PLAIN):
         of = job(
             model,
@@ -84,12 +96,18 @@ def check(model_type: str, folder: Path, *, multimodal: bool = False, planned: b
                 check_artifact(artifact, artifact_folder(of.workspace, order), auto)
             return Outcome(share, scheme is PACKED, folds=_folded_layers(of))
         assert len(refused) == len(made), refused
-    if family_of(model_type).conv1d:
-        of = job(model, folder / "work", "bnb-nf4")
-        (artifact,), _ = quantize(of, model)
-        check_artifact(artifact, artifact_folder(of.workspace, of.orders[0]), auto)
-        return Outcome(share, True, format="bitsandbytes")
     return Outcome(share, False, refused[0])
+
+
+def other_recipes(model_type: str, *, multimodal: bool) -> dict[str, Any]:
+    """What a family is checked in where the plan refuses integers in compressed-tensors, by name; else nothing."""
+    kinds = LayerKinds(conv1d=family_of(model_type).conv1d, model_type=model_type, multimodal=multimodal)
+    if misfit(COMPRESSED_TENSORS.name, IntScheme.model_validate(PACKED), kinds) is None:
+        return {}
+    float8 = Float8Scheme(activations="none")
+    if misfit(COMPRESSED_TENSORS.name, float8, kinds):
+        return {"bitsandbytes": "bnb-nf4"}
+    return {"fp8": recipe(name="walk-fp8", method="rtn", scheme=float8.model_dump()), "bitsandbytes": "bnb-nf4"}
 
 
 def _folded_layers(of: Job) -> int:
@@ -118,17 +136,24 @@ def check_stream(model: Path, auto: Any = tf.AutoModelForCausalLM) -> float:
     """Streamed logits are the plain ones; which share of the layers' matrices can be quantized."""
     plain = load_plain(model, auto)
     with torch.inference_mode():
-        expected = [plain(input_ids=batch, use_cache=False).logits for batch in tokens()]
+        expected = [forward_of(plain)(input_ids=batch, use_cache=False).logits for batch in tokens()]
     assert all(bool(want.isfinite().all()) and want.std() > 1e-3 for want in expected), "the model itself is no good"
     with open_source(model, _pin(model)) as source:
         streamed = StreamedModel(model, source, dtype=torch.float32)
         head = LogitsHead(streamed)
         for hidden, want in zip(stream(streamed, tokens()), expected, strict=True):
             torch.testing.assert_close(head.logits(hidden), want, rtol=0, atol=1e-5 * float(want.std()))
-        return _quantizable_share(streamed)
+        return _quantizable_share(streamed, {weight.module for weight in streamed.weights})
 
 
-def _quantizable_share(streamed: StreamedModel) -> float:
+def _share_of(place: Path, model: Path) -> float:
+    """Which share of the layers' matrices has codes in an artifact."""
+    with open_source(model, _pin(model)) as source:
+        layout = Layout.model_validate_json(layout_path(place).read_text())
+        return _quantizable_share(StreamedModel(model, source, dtype=torch.float32), set(layout.modules))
+
+
+def _quantizable_share(streamed: StreamedModel, modules: Set[str]) -> float:
     parameters = {name for name, _ in streamed.model.named_parameters()}
     sizes = {
         key: prod(streamed.source.headers[key].shape)
@@ -136,7 +161,8 @@ def _quantizable_share(streamed: StreamedModel) -> float:
         for key in streamed.keys_of_layer(index)
         if len(streamed.source.headers[key].shape) > 1 and streamed.owners[key] in parameters
     }
-    return sum(sizes[weight.key] for weight in streamed.weights) / sum(sizes.values())
+    coded = (weight.key for weight in streamed.weights if weight.module in modules)
+    return sum(sizes[key] for key in coded) / sum(sizes.values())
 
 
 def check_artifact(made: ArtifactMade, place: Path, auto: Any = tf.AutoModelForCausalLM) -> None:
@@ -156,7 +182,7 @@ def check_artifact(made: ArtifactMade, place: Path, auto: Any = tf.AutoModelForC
         theirs.set_experts_implementation("eager")
     with torch.inference_mode():
         for batch, want in zip(tokens(), ours, strict=True):
-            got = theirs.eval()(input_ids=batch, use_cache=False).logits
+            got = forward_of(theirs.eval())(input_ids=batch, use_cache=False).logits
             difference = float((got - want).square().mean().sqrt() / want.std())
             assert difference < TOLERANCE, f"{made.recipe}: logits differ by {difference:.2g} of their deviation"
 

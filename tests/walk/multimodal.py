@@ -32,6 +32,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "emu3": {"vocabulary_map": PICTURE_TOKENS, "vq_config": {"base_channels": 32, "codebook_size": 64}},
     "ernie4_5_vl_moe": {"text_config": {**sections(3, 3, 2), "moe_intermediate_size": [64, 32]},
                         "vision_config": {**TOWER, "intermediate_size": 128}},
+    "fast_vlm": {"vision_config": {"architecture": "fastvit_mci3", "hidden_size": 512, "model_args": {
+        "inference_mode": True, "layers": [1, 1, 1, 1, 1], "embed_dims": [16, 32, 64, 128, 256]}}},
     "fun_asr_nano": {"adaptor_config": {"hidden_size": 64, "intermediate_size": 16, "num_attention_heads": 4}},
     "glm46v": {"text_config": sections(1, 1, 2, partial_rotary_factor=0.5), "vision_config": TOWER},
     "glm4v": {"text_config": sections(1, 1, 2, partial_rotary_factor=0.5), "vision_config": TOWER},
@@ -64,8 +66,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "nemo_speechlm": {"audio_config": {"diarization_config": {"head_config": {"audio_hidden_size": 64}}}},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "paddleocr_vl": {"text_config": sections(2, 3, 3)},
+    "perception_lm": {"vision_config": {"architecture": "vit_pe_lang_large_patch14_448", "model_args": {
+        "embed_dim": 64, "depth": 2, "num_heads": 4, "img_size": [28, 28], "ref_feat_shape": [2, 2],
+        "global_pool": "", "init_values": 0.1, "use_post_transformer_norm": False}}},
     "qwen2_5_omni_thinker": {"text_config": sections(2, 3, 3), "vision_config": TOWER},
     "qwen2_5_vl": {"text_config": sections(2, 3, 3), "vision_config": TOWER},
+    "qwen3_omni_moe": {"thinker_config": {"vision_start_token_id": 6},
+                       "code2wav_config": {"decoder_dim": 64, "codebook_size": 64},
+                       "talker_config": {"spatial_merge_size": 2,
+                                         "text_config": {"shared_expert_intermediate_size": 64}}},
     "qwen2_vl": {"text_config": sections(2, 3, 3), "vision_config": {**TOWER, "mlp_ratio": 2}},
     "step3p7": {"text_config": {"sliding_window": 16}},
     "vibevoice_asr": {name: {"num_filters": 4, "depths": [1, 1, 1], "downsampling_ratios": [2, 2]} for name in (

@@ -5,6 +5,7 @@ A config class's own defaults are shrunk by the names of their fields; OVERRIDES
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,16 @@ INTERLEAVED = {
     "no_rope_layers": [1, 1, 1, 0],
     "layer_types": ["chunked_attention"] * 3 + ["full_attention"],
 }
+SHARED_KEYS = {
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "intermediate_size": [128] * 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
+    "hidden_size_per_layer_input": 16,
+    "laurel_rank": 8,
+    "vocab_size_per_layer_input": VOCABULARY,
+}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "axk1": LATENT,
     "axk2": {**LATENT, "num_key_value_heads": 4},
@@ -125,11 +136,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1},
     "flint": {"num_hidden_layers": 3, "mlp_only_layers": [0],
               "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
-    "gemma3n_text": {
-        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": [128] * 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 2, "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
-        "hidden_size_per_layer_input": 16, "laurel_rank": 8, "vocab_size_per_layer_input": VOCABULARY,
-    },
+    "gemma3n": {"text_config": SHARED_KEYS, "vision_config": {"model_args": {"channel_multiplier": 0.1}},
+                "audio_config": {"conf_num_hidden_layers": 2}},
+    "gemma3n_text": SHARED_KEYS,
     "gemma4_assistant": {"text_config": {
         "model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0,
         "num_hidden_layers": 2, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"],
@@ -162,6 +171,24 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "hybrid_layer_ids": [1, 3],
         "mamba_headdim": 16, "n_mamba_heads": 8, "attention_head_dim": 32, "attention_hidden_size": 128},
 }  # fmt: skip
+
+
+def _declare_kernels() -> None:
+    """Declare two operators of torchvision where its kernels can't be loaded: it's built for CUDA, torch for the CPU.
+
+    timm imports torchvision, which asks for them on import; no tower calls them.
+    """
+    found = find_spec("torchvision")
+    if found is None or found.origin is None:
+        return
+    try:
+        torch.ops.load_library(Path(found.origin).with_name("_C.so"))
+    except OSError:
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+_declare_kernels()
 
 
 def families(*, multimodal: bool = False) -> list[str]:

@@ -1,6 +1,7 @@
 """Walks through all families, and writes what each did to tests/walk/OUTCOMES.md: `python -m tests.walk.table`.
 
-A family with a row stays as it is: remove rows to walk through those again.
+A family with a row stays as it is: remove rows to walk through those again. PYTHONPATH=.venv-towers, as in `make walk`,
+has the packages that towers need.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def rendered(rows: dict[tuple[str, str], tuple[str, ...]]) -> str:
         "# What each family of transformers did",
         "",
         f"The smallest model of every type, saved under the class that publishers use, transformers {version}: "
-        f"{counts(rows)} go all the way. Written by `python -m tests.walk.table`.",
+        f"{counts(rows)} go all the way; where a cell names formats, in those instead of compressed-tensors' integers. "
+        "Written by `python -m tests.walk.table`.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"|{'---|' * len(COLUMNS)}",

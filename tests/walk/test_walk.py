@@ -19,6 +19,15 @@ MOST_USED = (
 )  # fmt: skip
 # Their layers are Conv1D, which no format of linear layers takes.
 CONV1D = ("gpt2", "gpt-sw3", "openai-gpt")
+# Families that the plan takes in these formats, and refuses integers in compressed-tensors of.
+OTHER_FORMATS = {
+    **dict.fromkeys(CONV1D, "bitsandbytes"),
+    **dict.fromkeys(("bailing_hybrid", "kimi_linear", "olmo_hybrid"), "fp8 and bitsandbytes"),
+}
+MULTIMODAL_OTHER_FORMATS = {
+    **dict.fromkeys(("inkling_mm_model", "molmo2", "qianfan_ocr", "qwen3_omni_moe"), "bitsandbytes"),
+    **dict.fromkeys(("dots3_note", "glm5_next", "minimax_m3_vl", "step3p7"), "fp8 and bitsandbytes"),
+}
 # No norm stands right before their linear layers, nothing before them carries a scale.
 NO_PAIRS = (
     "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "git", "jetmoe",
@@ -37,16 +46,13 @@ MOSTLY_KEPT = {
 MOST = 0.9
 # What breaks when one that is refused is taken all the way.
 BREAKS = {
-    "bailing_hybrid": "automatic conversion of the weights",
     "emu3": "Unrecognized configuration class .*Emu3TextConfig",
     "gemma4_assistant": "layer types producing a cache is different",
     "gemma4_unified_assistant": "layer types producing a cache is different",
     "hrm_text": "its forward comes to a layer again after the last",
-    "kimi_linear": "automatic conversion of the weights",
     "mllama": "Unrecognized configuration class .*MllamaTextConfig",
     "musicgen": "'MusicgenConfig' object has no attribute",
     "musicgen_melody": "'MusicgenMelodyConfig' object has no attribute",
-    "olmo_hybrid": "automatic conversion of the weights",
     "prophetnet": "'NoneType' object has no attribute 'view'",
     "zamba": r"no tensors for .*shared_transf\.",
     "zamba2": r"no tensors for .*shared_transformer\.",
@@ -64,9 +70,10 @@ REFUSED_WHOLE = {name for name, family in FAMILIES.items() if family.refused_who
 PACKAGE_MISSING = {name for name, row in FAMILIES.items() if row.package and find_spec(row.package) is None}
 # Multimodal ones in every run; the others by `make walk`.
 MOST_USED_MULTIMODAL = ("gemma3", "qwen2_5_vl", "qwen3_vl", "qwen3_5_moe", "llava", "mistral3", "kimi_k25")
-# All experts of a layer in one tensor, as in MOSTLY_KEPT.
+# All experts of a layer in one tensor, as in MOSTLY_KEPT, or in bitsandbytes, or tensors that transformers splits.
 MULTIMODAL_MOSTLY_KEPT = {
-    "aria": 0.27, "inkling2": 0.26, "mistral4": 0.35, "muse_spark": 0.33, "qwen3_vl_moe": 0.20,
+    "aria": 0.27, "glm5_next": 0.84, "inkling2": 0.26, "inkling_mm_model": 0.19, "mistral4": 0.35, "molmo2": 0.33,
+    "muse_spark": 0.33, "qwen3_omni_moe": 0.20, "qwen3_vl_moe": 0.20, "step3p7": 0.86,
 }  # fmt: skip
 
 
@@ -105,8 +112,8 @@ def test_a_family_goes_all_the_way(family: str, tmp_path: Path) -> None:
         assert outcome.share == pytest.approx(MOSTLY_KEPT[family], abs=0.01)
     else:
         assert outcome.share > MOST
-    if family in CONV1D:
-        assert outcome.format == "bitsandbytes"
+    assert outcome.format == OTHER_FORMATS.get(family, "")
+    if outcome.format:
         return
     assert outcome.refused == ""
     assert outcome.packed == (family not in NOT_PACKED)
@@ -118,6 +125,7 @@ def test_a_multimodal_family_goes_all_the_way(multimodal_family: str, tmp_path: 
 
     outcome = check(multimodal_family, tmp_path, multimodal=True)
     assert outcome.refused == ""
+    assert outcome.format == MULTIMODAL_OTHER_FORMATS.get(multimodal_family, "")
     if multimodal_family in MULTIMODAL_MOSTLY_KEPT:
         assert outcome.share == pytest.approx(MULTIMODAL_MOSTLY_KEPT[multimodal_family], abs=0.01)
     else:
@@ -147,13 +155,24 @@ def test_a_refused_family_breaks_where_its_reason_says(family: str, tmp_path: Pa
         check(family, tmp_path, planned=False)
 
 
+@pytest.mark.walk
+@pytest.mark.parametrize("family", sorted({*OTHER_FORMATS, *MULTIMODAL_OTHER_FORMATS} - set(CONV1D)))
+def test_integers_break_on_loading_where_the_plan_names_other_formats(family: str, tmp_path: Path) -> None:
+    from tests.walk.check import check
+
+    with pytest.raises((RuntimeError, ValueError), match=r"automatic conversion of the weights|only have one to many"):
+        check(family, tmp_path, multimodal=family in MULTIMODAL_OTHER_FORMATS, planned=False)
+
+
 def test_every_family_is_either_supported_or_refused_with_a_reason() -> None:
     from tests.walk.smallest import families
 
     known = families()
     assert {*known, *families(multimodal=True)} >= REFUSED_ALWAYS | REFUSED_ALONE
     assert set(BREAKS) == refused() - PACKAGE_MISSING
-    assert set(MOST_USED_MULTIMODAL) | set(MULTIMODAL_MOSTLY_KEPT) <= set(supported(multimodal=True))
-    assert {*MOST_USED, *CONV1D, *NO_PAIRS, *NOT_PACKED, *MOSTLY_KEPT, *NO_DEFAULT} <= set(supported())
+    assert {*MOST_USED_MULTIMODAL, *MULTIMODAL_MOSTLY_KEPT, *MULTIMODAL_OTHER_FORMATS} <= set(
+        supported(multimodal=True)
+    )
+    assert {*MOST_USED, *OTHER_FORMATS, *NO_PAIRS, *NOT_PACKED, *MOSTLY_KEPT, *NO_DEFAULT} <= set(supported())
     assert len(MOST_USED) >= 30
     assert len(supported()) - len(CONV1D) >= 100

@@ -32,6 +32,10 @@ from workers.spec.layers import Layout
 from workers.spec.recipes import BitsAndBytesRecipe
 from workers.spec.schemes import FourBitFloatScheme, LlmInt8Scheme
 
+# Indexers of sparse attention cast the input of this module to the dtype of its weight: to bytes, where that is packed.
+# Most classes keep it in float32; those of glm5_next and dots3_note (transformers 5.23) don't.
+CASTS_ITS_INPUT = ".indexer.weights_proj"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -52,11 +56,14 @@ def plan(streamed: StreamedModel, recipe: BitsAndBytesRecipe) -> Plan:
     """Determine which modules of the model (on the meta device, not modified) the library converts.
 
     The library's own default always applies: the output head and tied weights stay. What the recipe ignores in
-    addition, and what belongs to no decoder layer (towers of multimodal models), is in ``skipped``.
+    addition, what belongs to no decoder layer (towers of multimodal models), and what computes wrongly once it's
+    converted, is in ``skipped``.
     """
     model, inside = streamed.model, {weight.input.module for weight in streamed.weights}
     converted = _converted(model, recipe, None)
-    ignored = {name for name in converted if name not in inside or recipe.ignores(name)}
+    ignored = {
+        name for name in converted if name not in inside or recipe.ignores(name) or name.endswith(CASTS_ITS_INPUT)
+    }
     skipped: tuple[str, ...] | None = None
     if ignored:
         skipped = tuple(sorted(ignored | set(get_keys_to_not_convert(model))))
@@ -175,9 +182,13 @@ class BitsAndBytesMaker(Maker):
                 f"recipe {recipe.name!r}: nothing is left to quantize, got ignore {list(recipe.ignore)}; shorten it"
             )
         unquantized = [name for name in self._plan.unquantized if streamed.layers_name in name]
-        if unquantized:
-            note = f"left in half precision, for bitsandbytes converts linear modules alone: {some(unquantized)}"
-            self.fallbacks[note] = None
+        casting = [name for name in unquantized if name.removesuffix(".weight").endswith(CASTS_ITS_INPUT)]
+        for names, why in (
+            ([name for name in unquantized if name not in casting], "bitsandbytes converts linear modules alone"),
+            (casting, "transformers casts their inputs to the dtype of the weight"),
+        ):
+            if names:
+                self.fallbacks[f"left in half precision, for {why}: {some(names)}"] = None
 
     def layout(self) -> Layout:
         """The recipe's scheme for every module that the library converts."""

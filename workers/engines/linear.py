@@ -232,7 +232,7 @@ class LinearMaker(StoredMaker):
         if self.final is None:
             return None
         model, width = self._streamed.model, weight.shape_OI[1]
-        is_embeddings = model.get_submodule(weight.input.module) is model.get_input_embeddings()
+        is_embeddings = model.get_submodule(weight.input.module) is self._streamed.language_model.get_input_embeddings()
         if not is_embeddings:
             return self.final
         seen = InputStatistics.even(width, self._streamed.device)

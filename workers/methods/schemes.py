@@ -50,9 +50,10 @@ def outside_weights(recipe: LinearRecipe, streamed: StreamedModel) -> dict[str, 
     Raises:
         UnsupportedRecipe: the scheme refuses a weight's shape.
     """
-    model = streamed.model
+    model, speaking = streamed.model, streamed.language_model
     tied = is_tied(model)
-    modules = {"embeddings": model.get_input_embeddings(), "head": None if tied else model.get_output_embeddings()}
+    head = None if tied else speaking.get_output_embeddings()
+    modules = {"embeddings": speaking.get_input_embeddings(), "head": head}
     names = {f"{name}.weight" for name, module in model.named_modules() if any(module is m for m in modules.values())}
     found = {}
     for key in streamed.outside_keys:
@@ -80,10 +81,14 @@ def left_outside(recipe: LinearRecipe, streamed: StreamedModel, found: Mapping[s
     """Deviations: embeddings or a head that the recipe quantizes, and ``outside_weights`` didn't find."""
     if recipe.outside is None:
         return []
-    model, modules = streamed.model, {weight.input.module for weight in found.values()}
-    wanted = [("embeddings", recipe.outside.embeddings, model.get_input_embeddings())]
+    model, speaking, modules = (
+        streamed.model,
+        streamed.language_model,
+        {weight.input.module for weight in found.values()},
+    )
+    wanted = [("embeddings", recipe.outside.embeddings, speaking.get_input_embeddings())]
     if not is_tied(model):
-        wanted.append(("head", recipe.outside.head, model.get_output_embeddings()))
+        wanted.append(("head", recipe.outside.head, speaking.get_output_embeddings()))
     names = {id(module): name for name, module in model.named_modules()}
     return [
         f"left in half precision, for no name of {what} is known that fits: {names.get(id(module), what)}"

@@ -330,7 +330,7 @@ class LogitsHead:
         around._modules[name] = _Replay(hidden, base)
         try:
             with torch.inference_mode():
-                logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+                logits: Tensor = self._streamed.language_model(input_ids=tokens, use_cache=False).logits
         finally:
             around._modules[name] = base
         return logits

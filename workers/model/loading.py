@@ -25,7 +25,8 @@ from workers.errors import CheckpointError, UnsupportedModel
 from workers.model.buffers import make_buffers
 from workers.model.cut import first_layers
 from workers.spec.auto_classes import is_multimodal, loader_of
-from workers.spec.families import family_of
+from workers.spec.families import family_of, forward_of
+from workers.spec.layers import is_tiny
 from workers.spec.patterns import is_speculative
 
 
@@ -112,6 +113,11 @@ class StreamedModel:
         self.unpackable: frozenset[str] | None = None
 
     @property
+    def language_model(self) -> Any:
+        """The module whose forward takes token ids, with its embeddings and head: the model, but for a few families."""
+        return forward_of(self.model)
+
+    @property
     def base_name(self) -> str:
         """The name of the module that is the decoder without its head.
 
@@ -133,7 +139,7 @@ class StreamedModel:
         if not is_multimodal(self.model.config.to_dict()):
             return ()
         text = f"{self.layers_name.rpartition('.')[0]}."
-        head = self.model.get_output_embeddings()
+        head = self.language_model.get_output_embeddings()
         heads = {f"{name}." for name, module in self.model.named_modules() if head is not None and module is head}
         return tuple(key for key in self._outside if not self.owners.get(key, text).startswith((text, *heads)))
 
@@ -146,7 +152,7 @@ class StreamedModel:
     @property
     def embedding_rows(self) -> int:
         """Number of token ids that the embedding has a row for."""
-        rows: int = self.model.get_input_embeddings().weight.shape[0]
+        rows: int = self.language_model.get_input_embeddings().weight.shape[0]
         return rows
 
     def keys_of_layer(self, index: int) -> list[str]:
@@ -222,9 +228,11 @@ class StreamedModel:
                 owner, shape = targets[key].owner, self.source.headers[key].shape
                 module_name, _, leaf = owner.rpartition(".")
                 module = modules[module_name]
-                if len(shape) != 2 or not key.endswith(".weight"):
+                if len(shape) != 2 or not key.endswith(".weight") or is_tiny(shape):
                     continue
                 if isinstance(module, nn.Linear) and leaf == "weight" and keys_per_owner[owner] == 1:
+                    if module.weight.shape != shape:  # the loader splits it among several modules
+                        continue
                     yield QuantizableWeight(key, layer, InputName(owner, None), (shape[0], shape[1]), False)
                 elif isinstance(module, Conv1D) and leaf == "weight":
                     yield QuantizableWeight(key, layer, InputName(owner, None), (shape[1], shape[0]), True)

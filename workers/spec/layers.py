@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple, Self
 
 from workers.spec.base import Frozen
@@ -20,6 +21,7 @@ from workers.spec.tensors import FLOATS, TensorHeader
 
 # A weight of one expert; transformers fuses these into one tensor per layer on loading.
 EXPERT = re.compile(r"\.experts\.\d+\.")
+LEAST_NUMBERS = 128
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "half": "F16", "float32": "F32", "float": "F32", "float64": "F64"}
 PACKING_REMEDY = "ignore that layer, or choose another format"
 GROUP_REMEDY = "set scheme.group_size to a divisor or null, or scheme.indivisible to channel or keep"
@@ -79,6 +81,12 @@ class Layout(Frozen):
         return cls(schemes=tuple(distinct), modules={name: distinct.index(scheme) for name, scheme in schemes.items()})
 
 
+def is_tiny(shape: Sequence[int]) -> bool:
+    """Whether a matrix has too few numbers for codes: nothing is saved, and none of its errors can be told (AltUp's
+    coefficients of gemma3n are 4 x 4 and 16 x 4)."""
+    return prod(shape) < LEAST_NUMBERS
+
+
 def is_matrix_of_a_layer(tensor: TensorHeader) -> bool:
     """Whether a tensor is the weight matrix of a module inside a decoder layer."""
     return tensor.name.endswith(".weight") and len(tensor.shape) == 2 and layer_of(tensor.name) is not None
@@ -104,7 +112,7 @@ def quantizable(tensor: TensorHeader, recipe: Recipe) -> bool:
     module = tensor.name.removesuffix(".weight")
     if isinstance(recipe, CodedRecipe) and recipe.mtp == "quantize" and in_speculative_layer(tensor):
         return not recipe.ignores(module)
-    if not is_matrix_of_a_layer(tensor):
+    if not is_matrix_of_a_layer(tensor) or is_tiny(tensor.shape):
         return False
     return not recipe.ignores(module) and not (EXPERT.search(tensor.name) and experts_left(recipe))
 

@@ -152,7 +152,37 @@ def _gptq_by_transformers(scheme: Scheme, kinds: LayerKinds) -> str | None:
     return _dense_alone(scheme, kinds)
 
 
+# Formats beside whose codes transformers joins and splits tensors as ever.
+_UNHARMED = [f"{GPTQ.name} (dense models)", BITSANDBYTES.name]
+
+
+def _undecoded(kinds: LayerKinds) -> str | None:
+    family = family_of(kinds.model_type)
+    if not family.split and not family.forward:
+        return None
+    why = (
+        "other tensors of which transformers 5.23 fails to split while it loads this format"
+        if family.split
+        else "whose class has no forward of its own, and transformers 5.23 decodes this format where that is called"
+    )
+    others = [BITSANDBYTES.name] if family.forward else _UNHARMED
+    return f"are of the family {kinds.model_type}, {why}; choose {_formats(others)}"
+
+
+def _joined(scheme: Scheme, kinds: LayerKinds) -> str | None:
+    family = family_of(kinds.model_type)
+    joined = family.joined or (family.joined_whole and kinds.multimodal)
+    if not joined or isinstance(scheme, Float8Scheme):
+        return None
+    return (
+        f"are of the family {kinds.model_type}, other tensors of which transformers 5.23 fails to join while it loads "
+        f"codes of integers in this format; choose type: fp8, or {_formats(_UNHARMED)}"
+    )
+
+
 def _ct_by_transformers(scheme: Scheme, kinds: LayerKinds) -> str | None:
+    if why := _undecoded(kinds) or _joined(scheme, kinds):
+        return why
     if isinstance(scheme, IntScheme) and not scheme.symmetric:
         return (
             "have zero points, for which transformers makes tensors of another size than compressed-tensors packs them "
@@ -192,7 +222,7 @@ def _ct_by_transformers(scheme: Scheme, kinds: LayerKinds) -> str | None:
 
 
 def _fp8_by_transformers(scheme: Scheme, kinds: LayerKinds) -> str | None:
-    return _conv1d(kinds)
+    return _undecoded(kinds) or _conv1d(kinds)
 
 
 _TRANSFORMERS: dict[str, Rule] = {

@@ -13,7 +13,9 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 
+from tests.walk.smallest import save_smallest
 from workers.checkpoint.source import Source
+from workers.engines.bitsandbytes import plan
 from workers.formats.decoded import Decoded, open_decoded
 from workers.model.loading import StreamedModel
 from workers.spec.formats import BNB_BLOCK
@@ -289,3 +291,14 @@ def test_decoded_is_like_its_source(
             quantized = key.removesuffix(".weight") in plan.converted
             assert ((got - want).abs().max() > 0) == quantized, key
             assert (got - want).abs().max() <= 0.2 * want.abs().max(), key
+
+
+def test_what_casts_its_input_to_its_weights_dtype_stays(tmp_path: Path) -> None:
+    # transformers computes with the bytes of a packed layer there, without an error.
+    save_smallest("glm5_next", tmp_path, multimodal=True)
+    with Source(tmp_path) as source:
+        planned = plan(StreamedModel(tmp_path, source, dtype=torch.float32), recipe_of(NF4))
+    indexer = "model.language_model.layers.1.self_attn.indexer"
+    assert f"{indexer}.weights_proj" in (planned.skipped or ())
+    assert f"{indexer}.weights_proj.weight" in planned.unquantized
+    assert f"{indexer}.wk" in planned.converted

@@ -1,6 +1,7 @@
 """The rows of model families are read where models are built and their layers are found."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,7 +9,7 @@ from tests.workers.families import save_random
 from workers.checkpoint.source import Source
 from workers.errors import UnsupportedModel
 from workers.model.loading import StreamedModel
-from workers.spec.families import FAMILIES, Family, family_of
+from workers.spec.families import FAMILIES, Family, family_of, forward_of
 
 
 def layers_of(folder: Path) -> str:
@@ -39,3 +40,29 @@ def test_layers_are_those_of_the_text_part(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(FAMILIES, "llama", Family(text_prefix="vision"))
     with pytest.raises(UnsupportedModel, match="no list of decoder layers"):
         layers_of(tmp_path)
+
+
+def test_a_tensor_that_is_split_among_modules_is_none_of_their_weights(tmp_path: Path) -> None:
+    import torch
+
+    from tests.walk.smallest import save_smallest
+
+    save_smallest("molmo2", tmp_path, multimodal=True)
+    with Source(tmp_path) as source:
+        streamed = StreamedModel(tmp_path, source, dtype=torch.float32)
+        assert "model.transformer.blocks.0.self_attn.att_proj.weight" in streamed.keys_of_layer(0)
+        names = [weight.module for weight in streamed.weights if weight.layer == 0]
+    assert names == ["model.transformer.blocks.0.mlp.ff_out", "model.transformer.blocks.0.self_attn.attn_out"]
+
+
+def test_a_row_names_the_part_whose_forward_takes_tokens() -> None:
+    class Part:
+        def __init__(self, model_type: str) -> None:
+            self.config = SimpleNamespace(model_type=model_type)
+
+        def get_submodule(self, name: str) -> str:
+            return name
+
+    assert forward_of(Part("qwen3_omni_moe")) == "thinker"
+    whole = Part("llama")
+    assert forward_of(whole) is whole

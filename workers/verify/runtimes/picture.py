@@ -12,6 +12,7 @@ from pydantic import Field
 
 from workers.machine.memory import peak_host_bytes
 from workers.spec.base import Frozen
+from workers.spec.families import forward_of
 from workers.verify.runtimes.reply import reply
 from workers.verify.runtimes.transformers import KEY_LISTS, be_quiet
 
@@ -80,7 +81,7 @@ def _look(request: dict[str, Any]) -> dict[str, Any]:
         for name, value in inputs.items()
     }
     with torch.inference_mode():
-        logits = model(**given, use_cache=False).logits[0, -request["positions"] :].float().cpu()
+        logits = forward_of(model)(**given, use_cache=False).logits[0, -request["positions"] :].float().cpu()
     save_file({"logits": logits.contiguous()}, Path(request["scratch"]) / "logits.safetensors")
     return {
         "version": transformers.__version__,

@@ -13,7 +13,7 @@ from pydantic import Field
 from workers.machine.memory import peak_host_bytes
 from workers.model.cut import first_layers
 from workers.spec.base import Frozen
-from workers.spec.families import DEFAULT_LOADER
+from workers.spec.families import DEFAULT_LOADER, forward_of
 from workers.verify.runtimes.reply import reply
 from workers.verify.runtimes.transformers import be_quiet
 
@@ -67,6 +67,7 @@ def _load_and_run(request: dict[str, Any]) -> dict[str, Any]:
         adapter_kwargs=NO_ADAPTER,
         **cut,
     )
+    model = forward_of(model)
     tokens = load_file(scratch / "tokens.safetensors")["tokens"].to(device)
     last = slice(-request["positions"], None)
     with torch.inference_mode():

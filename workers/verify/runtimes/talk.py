@@ -47,6 +47,7 @@ def _transformers(folder: Path, tokens: int) -> tuple[Say, bool]:
     import transformers
 
     from workers.spec.auto_classes import loader_of
+    from workers.spec.families import forward_of
     from workers.verify.runtimes.transformers import be_quiet
 
     be_quiet()
@@ -55,7 +56,7 @@ def _transformers(folder: Path, tokens: int) -> tuple[Say, bool]:
     config = json.loads((folder / "config.json").read_text())
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = getattr(transformers, loader_of(config)).from_pretrained(folder, device_map=device)
+    model = forward_of(getattr(transformers, loader_of(config)).from_pretrained(folder, device_map=device))
     chats = bool(getattr(tokenizer, "chat_template", None))
 
     def say(told: list[dict[str, str]], line: str) -> Iterator[str]:

@@ -14,6 +14,7 @@ from typing import Any
 from workers.machine import fp8_kernels
 from workers.machine.memory import peak_host_bytes
 from workers.model.generation import failing_settings, greedy
+from workers.spec.families import forward_of
 from workers.spec.patterns import is_speculative
 from workers.verify.runtimes.reply import in_a_line, out_of_memory, reply
 
@@ -57,6 +58,7 @@ def _load_and_run(request: dict[str, Any]) -> dict[str, Any]:
         generation_config=transformers.GenerationConfig(),
         **decoding,
     )
+    model = forward_of(model)
     if device == "cpu" and request["arithmetic"] == "decoded":
         _widen(model)
     inputs = {name: tensor.to(device) for name, tensor in load_file(scratch / "tokens.safetensors").items()}
