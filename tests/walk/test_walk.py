@@ -54,8 +54,6 @@ BREAKS = {
     "musicgen": "'MusicgenConfig' object has no attribute",
     "musicgen_melody": "'MusicgenMelodyConfig' object has no attribute",
     "prophetnet": "'NoneType' object has no attribute 'view'",
-    "zamba": r"no tensors for .*shared_transf\.",
-    "zamba2": r"no tensors for .*shared_transformer\.",
 }
 # transformers builds no model of their config class's defaults.
 NO_DEFAULT = (

@@ -130,6 +130,10 @@ class Maker(ABC):
             name = type(self._streamed.model).__name__
             note = f"left out, for {name} has no place for them: {len(unused)} of the source's tensors"
             self.fallbacks[f"{note} ({some(self._streamed.unused)})"] = None
+        if shared := self._streamed.shared_keys:
+            self.fallbacks[
+                f"kept as they are, for several layers share them: {len(shared)} tensors ({some(shared)})"
+            ] = None
         self._open_shards.close()
         folder = self._source.folder
         config = json.loads((folder / "config.json").read_text())

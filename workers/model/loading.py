@@ -75,7 +75,8 @@ class StreamedModel:
     All weights are on the meta device until ``load_outside`` and ``load_layer`` read them from ``source``.
     ``unexpected`` are the checkpoint's keys that the model doesn't use; ``unused`` are those of them that its class
     doesn't declare to ignore either (a value head of training, the layers of another model). ``speculative`` are those
-    of the unexpected that predict further tokens, declared or not. ``layers`` cuts the model to its first ones.
+    of the unexpected that predict further tokens, declared or not. ``layers`` cuts the model to its first ones. Weights
+    that several layers share (the attention block of zamba) belong to none of them: they stay loaded, and as they are.
 
     Raises:
         UnsupportedModel: a class that transformers doesn't know as a causal LM, or without a list of layers.
@@ -99,6 +100,7 @@ class StreamedModel:
         self.layers_name, self.layers = find_layers(self.model)
         targets = targets_of_keys(self.model, source.headers)
         self.owners = {key: target.owner for key, target in targets.items()}
+        self._shared = _shared_by_layers(self.model, self.layers_name)
         self._keys_of_layer = self._by_layer(targets)
         inside = {key for keys in self._keys_of_layer.values() for key in keys}
         self._outside = [key for key in source.headers if key not in inside]
@@ -164,6 +166,11 @@ class StreamedModel:
         """The checkpoint keys that belong to no layer: embeddings, norms, the head, and all ``unexpected`` ones."""
         return self._outside
 
+    @property
+    def shared_keys(self) -> list[str]:
+        """The checkpoint keys that several layers share."""
+        return [key for key in self._outside if self.owners.get(key) in self._shared]
+
     def load_outside(self) -> None:
         """Load all tensors that belong to no layer, tie the tied weights, and initialize non-persistent buffers."""
         # Unexpected keys are skipped: they may be as large as a layer (the prediction heads of DeepSeek-V3).
@@ -189,8 +196,9 @@ class StreamedModel:
         self._check(prefix + name for name in _on_meta(self.layers[index]))
 
     def free_layer(self, index: int) -> None:
-        """Move one layer's weights back to the meta device; non-persistent buffers stay."""
-        stored = set(self.layers[index].state_dict())
+        """Move one layer's weights back to the meta device; non-persistent buffers and what layers share stay."""
+        prefix = f"{self.layers_name}.{index}."
+        stored = {name for name in self.layers[index].state_dict() if prefix + name not in self._shared}
         for name, tensor in [*self.layers[index].named_parameters(), *self.layers[index].named_buffers()]:
             if name in stored:
                 _replace(self.layers[index], name, tensor)
@@ -212,7 +220,7 @@ class StreamedModel:
         keys_of_layer: dict[int, list[str]] = {index: [] for index in range(len(self.layers))}
         for key, target in targets.items():
             match = pattern.match(target.owner)
-            if match:
+            if match and target.owner not in self._shared:
                 keys_of_layer[int(match.group(1))].append(key)
         return keys_of_layer
 
@@ -290,6 +298,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return config
+
+
+def _shared_by_layers(model: Any, layers_name: str) -> frozenset[str]:
+    """The parameters of layers that are tied to those of other layers, and these."""
+    prefix = f"{layers_name}."
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    pairs = ((one, other) for one, other in tied.items() if one.startswith(prefix) and other.startswith(prefix))
+    return frozenset(name for pair in pairs for name in pair)
 
 
 def find_layers(model: nn.Module) -> tuple[str, list[nn.Module]]:

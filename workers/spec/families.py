@@ -42,7 +42,6 @@ class Family:
 
 
 _TEXT_PART = "AutoModelForCausalLM builds its text part alone, and saves it with a config that it doesn't take back"
-_SHARED_BLOCK = "its layers share the weights of one attention block, and a layer can't be quantized alone"
 _OTHER_MODEL = "it drafts on the keys and values of another model; transformers 5.23 builds no model of it alone"
 _COMPOSITE = "AutoModelForCausalLM can't be built of its composite config"
 
@@ -100,8 +99,6 @@ FAMILIES: dict[str, Family] = {
     "udop": Family(refused=_ENCODER),
     "vision-encoder-decoder": Family(refused=_ENCODER),
     "voxtral_realtime": Family(refused="its forward needs a stream of sound"),
-    "zamba": Family(refused=_SHARED_BLOCK),
-    "zamba2": Family(refused=_SHARED_BLOCK),
     "gpt2": Family(conv1d=True),
     "gpt-sw3": Family(conv1d=True),
     "openai-gpt": Family(conv1d=True),

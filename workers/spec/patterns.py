@@ -16,6 +16,8 @@ BESIDE = re.compile(
     r"projections?|local_(de|en)coder|patcher|qwen2_model|connector|adapter|adaptor|aligner|merger|abstractor|talker|"
     r"code_predictor|code2wav|token2wav|mtp|eagle)(?=[._\d]|model|tower|encoder|$)"
 )
+# Part of names, after a layer's number, of a block that several layers share: zamba's and zamba2's attention.
+_SHARED = re.compile(r"^shared_transf(ormer)?\.")
 # Part of names of a speculative block, which predicts the tokens after the next one.
 _SPECULATIVE = re.compile(r"(?:^|\.)mtp(?:_layers)?\.")
 # Layers, as in 0-3,-1: numbers, and ranges with both ends; negative ones from the end.
@@ -26,7 +28,9 @@ _ONE = re.compile(r"(-?\d+)(?:-(\d+))?")
 def layer_of(name: str) -> str | None:
     """The number of the decoder layer that a tensor belongs to, by its name; None if it belongs to none."""
     match = LAYER.search(name)
-    return match.group(1) if match and not BESIDE.search(name[: match.start()]) else None
+    if match is None or BESIDE.search(name[: match.start()]) or _SHARED.search(name[match.end() :]):
+        return None
+    return match.group(1)
 
 
 def is_speculative(name: str, layers: int) -> bool:

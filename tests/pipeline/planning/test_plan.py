@@ -418,9 +418,9 @@ def test_a_model_can_have_recipes_of_its_own(tmp_path: Path) -> None:
 def test_a_family_that_is_not_supported_is_refused_with_its_reason(tmp_path: Path) -> None:
     folder = copy_llama(tmp_path)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "zamba2"}))
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "hrm_text"}))
     with pytest.raises(
-        UserError, match=r"model_type 'zamba2' isn't supported: its layers share the weights .* leave it out"
+        UserError, match=r"model_type 'hrm_text' isn't supported: its forward runs the same layers .* leave it out"
     ):
         make(tmp_path, write(tmp_path, model=f"id: {folder}"))
 

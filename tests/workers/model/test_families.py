@@ -22,7 +22,7 @@ def layers_of(folder: Path) -> str:
 def test_a_family_without_a_row_has_nothing_against_it() -> None:
     assert family_of("never heard of") == family_of(None) == Family()
     assert family_of("gpt2").conv1d
-    assert family_of("zamba").refused
+    assert family_of("hrm_text").refused
 
 
 def test_the_loader_is_the_one_of_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
