@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from pipeline.collecting import collect
 from pipeline.ending import (
@@ -79,6 +79,14 @@ def destination(zoo: Zoo, out: Path, address: str | None = None) -> Iterator[str
 
         with LoopbackHub(out / "hub") as embedded:
             yield embedded.endpoint
+
+
+@runtime_checkable
+class ShowsPhases(Protocol):
+    """A watcher that shows what stages are at."""
+
+    def shows(self, phases: Mapping[str, str]) -> None:
+        """Show these phases, by the labels of stages, as they stand there at any time."""
 
 
 class LedgerWatcher:
@@ -182,6 +190,9 @@ def _drive(run: Run, plan: Plan, address: str | None, watchers: Sequence[RunWatc
             with terminable():
                 cluster = stack.enter_context(start(address, run.out, warm))
             run.started = True
+            for watcher in watchers:
+                if isinstance(watcher, ShowsPhases):
+                    watcher.shows(cluster.phases)
             all_watchers: list[RunWatcher] = [LedgerWatcher(run.ledger, run.id), run.log, *watchers, snapshots]
             holder = _holder(cluster, address, run.id)
             stack.enter_context(closing(holder))

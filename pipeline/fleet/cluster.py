@@ -17,14 +17,17 @@ from traceback import walk_tb
 from types import TracebackType
 from typing import Any, Self
 
+from pipeline.fleet import phases
 from pipeline.fleet.head import Head, connect
 from pipeline.fleet.leases import Leases, LeaseTable
+from pipeline.fleet.phases import Desk, passed_on
 from pipeline.fleet.placement import Claim, Node
 from pipeline.fleet.steps import NETWORK_STAGES, Step
 from workers.errors import ClusterLost, OutOfMemory, PreflightError, WorkerDied
 from workers.machine import child
 from workers.machine.failures import describe, of_a_process
 from workers.machine.memory import MemoryWatch, host_memory
+from workers.machine.phase import VARIABLE
 from workers.machine.preflight import MachineFacts
 from workers.machine.warm import Parents
 from workers.run import StageRequest, run_stage
@@ -75,6 +78,10 @@ class Cluster:
         self._looked = 0.0
         self._interpreters: dict[tuple[str, str], str] = {}  # by node and environment
         self._pace: Any = None
+        # What stages are at, by their labels, as of the last look; and the call that asks for it.
+        self.phases: dict[str, str] = {}
+        self._asked: Any = None
+        self._asked_at = 0.0
         self._nodes: list[Node] = []
         self._memory = MemoryWatch()
         try:
@@ -197,7 +204,7 @@ class Cluster:
         if self._pace is None:
             # One pace (rate limiter) for the run: the Hub's limits apply to the account, over all processes.
             limits = job.destination.limits if job.destination else None
-            self._pace = self._ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(LocalPace).remote(limits)
+            self._pace = self._ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Desk).remote(limits)
         environment = job.orders[0].recipe.environment
         python = self._interpreters[node.id, environment] if environment else None
         # Start the warm parent early: it imports while the model is fetched.
@@ -246,6 +253,7 @@ class Cluster:
         self._head.check()
         if not self._flying:
             return []
+        self._look_at_phases()
         done, _ = self._ray.wait(list(self._flying), num_returns=1, timeout=seconds)
         ended = [(step := self._flying.pop(call)[0], self._collect(call, step)) for call in done]
         if time.monotonic() - self._looked > LOOK_SECONDS and self._head.answers:
@@ -256,6 +264,17 @@ class Cluster:
                 failure = Failure(kind=WorkerDied.__name__, message=f"{step.stage}: its node is gone ({node[:12]})")
                 ended.append((step, StageResult(stage=step.stage, recipe=step.recipe, failure=failure)))
         return ended
+
+    def _look_at_phases(self) -> None:
+        """Take what the desk answered, and ask it again; never waits."""
+        if self._asked is not None and self._ray.wait([self._asked], timeout=0)[0]:
+            with suppress(self._ray.exceptions.RayError):
+                said = self._ray.get(self._asked)
+                self.phases.clear()
+                self.phases.update(said)
+            self._asked = None
+        if self._asked is None and self._pace is not None and time.monotonic() - self._asked_at > phases.EVERY_SECONDS:
+            self._asked, self._asked_at = self._pace.phases.remote(), time.monotonic()
 
     def _collect(self, call: Any, step: Step) -> StageResult:
         exceptions = self._ray.exceptions
@@ -449,11 +468,14 @@ class Where:
     threads: int
     cards: str | None = None
 
-    def ask(self, entry: str, request: str, warm: tuple[str | None, str | None]) -> child.Ended:
-        """Run ``entry`` in a fresh process, forked from the warm parent at ``warm`` if there is one."""
+    def ask(self, entry: str, request: str, warm: tuple[str | None, str | None], phase: str = "") -> child.Ended:
+        """Run ``entry`` in a fresh process, forked from the warm parent at ``warm`` if there is one.
+
+        ``phase``: path of the file in which it says what it is at; empty: nobody asks.
+        """
         address, note = warm
         # Ray sets threads by the task's share of the node; an artifact's bytes must not depend on that.
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), VARIABLE: phase}
         if self.cards is not None:
             environment["CUDA_VISIBLE_DEVICES"] = self.cards
         ended = child.run(entry, request, python=self.python, warm=address, environment=environment)
@@ -472,8 +494,10 @@ def transfer(request: str, where: Where, warm: tuple[str | None, str | None]) ->
 def compute(request: str, where: Where, warm: tuple[str | None, str | None]) -> str:
     """Run a stage that computes, in a fresh process, whose end frees host and GPU memory."""
     stage_request = StageRequest.model_validate_json(request)
+    label = stage_label(stage_request.stage, stage_request.part, stage_request.job.model, stage_request.recipe)
     try:
-        ended = where.ask("workers.run:answer", request, warm)
+        with passed_on(where.pace, label) as phase:
+            ended = where.ask("workers.run:answer", request, warm, phase)
     except (FileNotFoundError, PermissionError) as error:
         raise PreflightError(
             f"{stage_request.stage}: {where.python} doesn't start any more ({error}); build it anew"

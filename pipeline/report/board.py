@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.fleet.steps import Step
 from pipeline.planning.plan import Plan
-from workers.spec.job import Job, Stage, StageResult
+from workers.spec.job import Job, Stage, StageResult, stage_label
 
 DOING = {
     Stage.FETCH: "fetching",
@@ -24,9 +24,10 @@ Key = tuple[str, str]
 
 @dataclass
 class AtWork:
-    """A stage that runs: of what, which, since when (seconds), and in which attempt."""
+    """A stage that runs: of what, its label, which, since when (seconds), and in which attempt."""
 
     subject: str
+    label: str
     doing: str
     since: float
     attempt: int
@@ -37,6 +38,7 @@ class Board:
     """The state of a run; times are seconds of any one clock."""
 
     plan: Plan
+    phases: Mapping[str, str] = field(default_factory=dict)  # what stages are at, by their labels
     at_work: dict[tuple[str, Step], AtWork] = field(default_factory=dict)
     waiting: dict[Key, str] = field(default_factory=dict)  # artifacts that are tried again, and when
     done: dict[Key, str] = field(default_factory=dict)  # artifact -> made, failed or rejected
@@ -54,7 +56,9 @@ class Board:
     def started(self, job: Job, step: Step, attempt: int, now: float) -> None:
         """A stage was handed to a node."""
         of = step.recipe or (job.orders[0].recipe.name if len(job.orders) == 1 else f"{len(job.orders)} recipes")
-        self.at_work[job.model.id, step] = AtWork(f"{Path(job.model.id).name} {of}", DOING[step.stage], now, attempt)
+        label = stage_label(step.stage, step.part, job.model, step.recipe)
+        subject = f"{Path(job.model.id).name} {of}"
+        self.at_work[job.model.id, step] = AtWork(subject, label, DOING[step.stage], now, attempt)
 
     def ended(self, job: Job, step: Step, result: StageResult, retry_in: float | None) -> None:
         """A stage ended, or failed; ``retry_in`` seconds from now it's tried again."""
@@ -91,7 +95,8 @@ class Board:
         """What is at work, the longest first: of what, doing what, for how long."""
         for one in sorted(self.at_work.values(), key=lambda one: one.since):
             again = f", attempt {one.attempt}" if one.attempt > 1 else ""
-            yield one.subject, f"{one.doing}{again}", clock(now - one.since)
+            at = f", {self.phases[one.label]}" if one.label in self.phases else ""
+            yield one.subject, f"{one.doing}{at}{again}", clock(now - one.since)
 
 
 def clock(seconds: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -33,6 +34,10 @@ class PlainProgress:
         self._begun = self._spoke = time.monotonic()
         self._over, self._lock = threading.Event(), threading.Lock()
         self._ticker = threading.Thread(target=self._tick, name="progress", daemon=True)
+
+    def shows(self, phases: Mapping[str, str]) -> None:
+        """Show what stages are at, by their labels, as it stands there at any time."""
+        self._board.phases = phases
 
     def __enter__(self) -> Self:
         self._ticker.start()
@@ -88,6 +93,10 @@ class LiveProgress:
         self._begun = time.monotonic()
         self._events: deque[str] = deque(maxlen=EVENTS)
         self._live = Live(console=console, get_renderable=self._screen, refresh_per_second=4, transient=True)
+
+    def shows(self, phases: Mapping[str, str]) -> None:
+        """Show what stages are at, by their labels, as it stands there at any time."""
+        self._board.phases = phases
 
     def __enter__(self) -> Self:
         self._live.__enter__()

@@ -30,6 +30,7 @@ from workers.machine.environments import interpreter
 from workers.machine.failures import of_a_process
 from workers.machine.files import open_checkpoint
 from workers.machine.memory import MemoryWatch
+from workers.machine.phase import tell
 from workers.spec.engines import Engine, WholeAnswer, WholeProgress, WholeRequest
 from workers.spec.job import ArtifactMade, Job, Order
 from workers.spec.layers import quantizable
@@ -145,7 +146,9 @@ def _answer(process: subprocess.Popen[str], request: WholeRequest) -> WholeAnswe
     last = WholeAnswer()
     for line in process.stdout:
         with suppress(ValidationError):
-            print(f"{request.recipe.name}: {WholeProgress.model_validate_json(line).progress}", file=sys.stderr)
+            progress = WholeProgress.model_validate_json(line).progress
+            print(f"{request.recipe.name}: {progress}", file=sys.stderr)
+            tell(progress)
         with suppress(ValidationError):
             answer = WholeAnswer.model_validate_json(line)
             if answer.layout is not None or answer.error is not None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from workers.checkpoint.read_ahead import ReadAhead
 from workers.errors import UnsupportedModel
+from workers.machine.phase import tell
 from workers.model import trees
 from workers.model.loading import StreamedModel
 from workers.model.statistics import Observer
@@ -79,6 +80,7 @@ class Streaming:
         streamed = self._streamed
         with ReadAhead(streamed.source, [streamed.keys_of_layer(i) for i in range(len(streamed.layers))]) as ahead:
             for index in range(start, len(streamed.layers)):
+                tell(f"layer {index + 1} of {len(streamed.layers)}")
                 tensors = ahead.take(index)
                 if not self._lanes:
                     yield LoadedLayer(index, tensors)

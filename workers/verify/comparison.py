@@ -21,6 +21,7 @@ from workers.checkpoint.source import ModelSource, Source, TensorSource
 from workers.errors import CheckpointError
 from workers.formats.decoded import Decoded
 from workers.formats.kept import QuantizedSource
+from workers.machine.phase import tell
 from workers.model import reference
 from workers.model.device import checkpoint_dtype, compute_device
 from workers.model.forward import LogitsHead, stream
@@ -170,6 +171,7 @@ class Comparison:
             hidden = stream(ours, self.held_out.batches())
         head = LogitsHead(ours)
         metrics = self._metrics(head, hidden)
+        tell("waiting for the runtime")
         answers = runtime.answer()
         compared = [self._agreement(answer, head, hidden) for answer in answers]
         agreements = tuple(agreement for agreement, _ in compared if agreement is not None)

@@ -46,6 +46,8 @@ def test_the_board_counts_what_is_done_at_work_and_left(plan: Plan) -> None:
         ("llama-tiny 2 recipes", "quantizing", "89 s"),
         ("qwen3-moe-tiny 2 recipes", "quantizing, attempt 2", "87 s"),
     ]
+    board.phases = {"quantize llama-tiny": "layer 2 of 4", "quantize another": "layer 1 of 9"}
+    assert next(board.rows(90)) == ("llama-tiny 2 recipes", "quantizing, layer 2 of 4", "89 s")
     board.ended(llama, quantize, result(Stage.QUANTIZE), None)
     board.started(llama, verify, 1, 91)
     board.ended(llama, verify, result(Stage.VERIFY), None)
