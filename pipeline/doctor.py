@@ -73,7 +73,7 @@ def examine(
         name: facts if isinstance(facts, str) else facts.model_copy(update={"refused": refused})
         for name, facts in facts_by_environment.items()
     }
-    return {recipe.name: _problems(known, recipe, runtimes) for recipe in chosen}
+    return {recipe.name: problems_of(known, recipe, runtimes) for recipe in chosen}
 
 
 def zoo_problems(zoo: Path, out: Path) -> list[str]:
@@ -97,9 +97,10 @@ def zoo_problems(zoo: Path, out: Path) -> list[str]:
     return found
 
 
-def _problems(
+def problems_of(
     facts_by_environment: Mapping[str | None, MachineFacts | str], recipe: Recipe, runtimes: Sequence[str]
 ) -> list[str]:
+    """What a machine lacks for a recipe, by the facts of its environments, or why one is unusable there."""
     facts = facts_by_environment[recipe.environment]
     unusable = [facts_by_environment[name] for name in preflight.environments_of(recipe, runtimes)]
     problems = [problem for problem in unusable if isinstance(problem, str)]

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from pipeline.cli.options import FAILED, JSON, print_json, print_rows
+
+if TYPE_CHECKING:
+    from workers.spec.recipes import Recipe
 
 
 @click.command()
 @click.argument("recipes", nargs=-1)
 @click.option("--zoo", type=click.Path(path_type=Path), help="Look at the recipes of this zoo file instead.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), help="Where runs would write.")
+@click.option("--address", metavar="URL", help="Check the nodes of this running Ray cluster instead.")
 @JSON
-def doctor(recipes: tuple[str, ...], zoo: Path | None, out: Path, as_json: bool) -> None:
+def doctor(recipes: tuple[str, ...], zoo: Path | None, out: Path, address: str | None, as_json: bool) -> None:
     """Check this machine against RECIPES, all that are shipped if none is named; each in its own environment."""
     from pipeline import doctor
     from workers.machine.preflight import notes
 
     chosen = doctor.recipes(recipes, zoo)
+    if address:
+        _nodes(chosen, zoo, out, address, as_json=as_json)
     facts = doctor.facts(sys.executable, out)
     if as_json:
         found = doctor.examine(chosen, facts, out, doctor.runtimes(zoo))
@@ -44,6 +51,32 @@ def doctor(recipes: tuple[str, ...], zoo: Path | None, out: Path, as_json: bool)
     columns = ("recipe", "environment", "state") if any(r.environment for r in chosen) else ("recipe", "state")
     print_rows(rows, columns)
     sys.exit(FAILED if of_the_zoo or any(problems.values()) else 0)
+
+
+def _nodes(chosen: Sequence[Recipe], zoo: Path | None, out: Path, address: str, *, as_json: bool) -> NoReturn:
+    """Print on which nodes of a cluster recipes run, and what the others lack."""
+    from pipeline import doctor
+    from pipeline.fleet import feasibility
+
+    found = feasibility.by_node(chosen, out, address, doctor.runtimes(zoo))
+    nowhere = [name for name, nodes in found.items() if all(nodes.values())]
+    if as_json:
+        print_json({"nodes": found})
+    else:
+        print_rows([{"recipe": name, "state": _state_on(nodes)} for name, nodes in found.items()], ("recipe", "state"))
+    sys.exit(FAILED if nowhere else 0)
+
+
+def _state_on(nodes: Mapping[str, Sequence[str]]) -> str:
+    """Where a recipe runs, and what each other node lacks, nodes of one lack together."""
+    if not nodes:
+        return "no node answers"
+    lacking: dict[tuple[str, ...], list[str]] = {}
+    for node, problems in nodes.items():
+        lacking.setdefault(tuple(problems), []).append(node)
+    ready = lacking.pop((), [])
+    said = [f"ready on {', '.join(ready)}"] if ready else []
+    return "; ".join([*said, *(f"{', '.join(names)}: {'; '.join(problems)}" for problems, names in lacking.items())])
 
 
 def _state(problems: Sequence[str], notes: Sequence[str]) -> str:

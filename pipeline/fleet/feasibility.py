@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -33,6 +34,43 @@ def infeasible(plan: Plan, out: Path, address: str | None) -> list[str]:
 
     with Cluster(address, out.resolve()) as cluster:
         return _judged(plan, cluster)
+
+
+def by_node(
+    chosen: Sequence[Recipe], out: Path, address: str, runtimes: Sequence[str] = ()
+) -> dict[str, dict[str, list[str]]]:
+    """What each node of a cluster lacks for each recipe, by recipe and node; nodes that don't answer are left out.
+
+    Raises:
+        ZooError: no Ray cluster at ``address``.
+    """
+    from pipeline.fleet.cluster import Cluster
+
+    needed = {None, *(name for recipe in chosen for name in preflight.environments_of(recipe, runtimes))}
+    with Cluster(address, out.resolve()) as cluster:
+        probed = cluster.probe(cluster.nodes(), needed)
+    return judged_by_node(chosen, probed, runtimes)
+
+
+def judged_by_node(
+    chosen: Sequence[Recipe], probed: Probed, runtimes: Sequence[str] = ()
+) -> dict[str, dict[str, list[str]]]:
+    """See ``by_node``. Nodes have their host's name; where several have the same, with the beginning of Ray's id."""
+    never = registry.ask(chosen).never
+    known = {
+        node: {
+            name: one if isinstance(one, str) else one.model_copy(update={"refused": never})
+            for name, one in facts.items()
+        }
+        for node, facts in probed.items()
+    }
+    hosts = {node: one.node for node, facts in known.items() if isinstance(one := facts.get(None), MachineFacts)}
+    several = {host for host, count in Counter(hosts.values()).items() if count > 1}
+    names = {node: f"{host} ({node[:8]})" if host in several else host for node, host in hosts.items()}
+    return {
+        recipe.name: {name: doctor.problems_of(known[node], recipe, runtimes) for node, name in names.items()}
+        for recipe in chosen
+    }
 
 
 def _judged(plan: Plan, fleet: Fleet) -> list[str]:

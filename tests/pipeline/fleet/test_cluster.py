@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import uuid
@@ -12,7 +13,7 @@ import pytest
 from pipeline.fleet.cluster import SLOW_START, Where, compute
 from pipeline.loopback import LoopbackHub
 from tests.limits import GONE_SECONDS, RUN_SECONDS
-from tests.pipeline.runs import MARK, MODELS, by_key, command, marked_processes, wait_for, write_zoo
+from tests.pipeline.runs import MARK, MODELS, ROOT, by_key, command, marked_processes, wait_for, write_zoo
 from tests.workers.jobs import job
 from workers.errors import PreflightError
 from workers.run import StageRequest
@@ -46,6 +47,14 @@ def test_jobs_go_to_the_nodes_of_a_cluster(tmp_path: Path) -> None:
         )  # fmt: skip
         assert refused.returncode == 2
         assert "the loopback Hub can't be reached from the cluster" in refused.stderr
+        looked = subprocess.run(
+            [sys.executable, "-m", "pipeline.cli", "doctor", "gptq-w4-g128", "eetq-int8", "--address", address],
+            env=environment, capture_output=True, text=True, check=False, cwd=ROOT,
+        )  # fmt: skip
+        assert looked.returncode == 1, looked.stderr
+        ready, lacks = re.findall(r"^(?:gptq-w4-g128|eetq-int8) +(.+?) *$", looked.stdout, re.M)
+        assert re.fullmatch(r"ready on \S+ \(\w{8}\), \S+ \(\w{8}\)", ready)
+        assert "ready" not in lacks
         with LoopbackHub(tmp_path / "hub") as hub:
             zoo.write_text(zoo.read_text().replace("endpoint: loopback", f"endpoint: {hub.endpoint!r}"))
             done = subprocess.run(
