@@ -12,7 +12,7 @@ from pipeline.planning.cells import RefusedArtifact
 from pipeline.planning.plan import PlannedArtifact
 from workers.spec.base import Frozen
 from workers.spec.data import Calibration
-from workers.spec.job import Generation, Manifest, Outcome, PeakMemory, Stage
+from workers.spec.job import ExpertTokens, Generation, Manifest, Outcome, PeakMemory, Stage
 from workers.spec.workspace import artifact_folder
 
 # Of results.json; changes when a name gets another meaning, or goes. New names come without a new version.
@@ -106,6 +106,9 @@ class ArtifactEntry(Frozen):
     runtimes: tuple[CheckEntry, ...] = ()
     layer_noise: tuple[float | None, ...] = Field(
         (), description="Lowest SQNR in dB of each layer's quantized weights, by number."
+    )
+    expert_tokens: tuple[ExpertTokens, ...] = Field(
+        (), description="Calibration tokens that came to each layer's experts: least, median and most."
     )
 
 
@@ -231,6 +234,7 @@ def _artifact(
         generations=manifest.verdict.generations if manifest else (),
         runtimes=_checks(manifest),
         layer_noise=manifest.verdict.layer_noise if manifest else (),
+        expert_tokens=manifest.expert_tokens if manifest else record.expert_tokens if record else (),
     )
 
 

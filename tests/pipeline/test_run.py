@@ -68,7 +68,7 @@ def test_results_keep_the_contract(finished: tuple[Path, int, str, dict[str, Any
     assert entry["error"] is None
     assert [job["recipes"] for job in results["jobs"]] == [["bnb-nf4", "gptq-w4-g128"]] * 3
     report = Path(printed.strip().splitlines()[-1]).read_text()
-    assert report.count("<svg") == 3, "two models, and the night by node"
+    assert report.count("<svg") == 5, "of two models their frontier and noise, and the night by node"
     assert not re.search(r"<(?:script|img|link)[^>]*\s(?:src|href)=", report), "one file that needs nothing else"
     assert results["calibration"].endswith("of calibration.txt")
     assert "UnsupportedModel" in report

@@ -107,6 +107,9 @@ def test_shipped_recipes_are_accepted(model: Path, name: str, tmp_path: Path) ->
     assert manifest.verdict.runtime.name == "transformers"
     assert len(manifest.verdict.worst_layers) == 3
     assert manifest.verdict.layer_noise[int(manifest.verdict.worst_layers[0][0].split(".")[2])] is not None
+    with_experts = model.name == "qwen3-moe-tiny" and manifest.recipe.calibrated
+    assert [each.experts for each in manifest.expert_tokens] == [8] * (3 if with_experts else 0)
+    assert all(0 <= each.least <= each.median <= each.most for each in manifest.expert_tokens)
     assert manifest.bytes < manifest.reference_bytes
 
 

@@ -27,7 +27,7 @@ from workers.spec.base import Frozen
 from workers.spec.checkpoint_files import WEIGHTS, CheckpointFiles
 from workers.spec.formats import FORMATS
 from workers.spec.ggml import is_beside
-from workers.spec.job import ArtifactMade, Job, Order
+from workers.spec.job import ArtifactMade, ExpertTokens, Job, Order
 from workers.spec.layers import Layout
 from workers.spec.workspace import artifact_folder, layout_path, record_path
 
@@ -45,6 +45,7 @@ class MakerState(Frozen):
     journal: Journal
     fallbacks: tuple[str, ...]
     seconds: float
+    expert_tokens: tuple[ExpertTokens, ...] = ()
 
 
 class Maker(ABC):
@@ -60,6 +61,8 @@ class Maker(ABC):
         self.order = order
         self.seconds = 0.0
         self.fallbacks: dict[str, None] = {}
+        # Of the layers so far that have experts, where the recipe is calibrated.
+        self.expert_tokens: list[ExpertTokens] = []
         # The layer's dequantized weights by checkpoint key: for recipes that calibrate on their own activations.
         self.decoded: dict[str, Tensor] = {}
         # Statistics of the decoder's output, set before ``finish`` for recipes that need them.
@@ -84,6 +87,7 @@ class Maker(ABC):
             shutil.rmtree(self._partial, ignore_errors=True)
         else:
             self.seconds, self.fallbacks = state.seconds, dict.fromkeys(state.fallbacks)
+            self.expert_tokens = list(state.expert_tokens)
         writer = WRITERS[FORMATS[self.order.recipe.format].container]
         self._shards = self._writer = writer(self._partial, journal=state.journal if state else None)
 
@@ -113,7 +117,12 @@ class Maker(ABC):
 
     def state(self) -> MakerState:
         """The state so far, flushed to disk."""
-        return MakerState(journal=self._open_shards.journal(), fallbacks=tuple(self.fallbacks), seconds=self.seconds)
+        return MakerState(
+            journal=self._open_shards.journal(),
+            fallbacks=tuple(self.fallbacks),
+            seconds=self.seconds,
+            expert_tokens=tuple(self.expert_tokens),
+        )
 
     @property
     def _open_shards(self) -> ShardWriter:
@@ -154,6 +163,7 @@ class Maker(ABC):
             seconds=self.seconds,
             fallbacks=tuple(self.fallbacks),
             made_with=card_of(self._streamed.device),
+            expert_tokens=tuple(self.expert_tokens),
         )
         put_in_place(self._partial, self.target, artifact, self.layout())
         return artifact

@@ -241,6 +241,15 @@ class Observer(InputWatcher):
         """Number of tokens of an expert that uses the sum over all experts; None if it has enough of its own."""
         return self._borrowing.get(name)
 
+    def tokens_of_experts(self) -> list[int]:
+        """Tokens that came to each expert of the layer, in ascending order; empty if it has none."""
+        counts = {name: statistics.count for name, statistics in self._groups.items()} | self._borrowing
+        by_expert: dict[int, int] = {}
+        for name, count in counts.items():
+            if name.expert is not None:
+                by_expert[name.expert] = max(count, by_expert.get(name.expert, 0))
+        return sorted(by_expert.values())
+
     def check(self, layer: int) -> None:
         """Refuse statistics that contain NaN or Inf.
 

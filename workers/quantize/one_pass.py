@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,7 @@ from workers.quantize.inputs import (
 )
 from workers.quantize.resume import NotResumable, PassFolder, PassState, group_state, locked_pass_folder
 from workers.spec.engines import ENGINES
-from workers.spec.job import ArtifactMade, Job, Order
+from workers.spec.job import ArtifactMade, ExpertTokens, Job, Order
 from workers.spec.recipes import Recipe
 
 
@@ -192,6 +192,7 @@ class _Pass:
             with observer.watch(self._streamed, layer.index), coarse_forwards():
                 groups[CALIBRATION].advance()
             observer.check(layer.index)
+            self._count_tokens(layer.index, observer.tokens_of_experts())
         if REFERENCE in groups:
             groups[REFERENCE].advance()
         work = LayerWork(layer.index, layer.tensors, observer, folds)
@@ -205,6 +206,17 @@ class _Pass:
         for name in [name for name in groups if name.startswith(OWN)]:
             if name not in {own_stream(maker.order.recipe) for maker in self._makers}:
                 del groups[name]  # its recipe has failed
+
+    def _count_tokens(self, layer: int, counts: Sequence[int]) -> None:
+        """Note how many tokens came to the experts of a layer, in ascending order."""
+        if not counts:
+            return
+        found = ExpertTokens(
+            layer=layer, experts=len(counts), least=counts[0], median=counts[len(counts) // 2], most=counts[-1]
+        )
+        for maker in self._makers:
+            if maker.order.recipe.calibrated:
+                maker.expert_tokens.append(found)
 
     def _observer(self, recipes: Iterable[Recipe]) -> Observer:
         assert self._job.calibration is not None

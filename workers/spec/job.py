@@ -340,6 +340,9 @@ class Manifest(Frozen):
         None, description="Special tokens before each sequence that was calibrated on and compared; None: not said."
     )
     source_check: SourceCheck | None = Field(None, description="None in older manifests.")
+    expert_tokens: tuple[ExpertTokens, ...] = Field(
+        (), description="Calibration tokens that came to each layer's experts; empty: no experts, or not counted."
+    )
 
     def checked_in(self, runtimes: tuple[str, ...]) -> bool:
         """Whether it was compared with all of these runtimes; none named: with any."""
@@ -351,6 +354,16 @@ class PeakMemory(Frozen):
 
     host: int = 0
     device: int = 0
+
+
+class ExpertTokens(Frozen):
+    """How many calibration tokens came to the experts of one layer."""
+
+    layer: int
+    experts: int
+    least: int
+    median: int
+    most: int
 
 
 class ArtifactMade(Frozen):
@@ -365,6 +378,7 @@ class ArtifactMade(Frozen):
     seconds: float
     fallbacks: tuple[str, ...] = ()
     made_with: dict[str, str] = Field(default_factory=dict)
+    expert_tokens: tuple[ExpertTokens, ...] = ()
     error: Failure | None = None
 
 

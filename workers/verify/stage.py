@@ -196,6 +196,7 @@ def _seal(
         environment=environment,
         fallbacks=fallbacks,
         bytes=record.bytes,
+        expert_tokens=record.expert_tokens,
         reference_bytes=reference_bytes,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         source_check=checked,

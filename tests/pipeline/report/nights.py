@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.report.logbook import LOG
 from pipeline.report.night import RESULTS
 from pipeline.report.results import ArtifactEntry, ErrorEntry, JobEntry, MetricsEntry, Results, Seconds
-from workers.spec.job import Outcome, PeakMemory
+from workers.spec.job import ExpertTokens, Outcome, PeakMemory
 
 RECIPES = {"gptq-w4-g128": (0.28, 0.012), "bnb-nf4": (0.29, 0.02), "fp8-dynamic": (0.52, 0.001)}
 TRACE = 'Traceback (most recent call last):\n  File "one_pass.py", line 7, in solve\nMemoryError'
@@ -28,6 +28,9 @@ FAULTS: dict[int, dict[str, Any]] = {
     },
     99: {"status": "rejected", "kind": "", "message": "KL divergence 0.31 (bound 0.34), expected at most 0.05"},
 }
+
+
+TOKENS = ExpertTokens(layer=3, experts=8, least=6, median=126, most=961)
 
 
 def write(
@@ -123,6 +126,9 @@ def _artifact(
         error=ErrorEntry(kind=fault["kind"], message=fault["message"]) if fault and not rejected else None,
         outcome=Outcome.REGRESSION if rejected else Outcome.ACCEPT,
         worst_layers=(("model.layers.3.mlp.down_proj.weight", 21.4),),
+        expert_tokens=(ExpertTokens(layer=3, experts=8, least=6, median=126, most=961),)
+        if recipe.startswith("gptq")
+        else (),
         layer_noise=(None, *(round(20 + 10 * dice.random(), 2) for _ in range(31))) if made else (),
     )
 

@@ -122,6 +122,7 @@ def test_it_is_read_on_any_screen(out: Path, width: int, height: int, dark: bool
     numbers = [float(value) for value in found["sorted"]["column"] if value]
     assert numbers == sorted(numbers)
     assert len(numbers) == 34, "two failed before they were measured"
+    assert "calibration tokens of experts: 6 at least" in page.read_text()
     if width >= 1280:
         assert found["problems"] < 900, "three problems are told within one screen"
 
