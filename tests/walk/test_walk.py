@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,6 +69,8 @@ REFUSED_WHOLE = {name for name, family in FAMILIES.items() if family.refused_who
 PACKAGE_MISSING = {name for name, row in FAMILIES.items() if row.package and find_spec(row.package) is None}
 # Multimodal ones in every run; the others by `make walk`.
 MOST_USED_MULTIMODAL = ("gemma3", "qwen2_5_vl", "qwen3_vl", "qwen3_5_moe", "llava", "mistral3", "kimi_k25")
+# Those that take longer: `make test-slow`.
+SLOW_MULTIMODAL = ("gemma4", "glm4v_moe", "internvl", "llama4", "phi4_multimodal", "qwen3_5")
 # All experts of a layer in one tensor, as in MOSTLY_KEPT, or in bitsandbytes, or tensors that transformers splits.
 MULTIMODAL_MOSTLY_KEPT = {
     "aria": 0.27, "glm5_next": 0.84, "inkling2": 0.26, "inkling_mm_model": 0.19, "mistral4": 0.35, "molmo2": 0.33,
@@ -95,10 +98,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     asked = metafunc.config.option.markexpr.replace("not walk", "")
     everything = "walk" in asked or not metafunc.config.option.markexpr
-    for fixture, most in (("family", MOST_USED), ("multimodal_family", MOST_USED_MULTIMODAL)):
+    chosen = (("family", MOST_USED, ()), ("multimodal_family", MOST_USED_MULTIMODAL, SLOW_MULTIMODAL))
+    for fixture, most, slower in chosen:
         if fixture in metafunc.fixturenames:
-            names = supported(multimodal=most is MOST_USED_MULTIMODAL) if everything else most
-            marks = {name: () if name in most else pytest.mark.walk for name in names}
+            names = supported(multimodal=most is MOST_USED_MULTIMODAL) if everything else [*most, *slower]
+            marks: dict[str, Any] = dict.fromkeys(names, pytest.mark.walk)
+            marks |= dict.fromkeys(most, ()) | dict.fromkeys(slower, pytest.mark.slow)
             metafunc.parametrize(fixture, [pytest.param(name, marks=marks[name]) for name in names])
 
 
@@ -168,7 +173,7 @@ def test_every_family_is_either_supported_or_refused_with_a_reason() -> None:
     known = families()
     assert {*known, *families(multimodal=True)} >= REFUSED_ALWAYS | REFUSED_ALONE
     assert set(BREAKS) == refused() - PACKAGE_MISSING
-    assert {*MOST_USED_MULTIMODAL, *MULTIMODAL_MOSTLY_KEPT, *MULTIMODAL_OTHER_FORMATS} <= set(
+    assert {*MOST_USED_MULTIMODAL, *SLOW_MULTIMODAL, *MULTIMODAL_MOSTLY_KEPT, *MULTIMODAL_OTHER_FORMATS} <= set(
         supported(multimodal=True)
     )
     assert {*MOST_USED, *OTHER_FORMATS, *NO_PAIRS, *NOT_PACKED, *MOSTLY_KEPT, *NO_DEFAULT} <= set(supported())
