@@ -53,6 +53,38 @@ def save_llava(folder: Path) -> Path:
     return folder
 
 
+def save_qwen2_audio(folder: Path) -> Path:
+    """Save a random ``Qwen2AudioForConditionalGeneration`` in bfloat16, which hears a second of sound at 16 kHz."""
+    torch.manual_seed(0)
+    tokenizer = tf.AutoTokenizer.from_pretrained(TEXT)
+    marks = ["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    text = {
+        "model_type": "qwen2", "vocab_size": 2048 + 64, "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    ears = {
+        "model_type": "qwen2_audio_encoder", "num_mel_bins": 16, "encoder_layers": 2, "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 64, "d_model": 32, "max_source_positions": 50,
+    }  # fmt: skip
+    config = tf.Qwen2AudioConfig(
+        audio_config=ears, text_config=text, audio_token_index=tokenizer.convert_tokens_to_ids(marks[0])
+    )
+    model = tf.Qwen2AudioForConditionalGeneration(config).to(torch.bfloat16)
+    with torch.no_grad():  # features as large as embeddings are
+        model.get_submodule(projector_of(model)).linear.weight.normal_(0, 0.1)
+    model.save_pretrained(folder)
+    hears = tf.WhisperFeatureExtractor(feature_size=16, chunk_length=1)
+    tf.Qwen2AudioProcessor(feature_extractor=hears, tokenizer=tokenizer).save_pretrained(folder)
+    return folder
+
+
+def projector_of(model: torch.nn.Module) -> str:
+    """The name of the module between tower and text model."""
+    return next(name for name, _ in model.named_modules() if name.endswith("multi_modal_projector"))
+
+
 def save_gemma3(folder: Path) -> Path:
     """Save a random ``Gemma3ForConditionalGeneration`` in bfloat16, with the names that its publisher gives towers."""
     torch.manual_seed(0)

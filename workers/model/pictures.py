@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from workers.errors import CalibrationError, QuantmillError, UnsupportedModel
@@ -20,7 +21,7 @@ from workers.spec.job import ModelPin
 
 # What a model takes of one sequence, by name; ``input_ids`` int64 [1, T].
 Inputs = dict[str, Tensor]
-# Hertz of sounds whose data set doesn't say it.
+# Hertz of sounds for a processor that doesn't say it.
 RATE = 16000
 
 
@@ -104,9 +105,35 @@ class Pictures:
                 raise CalibrationError(
                     f"{self._where}.{key}: no such column, got {lacking[0]!r}; the data set has {rows.column_names}"
                 )
+        rows = self._at_the_processors_rate(rows)
         for start in range(0, len(rows), ROWS_AT_A_TIME):
             for number in range(start, min(start + ROWS_AT_A_TIME, len(rows))):
-                yield number, rows[number]
+                yield number, self._row(rows, number)
+
+    def _row(self, rows: Any, number: int) -> dict[str, Any]:
+        try:
+            row: dict[str, Any] = rows[number]
+        except ImportError as error:  # datasets decodes sounds with another package
+            raise CalibrationError(
+                f"{self._where}.audio: datasets can't decode column {self._dataset.audio!r} ({brief(error)}); run "
+                "`pip install torchcodec`, or name a column of samples (array and sampling_rate)"
+            ) from error
+        return row
+
+    @property
+    def _rate(self) -> int:
+        """Hertz of the sounds that the processor takes."""
+        return int(getattr(getattr(self._processor, "feature_extractor", None), "sampling_rate", None) or RATE)
+
+    def _at_the_processors_rate(self, rows: Any) -> Any:
+        """Rows whose sounds are resampled where they are decoded."""
+        column = self._dataset.audio
+        if column is None:
+            return rows
+        from datasets import Audio
+
+        decoded = isinstance((getattr(rows, "features", None) or {}).get(column), Audio)
+        return rows.cast_column(column, Audio(sampling_rate=self._rate)) if decoded else rows
 
     def _prepared(self, number: int, row: Mapping[str, Any]) -> Inputs:
         images = self._files(number, row, self._dataset.images, self._picture)
@@ -149,12 +176,22 @@ class Pictures:
         return picture.convert("RGB")
 
     def _sound(self, item: Any) -> Any:
-        """Samples as the library decodes them; float32 [n]."""
+        """Samples of one channel at the processor's rate, float32 [n].
+
+        Raises:
+            ValueError: they have another rate, or it's no sound.
+        """
         if isinstance(item, Mapping) and "array" in item:
-            return item["array"]
+            rate = item.get("sampling_rate", self._rate)
+            if rate != self._rate:
+                raise ValueError(
+                    f"sampled at {rate} Hz, and the model's processor takes {self._rate}; resample them, or name a "
+                    "column of the type Audio"
+                )
+            return np.asarray(item["array"], dtype=np.float32)
         if hasattr(item, "get_all_samples"):
             return item.get_all_samples().data.mean(0).numpy()
-        raise ValueError("expected a column of the type Audio")
+        raise ValueError("expected a column of the type Audio, or of samples (array and sampling_rate)")
 
     def _content(self, item: Any) -> io.BytesIO | Path:
         """The file of a picture: bytes, or a path beside the data files."""

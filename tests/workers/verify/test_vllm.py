@@ -20,6 +20,7 @@ from tests.workers import jobs
 from workers.errors import PreflightError
 from workers.machine.environments import interpreter
 from workers.quantize.one_pass import quantize
+from workers.spec.engines import ENGINES
 from workers.spec.job import CHECKED, LOADER_CHECKED, Job, ReasonCode, Verdict
 from workers.spec.recipes import Recipe
 from workers.spec.runtimes import VLLM, RuntimeRequest
@@ -58,7 +59,9 @@ def of(model: str) -> list[str]:
     """The shipped recipes that the plan makes of a model for vLLM."""
     source = sources.resolve(ModelEntry(id=model), jobs.ZOO / "models")
     shipped_ones = map(shipped.recipe, shipped.recipe_names())
-    chosen = [recipe for recipe in shipped_ones if recipe.format in VLLM.rules and recipe.method != "keep"]
+    # What another library makes is in the same formats, and takes its environment.
+    ours = [recipe for recipe in shipped_ones if recipe.method != "keep" and ENGINES[recipe.engine].script is None]
+    chosen = [recipe for recipe in ours if recipe.format in VLLM.rules]
     fitting_both = [r for r in chosen if not list(fitting.recipe_problems(source, r, ("transformers", VLLM.name)))]
     return [recipe.name for recipe in fitting_both]
 
