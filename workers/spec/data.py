@@ -65,7 +65,9 @@ class Dataset(Frozen):
         description="Column of a row's pictures, one or a list, for models that take them: each row is then a sequence "
         "of its own, prepared by the model's processor.",
     )
-    audio: str | None = Field(None, description="Column of a row's sounds: of the type Audio, or samples (array, sampling_rate).")
+    audio: str | None = Field(
+        None, description="Column of a row's sounds: of the type Audio, or samples (array, sampling_rate)."
+    )
     share: float = Field(1.0, gt=0, description="Of a mixture's sequences, in proportion to the others' shares.")
 
     @model_serializer(mode="wrap")
