@@ -122,7 +122,6 @@ def status(run_id: str | None, out: Path, address: str | None, watch: bool, as_j
     from pipeline.ending import at_work
     from pipeline.report.ledger import DIED, Ledger
     from workers.errors import ZooError
-    from workers.spec.base import meant
     from workers.spec.bounds import printable_lines
 
     if watch and (address or as_json):
@@ -144,10 +143,8 @@ def status(run_id: str | None, out: Path, address: str | None, watch: bool, as_j
         # Whoever holds the lock has recorded the others as dead.
         unfinished = "running" if at_work(out) else DIED
         rows = [{**row, "status": row["status"] or unfinished} for row in rows]
-    if run_id and not rows and run_id not in known:
-        raise ZooError(
-            f"status: the ledger knows no run {run_id!r}; {meant(run_id, known)}`quantmill status` lists the runs"
-        )
+    if run_id and not rows:
+        watching.require_known(run_id, known)
     if as_json:
         print_json(rows)
         return

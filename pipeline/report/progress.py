@@ -26,7 +26,17 @@ QUIET_SECONDS = 60.0
 ROOM, EVENTS = 6, 3
 
 
-class PlainProgress:
+class _Shown:
+    """What both displays have: the board that they show."""
+
+    _board: Board
+
+    def shows(self, phases: Mapping[str, str]) -> None:
+        """Show what stages are at, by their labels, as it stands there at any time."""
+        self._board.phases = phases
+
+
+class PlainProgress(_Shown):
     """Prints a line when a stage starts, one when it ends, and at least one a minute."""
 
     def __init__(self, console: Console, plan: Plan) -> None:
@@ -34,10 +44,6 @@ class PlainProgress:
         self._begun = self._spoke = time.monotonic()
         self._over, self._lock = threading.Event(), threading.Lock()
         self._ticker = threading.Thread(target=self._tick, name="progress", daemon=True)
-
-    def shows(self, phases: Mapping[str, str]) -> None:
-        """Show what stages are at, by their labels, as it stands there at any time."""
-        self._board.phases = phases
 
     def __enter__(self) -> Self:
         self._ticker.start()
@@ -85,7 +91,7 @@ class PlainProgress:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-class LiveProgress:
+class LiveProgress(_Shown):
     """What is at work, redrawn in place under a line that says how far the run is; failures stay above it."""
 
     def __init__(self, console: Console, plan: Plan) -> None:
@@ -93,10 +99,6 @@ class LiveProgress:
         self._begun = time.monotonic()
         self._events: deque[str] = deque(maxlen=EVENTS)
         self._live = Live(console=console, get_renderable=self._screen, refresh_per_second=4, transient=True)
-
-    def shows(self, phases: Mapping[str, str]) -> None:
-        """Show what stages are at, by their labels, as it stands there at any time."""
-        self._board.phases = phases
 
     def __enter__(self) -> Self:
         self._live.__enter__()

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tests.workers.jobs import ZOO
+from workers.checkpoint.source import Source
+from workers.model.forward import Streaming
+from workers.model.loading import StreamedModel
+from workers.model.statistics import Observer
 
 TEXT = ZOO / "models" / "llama-tiny"
 IMAGE = "<image>"
@@ -110,3 +117,41 @@ def save_gemma3(folder: Path) -> Path:
     picture = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": SIDE, "width": SIDE}}
     (folder / "preprocessor_config.json").write_text(json.dumps(picture))
     return folder
+
+
+def same_statistics(folder: Path, whole: Any, shown: Sequence[dict[str, Tensor]]) -> int:
+    """Assert that X^T X of every down_proj, streamed, is that of transformers' own forward; how many were compared.
+
+    ``shown`` are the inputs of one sequence each, ``whole`` is the model as transformers loads it.
+    """
+    grams: dict[str, Tensor] = {}
+
+    def seen(name: str) -> Callable[[Any, Any], None]:
+        def hook(module: Any, args: Any) -> None:
+            flat = args[0].flatten(0, -2).float()
+            grams[name] = grams.get(name, 0) + flat.T @ flat
+
+        return hook
+
+    for name, module in whole.named_modules():
+        if name.endswith("mlp.down_proj"):
+            module.register_forward_pre_hook(seen(name))
+    with torch.no_grad():
+        for inputs in shown:
+            whole(**inputs, use_cache=False)
+    compared = 0
+    with Source(folder) as source:
+        streamed = StreamedModel(folder, source, dtype=torch.float32)
+        with Streaming(streamed) as streaming:
+            lanes = streaming.lanes(shown)
+            for layer in streaming.layers():
+                observer = Observer("routed", 128)
+                with observer.watch(streamed, layer.index):
+                    lanes.advance()
+                for weight in streamed.weights:
+                    if weight.layer == layer.index and "down_proj" in weight.key:
+                        ours, theirs = observer.of(weight.input), grams[weight.input.parameter.removesuffix(".weight")]
+                        assert ours is not None
+                        torch.testing.assert_close(ours.gram_II, theirs, rtol=1e-4, atol=1e-4)
+                        compared += 1
+    return compared

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,10 @@ from pipeline.planning.fitting import picture_problems
 from pipeline.planning.sources import resolve
 from pipeline.zoo.zoo import ModelEntry
 from tests.workers.jobs import ZOO, job
-from tests.workers.multimodal import save_llava
+from tests.workers.multimodal import same_statistics, save_llava
 from tests.workers.quantize.test_spread import assert_same_artifact, at_once, spread_over
-from workers.checkpoint.source import Source
 from workers.errors import CalibrationError, UnsupportedModel
-from workers.model.forward import Streaming
-from workers.model.loading import StreamedModel
 from workers.model.pictures import Pictures, load_processor
-from workers.model.statistics import Observer
 from workers.model.text import calibration_tokens
 from workers.run import run_stage
 from workers.spec.data import Calibration, Dataset, Turns
@@ -73,32 +68,7 @@ def test_the_statistics_are_those_of_the_whole_model(llava: Path, album: Dataset
     assert len(found.shown) == 4
     assert all({"input_ids", "pixel_values"} <= set(inputs) for inputs in found.shown)
     model = tf.AutoModelForImageTextToText.from_pretrained(llava, dtype=torch.float32).eval()
-    layers = model.model.language_model.layers
-    grams = [torch.zeros(()) for _ in layers]
-
-    def seen(index: int) -> Callable[[Any, Any], None]:
-        def hook(module: Any, args: Any) -> None:
-            flat = args[0].flatten(0, -2).float()
-            grams[index] = grams[index] + flat.T @ flat
-
-        return hook
-
-    for index, layer in enumerate(layers):
-        layer.mlp.down_proj.register_forward_pre_hook(seen(index))
-    with torch.no_grad():
-        for inputs in found.shown:
-            model(**inputs, use_cache=False)
-    with Source(llava) as source:
-        streamed = StreamedModel(llava, source, dtype=torch.float32)
-        with Streaming(streamed) as streaming:
-            lanes = streaming.lanes(found.shown)
-            for layer in streaming.layers():
-                observer = Observer("routed", 128)
-                with observer.watch(streamed, layer.index):
-                    lanes.advance()
-                weight = next(one for one in streamed.weights if one.layer == layer.index and "down_proj" in one.key)
-                ours = observer.of(weight.input).gram_II
-                torch.testing.assert_close(ours, grams[layer.index], rtol=1e-4, atol=1e-4)
+    assert same_statistics(llava, model, found.shown) == len(model.model.language_model.layers)
 
 
 def test_parts_make_what_one_pass_makes_of_text_and_pictures(llava: Path, album: Dataset, tmp_path: Path) -> None:

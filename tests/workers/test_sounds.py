@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,14 +12,10 @@ import torch
 import transformers as tf
 
 from tests.workers.jobs import job, recipe
-from tests.workers.multimodal import save_qwen2_audio
-from workers.checkpoint.source import Source
+from tests.workers.multimodal import same_statistics, save_qwen2_audio
 from workers.errors import CalibrationError
 from workers.model import pictures
-from workers.model.forward import Streaming
-from workers.model.loading import StreamedModel
 from workers.model.pictures import Pictures, load_processor
-from workers.model.statistics import Observer
 from workers.model.text import calibration_tokens
 from workers.run import run_stage
 from workers.spec.data import Calibration, Dataset, Turns
@@ -57,38 +52,7 @@ def test_the_statistics_are_those_of_the_whole_model(model: Path, tones: Dataset
     assert len(found.shown) == 4
     assert all({"input_ids", "input_features", "feature_attention_mask"} <= set(inputs) for inputs in found.shown)
     whole = tf.Qwen2AudioForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
-    places = {name: module for name, module in whole.named_modules() if name.endswith("mlp.down_proj")}
-    grams = {name: torch.zeros(()) for name in places}
-
-    def seen(name: str) -> Callable[[Any, Any], None]:
-        def hook(module: Any, args: Any) -> None:
-            flat = args[0].flatten(0, -2).float()
-            grams[name] = grams[name] + flat.T @ flat
-
-        return hook
-
-    for name, module in places.items():
-        module.register_forward_pre_hook(seen(name))
-    with torch.no_grad():
-        for inputs in found.shown:
-            whole(**inputs, use_cache=False)
-    compared = 0
-    with Source(model) as source:
-        streamed = StreamedModel(model, source, dtype=torch.float32)
-        with Streaming(streamed) as streaming:
-            lanes = streaming.lanes(found.shown)
-            for layer in streaming.layers():
-                observer = Observer("routed", 128)
-                with observer.watch(streamed, layer.index):
-                    lanes.advance()
-                for weight in streamed.weights:
-                    if weight.layer == layer.index and "down_proj" in weight.key:
-                        statistics = observer.of(weight.input)
-                        assert statistics is not None
-                        gram = grams[weight.input.parameter.removesuffix(".weight")]
-                        torch.testing.assert_close(statistics.gram_II, gram, rtol=1e-4, atol=1e-4)
-                        compared += 1
-    assert compared == 2
+    assert same_statistics(model, whole, found.shown) == 2
 
 
 @pytest.mark.slow
