@@ -1,5 +1,5 @@
 """Ends a run: the one place that writes ``results.json``, ``report.html``, the log's last line and the ledger's status,
-and calls the webhook, whatever ended the driver.
+and calls the webhook and the notifiers, whatever ended the driver.
 
 While a run is at work, ``unfinished.json`` in its folder holds its results so far. A driver that was killed leaves it
 there; ``bury`` makes it the run's ``results.json``.
@@ -116,7 +116,9 @@ class Run:
         )
 
     def conclude(self, error: BaseException | None, interrupted: bool = False) -> Finished:
-        """Write everything that a run leaves behind, and call the webhook; ``error`` is what ended it early.
+        """Write everything that a run leaves behind, and tell the webhook and the notifiers.
+
+        ``error`` is what ended it early.
 
         Raises nothing: what can't be written or posted becomes a notice.
         """
@@ -129,9 +131,10 @@ class Run:
             path = self._write(results, error, "interrupted" if interrupted else results.status)
         with self._noticed("the end of the log or the ledger"):
             self._open.close()
+        content = notify.message(results, path)
         if self._webhook:
-            content = notify.message(results, path)
             self.notices += filter(None, [notify.post(self._webhook, content)])
+        self.notices += notify.tell(content)
         code = INTERRUPTED if interrupted else WRONG if wrong else FAILED if results.status == "failed" else 0
         return Finished(results, path, code, tuple(self.notices))
 

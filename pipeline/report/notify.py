@@ -1,8 +1,10 @@
-"""Post a run's outcome to a webhook; a failure to post is reported and doesn't change the run's status."""
+"""Tell a webhook, and what plugins add, how a run ended; a failure to tell is reported and doesn't change the run."""
 
 from __future__ import annotations
 
+import copy
 import json
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -11,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.report.results import Results
+from workers.spec import plugins
 
 ATTEMPTS, SECONDS = 3, 10.0
+NOTIFIER_SECONDS = 30.0  # that one notifier of a plugin may take
 LISTED = 20  # most artifacts listed in one message as not accepted
 
 
@@ -61,3 +65,25 @@ def post(url: str, content: dict[str, Any], seconds: float = SECONDS) -> str | N
         except OSError as error:
             problem = f"no answer ({type(error).__name__})"
     return f"webhook: {problem}; the run itself is not concerned"
+
+
+def tell(content: dict[str, Any], seconds: float = NOTIFIER_SECONDS) -> list[str]:
+    """Call the notifiers that plugins add, each in a thread of its own; returns the problems."""
+    problems = []
+    for name, where in plugins.NOTIFIERS.items():
+        raised: list[str] = []
+        arguments = (where, copy.deepcopy(content), raised)
+        thread = threading.Thread(target=_call, args=arguments, name=f"notifier {name}", daemon=True)
+        thread.start()
+        thread.join(seconds)
+        if thread.is_alive():
+            raised.append(f"it hasn't returned in {seconds:g} s")
+        problems += [f"notifier {name!r}: {problem}; the run itself is not concerned" for problem in raised]
+    return problems
+
+
+def _call(where: str, content: dict[str, Any], raised: list[str]) -> None:
+    try:
+        plugins.resolved(where)(content)
+    except Exception as error:  # a plugin raises whatever it likes
+        raised.append(" ".join(str(error).split()) or type(error).__name__)

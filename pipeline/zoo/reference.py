@@ -96,7 +96,7 @@ def _takes(value: Mapping[str, Any]) -> str:
         return f"[{name}](#{name.lower()})"
     if "const" in value:
         return f"`{_plain(value['const'])}`"
-    if "enum" in value:
+    if value.get("enum"):
         return " ".join(f"`{_plain(each)}`" for each in value["enum"])
     for union in ("anyOf", "oneOf"):
         if union in value:

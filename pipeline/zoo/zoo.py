@@ -270,7 +270,7 @@ class Zoo(Frozen):
     version: Literal[1] = Field(1, description="Of the form of zoo files that this one is written in.")
     name: str = Field(pattern=SLUG.pattern, max_length=64, description="Of the zoo, in the names of its runs.")
     plugins: tuple[str, ...] = Field(
-        (), description="Python files (relative to this file) or modules that add formats, runtimes and recipes."
+        (), description="Python files (relative to this file) or modules that add recipes, methods, gates and more."
     )
     models: tuple[ModelEntry, ...] = Field(min_length=1, description="What is quantized.")
     recipes: tuple[NamedOrDefined, ...] = Field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,46 @@ def test_what_a_plugin_adds_is_made_verified_and_said(tmp_path: Path) -> None:
     (entry,) = json.loads(said.stdout)["artifacts"]
     assert entry["status"] == "verified", entry
     assert entry["runtime"]["name"] == "toyrun"
+
+
+@pytest.fixture
+def house_rules(tmp_path: Path) -> Path:
+    """The example of docs/extending.md, as files, and a zoo with it."""
+    page = (ROOT / "docs" / "extending.md").read_text()
+    (module,) = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    (recipe,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.M | re.S)
+    (tmp_path / "house_rules.py").write_text(module)
+    named = re.match(r"# (recipes/[\w-]+\.yaml)\n", recipe)
+    assert named is not None
+    (tmp_path / named[1]).parent.mkdir()
+    (tmp_path / named[1]).write_text(recipe)
+    return zoo_file(tmp_path, plugins=["house_rules.py"], recipes=["median-w4", "bnb-int8"])
+
+
+def test_a_method_of_a_plugin_is_planned_and_its_numbers_are_its_identity(house_rules: Path) -> None:
+    def fingerprint() -> str:
+        said = quantmill("plan", str(house_rules), "--json", cwd=house_rules.parent, PYTHONPATH=str(ROOT))
+        assert said.returncode == 0, said.stderr
+        cells = {cell["recipe"]: cell["fingerprint"] for cell in json.loads(said.stdout)["artifacts"]}
+        return str(cells["median-w4"])
+
+    before = fingerprint()
+    module, recipe = house_rules.with_name("house_rules.py"), house_rules.parent / "recipes" / "median-w4.yaml"
+    module.write_text(module.read_text().replace('"house_rules:solve"', '"house_rules:solve", numerics=2'))
+    raised = fingerprint()
+    recipe.write_text(recipe.read_text().replace("2.5", "3.0"))
+    assert len({before, raised, fingerprint()}) == 3
+
+
+@pytest.mark.slow
+def test_the_example_of_the_docs_makes_judges_and_tells(house_rules: Path) -> None:
+    said = quantmill("run", str(house_rules), "--json", cwd=house_rules.parent, PYTHONPATH=str(ROOT))
+    entries = {entry["recipe"]: entry for entry in json.loads(said.stdout)["artifacts"]}
+    assert entries["median-w4"]["status"] == "verified", entries["median-w4"]
+    assert entries["median-w4"]["metrics"]["kl_mean"] < 0.05
+    assert entries["bnb-int8"]["status"] == "rejected"
+    by_the_gate = r"REGRESSION: gate 'size': \d+ bytes, expected at most 3950000; choose fewer bits"
+    assert re.fullmatch(by_the_gate, entries["bnb-int8"]["reason"])
+    told = house_rules.with_name("last-night.txt").read_text()
+    assert told.startswith("quantmill toys: failed (1 rejected, 1 verified)")
+    assert "rejected: llama-tiny bnb-int8: REGRESSION: gate 'size'" in told

@@ -119,7 +119,8 @@ def test_another_reading_of_a_picture_is_a_regression(of: Job, llava: Path, tmp_
     other = replace(shown, logits_NV=shown.logits_NV.roll(1, -1))
     seen, _ = picture.check(other, of.model, llava, config, tmp_path)
     assert seen.kl_mean > 1
-    verdict = gates.judge(gates.Evidence(picture=seen), of.orders[0].thresholds.model_copy(update={"kl_mean": 0.1}))
+    strict = of.orders[0].thresholds.model_copy(update={"kl_mean": 0.1})
+    verdict = gates.by_thresholds(gates.Evidence(picture=seen), strict)
     assert "KL divergence after a picture" in verdict.reasons[0]
     same, _ = picture.check(shown, of.model, llava, config, tmp_path)
     assert same == PictureCheck(version=same.version, kl_mean=0.0, top1_agreement=1.0, tokens=picture.POSITIONS)

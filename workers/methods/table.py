@@ -14,7 +14,16 @@ from torch import Tensor
 from workers.methods import awq, gptq, hqq, rtn, smoothquant
 from workers.methods.layer import FoldableInput, Solved, Stack, Stacked
 from workers.numerics.grids import Nearest
-from workers.spec.recipes import AwqRecipe, GptqRecipe, HqqRecipe, RecipeBase, RtnRecipe, SmoothQuantRecipe
+from workers.spec import plugins
+from workers.spec.recipes import (
+    AwqRecipe,
+    GptqRecipe,
+    HqqRecipe,
+    PluginRecipe,
+    RecipeBase,
+    RtnRecipe,
+    SmoothQuantRecipe,
+)
 
 
 @dataclass(frozen=True)
@@ -36,3 +45,4 @@ METHODS: dict[str, Method] = {
     "smoothquant": Method(SmoothQuantRecipe, rtn.solve, smoothquant.input_scales),
     "hqq": Method(HqqRecipe, hqq.solve),
 }
+METHODS |= {name: Method(PluginRecipe, plugins.resolved(added.solver)) for name, added in plugins.METHODS.items()}

@@ -244,16 +244,24 @@ class ReasonCode(StrEnum):
     EVAL_TOKENS = "eval-tokens"
     RUNTIME_LOGITS = "runtime-logits"
     PICTURE = "picture"
+    GATE = "gate"
     UNSAID = "unsaid"
 
     @property
     def by_threshold(self) -> bool:
-        """Whether other thresholds could lift it: the files are intact, and a runtime loads them."""
+        """Whether other thresholds or gates could lift it: the files are intact, and a runtime loads them."""
         return self in _BY_THRESHOLD
 
 
 _BY_THRESHOLD = frozenset(
-    {ReasonCode.KL, ReasonCode.TOP1, ReasonCode.PERPLEXITY, ReasonCode.RUNTIME_LOGITS, ReasonCode.PICTURE}
+    {
+        ReasonCode.KL,
+        ReasonCode.TOP1,
+        ReasonCode.PERPLEXITY,
+        ReasonCode.RUNTIME_LOGITS,
+        ReasonCode.PICTURE,
+        ReasonCode.GATE,
+    }
 )
 
 

@@ -1,4 +1,5 @@
-"""Rows that files and installed packages add: formats, runtimes and recipes, without a change to quantmill.
+"""What files and installed packages add without a change to quantmill: formats, runtimes, recipes, methods, gates and
+notifiers.
 
 A plugin is a Python module that calls the functions below when it's imported. Installed packages name theirs as an
 entry point of the group ``quantmill``; others are named by ``plugins:`` in a zoo, or in the environment variable
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workers.errors import PluginError
 
@@ -24,8 +25,23 @@ if TYPE_CHECKING:
     from workers.spec.runtimes import Runtime
 
 GROUP, VARIABLE = "quantmill", "QUANTMILL_PLUGINS"
-# What was added besides rows: where a format's codec is (module:name), and folders of recipe files.
+
+
+class AddedMethod(NamedTuple):
+    """A method that a plugin adds: where its solver is (module:name), whether it needs statistics of a calibration
+    text, and the number of its numerics, which a change of the bytes that it makes has to raise."""
+
+    solver: str
+    calibrated: bool
+    numerics: int
+
+
+# What was added besides rows, by name: where a format's codec, a gate or a notifier is (module:name), methods, and
+# folders of recipe files.
 CODECS: dict[str, str] = {}
+METHODS: dict[str, AddedMethod] = {}
+GATES: dict[str, str] = {}
+NOTIFIERS: dict[str, str] = {}
 RECIPES: list[Path] = []
 _loaded: set[str] = set()
 
@@ -49,6 +65,35 @@ def add_recipes(folder: Path) -> None:
     """Add the recipe files of a folder (NAME.yaml, as those of configs/recipes)."""
     if folder not in RECIPES:
         RECIPES.append(folder)
+
+
+def add_method(name: str, solver: str, *, calibrated: bool = False, numerics: int = 1) -> None:
+    """Add a method that chooses codes on integer grids, for recipes with ``method: name``.
+
+    ``solver`` names a function as ``module:name``, which only workers import: it's given the recipe, whose ``options``
+    are the mapping of the zoo file, and a ``workers.methods.layer.Stack``, and returns a ``Solved`` of that module.
+    """
+    METHODS[name] = AddedMethod(solver, calibrated, numerics)
+
+
+def add_gate(name: str, gate: str) -> None:
+    """Add a gate, which judges every artifact beside the thresholds.
+
+    ``gate`` names a function as ``module:name``, which only workers import: it's given a
+    ``workers.verify.gates.Judged``, and returns sentences against the artifact, none if it has nothing against it. One
+    that fails to judge accepts nothing.
+    """
+    GATES[name] = gate
+
+
+def add_notifier(name: str, notifier: str) -> None:
+    """Add a notifier, which is told how every run ended.
+
+    ``notifier`` names a function as ``module:name``, which the driver imports once the run has ended: it's given what
+    ``--webhook`` posts, as a dict. Whatever it raises, and silence for longer than
+    ``pipeline.report.notify.NOTIFIER_SECONDS``, is said at the end of the run and changes nothing else.
+    """
+    NOTIFIERS[name] = notifier
 
 
 def load(names: Iterable[str] = ()) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
+from pydantic import Discriminator, Field, JsonValue, Tag, ValidationInfo, field_validator, model_validator
 
+from workers.spec import plugins
 from workers.spec.base import SLUG, Frozen
 from workers.spec.formats import (
     BITSANDBYTES,
@@ -407,6 +408,26 @@ class HqqRecipe(IntRecipe):
         return self
 
 
+class PluginRecipe(IntRecipe):
+    """A method that a plugin adds (``spec.plugins.add_method``), on integer grids."""
+
+    method: str = Field(
+        description="One that a plugin adds.", json_schema_extra=lambda schema: schema.update(enum=[*plugins.METHODS])
+    )
+    options: dict[str, JsonValue] = Field({}, description="As the plugin's solver takes them.")
+
+    @property
+    def revision(self) -> int:
+        """As the plugin counts."""
+        return plugins.METHODS[self.method].numerics
+
+    @property
+    def needs(self) -> PassNeeds:
+        """Statistics, if the plugin says so, or keys and values have scales."""
+        cached = self.kv_cache is not None
+        return PassNeeds(statistics=plugins.METHODS[self.method].calibrated or cached, keys_and_values=cached)
+
+
 class RtnRecipe(CodedRecipe):
     """Round to nearest."""
 
@@ -577,17 +598,32 @@ class LibraryRecipe(RecipeBase):
 
 
 def _made_by(value: object) -> str:
-    """Whether a recipe names an engine: its discriminator, before ``method``."""
-    named = "engine" in value if isinstance(value, dict) else isinstance(value, LibraryRecipe)
-    return "by-a-library" if named else "by-method"
+    """Whether a recipe names an engine, or a plugin's method: its discriminator, before ``method``."""
+    if isinstance(value, LibraryRecipe) or (isinstance(value, dict) and "engine" in value):
+        return "by-a-library"
+    if isinstance(value, PluginRecipe) or (isinstance(value, dict) and value.get("method") in plugins.METHODS):
+        return "by-a-plugin"
+    return "by-method"
 
 
-LinearRecipe = GptqRecipe | RtnRecipe | AwqRecipe | SmoothQuantRecipe | HqqRecipe
+LinearRecipe = GptqRecipe | RtnRecipe | AwqRecipe | SmoothQuantRecipe | HqqRecipe | PluginRecipe
 OwnRecipe = Annotated[
-    LinearRecipe | BitsAndBytesRecipe | GgufRecipe | KeepRecipe | TransformersRecipe, Field(discriminator="method")
+    GptqRecipe
+    | RtnRecipe
+    | AwqRecipe
+    | SmoothQuantRecipe
+    | HqqRecipe
+    | BitsAndBytesRecipe
+    | GgufRecipe
+    | KeepRecipe
+    | TransformersRecipe,
+    Field(discriminator="method"),
 ]
 Recipe = Annotated[
-    Annotated[OwnRecipe, Tag("by-method")] | Annotated[LibraryRecipe, Tag("by-a-library")], Discriminator(_made_by)
+    Annotated[OwnRecipe, Tag("by-method")]
+    | Annotated[LibraryRecipe, Tag("by-a-library")]
+    | Annotated[PluginRecipe, Tag("by-a-plugin")],
+    Discriminator(_made_by),
 ]
 
 

@@ -74,7 +74,7 @@ def check(request: CheckRequest) -> CheckReport:
         findings = Findings([*_sealed(folder), *_companions(comparison, folder)])
         findings.notes += _generation(source.folder, folder, findings.problems)
         facts, report = _facts(comparison, folder, findings)
-        verdict = gates.judge(facts, request.thresholds)
+        verdict = gates.judge(facts, request.thresholds, folder)
         return report.model_copy(
             update={"verdict": verdict, "notes": tuple(findings.notes), "reference_bytes": source.bytes}
         )

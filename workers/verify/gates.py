@@ -1,11 +1,13 @@
-"""Judges an artifact's metrics by thresholds. Pure: evidence and thresholds in, a verdict with reasons out."""
+"""Judges an artifact's metrics by thresholds, and by the gates that plugins add: evidence in, a verdict out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
+from workers.spec import plugins
 from workers.spec.job import (
     Generation,
     Metrics,
@@ -16,6 +18,7 @@ from workers.spec.job import (
     Thresholds,
     Verdict,
 )
+from workers.spec.recipes import Recipe
 
 # Outcomes by severity: the verdict takes the first one present.
 WEIGHT = (Outcome.REGRESSION, Outcome.ANOMALOUS, Outcome.INFEASIBLE)
@@ -49,8 +52,45 @@ class Reason(NamedTuple):
     text: str
 
 
-def judge(facts: Evidence, thresholds: Thresholds) -> Verdict:
-    """Judge an artifact: accepted if there is no reason against it; every reason names the value and the bound."""
+class Judged(NamedTuple):
+    """What a plugin's gate is given: the thresholds' verdict, the artifact's folder, and its recipe.
+
+    ``recipe`` is None for a checkpoint of another tool.
+    """
+
+    verdict: Verdict
+    folder: Path
+    recipe: Recipe | None = None
+
+
+def judge(facts: Evidence, thresholds: Thresholds, folder: Path, recipe: Recipe | None = None) -> Verdict:
+    """Judge the artifact in ``folder`` by thresholds and by the gates that plugins add."""
+    reasons = _by_thresholds(facts, thresholds)
+    return _verdict(facts, [*reasons, *_by_plugins(Judged(_verdict(facts, reasons), folder, recipe))])
+
+
+def by_thresholds(facts: Evidence, thresholds: Thresholds) -> Verdict:
+    """Judge by thresholds alone: accepted if there is no reason against it; a reason names the value and the bound."""
+    return _verdict(facts, _by_thresholds(facts, thresholds))
+
+
+def _by_plugins(judged: Judged) -> list[Reason]:
+    """What plugins' gates have against an artifact; one that fails leaves it undecided."""
+    reasons = []
+    for name, where in plugins.GATES.items():
+        try:
+            found = plugins.resolved(where)(judged)
+            said = [found] if isinstance(found, str) else [str(text) for text in found]
+        except Exception as error:  # a plugin raises whatever it likes
+            why = " ".join(str(error).split()) or type(error).__name__
+            text = f"gate {name!r} failed ({why}); mend the plugin, or leave it out"
+            reasons.append(Reason(Outcome.INFEASIBLE, ReasonCode.GATE, text))
+        else:
+            reasons += [Reason(Outcome.REGRESSION, ReasonCode.GATE, f"gate {name!r}: {text}") for text in said]
+    return reasons
+
+
+def _by_thresholds(facts: Evidence, thresholds: Thresholds) -> list[Reason]:
     reasons = [Reason(Outcome.REGRESSION, ReasonCode.INTEGRITY, text) for text in facts.integrity]
     reasons += [Reason(Outcome.REGRESSION, ReasonCode.RUNTIME, text) for text in facts.runtime_problems]
     reasons += [Reason(Outcome.INFEASIBLE, ReasonCode.INFEASIBLE, text) for text in facts.infeasible]
@@ -61,6 +101,10 @@ def judge(facts: Evidence, thresholds: Thresholds) -> Verdict:
         reasons += _runtime(runtime, thresholds)
     if facts.picture is not None and not facts.picture.unchecked:
         reasons += _picture(facts.picture, thresholds)
+    return reasons
+
+
+def _verdict(facts: Evidence, reasons: Sequence[Reason]) -> Verdict:
     outcomes = {reason.outcome for reason in reasons}
     return Verdict(
         accepted=not reasons,

@@ -50,7 +50,7 @@ def verify(job: Job, order: Order, source_folder: Path) -> Manifest:
     record = ArtifactMade.model_validate_json(record_path(folder).read_text())
     previous = _verified_before(folder, job.verification, order)
     if previous is not None:
-        verdict = _judged_again(previous.verdict, order)
+        verdict = _judged_again(previous.verdict, order, folder)
         about = Circumstances(previous.source_check, previous.sequences_begin_with, previous.fallbacks)
         if verdict == previous.verdict and order.thresholds == previous.thresholds:
             return previous
@@ -82,7 +82,7 @@ def _verified_before(folder: Path, verification: Verification, order: Order) -> 
     return None
 
 
-def _judged_again(verdict: Verdict, order: Order) -> Verdict:
+def _judged_again(verdict: Verdict, order: Order, folder: Path) -> Verdict:
     """Judge the same evidence by the order's current thresholds, which a zoo may have changed."""
     facts = gates.Evidence(
         metrics=verdict.metrics,
@@ -93,7 +93,7 @@ def _judged_again(verdict: Verdict, order: Order) -> Verdict:
         generations=verdict.generations,
         picture=verdict.picture,
     )
-    return gates.judge(facts, order.thresholds)
+    return gates.judge(facts, order.thresholds, folder, order.recipe)
 
 
 def _verdict(job: Job, order: Order, source: ModelSource, folder: Path) -> tuple[Verdict, Circumstances]:
@@ -120,7 +120,7 @@ def _verdict(job: Job, order: Order, source: ModelSource, folder: Path) -> tuple
     except (UserError, NumericalError) as error:
         # The source is already loaded, so the unreadable file is the artifact's.
         facts = gates.Evidence(integrity=[f"integrity: {error}"])
-    return gates.judge(facts, order.thresholds), about
+    return gates.judge(facts, order.thresholds, folder, order.recipe), about
 
 
 def _facts(order: Order, comparison: Comparison, folder: Path, artifact: Source | Decoded) -> gates.Evidence:

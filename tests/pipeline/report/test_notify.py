@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.report.notify import message, post
+import pytest
+
+from pipeline.report.notify import message, post, tell
 from pipeline.report.results import ArtifactEntry, Results, Seconds
 from tests.pipeline.receiver import Receiver
+from workers.spec import plugins
 from workers.spec.job import PeakMemory
 
 
@@ -59,3 +63,33 @@ def test_a_refusal_is_told_without_the_address(receiver: Receiver) -> None:
 def test_nobody_there_and_no_url_are_told_too() -> None:
     assert "no answer" in (post("http://127.0.0.1:9/secret", {}, seconds=0.5) or "")
     assert "not a URL" in (post("secret", {}) or "")
+
+
+HEARD: list[dict[str, Any]] = []
+
+
+def _hears(content: dict[str, Any]) -> None:
+    HEARD.append(dict(content))
+    content.clear()
+
+
+def _fails(content: dict[str, Any]) -> None:
+    raise OSError("no route\nto the pager")
+
+
+def _hangs(content: dict[str, Any]) -> None:
+    time.sleep(30)
+
+
+def test_notifiers_are_told_each_and_none_of_them_stops_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, where in {"a": _fails, "b": _hangs, "c": _hears, "d": _hears}.items():
+        monkeypatch.setitem(plugins.NOTIFIERS, name, f"{__name__}:{where.__name__}")
+    HEARD.clear()
+    begun = time.monotonic()
+    problems = tell({"text": "over"}, seconds=0.5)
+    assert time.monotonic() - begun < 5
+    assert problems == [
+        "notifier 'a': no route to the pager; the run itself is not concerned",
+        "notifier 'b': it hasn't returned in 0.5 s; the run itself is not concerned",
+    ]
+    assert HEARD == [{"text": "over"}] * 2, "what one does to its content, the next one doesn't see"

@@ -37,7 +37,7 @@ RECIPES = shipped.recipe_names()
 
 
 def recipe_classes() -> list[type]:
-    by_method, _ = get_args(get_args(Recipe)[0])
+    by_method, *_ = get_args(get_args(Recipe)[0])
     return list(get_args(get_args(by_method)[0]))
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from workers.spec import plugins
 from workers.spec.job import Metrics, Outcome, ReasonCode, RuntimeAgreement, Thresholds, Verdict
-from workers.verify.gates import Evidence, judge
+from workers.verify.gates import Evidence, Judged, by_thresholds, judge
 
 THRESHOLDS = Thresholds(
     kl_mean=0.1, top1_agreement=0.9, perplexity_ratio=1.1, runtime_logit_difference=0.1, kl_least=1e-6
@@ -25,7 +28,8 @@ RUNTIME = RuntimeAgreement(
 
 def verdict(metrics: dict[str, Any] | None = None, **facts: Any) -> Verdict:
     measured = Metrics(**{**GOOD, **(metrics or {})})
-    return judge(Evidence(**{"metrics": measured, "runtime": RUNTIME, "promised_tokens": 4096, **facts}), THRESHOLDS)
+    found = Evidence(**{"metrics": measured, "runtime": RUNTIME, "promised_tokens": 4096, **facts})
+    return by_thresholds(found, THRESHOLDS)
 
 
 def test_what_keeps_all_bounds_is_accepted() -> None:
@@ -101,3 +105,37 @@ def test_reasons_have_codes_and_nothing_reads_their_words() -> None:
 def test_the_manifest_of_what_is_accepted_has_no_codes() -> None:
     assert "codes" not in verdict().model_dump()
     assert '"codes"' not in verdict().model_dump_json()
+
+
+def _has_nothing(judged: Judged) -> Iterable[str]:
+    assert judged.verdict.metrics is not None
+    assert judged.folder == Path("artifact")
+    return []
+
+
+def _has_a_sentence(judged: Judged) -> Iterable[str]:
+    return "it has no licence"
+
+
+def _raises(judged: Judged) -> Iterable[str]:
+    raise KeyError("licence")
+
+
+@pytest.mark.parametrize(
+    ("gate", "outcome", "reasons"),
+    [
+        (_has_nothing, Outcome.ACCEPT, ()),
+        (_has_a_sentence, Outcome.REGRESSION, ("gate 'house': it has no licence",)),
+        (_raises, Outcome.INFEASIBLE, ("gate 'house' failed ('licence'); mend the plugin, or leave it out",)),
+    ],
+)
+def test_gates_of_plugins_judge_beside_the_thresholds(
+    monkeypatch: pytest.MonkeyPatch, gate: Any, outcome: Outcome, reasons: tuple[str, ...]
+) -> None:
+    monkeypatch.setitem(plugins.GATES, "house", f"{__name__}:{gate.__name__}")
+    made = judge(Evidence(metrics=Metrics(**GOOD), runtime=RUNTIME), THRESHOLDS, Path("artifact"))
+    assert (made.outcome, made.reasons, made.accepted) == (outcome, reasons, not reasons)
+    assert set(made.codes) <= {ReasonCode.GATE}
+    assert all(code.by_threshold for code in made.codes), "another gate may judge the same files"
+    missed = judge(Evidence(integrity=["torn"]), THRESHOLDS, Path("artifact")) if gate is not _has_nothing else None
+    assert missed is None or missed.reasons == ("torn", *reasons), "none hides what the thresholds say"

@@ -116,6 +116,6 @@ def test_a_further_runtimes_difference_is_judged() -> None:
     agreement = RuntimeAgreement(
         name="b", version="1", max_abs_logit_difference=9, relative_logit_difference=0.5, generated=""
     )
-    verdict = gates.judge(gates.Evidence(other_runtimes=(agreement,)), jobs.LOOSE)
+    verdict = gates.by_thresholds(gates.Evidence(other_runtimes=(agreement,)), jobs.LOOSE)
     assert verdict.codes == (ReasonCode.RUNTIME_LOGITS,)
     assert verdict.other_runtimes == (agreement,)
