@@ -20,7 +20,7 @@ from workers.spec.runtimes import TRANSFORMERS, runtime_named
 
 # Tokens of the defaults; with them one model of 100 million parameters takes minutes on a few cores.
 SAMPLES, SEQUENCE_LENGTH, HELD_OUT_TOKENS = 128, 512, 16384
-OWN_TEXT = "modules of Python's standard library"
+OWN_TEXT = "Python's language reference, and modules of its standard library"
 SCHEMA = "zoo.schema.json"
 # Builders of the datasets library, by the suffix of a file.
 BUILDERS = {".txt": "text", ".text": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -185,7 +185,7 @@ def _whose(given: str | None) -> str:
 def _own_text(here: Path, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     calibration, held_out = shipped.own_text()
     return (
-        {"path": "text", "data_files": [_relative(calibration, here, folder)]},
+        {"path": "text", "data_files": [_relative(path, here, folder) for path in calibration]},
         {"path": "text", "data_files": [_relative(held_out, here, folder)]},
     )
 

@@ -35,11 +35,14 @@ def configs() -> Path:
     return inside if inside.is_dir() else Path(__file__).parents[2] / "configs"
 
 
-def own_text() -> tuple[Path, Path]:
-    """The project's own text, to calibrate on and to compare on; its rights are in the README beside it."""
+def own_text() -> tuple[tuple[Path, ...], Path]:
+    """The project's own text, to calibrate on (prose and code) and to compare on (prose, which cards may show).
+
+    Its rights are in the README beside it.
+    """
     inside = configs() / "text"
     folder = inside if inside.is_dir() else configs().parent / "tests" / "zoo" / "text"
-    return folder / "calibration.txt", folder / "heldout.txt"
+    return (folder / "prose-calibration.txt", folder / "calibration.txt"), folder / "prose-heldout.txt"
 
 
 def recipe_names() -> list[str]:

@@ -89,13 +89,15 @@ def test_the_wheel_has_the_default_text_and_the_package_of_its_name(installed: P
     assert "1 artifacts, 1 to make" in planned.stdout
     code = (
         "import quantmill; from pipeline.zoo import shipped\n"
-        "print(quantmill.__file__); print(*shipped.own_text(), sep='\\n'); print(len(quantmill.recipes()))\n"
+        "learned, held_out = shipped.own_text()\n"
+        "print(quantmill.__file__, *learned, held_out, len(quantmill.recipes()), sep='\\n')\n"
         "print(sum(bool(row.kl) for row in quantmill.recipes()))"
     )
     python = installed.with_name("python")
     there = subprocess.run([python, "-c", code], cwd=tmp_path, env=clean, capture_output=True, text=True, check=True)
-    package, calibration, held_out, recipes, measured = there.stdout.splitlines()
-    for path in (package, calibration, held_out):
+    *files, recipes, measured = there.stdout.splitlines()
+    assert len(files) == 4
+    for path in files:
         assert str(installed.parents[1]) in path, "the wheel's own files are used, not the checkout's"
         assert Path(path).is_file()
     assert int(recipes) > int(measured) > 20

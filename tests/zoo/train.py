@@ -1,6 +1,6 @@
 """Train the zoo: three small decoders for tests and the quickstart.
 
-    python tests/zoo/train.py text            write text/calibration.txt and text/heldout.txt
+    python tests/zoo/train.py text            write the files of text/
     python tests/zoo/train.py tokenizer       train the tokenizer that all of them share
     python tests/zoo/train.py llama-tiny ...  train models (one thread each: the same machine gives the same bytes);
                                               all three if none is named
@@ -31,7 +31,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from tests.zoo.corpus import CALIBRATION, HELD_OUT, documents, training_documents
+from tests.zoo.corpus import CALIBRATION, HELD_OUT, documents, reference, training_documents
 
 HERE = Path(__file__).parent
 MODELS, TEXT = HERE / "models", HERE / "text"
@@ -90,10 +90,13 @@ def build(name: str) -> PreTrainedModel:
 
 
 def write_text() -> None:
-    """Write the calibration and held-out text."""
+    """Write the calibration and held-out texts: code, and prose about it."""
     TEXT.mkdir(exist_ok=True)
     (TEXT / "calibration.txt").write_text(documents(CALIBRATION))
     (TEXT / "heldout.txt").write_text(documents(HELD_OUT))
+    calibration, held_out = reference()
+    (TEXT / "prose-calibration.txt").write_text(calibration)
+    (TEXT / "prose-heldout.txt").write_text(held_out)
 
 
 def train_tokenizer() -> None:
