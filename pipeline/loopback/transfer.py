@@ -227,7 +227,8 @@ class Transfer:
         }
         if file.lfs:
             headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(file.size)}
-        media = "application/octet-stream" if file.lfs else "text/plain"
+        picture = path.endswith(".png")  # of a card
+        media = "image/png" if picture else "application/octet-stream" if file.lfs else "text/plain"
         return _Download(self._store.objects.path(file.sha256), headers=headers, media_type=media)
 
 

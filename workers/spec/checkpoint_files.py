@@ -24,7 +24,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 # Files at the top of a checkpoint that are rewritten for the artifact.
-REPLACED = frozenset({CONFIG, "README.md", "quantmill.json", ".gitattributes"})
+REPLACED = frozenset({CONFIG, "README.md", "quantmill.json", "quantmill.png", ".gitattributes"})
 # Largest companion file in bytes; the largest tokenizer.json published is 35 MB.
 COMPANION_BYTES = 512 * 2**20
 OTHER = "not a file that loading needs"

@@ -1,10 +1,11 @@
 """A gathered repository: several artifacts of one model, each of one weight file, with one card.
 
     README.md                   the card: a table of all files
+    quantmill.png               its chart
     quantmill.json              the index: whose files these are, with their sha256
     <model>-<TYPE>.gguf         the weight file of each artifact
     tokenizer.json, ...         what artifacts share, of the last that was published
-    quantmill/<recipe>/         an artifact's own manifest, card and config.json
+    quantmill/<recipe>/         an artifact's own manifest, card, chart and config.json
 
 The index has a fingerprint and files as an artifact's manifest has, so that a publish is tagged, and checked for what
 somebody else changed, in the same way.
@@ -34,9 +35,13 @@ from workers.spec.ggml import IMATRIX, PROJECTOR, is_beside
 from workers.spec.job import FileEntry
 from workers.spec.recipes import words
 from workers.spec.workspace import MANIFEST
+from workers.transfer import charts
 from workers.transfer.artifact import Artifact
+from workers.transfer.charts import CHART
 
 CARD = "README.md"
+# Files that each artifact has its own of.
+OWN = (MANIFEST, CARD, CHART, CONFIG)
 OWN_FOLDER = "quantmill"
 # Mean KL divergence to the original, in nats for each token, up to which a file is called near to it.
 NEAR = 0.01
@@ -64,7 +69,7 @@ class Member(Frozen):
     @property
     def paths(self) -> frozenset[str]:
         """The files that are its own."""
-        return frozenset({self.file, *(own_path(self.recipe, name) for name in (MANIFEST, CARD, CONFIG))})
+        return frozenset({self.file, *(own_path(self.recipe, name) for name in OWN)})
 
 
 class Index(Frozen):
@@ -215,19 +220,22 @@ def beside(
         own = {path: name for path, name in places.items() if path in member.paths}
         return Content(artifact, index.fingerprint, own, {}, frozenset(index.files) - set(own) | {MANIFEST})
     members = tuple(sorted([*others, member], key=lambda each: (-each.bytes, each.recipe)))
-    card = render_card(repo_id, members, member, _front_matter(artifact), sorted(filter(is_beside, {*places, *kept})))
+    written = {} if (chart := _chart(members, member)) is None else {CHART: chart}
+    beside_them = sorted(filter(is_beside, {*places, *kept}))
+    card = render_card(repo_id, members, member, _front_matter(artifact), beside_them, chart=bool(written))
+    written[CARD] = card.encode()
     files = {path: index.files[path] for path in sorted(kept) if index and path in index.files}
     files |= {path: FileEntry(sha256=artifact.sha256[n], size=artifact.sizes[n]) for path, n in places.items()}
-    files[CARD] = FileEntry(sha256=hashlib.sha256(card.encode()).hexdigest(), size=len(card.encode()))
+    files |= {p: FileEntry(sha256=hashlib.sha256(data).hexdigest(), size=len(data)) for p, data in written.items()}
     state = hashlib.sha256(canonical_json({each.recipe: each.fingerprint for each in members}).encode()).hexdigest()
     new = Index(fingerprint=state, latest=member.recipe, members=members, files=dict(sorted(files.items())))
     text = new.model_dump_json(indent=1) + "\n"
-    return Content(artifact, state, places, {CARD: card.encode(), MANIFEST: text.encode()}, kept)
+    return Content(artifact, state, places, {**written, MANIFEST: text.encode()}, kept)
 
 
 def _place(member: Member, name: str) -> str:
     """The path in the repository of one of the artifact's files."""
-    return own_path(member.recipe, name) if name in (MANIFEST, CARD, CONFIG) else name
+    return own_path(member.recipe, name) if name in OWN else name
 
 
 def _in_the_way(repo_id: str, member: Member, foreign: list[Member], taken: list[Member]) -> str:
@@ -252,8 +260,20 @@ def _front_matter(artifact: Artifact) -> dict[str, Any]:
     return loaded if isinstance(loaded, dict) else {}
 
 
+def _chart(members: tuple[Member, ...], latest: Member) -> bytes | None:
+    """The files that were compared on the text of the ``latest``."""
+    alike = [member for member in members if member.text == latest.text]
+    return charts.of_files([charts.Point(_label(m), m.bytes, m.kl_mean) for m in alike if m.kl_mean is not None])
+
+
 def render_card(
-    repo_id: str, members: tuple[Member, ...], latest: Member, metadata: Mapping[str, Any], beside: Collection[str]
+    repo_id: str,
+    members: tuple[Member, ...],
+    latest: Member,
+    metadata: Mapping[str, Any],
+    beside: Collection[str],
+    *,
+    chart: bool = False,
 ) -> str:
     """The card of all files; ``metadata`` is that of the card of the ``latest``, ``beside`` what is no weight file."""
     name = Path(latest.model).name
@@ -266,6 +286,7 @@ def render_card(
         f"# {name}, GGUF",
         f"GGUF files of {name}, for llama.cpp and what builds on it; made and compared with the original by quantmill.",
         "\n".join(_table(members)),
+        *([f"![KL divergence against size]({CHART})"] if chart else []),
         _advice(repo_id, members),
         *_shared(repo_id, beside),
         f"Each recipe's folder in `{OWN_FOLDER}/` has a card of its own, with all that was measured and how to make "

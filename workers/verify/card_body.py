@@ -22,7 +22,7 @@ class Told:
 
     ``loader`` is transformers' class for the family; ``checked`` how the original was compared with what transformers
     loads; ``bytes`` and ``reference_bytes`` the sizes of the weights, 0 if not known; ``zoo`` the zoo file that makes
-    it again; ``kept`` the tensors beside the model that stay as they are.
+    it again; ``kept`` the tensors beside the model that stay as they are; ``chart`` the file beside the card.
     """
 
     environment: Mapping[str, str]
@@ -33,6 +33,7 @@ class Told:
     bytes: int = 0
     reference_bytes: int = 0
     chats: bool = False
+    chart: str | None = None
 
 
 def body(job: Job, order: Order, verdict: Verdict, told: Told, zoo: str) -> str:
@@ -48,6 +49,7 @@ def body(job: Job, order: Order, verdict: Verdict, told: Told, zoo: str) -> str:
         *_calibrated_on(job, recipe),
         "## Measured\n",
         _measured(verdict, told, _reference(job, recipe)),
+        *([f"![weights, KL divergence beside its gate, and noise by layer]({told.chart})\n"] if told.chart else []),
         *_source_checked(told.checked),
         "## Use it\n",
         *(_loading(runtime, recipe, repo, told) for runtime in checkers(recipe.format, order.runtimes)),

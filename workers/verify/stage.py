@@ -25,7 +25,7 @@ from workers.spec.job import ArtifactMade, FileEntry, Job, Manifest, Order, Reas
 from workers.spec.layers import kinds_of
 from workers.spec.tensors import TensorHeader
 from workers.spec.workspace import MANIFEST, artifact_folder, folds_folder, record_path
-from workers.transfer import hub
+from workers.transfer import charts, hub
 from workers.verify import gates, integrity, picture, undecoded
 from workers.verify.card import render_card
 from workers.verify.card_body import Told
@@ -154,7 +154,7 @@ def _seal(
     verdict: Verdict,
     about: Circumstances,
 ) -> Manifest:
-    """Write the card, then the manifest of all files, which fixes the artifact's bytes."""
+    """Write the card and its chart, then the manifest of all files, which fixes the artifact's bytes."""
     (folder / MANIFEST).unlink(missing_ok=True)
     environment = {**versions(), **record.made_with}
     with open_source(source_folder, job.model) as source:
@@ -166,6 +166,11 @@ def _seal(
         kinds = kinds._replace(multimodal=is_multimodal(config))
     checked = about.source_check
     fallbacks = tuple(dict.fromkeys((*record.fallbacks, *about.notes)))
+    chart = charts.of_artifact(verdict, order.thresholds, record.bytes, reference_bytes)
+    if chart is None:
+        (folder / charts.CHART).unlink(missing_ok=True)
+    else:
+        (folder / charts.CHART).write_bytes(chart)
     told = Told(
         environment,
         kinds,
@@ -175,6 +180,7 @@ def _seal(
         record.bytes,
         reference_bytes,
         chats=has_chat_template(source_folder),
+        chart=charts.CHART if chart else None,
     )
     card = render_card(job, order, source_folder, verdict, told)
     write_text(folder / "README.md", card)

@@ -402,8 +402,29 @@ def test_a_fault_answers_or_drops() -> None:
 # People and libraries
 
 
+UNTRUSTED = """
+# Heading
+
+| a | b |
+|---|---|
+| one | two |
+
+![its chart](chart.png) ![a badge](https://img.shields.io/x) [files](./config.json) [bad](javascript:alert(2))
+
+<details><summary>again.yaml</summary>
+
+folded
+
+</details>
+
+<script>alert(1)</script>
+
+and <img src=x onerror=alert(3)> within
+"""
+
+
 def test_pages_show_a_repository_and_run_nothing_of_it(api: HfApi) -> None:
-    card = CARD + "<script>alert(1)</script>"
+    card = CARD + UNTRUSTED
     oid = publish(api, README__md=card.encode(), model__safetensors=WEIGHTS).oid
     api.create_tag(REPO, tag="v1")
     assert f'href="/{REPO}"' in httpx2.get(f"{api.endpoint}/").text
@@ -411,6 +432,15 @@ def test_pages_show_a_repository_and_run_nothing_of_it(api: HfApi) -> None:
         text = httpx2.get(f"{api.endpoint}/{path}").text
         assert "&lt;script&gt;alert(1)" in text
         assert "<script" not in text
+        assert "<img src=x" not in text
+        assert 'href="javascript' not in text
+        assert "<h1>Heading</h1>" in text
+        assert "<td>two</td>" in text
+        assert f'<img src="/{REPO}/resolve/{oid}/chart.png" alt="its chart" />' in text
+        assert "<code>a badge</code>" in text, "nothing is loaded from elsewhere"
+        assert f'href="/{REPO}/resolve/{oid}/config.json"' in text
+        assert "<details><summary>again.yaml</summary>" in text
+        assert text.index("<h1>Heading") < text.index("<h2>Files"), "the card comes first"
         assert all(word in text for word in ("model.safetensors", "300,000", oid[:12], ">v1<", "publish"))
 
 

@@ -177,3 +177,10 @@ def test_the_code_for_transformers_runs(chats: bool, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout.strip()) > 20
+
+
+def test_the_chart_stands_with_what_was_measured(tmp_path: Path) -> None:
+    made = job("bnb-nf4", tmp_path)
+    text = render_card(made, made.orders[0], tmp_path, VERDICT, Told(ENVIRONMENT, chart="quantmill.png"))
+    assert text.index("## Measured") < text.index("(quantmill.png)") < text.index("## Use it")
+    assert "quantmill.png" not in card(made, tmp_path)

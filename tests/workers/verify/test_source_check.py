@@ -45,6 +45,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
         return found
 
     monkeypatch.setattr(source_check, "in_a_process", answer)
+    monkeypatch.setattr(runtime, "be_quiet", lambda: None)  # it's for the rest of a process, which is this one
 
 
 class Changed:
