@@ -45,7 +45,8 @@ def test_a_zoo_gathers_gguf_files_and_adds_to_them(tmp_path: Path) -> None:
         assert (shown(), len(api.list_repo_commits(REPO))) == (first, 3)
         assert night("gguf-q4_0, gguf-q8_0, gguf-q6_k") == ["skipped", "skipped", "published"]
         second = shown()
-        assert {name for name in first if second.get(name) != first[name]} == {"README.md", "quantmill.json"}
+        changed = {name for name in first if second.get(name) != first[name]}
+        assert changed == {"README.md", "quantmill.json", "quantmill.png"}
         assert len(api.list_repo_commits(REPO)) == 4
         index = gathered.read_index(Path(api.hf_hub_download(REPO, "quantmill.json")).read_bytes())
         assert index is not None
@@ -59,4 +60,6 @@ def test_a_zoo_gathers_gguf_files_and_adds_to_them(tmp_path: Path) -> None:
         assert card.count("\n| [llama-tiny-Q") == 3
         assert "&id" not in card, "yaml's aliases aren't for people"
         assert "nearest to the original" in card
+        assert "](quantmill.png)" in card
+        assert sum(name.endswith("/quantmill.png") for name in second) == 3, "each has its own, too"
         assert f"--imatrix {IMATRIX}" in card
