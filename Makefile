@@ -9,7 +9,7 @@ TOWERS := .venv-towers
 # Tests of one file stay together, for they share what was made for them; the longest files come first (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: bench-gpu docs help setup quickstart test test-gpu test-slow walk night check lint types contracts tables runtimes envs bench constraints clean
+.PHONY: bench-gpu dist docs help setup quickstart test test-gpu test-slow walk night check lint types contracts tables runtimes envs bench constraints clean
 
 help:
 	@echo "make quickstart   two small models x three recipes: quantized, verified, published to a loopback Hub"
@@ -20,6 +20,7 @@ help:
 	@echo "make check        lint, types, import contracts, docs, tests and slow tests, the latter with llama.cpp and MLX (what CI runs)"
 	@echo "make setup        the environment alone (the others make it if it's missing)"
 	@echo "make tables       print the README's tables and docs/reference from the rows, models and commands"
+	@echo "make dist         build the wheel and the source archive in dist/"
 	@echo "make docs         build the documentation in site/, with strict links (an environment of its own)"
 	@echo "make runtimes     load every recipe's artifact in every runtime whose environment is built; writes docs/runtimes.md"
 	@echo "make bench-gpu    measure solvers, searches and layers of an 8B's widths on a card"
@@ -79,6 +80,9 @@ contracts: $(STAMP)
 tables: $(STAMP)
 	$(BIN)/python -m pipeline.zoo.tables README.md
 	$(BIN)/python -m pipeline.cli.reference docs
+
+dist: $(STAMP)
+	$(BIN)/python -m hatchling build -d dist
 
 # An environment of its own: what builds the pages is no dependency of what they describe.
 DOCS := .venv-docs

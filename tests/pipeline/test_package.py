@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 from pathlib import Path
 
@@ -101,6 +102,30 @@ def test_the_wheel_has_the_default_text_and_the_package_of_its_name(installed: P
         assert str(installed.parents[1]) in path, "the wheel's own files are used, not the checkout's"
         assert Path(path).is_file()
     assert int(recipes) > int(measured) > 20
+
+
+def test_the_version_has_its_entry_in_the_changelog(installed: Path) -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    released = re.findall(r"^## (\d+\.\d+\.\d+) - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert released[0] == version
+    said = subprocess.run([installed, "--version"], capture_output=True, text=True, check=True)
+    assert said.stdout == f"quantmill, version {version}\n"
+
+
+@pytest.mark.slow
+def test_the_wheel_makes_a_checkpoint(installed: Path, tmp_path: Path) -> None:
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [installed, "quantize", str(MODELS / "llama-tiny"), "--recipe", "rtn-w4-g128", "--to", "me"]
+    done = subprocess.run(
+        [*command, "--endpoint", "loopback", "--json"],
+        cwd=tmp_path, env=clean, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (made,) = json.loads(done.stdout)["artifacts"]
+    assert (made["status"], made["repo_id"]) == ("published", "me/llama-tiny-rtn-w4-g128")
+    card = (Path(made["path"]) / "README.md").read_text()
+    assert "(quantmill.png)" in card
+    assert "With quantmill 0." in card
 
 
 def run_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
