@@ -79,6 +79,14 @@ def house_rules(tmp_path: Path) -> Path:
     return zoo_file(tmp_path, plugins=["house_rules.py"], recipes=["median-w4", "bnb-int8"])
 
 
+def test_a_method_of_quantmill_stays_what_it_is(house_rules: Path) -> None:
+    module = house_rules.with_name("house_rules.py")
+    module.write_text(module.read_text().replace('add_method("median"', 'add_method("gptq"'))
+    said = quantmill("plan", str(house_rules), cwd=house_rules.parent, PYTHONPATH=str(ROOT))
+    assert said.returncode == 2
+    assert "house_rules.py' can't be imported (add_method: 'gptq' is a method of quantmill's own; choose" in said.stderr
+
+
 def test_a_method_of_a_plugin_is_planned_and_its_numbers_are_its_identity(house_rules: Path) -> None:
     def fingerprint() -> str:
         said = quantmill("plan", str(house_rules), "--json", cwd=house_rules.parent, PYTHONPATH=str(ROOT))

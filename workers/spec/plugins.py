@@ -72,7 +72,14 @@ def add_method(name: str, solver: str, *, calibrated: bool = False, numerics: in
 
     ``solver`` names a function as ``module:name``, which only workers import: it's given the recipe, whose ``options``
     are the mapping of the zoo file, and a ``workers.methods.layer.Stack``, and returns a ``Solved`` of that module.
+
+    Raises:
+        ValueError: it's the name of one of quantmill's own.
     """
+    from workers.spec.recipes import OWN_METHODS
+
+    if name in OWN_METHODS:
+        raise ValueError(f"add_method: {name!r} is a method of quantmill's own; choose another name")
     METHODS[name] = AddedMethod(solver, calibrated, numerics)
 
 

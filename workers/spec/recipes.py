@@ -7,7 +7,7 @@ refused. No torch: the driver imports it.
 from __future__ import annotations
 
 import re
-from typing import Annotated, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self, get_args
 
 from pydantic import Discriminator, Field, JsonValue, Tag, ValidationInfo, field_validator, model_validator
 
@@ -599,11 +599,12 @@ class LibraryRecipe(RecipeBase):
 
 def _made_by(value: object) -> str:
     """Whether a recipe names an engine, or a plugin's method: its discriminator, before ``method``."""
-    if isinstance(value, LibraryRecipe) or (isinstance(value, dict) and "engine" in value):
+    if isinstance(value, dict):
+        by_a_plugin = isinstance(value.get("method"), str) and value["method"] in plugins.METHODS
+        return "by-a-library" if "engine" in value else "by-a-plugin" if by_a_plugin else "by-method"
+    if isinstance(value, LibraryRecipe):
         return "by-a-library"
-    if isinstance(value, PluginRecipe) or (isinstance(value, dict) and value.get("method") in plugins.METHODS):
-        return "by-a-plugin"
-    return "by-method"
+    return "by-a-plugin" if isinstance(value, PluginRecipe) else "by-method"
 
 
 LinearRecipe = GptqRecipe | RtnRecipe | AwqRecipe | SmoothQuantRecipe | HqqRecipe | PluginRecipe
@@ -619,6 +620,7 @@ OwnRecipe = Annotated[
     | TransformersRecipe,
     Field(discriminator="method"),
 ]
+OWN_METHODS = tuple(get_args(each.model_fields["method"].annotation)[0] for each in get_args(get_args(OwnRecipe)[0]))
 Recipe = Annotated[
     Annotated[OwnRecipe, Tag("by-method")]
     | Annotated[LibraryRecipe, Tag("by-a-library")]

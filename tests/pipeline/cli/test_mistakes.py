@@ -40,6 +40,10 @@ ZOOS = [
         "recipes.1: method", "got 'gtpq'", "did you mean 'gptq'?",
     ),
     (
+        "bnb-nf4]", "{name: x, method: [rtn], scheme: {bits: 4}, format: gptq}]",
+        "recipes.1: method", "['rtn']", "did you mean 'rtn'?",
+    ),
+    (
         "bnb-nf4]", "{name: x, method: rtn, scheme: {bits: 4}, format: gtpq}]",
         "recipes.1.format", "got 'gtpq'", "did you mean 'gptq'?",
     ),
