@@ -36,6 +36,9 @@ DEVICE_BYTES = 1_000_000_000
 SEARCH_BYTES = 32 * (1 << 25)
 # Bytes per weight of the largest layer: as read, the next layer prefetched, the model's float32, the method's own copy.
 LAYER_BYTES = 12
+# The same on a GPU: the layer and the next one as read, the model's stacks of experts, a method's float32 of a few
+# weights; less so much with which the next one isn't brought there ahead (``workers.model.upload``).
+DEVICE_LAYER_BYTES, AHEAD_BYTES = 8, 2
 # Bytes per logit of a piece of a sequence: both models' logits, their logarithms, and the loading process's logits and
 # answer.
 LOGITS_BYTES = 36
@@ -318,8 +321,8 @@ def _quantizing(
     # On a GPU weights and hidden states are in half precision; those of waiting micro-batches stay there, too.
     waiting = (1 + recipe.needs.own_stream) * tokens * _bytes_for_each_token(source, shape, longest, floats=2)
     searched = min(SEARCH_BYTES, 32 * layer)
-    device = DEVICE_BYTES + 2 * outside + (LAYER_BYTES // 2) * layer + searched + 2 * hessians + waiting + working
-    return Need(host, device)
+    device = DEVICE_BYTES + 2 * outside + DEVICE_LAYER_BYTES * layer + searched + 2 * hessians + waiting + working
+    return Need(host, device, device - AHEAD_BYTES * layer)
 
 
 def _verifying(source: PinnedModel, shape: Shape, verification: Verification, runtimes: Sequence[Runtime] = ()) -> Need:

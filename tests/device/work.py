@@ -47,6 +47,13 @@ def whole_pass(workspace: str, model: str, *recipes: str) -> dict[str, Any]:
     return {"quantize": quantized, "verify": verified}
 
 
+def one_pass(workspace: str, model: str, *recipes: str) -> dict[str, Any]:
+    """Quantize a small model under recipes, in one pass; ``made`` is the number of artifacts."""
+    of = job(ZOO / "models" / model, Path(workspace), *(quick(shipped.recipe(name)) for name in recipes))
+    result, facts = _stage(of, Stage.QUANTIZE)
+    return {**facts, "made": sum(made.error is None for made in result.artifacts)}
+
+
 def faulty_pass(workspace: str, launches: str, words: str) -> dict[str, Any]:
     """A pass of two recipes in which the card fails with these words after so many launches."""
     of = job(ZOO / "models" / "llama-tiny", Path(workspace), "fp8-dynamic", "rtn-w4-g128")
@@ -96,6 +103,34 @@ def tensors() -> dict[str, Any]:
     card().fail_after(1, "CUDA error: an illegal memory access was encountered")
     there.add(there)
     return found | {name: _refused(lambda: there.add(there)) for name in ("poisoned", "still poisoned")}
+
+
+def uploads() -> dict[str, Any]:
+    """A layer brought to a card of 1 MiB, used before and after it has arrived, and one that is too large for it."""
+    import torch
+
+    from workers.model.upload import Upload
+
+    upload = Upload("cuda")
+    layer = {"weight": torch.randn(100, 100, dtype=torch.bfloat16), "empty": torch.empty(0)}
+    with card().counted() as counted:
+        tensors = upload(layer)
+        early = _refused(tensors.placed["weight"].sum)
+        tensors.wait()
+        same = all(torch.equal(tensors.placed[key].cpu(), layer[key]) for key in layer)
+        loaded = tensors.loaded["weight"] is tensors.placed["weight"]
+        del tensors
+    large = {"weight": torch.randn(500, 200)}
+    with card().counted() as on_demand:
+        tensors = upload(large)
+        tensors.wait()
+        before = on_demand.to, card().held
+        alike = torch.equal(tensors.placed["weight"].cpu(), large["weight"])
+        for_model = tensors.loaded["weight"] is large["weight"]
+    return {
+        "early": early, "same": same and loaded, "whole": asdict(counted),
+        "before": before, "alike": alike and for_model, "on demand": asdict(on_demand),
+    }  # fmt: skip
 
 
 def searches() -> dict[str, Any]:
