@@ -57,15 +57,20 @@ class Upload:
             return LayerTensors(tensors, _OnDemand(tensors, self._device), tensors)
         computing = torch.accelerator.current_stream(self._device)
         with self._stream:
-            placed = {key: _pinned(tensor).to(self._device, non_blocking=True) for key, tensor in tensors.items()}
+            placed = {key: _brought(tensor, self._device) for key, tensor in tensors.items()}
         for tensor in placed.values():
             tensor.record_stream(computing)  # it isn't given back while kernels of that stream may read it
         return LayerTensors(tensors, placed, placed, self._stream.record_event())
 
 
-def _pinned(tensor: Tensor) -> Tensor:
-    """A copy in memory that a card reads by itself. Its allocator keeps it until that is done."""
-    return tensor.pin_memory() if tensor.numel() else tensor
+def _brought(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device; one that was decoded there is there already.
+
+    The pinned copy, which a card reads by itself, is kept by its allocator until that is done.
+    """
+    if tensor.device.type == device.type or not tensor.numel():
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class _OnDemand(Mapping[str, Tensor]):
