@@ -28,7 +28,6 @@ LIBRARY, MEMORY, CARDS, CAPABILITY = "TEST_CARD", "TEST_CARD_MEMORY", "TEST_CARD
 # Functions of ``torch.cuda`` that do nothing here.
 IGNORED = (
     "init", "_lazy_init", "empty_cache", "synchronize", "manual_seed", "manual_seed_all", "reset_peak_memory_stats",
-    "set_per_process_memory_fraction",
 )  # fmt: skip
 COUNTERS = ("launches", "waits", "to", "from", "aside", "event_waits", "unrecorded")
 
@@ -183,7 +182,11 @@ def _describe(torch: Any, library: Any, cards: int, properties: Properties) -> N
     def nothing(*_: Any, **__: Any) -> None:
         return None
 
+    def limit(fraction: float, device: Any = None) -> None:
+        library.card_limit(index(device), ctypes.c_int64(int(fraction * properties.total_memory)))
+
     told = {
+        "set_per_process_memory_fraction": limit,
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "is_bf16_supported": lambda *_, **__: True,

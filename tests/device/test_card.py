@@ -50,6 +50,16 @@ def test_a_layer_comes_from_pinned_memory_on_a_stream_of_its_own_and_is_waited_f
     assert (on_demand["to"], on_demand["aside"]) == (400_000, 0)
 
 
+def test_a_process_is_held_to_its_share_of_a_card_and_its_child_to_what_it_leaves() -> None:
+    found = json.loads(card.run("tests.device.work", "shared", memory=1 << 20, QUANTMILL_CARD_SHARE="0.250000"))
+    assert found["device"] == "cuda"
+    assert found["too much"]["kind"] == "OutOfMemory", "256 KiB are its share, and 100 are taken"
+    room = {name: int(bytes_) for name, bytes_ in found["room"].items()}
+    assert room["here"] == (256 - 100) << 10
+    assert room["beside"] == pytest.approx((256 - 100) << 10, abs=2)
+    assert room["without a share left"] == 0
+
+
 def test_views_share_memory_and_inputs_in_place_keep_theirs(seen: dict[str, Any]) -> None:
     assert seen["shared"] == [[0.0, 0.0], [1.0, 1.0]]
 

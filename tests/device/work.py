@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.zoo import shipped
 from tests.device.card import Card
 from tests.workers.jobs import ZOO, job, quick
+from workers.machine.card_share import SHARE
 from workers.machine.failures import classify
 from workers.run import run_stage
 from workers.spec.job import Job, Stage, StageResult
@@ -131,6 +132,31 @@ def uploads() -> dict[str, Any]:
         "early": early, "same": same and loaded, "whole": asdict(counted),
         "before": before, "alike": alike and for_model, "on demand": asdict(on_demand),
     }  # fmt: skip
+
+
+def shared() -> dict[str, Any]:
+    """What a process has of a card of 1 MiB that it shares, and its child while it takes some."""
+    import torch
+
+    from workers.machine import child
+    from workers.model.card_room import environment_of_child
+    from workers.model.device import compute_device
+
+    device, _ = compute_device()
+    taken = torch.empty(100 << 10, dtype=torch.uint8, device=device)
+    given = environment_of_child()
+    children = {"here": room("")}
+    for name, environment in (("beside", given), ("without a share left", {**(given or {}), SHARE: "0.000000"})):
+        children[name] = child.run("tests.device.work:room", "", environment=environment).answer or ""
+    too_much = _refused(lambda: torch.empty(200 << 10, dtype=torch.uint8, device=device))
+    return {"device": device, "taken": taken.numel(), "too much": too_much, "room": children}
+
+
+def room(_: str) -> str:
+    """The bytes of the card that this process may still have."""
+    from workers.model.card_room import room_on_card
+
+    return str(room_on_card())
 
 
 def searches() -> dict[str, Any]:

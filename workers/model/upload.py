@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from workers.machine.card_share import share_of
+
 # A layer is brought to a card whole, beside the one at work and the model's stacks of experts, if as many layers of its
-# size fit into this share of the card; else each tensor is, as often as it is asked for.
+# size fit into this share of what this process may have of it; else each tensor is, as often as it is asked for.
 COPIES, SHARE = 3, 0.25
 
 
@@ -48,7 +50,8 @@ class Upload:
         self._room = 0.0
         if self._device.type == "cuda":
             self._stream = torch.Stream(self._device)
-            self._room = SHARE * torch.cuda.get_device_properties(self._device).total_memory
+            total = torch.cuda.get_device_properties(self._device).total_memory
+            self._room = SHARE * share_of() * total
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> LayerTensors:
         if self._stream is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -62,7 +63,7 @@ def diagnose(want_OI: Tensor, got_OI: Tensor, others: Callable[[], Iterable[tupl
     Both are on one device, which is waited for once. ``others`` is only called if the weight doesn't resemble its
     source at all.
     """
-    rows_R = _rows(len(want_OI)).to(got_OI.device)
+    rows_R = _rows(len(want_OI), got_OI.device)
     want_RI, got_RI = want_OI[rows_R].float(), got_OI[rows_R].float()
     tried = list(_corrections(want_OI, got_OI, rows_R, want_RI, got_RI))
     measured = [powers(want_OI, got_OI), powers(want_RI, got_RI), *(each.powers for each in tried)]
@@ -84,12 +85,19 @@ def diagnose(want_OI: Tensor, got_OI: Tensor, others: Callable[[], Iterable[tupl
     return Diagnosis(sqnr)
 
 
-def _rows(count: int) -> Tensor:
+@lru_cache(maxsize=64)
+def _rows(count: int, device: torch.device) -> Tensor:
     """At most ``ROWS`` row indices across the weight, in blocks of eight, since formats pack rows, too."""
     if count <= ROWS or count % 8:
-        return torch.arange(count)[:: max(1, count // ROWS)]
+        return torch.arange(count)[:: max(1, count // ROWS)].to(device)
     blocks = torch.linspace(0, count // 8 - 1, ROWS // 8).long()
-    return (blocks[:, None] * 8 + torch.arange(8)).flatten()
+    return (blocks[:, None] * 8 + torch.arange(8)).flatten().to(device)
+
+
+@lru_cache(maxsize=8)
+def _orders(device: torch.device) -> Tensor:
+    """The ``ORDERS``, int64 [F, 8]."""
+    return torch.tensor(list(ORDERS.values())).to(device)
 
 
 def _corrections(want_OI: Tensor, got_OI: Tensor, rows_R: Tensor, want_RI: Tensor, got_RI: Tensor) -> Iterator[Tried]:
@@ -98,8 +106,7 @@ def _corrections(want_OI: Tensor, got_OI: Tensor, rows_R: Tensor, want_RI: Tenso
     yield Tried(SCALES, GAIN, powers(want_RI, scaled_RI))
     yield Tried(ZEROS, GAIN, powers(want_RI, moved_RI))
     yield Tried("its sign is turned", LARGE_GAIN, powers(want_RI, -got_RI))
-    orders_F8 = torch.tensor(list(ORDERS.values())).to(got_RI.device)
-    for name, order_8 in zip(ORDERS, orders_F8, strict=True):
+    for name, order_8 in zip(ORDERS, _orders(got_RI.device), strict=True):
         if got_RI.shape[1] % 8 == 0:
             ordered_RI = _ordered(got_RI, order_8)
             yield Tried(f"its inputs are in another order ({name})", LARGE_GAIN, powers(want_RI, ordered_RI))
