@@ -409,6 +409,24 @@ at::Tensor& copy(at::Tensor& to, const at::Tensor& from, bool non_blocking) {
   return to;
 }
 
+// As a card multiplies halves: exactly, with sums in the dtype of the result. The CPU has no such kernel.
+at::Tensor& addmm_summed(
+    const at::Tensor& to, const at::Tensor& left, const at::Tensor& right, at::ScalarType sums, const at::Scalar& beta,
+    const at::Scalar& alpha, at::Tensor& out) {
+  TORCH_CHECK(
+      left.scalar_type() == right.scalar_type() && sums == at::kFloat && out.scalar_type() == sums && to.scalar_type() == sums,
+      "addmm: out_dtype must be that of the result, and float32 for halves");
+  for (const auto* each : {&to, &left, &right}) {
+    TORCH_CHECK(on_card(*each), "Expected all tensors to be on the same device, but found at least two devices");
+    used(*each, false);
+  }
+  used(out, true);
+  launch();
+  auto result = seen_by_cpu(out);
+  result.copy_(at::addmm(seen_by_cpu(to), seen_by_cpu(left).to(sums), seen_by_cpu(right).to(sums), beta, alpha));
+  return out;
+}
+
 at::Scalar item(const at::Tensor& t) {
   waits++;
   used(t, false);
@@ -458,6 +476,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("set_.source_Storage_storage_offset", set_storage);
   m.impl("set_.source_Tensor", set_tensor);
   m.impl("record_stream", record_stream);
+  m.impl("addmm.dtype_out", addmm_summed);
 }
 
 extern "C" {

@@ -60,6 +60,17 @@ def test_a_process_is_held_to_its_share_of_a_card_and_its_child_to_what_it_leave
     assert room["without a share left"] == 0
 
 
+def test_inputs_in_half_precision_are_summed_in_float32_without_a_copy_of_them() -> None:
+    found = json.loads(card.run("tests.device.work", "products"))
+    for name, of in found.items():
+        assert of["error"] < 1e-6, name
+        assert of["count"] == 300
+        assert of["dtypes"] == ["torch.float32"]
+    # The inputs, their magnitudes, and float32 sums: without 200 x 1100 inputs in float32.
+    halves, whole = (found[f"torch.{name}"]["peak"] for name in ("bfloat16", "float32"))
+    assert halves < whole - 2 * 300 * 1100
+
+
 def test_views_share_memory_and_inputs_in_place_keep_theirs(seen: dict[str, Any]) -> None:
     assert seen["shared"] == [[0.0, 0.0], [1.0, 1.0]]
 

@@ -134,6 +134,31 @@ def uploads() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def products() -> dict[str, Any]:
+    """Statistics of inputs in half precision on a card, against those of the same inputs in float32 on the CPU."""
+    import torch
+
+    from workers.model.statistics import InputStatistics
+
+    found = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x_NI = torch.randn(300, 1100, generator=torch.Generator().manual_seed(1)).to(dtype)
+        there, here = (InputStatistics.empty(1100, device) for device in ("cuda", "cpu"))
+        on_card = x_NI.to("cuda")
+        with card().counted() as counted:
+            there.add(on_card[:200])
+            there.add(on_card[200:])
+        there.complete()
+        here.add(x_NI.float())
+        here.complete()
+        pairs = [(there.gram_II, here.gram_II), (there.abs_sum_I, here.abs_sum_I), (there.abs_max_I, here.abs_max_I)]
+        found[str(dtype)] = {
+            "error": max(float((one.cpu() - other).abs().max() / other.abs().max()) for one, other in pairs),
+            "count": there.count, "peak": counted.peak, "dtypes": sorted({str(one.dtype) for one, _ in pairs}),
+        }  # fmt: skip
+    return found
+
+
 def shared() -> dict[str, Any]:
     """What a process has of a card of 1 MiB that it shares, and its child while it takes some."""
     import torch

@@ -42,10 +42,15 @@ def coarse_forwards() -> Iterator[None]:
 def add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
     """``target += left @ right``, in place, for matrices or stacks of them; large ones under ``coarse_products``.
 
+    Two matrices in half precision, which a card multiplies exactly, are summed in the float32 of the target.
+
     For sums over tokens, and the solvers' corrections: an error of a thousandth of a fraction of a step changes only
     codes that are nearly tied. Small products, of a new shape each time (the tokens of an expert), take longer to
     convert than to multiply.
     """
+    if left.dtype != target.dtype:
+        torch.addmm(target, left, right, out_dtype=target.dtype, out=target)
+        return
     add = target.addmm_ if target.dim() == 2 else target.baddbmm_
     if left.numel() * right.shape[-1] < LARGE:
         add(left, right)
