@@ -20,7 +20,7 @@ from workers.errors import NumericalError, UnsupportedRecipe
 from workers.model import key_values
 from workers.model.loading import InputName, StreamedModel
 from workers.model.products import Products
-from workers.numerics.precision import add_product
+from workers.numerics.precision import add_product, sums_halves
 
 WIDE = 1024
 HALVES = (torch.float16, torch.bfloat16)
@@ -86,7 +86,7 @@ class InputStatistics:
         above the diagonal are summed, until ``complete`` mirrors them.
         """
         x_NI = inputs.reshape(-1, inputs.shape[-1])
-        if x_NI.device.type == "cpu" or x_NI.dtype not in HALVES:
+        if x_NI.dtype not in HALVES or not sums_halves(x_NI.device):
             x_NI = x_NI.float()
         self.count += len(x_NI)
         width = x_NI.shape[1]
