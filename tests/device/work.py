@@ -134,6 +134,57 @@ def uploads() -> dict[str, Any]:
     }  # fmt: skip
 
 
+class Launched:
+    """Stands for a Triton kernel where there is no Triton: its launches are counted, and all codes become zero."""
+
+    count = 0
+
+    def __getitem__(self, programs: Any) -> Callable[..., None]:
+        return self.launch
+
+    def launch(self, target: Any, weight: Any, mixed: Any, error: Any, code: Any, *_: Any, **__: Any) -> None:
+        self.count += 1
+        code.zero_()
+        error.copy_(weight)
+
+
+def with_kernels() -> Launched:
+    """Have ``numerics.kernels`` launch a kernel that is only counted."""
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+    kernel = Launched()
+    triton, language = ModuleType("triton"), ModuleType("triton.language")
+    triton.__spec__ = ModuleSpec("triton", None)
+    told = {"jit": lambda function: kernel, "cdiv": lambda a, b: -(-a // b), "language": language}
+    vars(triton).update(told)
+    vars(language).update({"constexpr": lambda value: value})
+    sys.modules.update({"triton": triton, "triton.language": language})
+    return kernel
+
+
+def columns() -> dict[str, Any]:
+    """Launches of GPTQ with three rounds of refinement, by the number of inputs, the kernel's among them."""
+    import torch
+
+    kernel = with_kernels()
+    from workers.numerics import gptq, refine, rounding
+
+    found = {}
+    for width in (512, 1024, 1536):
+        weight = torch.randn(64, width, generator=torch.Generator().manual_seed(1))[None].to("cuda")
+        inputs = torch.randn(2 * width, width, generator=torch.Generator().manual_seed(2)).to("cuda")
+        hessian, before = (inputs.T @ inputs)[None], kernel.count
+        with card().counted() as counted:
+            params = rounding.mse_params(weight, 4, 128, symmetric=True, scale_dtype=torch.float16)
+            factor = gptq.factorize(hessian, activation_order=True, damping=0.01)
+            codes = gptq.solve(weight, factor, *params, bits=4)
+            refine.refine(weight, hessian, codes, *params, bits=4, rounds=3, damping=0.01)
+        kernels = kernel.count - before
+        found[str(width)] = {"launches": counted.launches + kernels, "kernels": kernels, "waits": counted.waits}
+    return found
+
+
 def products() -> dict[str, Any]:
     """Statistics of inputs in half precision on a card, against those of the same inputs in float32 on the CPU."""
     import torch

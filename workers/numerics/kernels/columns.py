@@ -4,8 +4,8 @@ B stacked problems, O output features, I input features, G groups, e = w - q; W 
 
 Column j of W becomes the code nearest to ``w_j + sum_k mixing[j, k] e_k``, and e_j its new error. What the columns
 outside a block of 128 add is a matrix product before the block's launch; inside, a program takes 32 rows of W through
-the block, column by column, with their 128 x 32 errors in registers. So a block takes two launches of PyTorch's own (a
-copy, a product) and one of this kernel, whether 1 or 128 problems are stacked.
+the block, column by column, with their 128 x 32 errors in registers. So a block takes one product (in the refinement
+two: of the columns before it and after it) and one launch of this kernel, whether 1 or 128 problems are stacked.
 
 The sums have another order than the loop's, so a code may differ where its target lies within a rounding error of the
 middle between two codes. Loaded where Triton is installed, only.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from workers.numerics import grids
 from workers.numerics.grids import E2M1, Floats, Integers
-from workers.numerics.precision import add_product
+from workers.numerics.precision import plus_product
 
 BLOCK, ROWS = 128, 32
 # 1.5 x 2^23: added to a float32 of less than 2^22 and taken away again, it leaves the nearest integer, ties to even.
@@ -31,7 +31,7 @@ EXPONENT = tl.constexpr(grids.EXPONENT)
 @triton.jit
 def _round_block(
     target, weight, mixing, error, code, scale, zero, group,
-    outputs, columns, of_mixing, next_of_mixing, next_of_weight, next_of_scale, next_of_group,
+    outputs, columns, of_mixing, next_of_mixing, next_of_target, next_of_weight, next_of_scale, next_of_group,
     low, high, first, last, share,
     ZEROS: tl.constexpr, LOWER: tl.constexpr, FLOATS: tl.constexpr, WIDTH: tl.constexpr, HEIGHT: tl.constexpr,
 ):  # fmt: skip
@@ -42,7 +42,7 @@ def _round_block(
     ``first``, ``last``, ``share``: see ``grids.Floats``.
     """
     problem = tl.program_id(1).to(tl.int64)
-    target += problem * next_of_weight
+    target += problem * next_of_target
     weight += problem * next_of_weight
     error += problem * next_of_weight
     code += problem * next_of_weight
@@ -99,28 +99,31 @@ def sweep(
     ``error_BIO`` is replaced by the new codes' error. ``group_BI`` is each column's group.
     """
     problems, width, outputs = wt_BIO.shape
+    assert error_BIO.is_contiguous(), "its blocks are written in place"
+    wt_BIO = wt_BIO.contiguous()
     scale_BGO = scale_BOG.float().mT.contiguous()
     zero_BGO = scale_BGO if zero_BOG is None else zero_BOG.float().mT.contiguous()
+    group_BI = group_BI.to(torch.int32).contiguous()
     codes_BIO = torch.empty_like(wt_BIO)
     programs = (triton.cdiv(outputs, ROWS), problems)
     floats = grid if isinstance(grid, Floats) else E2M1  # of integers unused
     low, high = (grid.low, grid.high) if isinstance(grid, Integers) else (-grid.largest, grid.largest)
     for start in range(0, width, BLOCK):
         here = slice(start, min(start + BLOCK, width))
-        weight = wt_BIO[:, here].contiguous()
-        target, error = weight.clone(), error_BIO[:, here].contiguous()
+        weight, mixing = wt_BIO[:, here], mixing_BII[:, here]
+        target = weight
         for inside in (slice(0, start), slice(here.stop, 0 if lower else width)):
             if inside.start < inside.stop:
-                add_product(target, mixing_BII[:, here, inside], error_BIO[:, inside])
-        mixing = mixing_BII[:, here, here].contiguous()
-        group = group_BI[:, here].to(torch.int32).contiguous()
-        codes = torch.empty_like(weight)
+                target = plus_product(target, mixing[:, :, inside], error_BIO[:, inside])
+        mixed = mixing[:, :, here]
+        if mixed.stride(2) != 1:  # a factor's columns lie together: a program reads rows
+            mixed = mixed.contiguous()
         _round_block[programs](
-            target, weight, mixing, error, codes, scale_BGO, zero_BGO, group,
-            outputs, here.stop - start, mixing.stride(1), mixing.stride(0), weight.stride(0), scale_BGO.stride(0),
-            group.stride(0), float(low), float(high), float(floats.first), float(floats.last), floats.share,
+            target, weight, mixed, error_BIO[:, here], codes_BIO[:, here], scale_BGO, zero_BGO, group_BI[:, here],
+            outputs, here.stop - start, mixed.stride(1), mixed.stride(0), target.stride(0), wt_BIO.stride(0),
+            scale_BGO.stride(0), group_BI.stride(0), float(low), float(high), float(floats.first), float(floats.last),
+            floats.share,
             ZEROS=zero_BOG is not None, LOWER=lower, FLOATS=isinstance(grid, Floats), WIDTH=BLOCK, HEIGHT=ROWS,
             num_warps=4,
         )  # fmt: skip
-        error_BIO[:, here], codes_BIO[:, here] = error, codes
     return codes_BIO
