@@ -71,6 +71,18 @@ def test_inputs_in_half_precision_are_summed_in_float32_without_a_copy_of_them()
     assert halves < whole - 2 * 300 * 1100
 
 
+def test_a_column_loop_on_a_kernel_takes_few_launches() -> None:
+    """Launches depend on the number of inputs, not of outputs: they grow evenly to those of 4096 x 14336."""
+    found = {int(width): facts for width, facts in json.loads(card.run("tests.device.work", "columns")).items()}
+    for width, facts in found.items():
+        assert facts["kernels"] == 4 * width // 128, "GPTQ's sweep and three of the refinement's, in blocks of 128"
+        assert facts["waits"] <= 5
+    first, second, third = (facts["launches"] for facts in found.values())
+    growth = third - second
+    assert abs(growth - (second - first)) <= 10
+    assert first + (14336 // 1024 - 1) * growth <= 2_000
+
+
 def test_views_share_memory_and_inputs_in_place_keep_theirs(seen: dict[str, Any]) -> None:
     assert seen["shared"] == [[0.0, 0.0], [1.0, 1.0]]
 

@@ -72,9 +72,9 @@ def add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
         add(left, right)
 
 
-def plus_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``base + left @ right`` for stacks of matrices, as ``add_product`` computes it."""
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``, as ``add_product`` computes it."""
     if left.numel() * right.shape[-1] < LARGE:
-        return torch.baddbmm(base, left, right)
+        return left @ right
     with coarse_products():
-        return torch.baddbmm(base, left, right)
+        return left @ right
