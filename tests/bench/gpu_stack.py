@@ -122,7 +122,7 @@ def passes(place: Path, given: argparse.Namespace, device: torch.device) -> Iter
             "",
         )
         if device.type == "cuda" and recipes == ONE:
-            yield from uploaded(place / f"stack-{few}", device, each)
+            yield from uploaded(place / f"stack-{few}", device, each, 2 * given.hidden)
         for name in own[many]:
             share = (own[many][name] - own[few][name]) / (many - few)
             yield f"of which {name}, a layer", f"{share:.2f}", ""
@@ -139,23 +139,24 @@ def passes(place: Path, given: argparse.Namespace, device: torch.device) -> Iter
         yield f"of which decoding {ONE[0]} and comparing it with its source, {where}", f"{compared(of, where):.1f}", ""
 
 
-def uploaded(folder: Path, device: torch.device, layer_seconds: float) -> Iterator[tuple[str, str, str]]:
-    """Seconds of bringing a layer to the card: alone, and how much longer a layer's products take beside it."""
+def uploaded(folder: Path, device: torch.device, layer_seconds: float, width: int) -> Iterator[tuple[str, str, str]]:
+    """Seconds of bringing a layer to the card: alone, and how much longer 100 products of that width take beside it."""
     upload = Upload(device.type)
     with Source(folder) as source:
         layer = {key: source.read(key) for key in source.headers if key.startswith("model.layers.0.")}
-    left = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    left = torch.randn(width, width, device=device, dtype=torch.bfloat16)
 
     def seconds(bring: bool, products: int) -> float:
         taken = []
         for _ in range(4):  # the first allocates pinned memory
             torch.cuda.synchronize()
             begun = time.perf_counter()
-            result = [left @ left for _ in range(products)]
+            for _ in range(products):
+                torch.mm(left, left)
             tensors = upload(layer) if bring else None
             torch.cuda.synchronize()
             taken.append(time.perf_counter() - begun)
-            del result, tensors
+            del tensors
         return min(taken[1:])
 
     alone, beside, products = seconds(True, 0), seconds(True, 100), seconds(False, 100)
