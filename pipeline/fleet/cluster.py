@@ -25,6 +25,7 @@ from pipeline.fleet.placement import Claim, Node
 from pipeline.fleet.steps import NETWORK_STAGES, Step
 from workers.errors import ClusterLost, OutOfMemory, PreflightError, WorkerDied
 from workers.machine import child
+from workers.machine.card_share import SHARE
 from workers.machine.failures import describe, of_a_process
 from workers.machine.memory import MemoryWatch, host_memory
 from workers.machine.phase import VARIABLE
@@ -222,7 +223,7 @@ class Cluster:
         sent = job.model_copy(update={"lean": True}) if claim.alone else job
         request = StageRequest(job=sent, stage=step.stage, recipe=step.recipe, part=step.part, seconds=seconds)
         cards = _cards_of(claim, embedded=self._own is not None)
-        where = Where(self._pace, python, node.cpus_per_stage if computing else 1, cards)
+        where = Where(self._pace, python, node.cpus_per_stage if computing else 1, cards, claim.gpus)
         self._flying[call.remote(request.model_dump_json(), where, warm, *more)] = step, node.id
 
     def stage(self, step: Step) -> tuple[Callable[..., str], tuple[Any, ...]]:
@@ -460,13 +461,15 @@ def _cards_of(claim: Claim, *, embedded: bool) -> str | None:
 class Where:
     """Context of a stage on its node: the run's pace (an actor), its Python, its number of threads, and its cards.
 
-    ``cards`` is CUDA_VISIBLE_DEVICES of its process; None: what Ray has set.
+    ``cards`` is CUDA_VISIBLE_DEVICES of its process; None: what Ray has set. ``share`` is the part of its card that it
+    may use; 0 or 1: all of it.
     """
 
     pace: Any
     python: str | None
     threads: int
     cards: str | None = None
+    share: float = 0.0
 
     def ask(self, entry: str, request: str, warm: tuple[str | None, str | None], phase: str = "") -> child.Ended:
         """Run ``entry`` in a fresh process, forked from the warm parent at ``warm`` if there is one.
@@ -476,6 +479,7 @@ class Where:
         address, note = warm
         # Ray sets threads by the task's share of the node; an artifact's bytes must not depend on that.
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), VARIABLE: phase}
+        environment[SHARE] = f"{self.share:.6f}" if 0 < self.share < 1 else ""
         if self.cards is not None:
             environment["CUDA_VISIBLE_DEVICES"] = self.cards
         ended = child.run(entry, request, python=self.python, warm=address, environment=environment)

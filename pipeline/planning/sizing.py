@@ -36,6 +36,12 @@ DEVICE_BYTES = 1_000_000_000
 SEARCH_BYTES = 32 * (1 << 25)
 # Bytes per weight of the largest layer: as read, the next layer prefetched, the model's float32, the method's own copy.
 LAYER_BYTES = 12
+# The same on a GPU: the layer and the next one as read, the model's stacks of experts, a method's float32 of a few
+# weights; less so much with which the next one isn't brought there ahead (``workers.model.upload``).
+DEVICE_LAYER_BYTES, AHEAD_BYTES = 8, 2
+# Bytes per element of a weight that is decoded on a GPU, the most elements that are (``workers.formats.decoded``), and
+# bytes of the float64 pieces in which it is compared.
+DECODING_BYTES, MOST_ON_A_CARD, COMPARING_BYTES = 16, 1 << 28, 32 * (1 << 24)
 # Bytes per logit of a piece of a sequence: both models' logits, their logarithms, and the loading process's logits and
 # answer.
 LOGITS_BYTES = 36
@@ -318,8 +324,8 @@ def _quantizing(
     # On a GPU weights and hidden states are in half precision; those of waiting micro-batches stay there, too.
     waiting = (1 + recipe.needs.own_stream) * tokens * _bytes_for_each_token(source, shape, longest, floats=2)
     searched = min(SEARCH_BYTES, 32 * layer)
-    device = DEVICE_BYTES + 2 * outside + (LAYER_BYTES // 2) * layer + searched + 2 * hessians + waiting + working
-    return Need(host, device)
+    device = DEVICE_BYTES + 2 * outside + DEVICE_LAYER_BYTES * layer + searched + 2 * hessians + waiting + working
+    return Need(host, device, device - AHEAD_BYTES * layer)
 
 
 def _verifying(source: PinnedModel, shape: Shape, verification: Verification, runtimes: Sequence[Runtime] = ()) -> Need:
@@ -333,9 +339,13 @@ def _verifying(source: PinnedModel, shape: Shape, verification: Verification, ru
     hidden = _size(source, "hidden_size", "n_embd") * verification.tokens
     host = PROCESS_BYTES + 8 * outside + LAYER_BYTES * layer + 8 * hidden + working + LOADER_BYTES + 4 * shape.weights
     host += max((runtime.host_bytes for runtime in runtimes), default=0)
-    # Both models' hidden states are there while theirs are streamed. Without room for the second process's model, it
-    # runs on the CPU, and the source is compared by its first layers.
-    streamed = DEVICE_BYTES + 4 * outside + (LAYER_BYTES // 2) * layer + 4 * hidden + working
+    # Both models' hidden states are there while theirs are streamed, or one weight is decoded and compared. Without
+    # room for the second process's model, it runs on the CPU, and the source is compared by its first layers.
+    matrices = (tensor.numel for tensor in shape.every if len(tensor.shape) == 2)
+    decoding = DECODING_BYTES * max((count for count in matrices if count <= MOST_ON_A_CARD), default=0)
+    compared = decoding + min(COMPARING_BYTES, 2 * decoding)
+    at_work = max(DEVICE_LAYER_BYTES * layer, compared)
+    streamed = DEVICE_BYTES + 4 * outside + at_work + 4 * hidden + working
     return Need(host, streamed + DEVICE_BYTES + max(2 * shape.weights, shape.bytes), streamed)
 
 

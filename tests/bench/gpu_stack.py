@@ -21,9 +21,14 @@ from transformers import AutoConfig
 
 from tests.bench.bench_solver import processor
 from tests.workers.jobs import LOOSE, ZOO, job
+from workers.checkpoint.source import Source
+from workers.formats.decoded import Decoded, open_decoded
+from workers.model.upload import Upload
 from workers.run import run_stage
 from workers.spec.data import Calibration, Dataset
 from workers.spec.job import Job, Stage
+from workers.spec.workspace import artifact_folder
+from workers.verify.integrity import Findings, compare
 
 ONE = ("gptq-w4-g128",)
 EIGHT = (*ONE, "awq-w4-g128", "fp8-dynamic", "fp8-block", "rtn-w4-g128", "nvfp4", "mxfp4", "w8a8-int8")
@@ -116,6 +121,8 @@ def passes(place: Path, given: argparse.Namespace, device: torch.device) -> Iter
             f"{taken[few] + each * (ALL_LAYERS - few):.0f}",
             "",
         )
+        if device.type == "cuda" and recipes == ONE:
+            yield from uploaded(place / f"stack-{few}", device, each, 2 * given.hidden)
         for name in own[many]:
             share = (own[many][name] - own[few][name]) / (many - few)
             yield f"of which {name}, a layer", f"{share:.2f}", ""
@@ -128,6 +135,49 @@ def passes(place: Path, given: argparse.Namespace, device: torch.device) -> Iter
         f"{time.perf_counter() - begun:.1f}",
         f"{verified.memory.device / 1e9:.1f}, host {verified.memory.host / 1e9:.1f}",
     )
+    for where in dict.fromkeys(("cpu", device.type)):
+        yield f"of which decoding {ONE[0]} and comparing it with its source, {where}", f"{compared(of, where):.1f}", ""
+
+
+def uploaded(folder: Path, device: torch.device, layer_seconds: float, width: int) -> Iterator[tuple[str, str, str]]:
+    """Seconds of bringing a layer to the card: alone, and how much longer 100 products of that width take beside it."""
+    upload = Upload(device.type)
+    with Source(folder) as source:
+        layer = {key: source.read(key) for key in source.headers if key.startswith("model.layers.0.")}
+    left = torch.randn(width, width, device=device, dtype=torch.bfloat16)
+
+    def seconds(bring: bool, products: int) -> float:
+        taken = []
+        for _ in range(4):  # the first allocates pinned memory
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            for _ in range(products):
+                torch.mm(left, left)
+            tensors = upload(layer) if bring else None
+            torch.cuda.synchronize()
+            taken.append(time.perf_counter() - begun)
+            del tensors
+        return min(taken[1:])
+
+    alone, beside, products = seconds(True, 0), seconds(True, 100), seconds(False, 100)
+    size = sum(tensor.nbytes for tensor in layer.values())
+    yield f"a layer to the card, {size / 1e6:.0f} MB, alone ({layer_seconds:.2f} s are computed)", f"{alone:.3f}", ""
+    yield (
+        f"the same beside products of {products:.3f} s, what it adds to them",
+        f"{max(0.0, beside - products):.3f}",
+        "",
+    )
+
+
+def compared(of: Job, device: str) -> float:
+    """Seconds of decoding all of the first artifact's weights and comparing them with their source's."""
+    findings, folder = Findings(), artifact_folder(of.workspace, of.orders[0])
+    begun = time.perf_counter()
+    with Source(Path(of.model.folder or "")) as source, open_decoded(folder, device=device) as artifact:
+        assert isinstance(artifact, Decoded)
+        compare(source, artifact, artifact.quantized, findings)
+    assert len(findings.sqnr) == len(artifact.quantized), findings.problems
+    return time.perf_counter() - begun
 
 
 def main() -> None:

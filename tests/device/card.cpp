@@ -3,6 +3,9 @@
 // A CPU build of PyTorch leaves the dispatch key CUDA empty. This file registers a boxed fallback there, which shows each
 // operation's tensors to the CPU's kernel as views of the same memory. It counts kernel launches, waits for the device and
 // bytes moved, keeps the peak of the memory, refuses to allocate beyond a limit, and fails on request as a lost card does.
+//
+// All is done at once, in whatever stream; but what a stream wrote is refused to another that hasn't waited for it, and
+// memory that is given back while another stream may still use it is counted.
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -15,6 +18,8 @@
 #include <array>
 #include <atomic>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <string>
 #include <unordered_set>
 #include <vector>
@@ -27,9 +32,25 @@ constexpr int kCards = 8;
 const c10::DispatchKeySet kKeys(c10::DispatchKey::CUDA);
 
 std::atomic<int> cards{1};
-std::atomic<int64_t> launches{0}, waits{0}, to_card{0}, from_card{0}, fails_after{-1};
+// ``aside``: bytes to the card from pinned memory on another stream than the default; ``event_waits``: a thread waited for
+// one event, not for all that was launched.
+std::atomic<int64_t> launches{0}, waits{0}, to_card{0}, from_card{0}, aside{0}, event_waits{0}, fails_after{-1};
 std::string failure;
 thread_local DeviceIndex current = 0;
+
+// Streams: the one in use in this thread, the last that was made, and how far each has waited for each other.
+thread_local c10::StreamId stream = 0;
+std::atomic<c10::StreamId> last_stream{0};
+std::atomic<int64_t> clock_{0}, unrecorded{0};
+std::mutex mutex;
+std::map<std::pair<c10::StreamId, c10::StreamId>, int64_t> waited;
+struct Event {
+  c10::StreamId of;
+  int64_t at;
+};
+
+std::mutex pinned_mutex;
+std::map<const char*, size_t> pinned;  // by where it begins
 
 struct Memory {
   std::atomic<int64_t> held{0}, peak{0}, limit{0};
@@ -60,13 +81,60 @@ struct Block {
   void* data;
   int64_t bytes;
   DeviceIndex card;
+  // The stream that wrote it last, when, and whether another used it, and said so (Tensor.record_stream).
+  std::atomic<c10::StreamId> of{0};
+  std::atomic<int64_t> at{0};
+  std::atomic<bool> elsewhere{false}, recorded{false};
 };
 
 void give_back(void* pointer) {
   auto* block = static_cast<Block*>(pointer);
+  if (block->elsewhere && !block->recorded) unrecorded++;
   memory[block->card].held -= block->bytes;
   c10::free_cpu(block->data);
   delete block;
+}
+
+// A tensor's memory is used in this thread's stream.
+void used(const at::Tensor& t, bool written) {
+  auto* block = t.has_storage() ? static_cast<Block*>(t.storage().data_ptr().get_context()) : nullptr;
+  if (block == nullptr) return;
+  if (block->of != stream) {
+    std::lock_guard<std::mutex> lock(mutex);
+    const int64_t until = waited[std::make_pair(stream, block->of.load())];
+    TORCH_CHECK(
+        until >= block->at, "stream ", stream, " uses what stream ", block->of.load(),
+        " writes, and hasn't waited for it");
+    if (block->of != 0) block->elsewhere = true;
+  }
+  if (written) {
+    block->of = stream;
+    block->at = ++clock_;
+  }
+}
+
+struct PinnedAllocator final : c10::Allocator {
+  c10::DataPtr allocate(size_t asked) override {
+    void* data = c10::alloc_cpu(asked);
+    std::lock_guard<std::mutex> lock(pinned_mutex);
+    pinned[static_cast<const char*>(data)] = asked;
+    return {data, data, &free, c10::Device(c10::DeviceType::CPU)};
+  }
+  static void free(void* data) {
+    std::lock_guard<std::mutex> lock(pinned_mutex);
+    pinned.erase(static_cast<const char*>(data));
+    c10::free_cpu(data);
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &free; }
+  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+};
+PinnedAllocator pinned_allocator;
+
+bool is_pinned(const void* pointer) {
+  const auto* data = static_cast<const char*>(pointer);
+  std::lock_guard<std::mutex> lock(pinned_mutex);
+  auto after = pinned.upper_bound(data);
+  return after != pinned.begin() && data < (--after)->first + after->second;
 }
 
 struct CardAllocator final : c10::Allocator {
@@ -83,6 +151,8 @@ struct CardAllocator final : c10::Allocator {
     for (int64_t seen = of.peak; seen < held && !of.peak.compare_exchange_weak(seen, held);) {
     }
     auto* block = new Block{c10::alloc_cpu(asked), bytes, current};
+    block->of = stream;
+    block->at = ++clock_;
     return {block->data, block, &give_back, device};
   }
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
@@ -108,10 +178,32 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     if (to.has_index()) current = to.index();
   }
   DeviceIndex deviceCount() const noexcept override { return DeviceIndex(cards.load()); }
-  c10::Stream getStream(c10::Device of) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, of); }
+  c10::Device whole(c10::Device of) const { return of.has_index() ? of : c10::Device(of.type(), current); }
+  c10::Stream stream_of(c10::StreamId id, c10::Device of) const { return c10::Stream(c10::Stream::UNSAFE, whole(of), id); }
+  c10::Stream getStream(c10::Device of) const noexcept override { return stream_of(stream, of); }
   c10::Stream getDefaultStream(c10::Device of) const override { return c10::Stream(c10::Stream::DEFAULT, of); }
-  c10::Stream getNewStream(c10::Device of, int) const override { return c10::Stream(c10::Stream::DEFAULT, of); }
-  c10::Stream exchangeStream(c10::Stream to) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, to.device()); }
+  c10::Stream getNewStream(c10::Device of, int) const override { return stream_of(++last_stream, of); }
+  c10::Stream exchangeStream(c10::Stream to) const noexcept override {
+    const auto before = stream_of(stream, to.device());
+    stream = to.id();
+    return before;
+  }
+  void record(void** event, const c10::Stream& of, DeviceIndex, c10::EventFlag) const override {
+    if (*event == nullptr) *event = new Event();
+    *static_cast<Event*>(*event) = {of.id(), clock_};
+  }
+  void block(void* event, const c10::Stream& waiting) const override {
+    const auto* seen = static_cast<Event*>(event);
+    std::lock_guard<std::mutex> lock(mutex);
+    auto& until = waited[{waiting.id(), seen->of}];
+    until = std::max(until, seen->at);
+  }
+  bool queryEvent(void*) const override { return true; }
+  void synchronizeEvent(void*) const override { event_waits++; }
+  void destroyEvent(void* event, const DeviceIndex) const noexcept override { delete static_cast<Event*>(event); }
+  void recordDataPtrOnStream(const c10::DataPtr& data, const c10::Stream&) const override {
+    if (auto* block = static_cast<Block*>(data.get_context())) block->recorded = true;
+  }
   bool queryStream(const c10::Stream&) const override { return true; }
   void synchronizeStream(const c10::Stream&) const override { waits++; }
   void synchronizeDevice(DeviceIndex) const override { waits++; }
@@ -131,13 +223,14 @@ struct Hooks : public at::CUDAHooksInterface {
   DeviceIndex getCurrentDevice() const override { return current; }
   void setCurrentDevice(DeviceIndex to) const override { current = to; }
   void deviceSynchronize(DeviceIndex) const override { waits++; }
-  at::Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
+  at::Allocator* getPinnedMemoryAllocator() const override { return &pinned_allocator; }
+  bool isPinnedPtr(const void* data) const override { return is_pinned(data); }
 };
 
 }  // namespace
 namespace at {
-using CardHooks = ::Hooks;
-REGISTER_CUDA_HOOKS(CardHooks);
+using CUDAHooks = ::Hooks;
+REGISTER_CUDA_HOOKS(CUDAHooks);
 }  // namespace at
 namespace {
 
@@ -244,6 +337,7 @@ void any_operation(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::ji
       }
       if (card >= 0 && card != t.device().index()) stranger = c10::str("cuda:", int(t.device().index()));
       if (card < 0) card = t.device().index();
+      used(t, false);
       pairs.emplace_back(t, seen_by_cpu(t));
       return pairs.back().second;
     });
@@ -297,21 +391,45 @@ at::Tensor empty_strided(
 at::Tensor& copy(at::Tensor& to, const at::Tensor& from, bool non_blocking) {
   if (to.is_meta() || from.is_meta()) return to;
   const auto bytes = int64_t(from.numel()) * int64_t(from.itemsize());
+  if (on_card(from)) used(from, false);
+  if (on_card(to)) used(to, true);
+  // From memory that isn't pinned a card's driver copies itself, and the thread waits whatever it asked for.
+  const bool goes_on = non_blocking && is_pinned((on_card(to) ? from : to).const_data_ptr());
   if (on_card(to) && on_card(from)) {
     launch();
   } else if (on_card(to)) {
     to_card += bytes;
-    waits += !non_blocking;
+    waits += !goes_on;
+    if (goes_on && stream != 0) aside += bytes;
   } else {
     from_card += bytes;
-    waits++;
+    waits += !goes_on;
   }
   seen_by_cpu(to).copy_(seen_by_cpu(from));
   return to;
 }
 
+// As a card multiplies halves: exactly, with sums in the dtype of the result. The CPU has no such kernel.
+at::Tensor& addmm_summed(
+    const at::Tensor& to, const at::Tensor& left, const at::Tensor& right, at::ScalarType sums, const at::Scalar& beta,
+    const at::Scalar& alpha, at::Tensor& out) {
+  TORCH_CHECK(
+      left.scalar_type() == right.scalar_type() && sums == at::kFloat && out.scalar_type() == sums && to.scalar_type() == sums,
+      "addmm: out_dtype must be that of the result, and float32 for halves");
+  for (const auto* each : {&to, &left, &right}) {
+    TORCH_CHECK(on_card(*each), "Expected all tensors to be on the same device, but found at least two devices");
+    used(*each, false);
+  }
+  used(out, true);
+  launch();
+  auto result = seen_by_cpu(out);
+  result.copy_(at::addmm(seen_by_cpu(to), seen_by_cpu(left).to(sums), seen_by_cpu(right).to(sums), beta, alpha));
+  return out;
+}
+
 at::Scalar item(const at::Tensor& t) {
   waits++;
+  used(t, false);
   return at::_local_scalar_dense(seen_by_cpu(t));
 }
 
@@ -336,6 +454,10 @@ at::Tensor& set_storage(at::Tensor& t, at::Storage storage, int64_t offset, c10:
   return t;
 }
 
+void record_stream(at::Tensor& t, c10::Stream) {
+  if (auto* block = static_cast<Block*>(t.storage().data_ptr().get_context())) block->recorded = true;
+}
+
 at::Tensor& set_tensor(at::Tensor& t, const at::Tensor& from) {
   take_over(t, from);
   return t;
@@ -353,6 +475,8 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("resize_", resize);
   m.impl("set_.source_Storage_storage_offset", set_storage);
   m.impl("set_.source_Tensor", set_tensor);
+  m.impl("record_stream", record_stream);
+  m.impl("addmm.dtype_out", addmm_summed);
 }
 
 extern "C" {
@@ -366,13 +490,16 @@ int64_t card_launches() { return launches; }
 int64_t card_waits() { return waits; }
 int64_t card_to() { return to_card; }
 int64_t card_from() { return from_card; }
+int64_t card_aside() { return aside; }
+int64_t card_event_waits() { return event_waits; }
+int64_t card_unrecorded() { return unrecorded; }
 // Fail with this message at the launch after so many, and ever after.
 void card_fails_after(int64_t count, const char* message) {
   failure = message;
   fails_after = count;
 }
 void card_reset() {
-  launches = waits = to_card = from_card = 0;
+  launches = waits = to_card = from_card = aside = event_waits = unrecorded = 0;
   for (auto& of : memory) of.peak = of.held.load();
 }
 }

@@ -1,9 +1,10 @@
 """A stand-in for a CUDA card: ``cuda:0`` with the CPU's kernels, built from card.cpp for this Python's torch.
 
 It refuses what a card refuses (tensors of two devices in one operation, more memory than there is, a device number
-that isn't there) and counts what costs time on a card: kernel launches, waits, bytes moved. It can't show speed, a
-card's own rounding, kernels that only CUDA has, streams, or the caching allocator's fragmentation. A process has it
-from its start or not at all: ``environment()`` is that of a process with one.
+that isn't there; also what another stream writes and nobody waited for) and counts what costs time on a card: kernel
+launches, waits, bytes moved. It can't show speed, a card's own rounding, kernels that only CUDA has, or the caching
+allocator's fragmentation. A process has it from its start or not at all: ``environment()`` is that of a process with
+one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,8 @@ LIBRARY, MEMORY, CARDS, CAPABILITY = "TEST_CARD", "TEST_CARD_MEMORY", "TEST_CARD
 # Functions of ``torch.cuda`` that do nothing here.
 IGNORED = (
     "init", "_lazy_init", "empty_cache", "synchronize", "manual_seed", "manual_seed_all", "reset_peak_memory_stats",
-    "set_per_process_memory_fraction",
 )  # fmt: skip
-COUNTERS = ("launches", "waits", "to", "from")
+COUNTERS = ("launches", "waits", "to", "from", "aside", "event_waits", "unrecorded")
 
 
 def compiler() -> str | None:
@@ -91,12 +91,19 @@ class Properties:
 
 @dataclass
 class Counted:
-    """What a piece of work took: kernel launches, waits, bytes to and from the card, and peak bytes of its memory."""
+    """What a piece of work took: kernel launches, waits, bytes to and from the card, and peak bytes of its memory.
+
+    ``aside`` of the bytes to it came from pinned memory on another stream than the default; ``event_waits`` are a
+    thread's waits for one event. ``unrecorded`` blocks were given back while another stream might use them.
+    """
 
     launches: int = 0
     waits: int = 0
     to: int = 0
-    from_: int = field(default=0)
+    from_: int = 0
+    aside: int = 0
+    event_waits: int = 0
+    unrecorded: int = 0
     peak: int = 0
 
 
@@ -114,7 +121,8 @@ class Card:
         try:
             yield found
         finally:
-            found.launches, found.waits, found.to, found.from_ = (self._call(name) for name in COUNTERS)
+            for name in COUNTERS:
+                setattr(found, name.replace("from", "from_"), self._call(name))
             found.peak = self._library.card_peak(0)
 
     def _call(self, name: str) -> int:
@@ -142,11 +150,11 @@ def install() -> Card | None:
     path = os.environ.get(LIBRARY)
     if path is None or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return None
+    # Before torch asks for the hooks of CUDA, which it does once.
+    library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
     import bitsandbytes  # noqa: F401
     import torch
 
-    torch.ops.load_library(path)
-    library = ctypes.CDLL(path)
     for name in (*COUNTERS, "held", "peak"):
         getattr(library, f"card_{name}").restype = ctypes.c_int64
     cards, memory = int(os.environ[CARDS]), int(os.environ[MEMORY])
@@ -174,7 +182,11 @@ def _describe(torch: Any, library: Any, cards: int, properties: Properties) -> N
     def nothing(*_: Any, **__: Any) -> None:
         return None
 
+    def limit(fraction: float, device: Any = None) -> None:
+        library.card_limit(index(device), ctypes.c_int64(int(fraction * properties.total_memory)))
+
     told = {
+        "set_per_process_memory_fraction": limit,
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "is_bf16_supported": lambda *_, **__: True,

@@ -33,7 +33,54 @@ def test_a_poisoned_card_fails_ever_after(seen: dict[str, Any]) -> None:
 
 def test_launches_waits_and_bytes_are_counted(seen: dict[str, Any]) -> None:
     # To the card 4 x 4 float32; a product, a view (none) and a sum; one number back, which waits, and 64 bytes.
-    assert seen["counted"] == {"launches": 2, "waits": 3, "to": 64, "from_": 64, "peak": 3 * 512}
+    counted = {name: count for name, count in seen["counted"].items() if count}
+    assert counted == {"launches": 2, "waits": 3, "to": 64, "from_": 64, "peak": 3 * 512}
+
+
+def test_a_layer_comes_from_pinned_memory_on_a_stream_of_its_own_and_is_waited_for() -> None:
+    found = json.loads(card.run("tests.device.work", "uploads", memory=1 << 20))
+    assert "hasn't waited for it" in found["early"]["message"]
+    assert found["same"]
+    whole, on_demand = found["whole"], found["on demand"]
+    assert whole["to"] == whole["aside"] == 20_000
+    assert whole["unrecorded"] == 0, "memory isn't given back while it may be read"
+    # Three layers of 400 kB don't fit into a quarter of 1 MiB: tensors come as often as they are asked for.
+    assert found["alike"]
+    assert found["before"] == [0, 0]
+    assert (on_demand["to"], on_demand["aside"]) == (400_000, 0)
+
+
+def test_a_process_is_held_to_its_share_of_a_card_and_its_child_to_what_it_leaves() -> None:
+    found = json.loads(card.run("tests.device.work", "shared", memory=1 << 20, QUANTMILL_CARD_SHARE="0.250000"))
+    assert found["device"] == "cuda"
+    assert found["too much"]["kind"] == "OutOfMemory", "256 KiB are its share, and 100 are taken"
+    room = {name: int(bytes_) for name, bytes_ in found["room"].items()}
+    assert room["here"] == (256 - 100) << 10
+    assert room["beside"] == pytest.approx((256 - 100) << 10, abs=2)
+    assert room["without a share left"] == 0
+
+
+def test_inputs_in_half_precision_are_summed_in_float32_without_a_copy_of_them() -> None:
+    found = json.loads(card.run("tests.device.work", "products"))
+    for name, of in found.items():
+        assert of["error"] < 1e-6, name
+        assert of["count"] == 300
+        assert of["dtypes"] == ["torch.float32"]
+    # The inputs, their magnitudes, and float32 sums: without 200 x 1100 inputs in float32.
+    halves, whole = (found[f"torch.{name}"]["peak"] for name in ("bfloat16", "float32"))
+    assert halves < whole - 2 * 300 * 1100
+
+
+def test_a_column_loop_on_a_kernel_takes_few_launches() -> None:
+    """Launches depend on the number of inputs, not of outputs: they grow evenly to those of 4096 x 14336."""
+    found = {int(width): facts for width, facts in json.loads(card.run("tests.device.work", "columns")).items()}
+    for width, facts in found.items():
+        assert facts["kernels"] == 4 * width // 128, "GPTQ's sweep and three of the refinement's, in blocks of 128"
+        assert facts["waits"] <= 5
+    first, second, third = (facts["launches"] for facts in found.values())
+    growth = third - second
+    assert abs(growth - (second - first)) <= 10
+    assert first + (14336 // 1024 - 1) * growth <= 2_000
 
 
 def test_views_share_memory_and_inputs_in_place_keep_theirs(seen: dict[str, Any]) -> None:

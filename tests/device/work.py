@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.zoo import shipped
 from tests.device.card import Card
 from tests.workers.jobs import ZOO, job, quick
+from workers.machine.card_share import SHARE
 from workers.machine.failures import classify
 from workers.run import run_stage
 from workers.spec.job import Job, Stage, StageResult
@@ -45,6 +46,13 @@ def whole_pass(workspace: str, model: str, *recipes: str) -> dict[str, Any]:
         manifest = found.manifest.model_dump(mode="json") if found.manifest else {}
         verified[name] = {**facts, "verdict": manifest.get("verdict"), "environment": manifest.get("environment")}
     return {"quantize": quantized, "verify": verified}
+
+
+def one_pass(workspace: str, model: str, *recipes: str) -> dict[str, Any]:
+    """Quantize a small model under recipes, in one pass; ``made`` is the number of artifacts."""
+    of = job(ZOO / "models" / model, Path(workspace), *(quick(shipped.recipe(name)) for name in recipes))
+    result, facts = _stage(of, Stage.QUANTIZE)
+    return {**facts, "made": sum(made.error is None for made in result.artifacts)}
 
 
 def faulty_pass(workspace: str, launches: str, words: str) -> dict[str, Any]:
@@ -96,6 +104,137 @@ def tensors() -> dict[str, Any]:
     card().fail_after(1, "CUDA error: an illegal memory access was encountered")
     there.add(there)
     return found | {name: _refused(lambda: there.add(there)) for name in ("poisoned", "still poisoned")}
+
+
+def uploads() -> dict[str, Any]:
+    """A layer brought to a card of 1 MiB, used before and after it has arrived, and one that is too large for it."""
+    import torch
+
+    from workers.model.upload import Upload
+
+    upload = Upload("cuda")
+    layer = {"weight": torch.randn(100, 100, dtype=torch.bfloat16), "empty": torch.empty(0)}
+    with card().counted() as counted:
+        tensors = upload(layer)
+        early = _refused(tensors.placed["weight"].sum)
+        tensors.wait()
+        same = all(torch.equal(tensors.placed[key].cpu(), layer[key]) for key in layer)
+        loaded = tensors.loaded["weight"] is tensors.placed["weight"]
+        del tensors
+    large = {"weight": torch.randn(500, 200)}
+    with card().counted() as on_demand:
+        tensors = upload(large)
+        tensors.wait()
+        before = on_demand.to, card().held
+        alike = torch.equal(tensors.placed["weight"].cpu(), large["weight"])
+        for_model = tensors.loaded["weight"] is large["weight"]
+    return {
+        "early": early, "same": same and loaded, "whole": asdict(counted),
+        "before": before, "alike": alike and for_model, "on demand": asdict(on_demand),
+    }  # fmt: skip
+
+
+class Launched:
+    """Stands for a Triton kernel where there is no Triton: its launches are counted, and all codes become zero."""
+
+    count = 0
+
+    def __getitem__(self, programs: Any) -> Callable[..., None]:
+        return self.launch
+
+    def launch(self, target: Any, weight: Any, mixed: Any, error: Any, code: Any, *_: Any, **__: Any) -> None:
+        self.count += 1
+        code.zero_()
+        error.copy_(weight)
+
+
+def with_kernels() -> Launched:
+    """Have ``numerics.kernels`` launch a kernel that is only counted."""
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+    kernel = Launched()
+    triton, language = ModuleType("triton"), ModuleType("triton.language")
+    triton.__spec__ = ModuleSpec("triton", None)
+    told = {"jit": lambda function: kernel, "cdiv": lambda a, b: -(-a // b), "language": language}
+    vars(triton).update(told)
+    vars(language).update({"constexpr": lambda value: value})
+    sys.modules.update({"triton": triton, "triton.language": language})
+    return kernel
+
+
+def columns() -> dict[str, Any]:
+    """Launches of GPTQ with three rounds of refinement, by the number of inputs, the kernel's among them."""
+    import torch
+
+    kernel = with_kernels()
+    from workers.numerics import gptq, refine, rounding
+
+    found = {}
+    for width in (1024, 2048, 3072):
+        weight = torch.randn(64, width, generator=torch.Generator().manual_seed(1))[None].to("cuda")
+        inputs = torch.randn(2 * width, width, generator=torch.Generator().manual_seed(2)).to("cuda")
+        hessian, before = (inputs.T @ inputs)[None], kernel.count
+        params = rounding.mse_params(weight, 4, 128, symmetric=True, scale_dtype=torch.float16)
+        refine.MANY_ELEMENTS = 4 * weight.numel()  # four groups at a time, as of 4096 x 14336
+        with card().counted() as counted:
+            factor = gptq.factorize(hessian, activation_order=True, damping=0.01)
+            codes = gptq.solve(weight, factor, *params, bits=4)
+            refine.refine(weight, hessian, codes, *params, bits=4, rounds=3, damping=0.01)
+        kernels = kernel.count - before
+        # What stands for the kernel takes two launches itself.
+        found[str(width)] = {"launches": counted.launches - kernels, "kernels": kernels, "waits": counted.waits}
+    return found
+
+
+def products() -> dict[str, Any]:
+    """Statistics of inputs in half precision on a card, against those of the same inputs in float32 on the CPU."""
+    import torch
+
+    from workers.model.statistics import InputStatistics
+
+    found = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x_NI = torch.randn(300, 1100, generator=torch.Generator().manual_seed(1)).to(dtype)
+        there, here = (InputStatistics.empty(1100, device) for device in ("cuda", "cpu"))
+        on_card = x_NI.to("cuda")
+        with card().counted() as counted:
+            there.add(on_card[:200])
+            there.add(on_card[200:])
+        there.complete()
+        here.add(x_NI.float())
+        here.complete()
+        pairs = [(there.gram_II, here.gram_II), (there.abs_sum_I, here.abs_sum_I), (there.abs_max_I, here.abs_max_I)]
+        found[str(dtype)] = {
+            "error": max(float((one.cpu() - other).abs().max() / other.abs().max()) for one, other in pairs),
+            "count": there.count, "peak": counted.peak, "dtypes": sorted({str(one.dtype) for one, _ in pairs}),
+        }  # fmt: skip
+    return found
+
+
+def shared() -> dict[str, Any]:
+    """What a process has of a card of 1 MiB that it shares, and its child while it takes some."""
+    import torch
+
+    from workers.machine import child
+    from workers.model.card_room import environment_of_child
+    from workers.model.device import compute_device
+
+    device, _ = compute_device()
+    taken = torch.empty(100 << 10, dtype=torch.uint8, device=device)
+    given = environment_of_child()
+    children = {"here": room("")}
+    for name, environment in (("beside", given), ("without a share left", {**(given or {}), SHARE: "0.000000"})):
+        children[name] = child.run("tests.device.work:room", "", environment=environment).answer or ""
+    too_much = _refused(lambda: torch.empty(200 << 10, dtype=torch.uint8, device=device))
+    return {"device": device, "taken": taken.numel(), "too much": too_much, "room": children}
+
+
+def room(_: str) -> str:
+    """The bytes of the card that this process may still have."""
+    from workers.model.card_room import room_on_card
+
+    return str(room_on_card())
 
 
 def searches() -> dict[str, Any]:

@@ -205,9 +205,9 @@ class BitsAndBytesMaker(Maker):
         for key in self._streamed.keys_of_layer(work.index):
             module = self._modules.get(key)
             if module not in self._plan.converted:
-                self.copy({key: work.tensors[key]})
+                self.copy({key: work.tensors.as_read[key]})
                 continue
-            tensor = require_finite(key, work.tensors[key].to(self._streamed.device))
+            tensor = require_finite(key, work.tensors.placed[key])
             transposed = module in self._plan.transposed
             storage = getattr(torch, self._recipe.options.quant_storage)
             parts = quantize(tensor, self._recipe.scheme, transposed=transposed, storage=storage)

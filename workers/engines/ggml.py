@@ -103,9 +103,9 @@ class GgmlMaker(Maker):
         matrices = []
         for key in self._streamed.keys_of_layer(work.index):
             if key not in self._kinds:
-                self.copy({key: work.tensors[key]})
+                self.copy({key: work.tensors.as_read[key]})
             elif key not in self._weights:
-                self._uncalibrated(key, work.tensors[key])
+                self._uncalibrated(key, work.tensors.as_read[key])
             else:
                 matrices.append(self._matrix(work, self._weights[key]))
                 self._note_squares(key, matrices[-1].statistics)
@@ -136,7 +136,7 @@ class GgmlMaker(Maker):
         imatrix.write(folder / IMATRIX, described, found, lambda key: read(f"{imatrix.SPOOLED}{key}"))
 
     def _matrix(self, work: LayerWork, weight: QuantizableWeight) -> ggml.Matrix:
-        stored = work.tensors[weight.key].to(self._streamed.device)
+        stored = work.tensors.placed[weight.key]
         matrix_OI = stored.T.contiguous() if weight.transposed else stored
         statistics = None if work.observer is None else work.observer.of(weight.input)
         return ggml.Matrix(weight, self._kinds[weight.key], matrix_OI, statistics)

@@ -136,9 +136,9 @@ def validate(recipe: TransformersRecipe) -> None:
 
 def device() -> str:
     """Where models are quantized: a GPU if there is one."""
-    import torch
+    from workers.model.card_room import has_card
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if has_card() else "cpu"
 
 
 @contextmanager

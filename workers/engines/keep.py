@@ -62,7 +62,7 @@ class KeepMaker(StoredMaker):
         for key in self._streamed.keys_of_layer(work.index):
             scheme = self._schemes.get(key)
             if not isinstance(scheme, IntScheme):
-                self.copy({key: work.tensors[key]})
+                self.copy({key: work.tensors.as_read[key]})
                 continue
             module = self._weights[key].module
             weight = converted(module, self._source.codes(module), scheme, self.order.recipe.format)
@@ -82,7 +82,7 @@ class KeepInOneFile(GgmlMaker):
         assert isinstance(self._source, KeptSource)
         for key in self._streamed.keys_of_layer(work.index):
             if key not in self._kinds:
-                self.copy({key: work.tensors[key]})
+                self.copy({key: work.tensors.as_read[key]})
             else:
                 module = key.removesuffix(".weight")
                 self._put(

@@ -131,11 +131,13 @@ class LinearMaker(StoredMaker):
         self.decoded = {}
         kept = self._kept(chosen)
         for coded in linear.code_layer(self._recipe, [pair for pair in chosen if pair[0].module not in kept], layer):
-            self._put(coded, layer)
+            self._put(coded, layer.dtype, work.tensors.home)
         for weight, _ in chosen:
             if weight.module in kept:
-                self._put(Coded(weight, kept[weight.module]), layer)
-        self._copy_rest({key: scaling.replaced.get(key, work.tensors[key]) for key in keys if key not in self._schemes})
+                self._put(Coded(weight, kept[weight.module]), layer.dtype, work.tensors.home)
+        self._copy_rest(
+            {key: scaling.replaced.get(key, work.tensors.as_read[key]) for key in keys if key not in self._schemes}
+        )
         self._write_stacks()
         self._write_cache_scales(work, layer.dtype)
         self._note_borrowing(work, [weight for weight, _ in chosen if weight.module not in kept])
@@ -173,12 +175,12 @@ class LinearMaker(StoredMaker):
                     )
                 super()._write(f"{stored}.{leaf}", fp8.input_scale(seen.abs_max_I, dtype).to("cpu"))
 
-    def _put(self, coded: Coded, layer: Layer) -> None:
+    def _put(self, coded: Coded, dtype: torch.dtype, home: torch.device) -> None:
         weight = coded.weight
         self.put(weight.module, self._encode(coded.codes, self._schemes[weight.key]))
         self.fallbacks.update(dict.fromkeys(coded.fallbacks))
         if self._recipe.needs.own_stream:
-            matrix_OI = coded.codes.dequantize().to("cpu", layer.dtype)
+            matrix_OI = coded.codes.dequantize().to(home, dtype)
             self.decoded[weight.key] = matrix_OI.T.contiguous() if weight.transposed else matrix_OI
 
     def outside(self, key: str) -> None:
@@ -242,7 +244,9 @@ class LinearMaker(StoredMaker):
 
     def _scaling(self, work: LayerWork) -> Scaling:
         """Choose and fold the scales of the layer's inputs, if the method uses any."""
-        scaling = Scaling(self._streamed, work, {key: s for key, s in self._schemes.items() if key in work.tensors})
+        scaling = Scaling(
+            self._streamed, work, {key: s for key, s in self._schemes.items() if key in work.tensors.as_read}
+        )
         if self._recipe.needs.folds:
             with coarse_products():
                 scaling.choose(self._recipe)
@@ -250,7 +254,7 @@ class LinearMaker(StoredMaker):
         return scaling
 
     def _matrix(self, work: LayerWork, weight: QuantizableWeight) -> Tensor:
-        matrix = work.tensors[weight.key].to(self._streamed.device)
+        matrix = work.tensors.placed[weight.key]
         return matrix.T.contiguous() if weight.transposed else matrix
 
     def _statistics(self, work: LayerWork, weight: QuantizableWeight) -> InputStatistics | None:

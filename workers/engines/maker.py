@@ -9,10 +9,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
+from workers.checkpoint.behind import TensorWriter, WriteBehind
 from workers.checkpoint.containers import WRITERS
 from workers.checkpoint.shards import Journal, ShardWriter, Spooled
 from workers.checkpoint.source import ModelSource, copy_companions
@@ -30,13 +31,6 @@ from workers.spec.ggml import is_beside
 from workers.spec.job import ArtifactMade, ExpertTokens, Job, Order
 from workers.spec.layers import Layout
 from workers.spec.workspace import artifact_folder, layout_path, record_path
-
-
-class TensorWriter(Protocol):
-    """Destination of an artifact's tensors."""
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, from any device."""
 
 
 class MakerState(Frozen):
@@ -75,7 +69,7 @@ class Maker(ABC):
         self.target = artifact_folder(job.workspace, order)
         self._partial = partial
         self._shards: ShardWriter | None = None
-        self._writer: TensorWriter | None = None
+        self._writer: WriteBehind | None = None
 
     def begin(self, state: MakerState | None = None) -> None:
         """Start writing the artifact, or resume from ``state``.
@@ -89,7 +83,8 @@ class Maker(ABC):
             self.seconds, self.fallbacks = state.seconds, dict.fromkeys(state.fallbacks)
             self.expert_tokens = list(state.expert_tokens)
         writer = WRITERS[FORMATS[self.order.recipe.format].container]
-        self._shards = self._writer = writer(self._partial, journal=state.journal if state else None)
+        self._shards = writer(self._partial, journal=state.journal if state else None)
+        self._writer = WriteBehind(self._shards)
 
     @abstractmethod
     def layer(self, work: LayerWork) -> None:
@@ -105,8 +100,12 @@ class Maker(ABC):
 
     def layer_into(self, writer: TensorWriter, work: LayerWork) -> tuple[str, ...]:
         """Write any one layer to ``writer`` instead of the artifact; return its fallbacks."""
-        self._writer, self.fallbacks = writer, {}
-        self.layer(work)
+        self._writer, self.fallbacks = WriteBehind(writer), {}
+        try:
+            self.layer(work)
+            self._writer.drain()
+        finally:
+            self._writer.stop()
         return tuple(self.fallbacks)
 
     def adopt(self, entries: Iterable[Spooled], fallbacks: Iterable[str], seconds: float) -> None:
@@ -126,7 +125,10 @@ class Maker(ABC):
 
     @property
     def _open_shards(self) -> ShardWriter:
+        """The writer, with all written that was given to it."""
         assert self._shards is not None, "begin comes first"
+        assert self._writer is not None, "begin comes first"
+        self._writer.drain()
         return self._shards
 
     def finish(self) -> ArtifactMade:
@@ -174,6 +176,8 @@ class Maker(ABC):
 
     def release(self) -> None:
         """Close open files; written files stay for the next attempt."""
+        if self._writer is not None:
+            self._writer.stop()
         if self._shards is not None:
             self._shards.release()
 

@@ -79,4 +79,5 @@ def open_(config: Mapping[str, Any], source: Source, trust_remote_code: bool) ->
         required=("weight",),
         header=lambda module, headers, read: header(headers, read, transposed=module in transposed),
         decode=lambda module, stored: decode(stored, transposed=module in transposed),
+        facts=STATES,
     )

@@ -7,6 +7,7 @@ forward reads an artifact like its source.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
@@ -22,12 +23,16 @@ from workers.formats.decoder import Decoder
 from workers.formats.table import CODECS
 from workers.spec.formats import CACHE_SCALES, FORMATS, recognised
 
+# Weights of more elements are decoded on the CPU: decoding takes 16 bytes of a card's memory for each.
+MOST_ON_A_CARD = 1 << 28
+
 
 class Decoded:
-    """An opened checkpoint (a ``source.TensorSource``) whose quantized weights are decoded on reading."""
+    """An opened checkpoint (a ``source.TensorSource``) whose quantized weights are decoded on ``device`` on reading."""
 
-    def __init__(self, source: Source | GgufSource, decoder: Decoder) -> None:
+    def __init__(self, source: Source | GgufSource, decoder: Decoder, device: str = "cpu") -> None:
         self._source = source
+        self._device = device
         self._tensors: TensorSource = decoder.view or source
         self._decoder = decoder
         self._stored = _weights(self._tensors.headers, decoder)
@@ -73,7 +78,7 @@ class Decoded:
         return self._source.bytes
 
     def read(self, name: str) -> Tensor:
-        """The tensor, on the CPU, contiguous; a quantized weight in its format's float dtype.
+        """The tensor, on the CPU, contiguous; a quantized weight in its format's float dtype, on the device.
 
         Raises:
             CheckpointError: there is no such tensor, or the stored tensors don't match config.json.
@@ -82,7 +87,11 @@ class Decoded:
         if names is None:
             return self._tensors.read(name)
         module = name.removesuffix(".weight")
-        stored = {suffix: self._tensors.read(key) for suffix, key in names.items()}
+        device = self._device if math.prod(self.headers[name].shape) <= MOST_ON_A_CARD else "cpu"
+        stored = {
+            suffix: self._tensors.read(key).to("cpu" if suffix in self._decoder.facts else device)
+            for suffix, key in names.items()
+        }
         try:
             return self._decoder.decode(module, stored)
         except CheckpointError as error:
@@ -122,8 +131,10 @@ class Decoded:
             raise CheckpointError(f"{module}: {error}") from error
 
 
-def open_decoded(folder: Path, *, trust_remote_code: bool = False) -> Source | Decoded:
+def open_decoded(folder: Path, *, trust_remote_code: bool = False, device: str = "cpu") -> Source | Decoded:
     """Open a checkpoint according to its config.json: decode quantized weights, read a float checkpoint unchanged.
+
+    ``device`` decodes, and has the decoded weights.
 
     Raises:
         CheckpointError: there is no readable config.json, or the files aren't a checkpoint.
@@ -142,7 +153,7 @@ def open_decoded(folder: Path, *, trust_remote_code: bool = False) -> Source | D
             f"{', '.join(sorted(FORMATS))}"
         )
     source = SOURCES[row.container](folder)
-    return Decoded(source, CODECS[row.name].open(config, source, trust_remote_code))
+    return Decoded(source, CODECS[row.name].open(config, source, trust_remote_code), device)
 
 
 def _weights(headers: Iterable[str], decoder: Decoder) -> dict[str, dict[str, str]]:

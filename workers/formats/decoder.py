@@ -22,6 +22,7 @@ class Decoder:
     of ``decode``; ``rounding`` also takes the kind of device, and returns how the runtime rounds the module's input.
     ``codes`` returns a module's codes as stored, for formats of which they can be kept (``spec.kept``, and
     ``formats.already``); None for codes of a kind that no recipe makes.
+    ``facts`` are those of ``suffixes`` that ``decode`` reads numbers from: they stay on the CPU, wherever it computes.
     With ``cache_scales``, attention modules have scales of their keys and values. ``view`` is the checkpoint under the
     names of the one that was quantized, if it's stored under others.
     """
@@ -33,6 +34,7 @@ class Decoder:
     decode: Callable[[str, Mapping[str, Tensor]], Tensor]
     activation_scales: tuple[str, ...] = ()
     rounding: Callable[[str, Mapping[str, Tensor], str], Callable[[Tensor], Tensor] | None] = lambda *_: None
+    facts: tuple[str, ...] = ()
     cache_scales: bool = False
     view: TensorSource | None = None
     codes: Callable[[str, Mapping[str, Tensor]], CodedWeight | None] | None = None

@@ -101,7 +101,7 @@ def decode(stored: Mapping[str, Tensor], declared: Mapping[str, Any]) -> Tensor:
         return microscaling.dequantize(codes_OI.to(torch.uint8), stored["scales"], None)
     if mode == "nvfp4":
         scales_OG = stored["scales"].view(torch.float8_e4m3fn)
-        return microscaling.dequantize(codes_OI.to(torch.uint8), scales_OG, torch.ones(1))
+        return microscaling.dequantize(codes_OI.to(torch.uint8), scales_OG, torch.ones(1, device=codes_OI.device))
     if mode != "affine" or "biases" not in stored:
         what = "no biases" if mode == "affine" else f"mode {mode!r}"
         raise CheckpointError(f"{what}, expected mode affine with biases, mxfp4 or nvfp4; make the checkpoint anew")

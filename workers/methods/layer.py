@@ -5,7 +5,7 @@ B problems, O output features, I input features, G groups of input columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +16,7 @@ from workers.errors import NumericalError
 from workers.model.folding import Fold
 from workers.model.loading import QuantizableWeight
 from workers.model.statistics import InputStatistics, Observer
+from workers.model.upload import LayerTensors
 from workers.numerics import gptq, rounding
 from workers.numerics.codes import CodedWeight
 from workers.spec.schemes import IntScheme, LinearScheme
@@ -54,7 +55,7 @@ class LayerWork:
     """
 
     index: int
-    tensors: Mapping[str, Tensor]
+    tensors: LayerTensors
     observer: Observer | None = None
     folds: Sequence[Fold] = ()
     factors: Factors = field(default_factory=Factors)

@@ -34,7 +34,7 @@ class Scaling:
         self._work = work
         self._schemes = schemes
         self._weights = [weight for weight in streamed.weights if weight.layer == work.index]
-        self._keys = {streamed.owners[key]: key for key in work.tensors}
+        self._keys = {streamed.owners[key]: key for key in work.tensors.as_read}
         self._columns: dict[str, Tensor] = {}
         self._rows: dict[str, Tensor] = {}
         self._inputs: dict[InputName, Tensor] = {}
@@ -110,7 +110,7 @@ class Scaling:
         return choose(recipe, FoldableInput(fold.rows_I, seen, sinks, self._schemes[seen[0][0].key], self._read))
 
     def _read(self, weight: QuantizableWeight) -> Tensor:
-        matrix = self._work.tensors[weight.key].to(self._streamed.device)
+        matrix = self._work.tensors.placed[weight.key]
         return matrix.T if weight.transposed else matrix
 
     # -------------------------------------------------------------------------------------- folding
@@ -179,7 +179,7 @@ class Scaling:
 
     def _current(self, key: str) -> Tensor:
         """A tensor that isn't quantized, with the folds so far applied."""
-        return self.replaced.get(key, self._work.tensors[key]).to(self._streamed.device)
+        return self.replaced[key] if key in self.replaced else self._work.tensors.placed[key]
 
 
 def some(names: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from workers.checkpoint.source import ModelSource
+from workers.model.card_room import has_card
 from workers.model.loading import StreamedModel
 from workers.spec.job import Job
 
@@ -16,8 +17,11 @@ DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def compute_device() -> tuple[str, torch.dtype | None]:
-    """Device and dtype of the computation: a GPU in the checkpoint's dtype (None), or the CPU in float32."""
-    return ("cuda", None) if torch.cuda.is_available() else ("cpu", torch.float32)
+    """Device and dtype of the computation: a GPU in the checkpoint's dtype (None), or the CPU in float32.
+
+    This process is held to its share of the GPU from then on.
+    """
+    return ("cuda", None) if has_card() else ("cpu", torch.float32)
 
 
 def card_of(device: str) -> dict[str, str]:

@@ -403,9 +403,9 @@ def _by_structure(folds: Sequence[Fold]) -> list[list[Fold]]:
 
 @contextmanager
 def _in_float32(layer: nn.Module) -> Iterator[None]:
-    """Run a layer in float32 while the context lasts; its original bits are restored, since float32 represents them."""
+    """Run a layer in float32 while the context lasts; its own tensors, which recipes may share, are put back."""
     narrow = [
-        (tensor, tensor.dtype)
+        (tensor, tensor.data)
         for tensor in [*layer.parameters(), *layer.buffers()]
         if tensor.dtype in (torch.float16, torch.bfloat16)
     ]
@@ -414,8 +414,8 @@ def _in_float32(layer: nn.Module) -> Iterator[None]:
             tensor.data = tensor.data.float()
         yield
     finally:
-        for tensor, dtype in narrow:
-            tensor.data = tensor.data.to(dtype)
+        for tensor, data in narrow:
+            tensor.data = data
 
 
 @contextmanager

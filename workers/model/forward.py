@@ -23,6 +23,7 @@ from workers.machine.phase import tell
 from workers.model import trees
 from workers.model.loading import StreamedModel
 from workers.model.statistics import Observer
+from workers.model.upload import LayerTensors, Upload
 
 # Token ids, int64 [B, T]; or what a processor prepared of one sequence, by the names that the model takes it by.
 Batch = Tensor | Mapping[str, Tensor]
@@ -31,10 +32,10 @@ LayerVisitor = Callable[[int], None]
 
 @dataclass(frozen=True)
 class LoadedLayer:
-    """A layer whose weights are in memory; ``tensors`` are its checkpoint tensors as read."""
+    """A layer whose weights are in memory, with its checkpoint tensors."""
 
     index: int
-    tensors: Mapping[str, Tensor]
+    tensors: LayerTensors
 
 
 class Streaming:
@@ -73,20 +74,22 @@ class Streaming:
         return self._lanes[-1]
 
     def layers(self, start: int = 0) -> Iterator[LoadedLayer]:
-        """Load the layers from ``start`` on, one after the other; the next is read ahead while the caller works.
+        """Load the layers from ``start`` on, one after the other; the next is read and placed while the caller works.
 
         Without lanes, layers are only read, not loaded into the model.
         """
         streamed = self._streamed
-        with ReadAhead(streamed.source, [streamed.keys_of_layer(i) for i in range(len(streamed.layers))]) as ahead:
+        keys = [streamed.keys_of_layer(index) for index in range(len(streamed.layers))]
+        with ReadAhead(streamed.source, keys, Upload(streamed.device)) as ahead:
             for index in range(start, len(streamed.layers)):
                 tell(f"layer {index + 1} of {len(streamed.layers)}")
                 tensors = ahead.take(index)
+                tensors.wait()
                 if not self._lanes:
                     yield LoadedLayer(index, tensors)
                     continue
                 try:
-                    streamed.load_layer(index, tensors)
+                    streamed.load_layer(index, tensors.loaded)
                     yield LoadedLayer(index, tensors)
                 finally:
                     streamed.free_layer(index)

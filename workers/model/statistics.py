@@ -20,9 +20,10 @@ from workers.errors import NumericalError, UnsupportedRecipe
 from workers.model import key_values
 from workers.model.loading import InputName, StreamedModel
 from workers.model.products import Products
-from workers.numerics.precision import add_product
+from workers.numerics.precision import add_product, sums_halves
 
 WIDE = 1024
+HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -84,7 +85,9 @@ class InputStatistics:
         NaN and Inf stay in the sums, and ``Observer.check`` reports them. Of a wide ``gram_II`` only blocks on and
         above the diagonal are summed, until ``complete`` mirrors them.
         """
-        x_NI = inputs.reshape(-1, inputs.shape[-1]).float()
+        x_NI = inputs.reshape(-1, inputs.shape[-1])
+        if x_NI.dtype not in HALVES or not sums_halves(x_NI.device):
+            x_NI = x_NI.float()
         self.count += len(x_NI)
         width = x_NI.shape[1]
         for start in range(0, width, stride := _stride(width)):
@@ -93,8 +96,9 @@ class InputStatistics:
         if not magnitudes:
             return
         magnitude = x_NI.abs()
-        self.abs_sum_I += magnitude.sum(0)
-        torch.maximum(self.abs_max_I, magnitude.amax(0) if len(x_NI) else self.abs_max_I, out=self.abs_max_I)
+        self.abs_sum_I += magnitude.sum(0, dtype=torch.float32)
+        largest_I = magnitude.amax(0).float() if len(x_NI) else self.abs_max_I
+        torch.maximum(self.abs_max_I, largest_I, out=self.abs_max_I)
 
     def complete(self) -> None:
         """Mirror the blocks above the diagonal, once all tokens are added."""

@@ -87,10 +87,21 @@ def _quantile(values_R: Tensor, share: float) -> float:
 
 def sqnr_db(reference: Tensor, other: Tensor) -> float:
     """Signal to quantization noise in dB: 10 log10(sum x^2 / sum (x - y)^2); infinite if they are equal."""
-    noise = signal = 0.0
+    signal, noise = powers(reference, other).tolist()
+    return decibels(signal, noise)
+
+
+def powers(reference: Tensor, other: Tensor) -> Tensor:
+    """Powers of signal and noise, sum x^2 and sum (x - y)^2, float64 [2] on the tensors' device."""
+    signal = noise = torch.zeros((), dtype=torch.float64, device=reference.device)
     pieces = (torch.split(tensor.flatten(), ELEMENTS_AT_A_TIME) for tensor in (reference, other))
     for x, y in zip(*pieces, strict=True):
         exact = x.double()
-        signal += exact.square().sum().item()
-        noise += (exact - y).square_().sum().item()
+        signal = signal + exact.square().sum()
+        noise = noise + (exact - y).square_().sum()
+    return torch.stack([signal, noise])
+
+
+def decibels(signal: float, noise: float) -> float:
+    """10 log10 of a ratio of powers; infinite without noise."""
     return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)

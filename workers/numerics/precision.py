@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -39,16 +40,41 @@ def coarse_forwards() -> Iterator[None]:
         yield
 
 
+@lru_cache(maxsize=8)
+def sums_halves(device: torch.device) -> bool:
+    """Whether ``add_product`` takes halves there: on a card, from a version of torch on; tried with small ones."""
+    if device.type == "cpu":
+        return False
+    target, ones = torch.full((16, 32), 0.25, device=device), torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    try:
+        add_product(target[:, 16:], ones, ones)
+    except RuntimeError:  # "self and mat2 must have the same dtype"
+        return False
+    return bool((target[:, 16:] == 16.25).all())
+
+
 def add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
     """``target += left @ right``, in place, for matrices or stacks of them; large ones under ``coarse_products``.
 
+    Matrices in half precision, which a card multiplies exactly, are summed in the target's float32 (``sums_halves``).
     For sums over tokens, and the solvers' corrections: an error of a thousandth of a fraction of a step changes only
     codes that are nearly tied. Small products, of a new shape each time (the tokens of an expert), take longer to
     convert than to multiply.
     """
+    if left.dtype != target.dtype:
+        torch.addmm(target, left, right, out_dtype=target.dtype, out=target)
+        return
     add = target.addmm_ if target.dim() == 2 else target.baddbmm_
     if left.numel() * right.shape[-1] < LARGE:
         add(left, right)
         return
     with coarse_products():
         add(left, right)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``, as ``add_product`` computes it."""
+    if left.numel() * right.shape[-1] < LARGE:
+        return left @ right
+    with coarse_products():
+        return left @ right

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from workers.numerics.gptq import damped, sweep, transposed
 from workers.numerics.grids import Integers, Nearest
-from workers.numerics.precision import add_product
+from workers.numerics.precision import add_product, product
 from workers.numerics.rounding import code_range, stored_zero
 
 # Elements per piece of rows whose normal equations are built together: bounds the temporaries.
 PIECE_ELEMENTS = 1 << 22
+# The same on a card, and elements of products that several groups have there at a time: 1 GiB in float32.
+ON_A_CARD, MANY_ELEMENTS = 1 << 26, 1 << 28
 # Added to the diagonal of the normal equations, as a share of its mean: two groups' codes may be linearly dependent.
 RIDGE = 1e-9
 
@@ -169,13 +171,15 @@ def _loss(h_BII: Tensor, error_BIO: Tensor) -> Tensor:
 def _scales(h_BII: Tensor, hw_BIO: Tensor, codes_BIO: Tensor, scale_BOG: Tensor, zero_BOG: Tensor | None) -> Tensor:
     """The best scales of each row for its codes; the given ones if rounding to their dtype would increase the loss."""
     batch, width, rows = codes_BIO.shape
-    piece = max(PIECE_ELEMENTS // (batch * width), 1)
+    on_card = h_BII.device.type != "cpu"
+    piece = max((ON_A_CARD if on_card else PIECE_ELEMENTS) // (batch * width), 1)
+    equations = _normal_equations_of_many if on_card else _normal_equations
     scales = []
     for start in range(0, rows, piece):
         part = slice(start, start + piece)
         zero = None if zero_BOG is None else zero_BOG[:, part]
         steps_BGgO = _steps(codes_BIO[:, :, part], scale_BOG.shape[2], zero)
-        normal_BOGG, right_BOG = _normal_equations(h_BII, hw_BIO[:, :, part], steps_BGgO)
+        normal_BOGG, right_BOG = equations(h_BII, hw_BIO[:, :, part], steps_BGgO)
         scales.append(_solved(normal_BOGG.double(), right_BOG.double(), scale_BOG[:, part]))
     return torch.cat(scales, 1)
 
@@ -199,6 +203,23 @@ def _normal_equations(h_BII: Tensor, hw_BIO: Tensor, steps_BGgO: Tensor) -> tupl
         products_BGO = (torch.unflatten(product_BIO, 1, (groups - group, size)) * steps_BGgO[:, group:]).sum(2)
         normal_BGGO[:, group, group:] = products_BGO
         normal_BGGO[:, group:, group] = products_BGO
+    return normal_BGGO.permute(0, 3, 1, 2), right_BOG
+
+
+def _normal_equations_of_many(h_BII: Tensor, hw_BIO: Tensor, steps_BGgO: Tensor) -> tuple[Tensor, Tensor]:
+    """``_normal_equations`` in few launches: as many groups at a time as ``MANY_ELEMENTS`` of products allow."""
+    batch, groups, size, rows = steps_BGgO.shape
+    right_BOG = (steps_BGgO * torch.unflatten(hw_BIO, 1, (groups, size))).sum(2).mT
+    normal_BGGO = steps_BGgO.new_empty(batch, groups, groups, rows)
+    many = max(1, MANY_ELEMENTS // steps_BGgO.numel())
+    for first in range(0, groups, many):
+        last = min(first + many, groups)
+        here = slice(first * size, last * size)
+        h_BnIg = torch.unflatten(h_BII[:, here.start :, here], 2, (last - first, size)).transpose(1, 2)
+        product_BnIO = product(h_BnIg, steps_BGgO[:, first:last])
+        each_BnGgO = torch.unflatten(product_BnIO, 2, (groups - first, size)).mul_(steps_BGgO[:, None, first:])
+        torch.sum(each_BnGgO, 3, out=normal_BGGO[:, first:last, first:])
+        normal_BGGO[:, last:, first:last] = normal_BGGO[:, first:last, last:].transpose(1, 2)
     return normal_BGGO.permute(0, 3, 1, 2), right_BOG
 
 

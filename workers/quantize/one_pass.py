@@ -230,11 +230,11 @@ class _Pass:
         observer.check(layer.index)
         maker.layer(LayerWork(layer.index, layer.tensors, observer))
         self._streamed.free_layer(layer.index)
-        self._streamed.load_layer(layer.index, {**layer.tensors, **maker.decoded})
+        self._streamed.load_layer(layer.index, {**layer.tensors.loaded, **maker.decoded})
         with coarse_forwards():
             lanes.advance()
         self._streamed.free_layer(layer.index)
-        self._streamed.load_layer(layer.index, layer.tensors)
+        self._streamed.load_layer(layer.index, layer.tensors.loaded)
 
     def _checkpoint(self, folder: PassFolder, layers: int, size: int, groups: dict[str, Lanes]) -> None:
         """Checkpoint the pass after a layer, if the layer returns only tensors."""

@@ -37,6 +37,7 @@ from workers.model.folding import Fold
 from workers.model.forward import Batch, Lanes, LoadedLayer, Streaming
 from workers.model.loading import StreamedModel
 from workers.model.statistics import InputStatistics, Observer
+from workers.model.upload import LayerTensors, Upload
 from workers.numerics.precision import coarse_forwards
 from workers.quantize.attempts import (
     CheckpointTimer,
@@ -379,7 +380,7 @@ class _Solving:
         mine = layers_of(self._work(), part, self._spread_folder.parts)
         todo = [layer for layer in mine if self._lacking(layer)]
         keys = [self._streamed.keys_of_layer(layer) for layer in todo]
-        with torch.inference_mode(), ReadAhead(self._source, keys) as ahead:
+        with torch.inference_mode(), ReadAhead(self._source, keys, Upload(self._streamed.device)) as ahead:
             for position, layer in enumerate(todo):
                 self._make(layer, ahead.take(position))
 
@@ -398,7 +399,8 @@ class _Solving:
     def _lacking(self, layer: int) -> list[Maker]:
         return [maker for maker in self._makers if not self._spread_folder.solved(maker.order).has(layer)]
 
-    def _make(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
+    def _make(self, layer: int, tensors: LayerTensors) -> None:
+        tensors.wait()
         makers = self._lacking(layer)
         work = LayerWork(layer, tensors)
         if any(maker.order.recipe.calibrated for maker in makers):

@@ -26,12 +26,12 @@ class RoundingCounts:
     """Number of inputs rounded under a static scale per module, and how many of them were clipped."""
 
     values: dict[str, int] = field(default_factory=dict)
-    clipped: dict[str, int] = field(default_factory=dict)
+    clipped: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def problems(self) -> list[str]:
         """Messages for modules whose static scale clips too many inputs."""
-        shares = {module: self.clipped[module] / count for module, count in self.values.items()}
+        shares = {module: int(self.clipped[module]) / count for module, count in self.values.items()}
         return [
             f"integrity: {module}: its static scale clips {share:.1%} of inputs, expected at most {MOST_CLIPPED:.0%}"
             for module, share in shares.items()
@@ -42,7 +42,8 @@ class RoundingCounts:
         """Count rounded values, and as clipped those at the largest magnitude that were more than a tenth above it."""
         clipped = (rounded.abs() == rounded.abs().amax()) & (rounded.abs() < 0.9 * given.abs())
         self.values[module] = self.values.get(module, 0) + given.numel()
-        self.clipped[module] = self.clipped.get(module, 0) + int(torch.count_nonzero(clipped))
+        count = torch.count_nonzero(clipped)
+        self.clipped[module] = self.clipped[module] + count if module in self.clipped else count
 
 
 @contextmanager

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from workers.numerics.divergence import sqnr_db
+from workers.numerics.divergence import decibels, powers, sqnr_db
 
 ROWS = 256
 # Minimum gain in dB by correcting a fault: half or a quarter of the noise. Refitting alone gains at most 1 to 2.
@@ -26,6 +28,7 @@ MIN_CORRECTED_SQNR = 6.0
 GROUP = 16
 # SQNR in dB below which the noise is stronger than the signal.
 LOST = 0.0
+SCALES, ZEROS = "its scales aren't those of its codes", "its zero points aren't those of its codes"
 # Orders of eight codes: neighbours, pairs or halves swapped (halves of bytes, also AWQ's), a word reversed, AWQ's own
 # order and its inverse.
 ORDERS = {
@@ -46,20 +49,33 @@ class Diagnosis:
     fault: str = ""
 
 
+class Tried(NamedTuple):
+    """A fault, the minimum gain in dB to report it, and the powers (``divergence.powers``) of the rows without it."""
+
+    fault: str
+    least: float
+    powers: Tensor
+
+
 def diagnose(want_OI: Tensor, got_OI: Tensor, others: Callable[[], Iterable[tuple[str, Tensor]]]) -> Diagnosis:
     """Compare a decoded weight with its source; ``others`` yields source weights that it may have been confused with.
 
-    ``others`` is only called if the weight doesn't resemble its source at all.
+    Both are on one device, which is waited for once. ``others`` is only called if the weight doesn't resemble its
+    source at all.
     """
-    sqnr = sqnr_db(want_OI, got_OI)
-    best, gain = "", 0.0
-    rows_R = _rows(len(want_OI))
+    rows_R = _rows(len(want_OI), got_OI.device)
     want_RI, got_RI = want_OI[rows_R].float(), got_OI[rows_R].float()
-    sqnr_of_rows = sqnr_db(want_RI, got_RI)
-    for fault, least, undone_RI in _corrections(want_OI, got_OI, rows_R, want_RI, got_RI):
-        improvement = sqnr_db(want_RI, undone_RI) - sqnr_of_rows
-        if improvement > max(least, gain) and sqnr_of_rows + improvement > MIN_CORRECTED_SQNR:
-            best, gain = fault, improvement
+    tried = list(_corrections(want_OI, got_OI, rows_R, want_RI, got_RI))
+    measured = [powers(want_OI, got_OI), powers(want_RI, got_RI), *(each.powers for each in tried)]
+    sqnr, sqnr_of_rows, *undone = (decibels(*pair) for pair in torch.stack(measured).tolist())
+    best, gain = "", 0.0
+    of_faults = {each.fault: value for each, value in zip(tried, undone, strict=True)}
+    for each in tried:
+        if each.fault == ZEROS and of_faults[ZEROS] - of_faults[SCALES] <= GAIN:
+            continue  # offsets that hardly help beside the scales
+        improvement = of_faults[each.fault] - sqnr_of_rows
+        if improvement > max(each.least, gain) and sqnr_of_rows + improvement > MIN_CORRECTED_SQNR:
+            best, gain = each.fault, improvement
     if not best and sqnr < LOST + LARGE_GAIN:
         best, gain = _other(got_RI, rows_R, sqnr_of_rows, others)
     if best:
@@ -69,33 +85,37 @@ def diagnose(want_OI: Tensor, got_OI: Tensor, others: Callable[[], Iterable[tupl
     return Diagnosis(sqnr)
 
 
-def _rows(count: int) -> Tensor:
+@lru_cache(maxsize=64)
+def _rows(count: int, device: torch.device) -> Tensor:
     """At most ``ROWS`` row indices across the weight, in blocks of eight, since formats pack rows, too."""
     if count <= ROWS or count % 8:
-        return torch.arange(count)[:: max(1, count // ROWS)]
+        return torch.arange(count)[:: max(1, count // ROWS)].to(device)
     blocks = torch.linspace(0, count // 8 - 1, ROWS // 8).long()
-    return (blocks[:, None] * 8 + torch.arange(8)).flatten()
+    return (blocks[:, None] * 8 + torch.arange(8)).flatten().to(device)
 
 
-def _corrections(
-    want_OI: Tensor, got_OI: Tensor, rows_R: Tensor, want_RI: Tensor, got_RI: Tensor
-) -> Iterator[tuple[str, float, Tensor]]:
-    """Yield each fault, the minimum gain in dB to report it, and the rows with the fault corrected."""
+@lru_cache(maxsize=8)
+def _orders(device: torch.device) -> Tensor:
+    """The ``ORDERS``, int64 [F, 8]."""
+    return torch.tensor(list(ORDERS.values())).to(device)
+
+
+def _corrections(want_OI: Tensor, got_OI: Tensor, rows_R: Tensor, want_RI: Tensor, got_RI: Tensor) -> Iterator[Tried]:
+    """Yield each fault, with what the rows are without it."""
     scaled_RI, moved_RI = _fitted(want_RI, got_RI)
-    yield "its scales aren't those of its codes", GAIN, scaled_RI
-    if sqnr_db(want_RI, moved_RI) - sqnr_db(want_RI, scaled_RI) > GAIN:
-        yield "its zero points aren't those of its codes", GAIN, moved_RI
-    yield "its sign is turned", LARGE_GAIN, -got_RI
-    for name, order in ORDERS.items():
-        order_8 = torch.tensor(order)
+    yield Tried(SCALES, GAIN, powers(want_RI, scaled_RI))
+    yield Tried(ZEROS, GAIN, powers(want_RI, moved_RI))
+    yield Tried("its sign is turned", LARGE_GAIN, powers(want_RI, -got_RI))
+    for name, order_8 in zip(ORDERS, _orders(got_RI.device), strict=True):
         if got_RI.shape[1] % 8 == 0:
-            yield f"its inputs are in another order ({name})", LARGE_GAIN, _ordered(got_RI, order_8)
+            ordered_RI = _ordered(got_RI, order_8)
+            yield Tried(f"its inputs are in another order ({name})", LARGE_GAIN, powers(want_RI, ordered_RI))
         if len(got_RI) % 8 == 0:
             # Scales and zero points that weren't reordered then belong to other outputs: refit them.
             moved_RI = _fitted(want_RI, _ordered(got_RI.T, order_8).T)[1]
-            yield f"its outputs are in another order ({name})", LARGE_GAIN, moved_RI
+            yield Tried(f"its outputs are in another order ({name})", LARGE_GAIN, powers(want_RI, moved_RI))
     if want_OI.shape[0] == want_OI.shape[1]:
-        yield "it is transposed", LARGE_GAIN, got_OI.T[rows_R].float()
+        yield Tried("it is transposed", LARGE_GAIN, powers(want_RI, got_OI.T[rows_R].float()))
 
 
 def _ordered(matrix: Tensor, order_8: Tensor) -> Tensor:
@@ -121,7 +141,7 @@ def _other(
     got_RI: Tensor, rows_R: Tensor, sqnr_of_rows: float, others: Callable[[], Iterable[tuple[str, Tensor]]]
 ) -> tuple[str, float]:
     for name, other_OI in others():
-        improvement = sqnr_db(other_OI[rows_R].float(), got_RI) - sqnr_of_rows
+        improvement = sqnr_db(other_OI.to(got_RI.device)[rows_R].float(), got_RI) - sqnr_of_rows
         if improvement > LARGE_GAIN:
             return f"it holds {name}", improvement
     return "", 0.0

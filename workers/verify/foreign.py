@@ -16,6 +16,7 @@ from workers.checkpoint.source import Source
 from workers.errors import CheckpointError, NumericalError, UnsupportedRecipe, UserError
 from workers.formats.decoded import Decoded, open_decoded
 from workers.machine.failures import describe
+from workers.model.device import compute_device
 from workers.model.generation import GENERATION_CONFIG, unreadable
 from workers.model.loading import read_config
 from workers.spec.base import Frozen
@@ -83,7 +84,8 @@ def check(request: CheckRequest) -> CheckReport:
 def _facts(comparison: Comparison, folder: Path, findings: Findings) -> tuple[gates.Evidence, CheckReport]:
     report = CheckReport(linear=len(comparison.reference.weights))
     try:
-        with open_decoded(folder, trust_remote_code=comparison.model.trust_remote_code) as opened:
+        device, _ = compute_device()
+        with open_decoded(folder, trust_remote_code=comparison.model.trust_remote_code, device=device) as opened:
             report = report.model_copy(update={"bytes": opened.bytes})
             quantized = opened.quantized if isinstance(opened, Decoded) else frozenset[str]()
             unquantized = [w.module for w in comparison.reference.weights if w.module not in quantized]

@@ -99,7 +99,7 @@ def _not_kept(
     changed = []
     for key in (f"{module}.weight" for module in sorted(quantized) if f"{module}.weight" in artifact.headers):
         want, got = exact(key), artifact.read(key)
-        if want is None or not torch.equal(want.to(got.dtype), got):
+        if want is None or not torch.equal(want.to(got.device, got.dtype), got):
             changed.append(key)
     return listed("other weights than the codes of the source stand for", changed)
 
@@ -160,7 +160,7 @@ def _check_weight(
     ours = artifact.read(key)
     if not _finite(key, ours, findings.problems) or not comparable:
         return
-    verdict = diagnose(source.read(key), ours, partial(_siblings, source, key))
+    verdict = diagnose(source.read(key).to(ours.device), ours, partial(_siblings, source, key))
     findings.sqnr[key] = verdict.sqnr
     if verdict.fault:
         findings.problems.append(f"integrity: {key}: {verdict.fault}")

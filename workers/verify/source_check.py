@@ -23,6 +23,7 @@ from workers.errors import CheckpointError, OutOfMemory, TransientError, Unsuppo
 from workers.machine.files import write_text
 from workers.machine.preflight import available_host_bytes
 from workers.methods.scaling import some
+from workers.model.card_room import room_on_card
 from workers.model.forward import LogitsHead, stream
 from workers.model.loading import StreamedModel, read_config
 from workers.model.reference import ReferenceFile
@@ -195,8 +196,7 @@ def _fits(streamed: StreamedModel) -> bool:
     """Whether a second process can hold the whole model, in the dtype that it's streamed in."""
     size: int = sum(parameter.numel() for parameter in streamed.model.parameters()) * streamed.dtype.itemsize
     if streamed.device != "cpu":
-        free: int = torch.cuda.mem_get_info()[0]
-        return size < free
+        return size < room_on_card()
     return size + PROCESS_BYTES < available_host_bytes()
 
 

@@ -15,6 +15,7 @@ from workers.formats.folded import Folded
 from workers.formats.kept import KeptSource, open_source
 from workers.machine.files import file_sha256, write_text
 from workers.machine.preflight import versions
+from workers.model.device import compute_device
 from workers.model.loading import read_config
 from workers.model.text import has_chat_template
 from workers.spec.auto_classes import is_multimodal, loader_of
@@ -110,7 +111,8 @@ def _verdict(job: Job, order: Order, source: ModelSource, folder: Path) -> tuple
     about = Circumstances(checked, comparison.begin_with, notes if decoded else (*notes, undecoded.NOTE))
     try:
         if decoded:
-            with open_decoded(folder, trust_remote_code=job.model.trust_remote_code) as artifact:
+            device, _ = compute_device()
+            with open_decoded(folder, trust_remote_code=job.model.trust_remote_code, device=device) as artifact:
                 facts = _facts(order, comparison, folder, artifact)
         else:
             facts = _undecoded(order, comparison, folder)

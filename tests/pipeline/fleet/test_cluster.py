@@ -16,6 +16,7 @@ from tests.limits import GONE_SECONDS, RUN_SECONDS
 from tests.pipeline.runs import MARK, MODELS, ROOT, by_key, command, marked_processes, wait_for, write_zoo
 from tests.workers.jobs import job
 from workers.errors import PreflightError
+from workers.machine.card_share import SHARE
 from workers.run import StageRequest
 from workers.spec.job import Stage, StageResult
 
@@ -154,3 +155,10 @@ def test_a_ray_that_starts_slowly_is_waited_for_and_one_that_gives_up_tried_agai
     # Ray's own agents of a raylet that had to be killed give up after a minute without it.
     agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
     assert wait_for(lambda: not marked_processes(mark, agents), GONE_SECONDS), marked_processes(mark, agents)
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.25, "0.250000"), (1.0, ""), (0.0, "")])
+def test_a_stage_is_told_its_share_of_a_card(share: float, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SHARE, "0.5")  # of this process, not of the stage's
+    ended = Where(None, None, 1, "", share).ask("os:getenv", SHARE, (None, None))
+    assert ended.answer == said, ended.stderr

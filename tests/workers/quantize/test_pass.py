@@ -1,5 +1,6 @@
 """One pass, many recipes: taken up after a kill, smaller when memory runs out, own streams, experts' tokens."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -13,13 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.workers.jobs import ZOO, job, recipe
+from workers.checkpoint import shards
 from workers.formats.decoded import open_decoded
 from workers.machine.files import file_sha256
 from workers.model.forward import Lanes
 from workers.quantize import attempts, inputs
 from workers.quantize.one_pass import quantize
 from workers.quantize.resume import PassFolder
-from workers.spec.job import ArtifactMade, Job
+from workers.run import run_stage
+from workers.spec.job import ArtifactMade, Job, Stage
 from workers.spec.recipes import Recipe
 from workers.spec.workspace import artifact_folder
 
@@ -101,6 +104,35 @@ def test_a_killed_pass_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: py
     assert digests(torn) == digests(quiet)
     # What stays is the artifacts and the lock: no state, nothing half-written.
     assert [path for path in (tmp_path / "torn" / "passes").rglob("*") if path.is_file() and path.name != ".lock"] == []
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_a_full_disk_ends_a_pass_that_then_makes_the_same_bytes(
+    saves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors are written in a thread: its error ends the stage, as the disk's."""
+    model = small(LLAMA, tmp_path / "model", 3)
+    quiet, torn = (job(model, tmp_path / name, "rtn-w4-g128", "fp8-dynamic") for name in ("quiet", "torn"))
+    made_of(quiet)
+    plain, count = shards.append, 0
+
+    def append(*given: Any) -> shards.Spooled:
+        nonlocal count
+        count += 1
+        if count > 50:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return plain(*given)
+
+    if saves:
+        monkeypatch.setattr(attempts, "KEEPING_SECONDS", 0.0)
+    with monkeypatch.context() as full:
+        full.setattr(shards, "append", append)
+        result = run_stage(torn, Stage.QUANTIZE)
+    assert result.failure is not None
+    assert result.failure.kind == "DiskFull"
+    assert not list((tmp_path / "torn" / "artifacts").glob("*")), "nothing half-written"
+    made_of(torn)
+    assert digests(torn) == digests(quiet)
 
 
 def test_a_pass_without_memory_goes_on_with_smaller_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,6 +144,7 @@ def open_(config: Mapping[str, Any], source: Source, trust_remote_code: bool) ->
         required=(),  # it depends on the module's group
         header=lambda module, headers, read: header(headers, read, declared_of(module)),
         decode=lambda module, stored: decode(stored, declared_of(module)),
+        facts=("weight_shape",),
         codes=lambda module, stored: codes(stored, declared_of(module)),
         rounding=lambda module, stored, _: input_rounding(declared_of(module), stored),
     )

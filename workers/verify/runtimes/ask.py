@@ -15,6 +15,7 @@ from workers.machine import child
 from workers.machine.card_errors import card_error_at_end
 from workers.machine.environments import interpreter
 from workers.machine.failures import of_a_process
+from workers.model.card_room import environment_of_child
 from workers.spec.base import Frozen
 from workers.spec.runtimes import Runtime, RuntimeRequest
 
@@ -93,7 +94,14 @@ def in_a_process(entry: str, request: Frozen, scratch: Path, what: str, python: 
         WorkerDied: it was killed by somebody else, or gave no answer within the deadline.
     """
     try:
-        done = child.run(entry, request.model_dump_json(), python=python, cwd=scratch, seconds=DEADLINE_SECONDS)
+        done = child.run(
+            entry,
+            request.model_dump_json(),
+            python=python,
+            environment=environment_of_child(),
+            cwd=scratch,
+            seconds=DEADLINE_SECONDS,
+        )
     except TimeoutError:
         raise WorkerDied(f"{what}: no answer within {DEADLINE_SECONDS:.0f} s") from None
     if done.answer is None:

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from workers.machine.memory import peak_host_bytes
+from workers.model.card_room import has_card
 from workers.spec.base import Frozen
 from workers.spec.families import forward_of
 from workers.verify.runtimes.reply import reply
@@ -66,7 +67,7 @@ def _look(request: dict[str, Any]) -> dict[str, Any]:
     folder, trusted = Path(request["folder"]), request["trust_remote_code"]
     processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=trusted)
     inputs = _inputs(processor)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if has_card() else "cpu"
     dtype = request["dtype"]
     model, loading = getattr(transformers, request["loader"]).from_pretrained(
         folder,

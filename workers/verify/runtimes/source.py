@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from workers.machine.memory import peak_host_bytes
+from workers.model.card_room import has_card
 from workers.model.cut import first_layers
 from workers.spec.base import Frozen
 from workers.spec.families import DEFAULT_LOADER, forward_of
@@ -51,7 +52,7 @@ def _load_and_run(request: dict[str, Any]) -> dict[str, Any]:
     from safetensors.torch import load_file, save_file
 
     source, scratch, trusted = Path(request["source"]), Path(request["scratch"]), request["trust_remote_code"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if has_card() else "cpu"
     cut = {}
     if request["layers"] is not None:
         whole = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trusted)

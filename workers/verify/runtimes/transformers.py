@@ -13,6 +13,7 @@ from typing import Any
 
 from workers.machine import fp8_kernels
 from workers.machine.memory import peak_host_bytes
+from workers.model.card_room import room_on_card
 from workers.model.generation import failing_settings, greedy
 from workers.spec.families import forward_of
 from workers.spec.patterns import is_speculative
@@ -103,10 +104,8 @@ def _continued(model: Any, artifact: Path, prompts: Any, new_tokens: int) -> tup
 
 def _device(weights: int) -> str:
     """A card, if there is one with room for so many bytes of weights and an eighth more; else the CPU."""
-    import torch
-
-    there = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] >= weights + weights // 8
-    return "cuda" if there else "cpu"
+    room = room_on_card()
+    return "cuda" if room and room >= weights + weights // 8 else "cpu"
 
 
 def _decoding(artifact: Path, device: str) -> tuple[dict[str, Any], str]:
