@@ -554,7 +554,7 @@ class LibraryRecipe(RecipeBase):
     """A recipe whose ``engine`` is a library, which makes the whole artifact in an environment of its own."""
 
     engine: LibraryName = Field(description="The library that makes it, instead of quantmill.")
-    method: Literal["gptq", "rtn", "autoround"] = Field(description="The library's; each has some of them.")
+    method: Literal["gptq", "awq", "rtn", "autoround"] = Field(description="The library's; each has some of them.")
     scheme: AnyLinearScheme
     format: FormatName
     options: LibraryOptions = LibraryOptions()
