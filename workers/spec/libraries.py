@@ -77,6 +77,14 @@ LIBRARIES: dict[str, dict[str, Makes]] = {
     },
 }
 
+# Archived libraries know the types of models (model_type) of their time alone: those that were quantized, verified and
+# read by transformers 5.23. Of others autoawq stores scales of activations, which no runtime reads (gpt_neox, falcon),
+# or divides norms that multiply by one more than their weight (gemma), which aren't recorded.
+TYPES: dict[str, tuple[str, ...]] = {
+    "autoawq": ("cohere", "llama", "mistral", "phi3", "qwen2", "qwen3", "stablelm"),
+    "auto-gptq": ("bloom", "falcon", "gemma", "gpt_neox", "gptj", "llama", "mistral", "opt", "qwen2"),
+}
+
 # Libraries that are no engines, and what there is instead; the versions are those that were tried.
 REFUSED: dict[str, str] = {
     "modelopt": "what nvidia-modelopt 0.47 exports declares quant_method modelopt, which transformers 5.23 doesn't "

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from workers.engines.libraries.speak import Refused
+from workers.engines.libraries import speak
 
 
 def load(request: dict[str, Any], scratch: Path) -> Any:
@@ -28,7 +28,7 @@ def load(request: dict[str, Any], scratch: Path) -> Any:
     )
     wrong = [f"{what.replace('_', ' ')} {sorted(names)[:3]}" for what, names in loaded.items() if names]
     if wrong:
-        raise Refused(
+        raise speak.Refused(
             f"transformers {transformers.__version__} reads this checkpoint with {', '.join(wrong)}; leave engine out "
             "for quantmill's own"
         )
@@ -58,7 +58,7 @@ def older(config: dict[str, Any]) -> dict[str, Any]:
         new.setdefault("torch_dtype", new.pop("dtype"))
     rotary = dict(new.pop("rope_parameters", None) or {})
     if any(isinstance(value, dict) for value in rotary.values()):
-        raise Refused(
+        raise speak.Refused(
             f"rope_parameters differ by layer type ({', '.join(rotary)}), which a transformers 4 can't read; leave "
             "engine out for quantmill's own"
         )
@@ -78,7 +78,7 @@ def model_class(classes: dict[str, Any], model: Any, library: str) -> Any:
     """
     kind = model.config.model_type
     if kind not in classes:
-        raise Refused(
+        raise speak.Refused(
             f"{library} knows no models of type {kind!r} (it knows {', '.join(sorted(classes))}); leave engine out for "
             "quantmill's own"
         )

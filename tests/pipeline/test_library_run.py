@@ -1,0 +1,64 @@
+"""Libraries as engines from the zoo file to what is published, as users run them: with Ray, beside quantmill's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import transformers as tf
+
+from tests.pipeline.runs import MODELS, by_key, run, write_zoo
+from tests.workers.families import PLAIN, save_config, save_tokenizer
+from workers.errors import PreflightError
+from workers.machine import environments
+from workers.spec.engines import ENGINES
+
+# An engine's shipped recipe, and quantmill's own of the same scheme.
+BESIDE = {
+    "gptqmodel-w4-g128": "gptq-w4-g128",
+    "llmcompressor-w4-g128": "gptq-w4-g128",
+    "autogptq-w4-g128": "gptq-w4-g128",
+    "autoawq-w4-g128": "awq-w4-g128-gemm",
+    "autoround-w4-g128": "rtn-w4-g128",
+}
+
+
+def save_dense(folder: Path) -> Path:
+    """A Qwen2 (biases, and as many heads for values as for queries) whose matrices groups of 128 divide."""
+    sizes = {**PLAIN, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    save_config(tf.Qwen2Config(**sizes | {"max_position_embeddings": 512}), folder, deviation=0.08)
+    save_tokenizer(folder)
+    return folder
+
+
+def built(recipe: str) -> bool:
+    needed = ENGINES[{"autogptq": "auto-gptq", "autoround": "auto-round"}.get(name := recipe.split("-")[0], name)]
+    try:
+        return needed.environment is None or bool(environments.interpreter(needed.environment))
+    except PreflightError:
+        return False
+
+
+@pytest.mark.night
+@pytest.mark.timeout(3600)
+def test_engines_and_ours_stand_in_one_report(tmp_path: Path) -> None:
+    theirs = [name for name in BESIDE if built(name)]
+    if len(theirs) < 2:
+        pytest.skip("of the libraries' environments none is built; run `quantmill env create llmcompressor`")
+    recipes = [*theirs, *dict.fromkeys(BESIDE[name] for name in theirs)]
+    models = [MODELS / "llama-tiny", save_dense(tmp_path / "qwen2-dense")]
+    code, output, results = run(write_zoo(tmp_path, models, ", ".join(recipes)), tmp_path / "runs", seconds=3000)
+    artifacts = by_key(results)
+    assert code == 0, output
+    assert len(artifacts) == len(models) * len(recipes)
+    for (model, name), entry in artifacts.items():
+        assert entry["status"] == "published", (model, name, entry["reason"], entry["error"])
+        assert entry["runtime"]["verdict"] == "checked", (model, name)
+    for model in ("llama-tiny", "qwen2-dense"):
+        for name in theirs:
+            engine, own = artifacts[model, name], artifacts[model, BESIDE[name]]
+            # The same codes by another hand: no fold of scales was lost, no matrix was left as it is.
+            assert engine["bytes"] == pytest.approx(own["bytes"], rel=0.05), (model, name)
+            assert engine["metrics"]["kl_mean"] < 4 * own["metrics"]["kl_mean"], (model, name)
+    report = (tmp_path / "runs" / results["name"] / "report.html") if "name" in results else None
+    assert report is None or all(name in report.read_text() for name in recipes)
