@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import transformers as tf
 
+from pipeline.zoo import shipped
 from tests.pipeline.runs import MODELS, by_key, run, write_zoo
 from tests.workers.families import PLAIN, save_config, save_tokenizer
 from workers.errors import PreflightError
@@ -17,6 +18,9 @@ from workers.spec.engines import ENGINES
 BESIDE = {
     "gptqmodel-w4-g128": "gptq-w4-g128",
     "llmcompressor-w4-g128": "gptq-w4-g128",
+    "llmcompressor-nvfp4": "nvfp4-rtn",
+    "modelopt-nvfp4": "nvfp4-rtn",
+    "modelopt-fp8": "fp8-static",
     "autogptq-w4-g128": "gptq-w4-g128",
     "autoawq-w4-g128": "awq-w4-g128-gemm",
     "autoround-w4-g128": "rtn-w4-g128",
@@ -25,14 +29,14 @@ BESIDE = {
 
 def save_dense(folder: Path) -> Path:
     """A Qwen2 (biases, and as many heads for values as for queries) whose matrices groups of 128 divide."""
-    sizes = {**PLAIN, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    sizes = {**PLAIN, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_key_value_heads": 4}
     save_config(tf.Qwen2Config(**sizes | {"max_position_embeddings": 512}), folder, deviation=0.08)
     save_tokenizer(folder)
     return folder
 
 
 def built(recipe: str) -> bool:
-    needed = ENGINES[{"autogptq": "auto-gptq", "autoround": "auto-round"}.get(name := recipe.split("-")[0], name)]
+    needed = ENGINES[shipped.recipe(recipe).engine]
     try:
         return needed.environment is None or bool(environments.interpreter(needed.environment))
     except PreflightError:

@@ -114,6 +114,9 @@ AUTO_ROUND = Engine(
     loads_whole_model=True,
 )
 
+MODELOPT = Engine(
+    "modelopt", script="workers.engines.libraries.with_modelopt", environment="modelopt", loads_whole_model=True
+)
 AUTOAWQ = Engine(
     "autoawq", script="workers.engines.libraries.with_autoawq", environment="autoawq", loads_whole_model=True
 )
@@ -122,4 +125,6 @@ AUTO_GPTQ = Engine(
 )
 
 OWN = (LINEAR, BITSANDBYTES, GGML, KEEP, TRANSFORMERS)
-ENGINES: dict[str, Engine] = {row.name: row for row in (*OWN, GPTQMODEL, LLMCOMPRESSOR, AUTO_ROUND, AUTOAWQ, AUTO_GPTQ)}
+ENGINES: dict[str, Engine] = {
+    row.name: row for row in (*OWN, GPTQMODEL, LLMCOMPRESSOR, AUTO_ROUND, MODELOPT, AUTOAWQ, AUTO_GPTQ)
+}

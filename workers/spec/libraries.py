@@ -45,6 +45,13 @@ def _llmcompressor_rounds(scheme: Scheme) -> bool:
     return _ints(4, 8, zero_points=False)(scheme)
 
 
+def _modelopt_rounds(scheme: Scheme) -> bool:
+    match scheme:
+        case MicroscalingScheme(type="nvfp4", activations="none") | Float8Scheme(scales="tensor", activations="static"):
+            return True
+    return False
+
+
 def _autoawq_holds(scheme: Scheme) -> bool:
     return _ints(4)(scheme) and isinstance(scheme, IntScheme) and not scheme.symmetric and bool(scheme.group_size)
 
@@ -69,6 +76,14 @@ LIBRARIES: dict[str, dict[str, Makes]] = {
             GPTQ.name, _ints(2, 3, 4, 8), "int of 2, 3, 4 or 8 bits, symmetric or not", frozenset({"iterations"})
         ),
     },
+    "modelopt": {
+        "rtn": Makes(
+            COMPRESSED_TENSORS.name,
+            _modelopt_rounds,
+            "nvfp4 weights, and fp8 with scales: tensor and activations: static",
+            calibrated=False,
+        ),
+    },
     "autoawq": {
         "awq": Makes(AWQ.name, _autoawq_holds, "int of 4 bits with zero points in groups"),
     },
@@ -82,14 +97,11 @@ LIBRARIES: dict[str, dict[str, Makes]] = {
 # or divides norms that multiply by one more than their weight (gemma), which aren't recorded.
 TYPES: dict[str, tuple[str, ...]] = {
     "autoawq": ("cohere", "llama", "mistral", "phi3", "qwen2", "qwen3", "stablelm"),
-    "auto-gptq": ("bloom", "falcon", "gemma", "gpt_neox", "gptj", "llama", "mistral", "opt", "qwen2"),
+    "auto-gptq": ("bloom", "gemma", "gpt_neox", "llama", "mistral", "opt", "qwen2"),
 }
 
 # Libraries that are no engines, and what there is instead; the versions are those that were tried.
 REFUSED: dict[str, str] = {
-    "modelopt": "what nvidia-modelopt 0.47 exports declares quant_method modelopt, which transformers 5.23 doesn't "
-    "know and loads with random weights, without an error; recipes fp8-static, w8a8-int8 and awq-w4-g128 give what it "
-    "gives",
     "torchao": "it quantizes through transformers: method: transformers, recipes torchao-*, which need no environment "
     "of their own",
     "hqq": "transformers 5.23 doesn't implement it, and hqq 0.2.8 saves .pt files that no runtime reads; method: hqq "

@@ -568,8 +568,9 @@ class LibraryRecipe(RecipeBase):
 
     @property
     def needs(self) -> PassNeeds:
-        """A calibration text, if the library's method takes one."""
-        return PassNeeds(statistics=LIBRARIES[self.engine][self.method].calibrated)
+        """A calibration text, if the library's method takes one, or inputs have fixed scales."""
+        static = getattr(self.scheme, "activations", None) == "static"
+        return PassNeeds(statistics=static or LIBRARIES[self.engine][self.method].calibrated)
 
     def scheme_of(self, module: str) -> LinearScheme:
         """The recipe's scheme for a module."""

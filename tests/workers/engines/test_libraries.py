@@ -42,7 +42,10 @@ OURS = [name for name in shipped.recipe_names() if isinstance(shipped.recipe(nam
     ("changed", "words"),
     [
         ({"engine": "gptq-model"}, "unknown engine, got 'gptq-model'; did you mean 'gptqmodel'?"),
-        ({"engine": "modelopt"}, "engine 'modelopt' can't be used: .* random weights"),
+        ({"engine": "hqq"}, "engine 'hqq' can't be used: .* no runtime reads"),
+        ({"engine": "modelopt"}, "engine 'modelopt' has no method 'gptq'; choose method: rtn"),
+        ({"engine": "autoawq"}, "engine 'autoawq' has no method 'gptq'; choose method: awq"),
+        ({"engine": "autoawq", "method": "awq", "format": "awq"}, "doesn't make the scheme .*4 bits with zero points"),
         ({"engine": "aqlm"}, "no quantizer; name a published checkpoint to quantmill verify"),
         ({"method": "rtn"}, "engine 'gptqmodel' has no method 'rtn'; choose method: gptq"),
         ({"format": "compressed-tensors"}, "doesn't write the format 'compressed-tensors'; choose format: gptq"),
@@ -169,7 +172,7 @@ def test_a_librarys_artifact_stands_beside_ours(name: str, tmp_path: Path) -> No
     by_name = {order.recipe.name: verify(job, order, LLAMA) for order in job.orders}
     manifest = by_name[name]
     assert manifest.verdict.accepted, manifest.verdict.reasons
-    assert recipe.engine in manifest.environment
+    assert speak.DISTRIBUTIONS.get(recipe.engine, recipe.engine) in manifest.environment
     assert manifest.fallbacks == ()
     assert theirs.bytes == pytest.approx(rounded.bytes, rel=0.02)
     metrics, other = manifest.verdict.metrics, by_name["ours"].verdict.metrics

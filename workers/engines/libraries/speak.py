@@ -16,6 +16,8 @@ from typing import Any
 
 # Bytes of one file of weights, as everywhere in quantmill (spec.workspace.MAX_SHARD_BYTES).
 SHARD = 5 * 10**9
+# Distributions of the engines that have another name.
+DISTRIBUTIONS = {"modelopt": "nvidia-modelopt"}
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -93,6 +95,7 @@ def answered(request: dict[str, Any], fallbacks: list[str]) -> dict[str, Any]:
 
 def versions(library: str) -> dict[str, str]:
     """The library's version, by its name on PyPI."""
+    library = DISTRIBUTIONS.get(library, library)
     try:
         return {library: importlib.metadata.version(library)}
     except importlib.metadata.PackageNotFoundError:
@@ -198,12 +201,25 @@ def store(request: dict[str, Any], saved: Path, folds: Folds | None = None) -> N
     (out / "config.json").write_text(json.dumps({**config, "quantization_config": block}, indent=2) + "\n")
 
 
-def declare(saved: Path, words: dict[str, Any]) -> None:
-    """Add words to the ``quantization_config`` that a library saved."""
+def declare(saved: Path, words: dict[str, Any], *, instead: bool = False) -> None:
+    """Add words to the ``quantization_config`` that a library saved, or write them instead of it."""
     path = saved / "config.json"
     config = json.loads(path.read_text())
-    config["quantization_config"] |= words
+    config["quantization_config"] = words if instead else config["quantization_config"] | words
     path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def gptq_exceptions(request: dict[str, Any], block: str) -> dict[str, Any]:
+    """What the format gptq says of modules in the list of layers ``block`` that aren't quantized, as formats.gptq does.
+
+    The first list is transformers', the second gptqmodel's.
+    """
+    words = {"block_name_to_quantize": block, "checkpoint_format": "gptq", "lm_head": False}
+    inside = [name for name in request["left"] if name.startswith(f"{block}.")]
+    if not inside:
+        return words
+    listed = {"modules_in_block_to_quantize": [sorted(request["modules"])]}
+    return {**words, **listed, "dynamic": {f"-:{name}": {} for name in exactly(inside)}}
 
 
 def _tensors(folder: Path, variant: str | None = None) -> dict[str, Any]:

@@ -34,9 +34,7 @@ def make(request: dict[str, Any]) -> list[str]:
         speak.progress("saving")
         saved = Path(scratch) / "saved"
         model.save_quantized(str(saved))
-        # The library knows no exceptions; these words are gptqmodel's, by which transformers reads the format.
-        left = {f"-:{name}": {} for name in speak.exactly(request["left"])}
-        speak.declare(saved, {"dynamic": left, "checkpoint_format": "gptq"})
+        speak.declare(saved, speak.gptq_exceptions(request, kind.layers_block_name))
         tied = plain._tied_weights_keys or () if plain.config.tie_word_embeddings else ()
         _as_read(saved, speak.names(Path(request["source"])), set(tied))
         speak.store(request, saved)
