@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import transformers as tf
 
 from pipeline.zoo import shipped
@@ -30,7 +31,7 @@ BESIDE = {
 def save_dense(folder: Path) -> Path:
     """A Qwen2 (biases, and as many heads for values as for queries) whose matrices groups of 128 divide."""
     sizes = {**PLAIN, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_key_value_heads": 4}
-    save_config(tf.Qwen2Config(**sizes | {"max_position_embeddings": 512}), folder, deviation=0.08)
+    save_config(tf.Qwen2Config(**sizes | {"max_position_embeddings": 512}), folder, 0.08, torch.bfloat16)
     save_tokenizer(folder)
     return folder
 
