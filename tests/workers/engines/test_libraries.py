@@ -166,6 +166,8 @@ def test_a_librarys_artifact_stands_beside_ours(name: str, tmp_path: Path) -> No
     ours = {"name": "ours", "method": "rtn", "scheme": recipe.scheme.model_dump(), "format": recipe.format}
     thresholds = shipped.gates()["default"][recipe.scheme.family]
     job = jobs.job(LLAMA, tmp_path / "runs", recipe, jobs.recipe(**ours), samples=16, thresholds=thresholds)
+    # Bounds by few sequences are wide, for a library's artifact as for any.
+    job = job.model_copy(update={"verification": job.verification.model_copy(update={"tokens": 2048})})
     (theirs, rounded), _ = quantize(job, LLAMA)
     assert theirs.error is None, theirs.error
     assert rounded.error is None, rounded.error
