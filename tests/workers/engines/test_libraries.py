@@ -45,7 +45,19 @@ OURS = [name for name in shipped.recipe_names() if isinstance(shipped.recipe(nam
         ({"engine": "hqq"}, "engine 'hqq' can't be used: .* no runtime reads"),
         ({"engine": "modelopt"}, "engine 'modelopt' has no method 'gptq'; choose method: rtn"),
         ({"engine": "autoawq"}, "engine 'autoawq' has no method 'gptq'; choose method: awq"),
-        ({"engine": "autoawq", "method": "awq", "format": "awq"}, "doesn't make the scheme .*4 bits with zero points"),
+        (
+            {"engine": "auto-gptq", "options": {"iterations": 3}},
+            "options.iterations: engine 'auto-gptq' doesn't take it",
+        ),
+        (
+            {
+                "engine": "modelopt",
+                "method": "rtn",
+                "format": "compressed-tensors",
+                "scheme": {"type": "fp8", "scales": "channel", "activations": "dynamic"},
+            },
+            "doesn't make the scheme .*it makes nvfp4 weights, and fp8 with scales: tensor and activations: static",
+        ),
         ({"engine": "aqlm"}, "no quantizer; name a published checkpoint to quantmill verify"),
         ({"method": "rtn"}, "engine 'gptqmodel' has no method 'rtn'; choose method: gptq"),
         ({"format": "compressed-tensors"}, "doesn't write the format 'compressed-tensors'; choose format: gptq"),
