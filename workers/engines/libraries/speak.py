@@ -209,11 +209,13 @@ def declare(saved: Path, words: dict[str, Any], *, instead: bool = False) -> Non
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def gptq_exceptions(request: dict[str, Any], block: str) -> dict[str, Any]:
-    """What the format gptq says of modules in the list of layers ``block`` that aren't quantized, as formats.gptq does.
+def gptq_exceptions(request: dict[str, Any]) -> dict[str, Any]:
+    """What the format gptq says of modules in the decoder's layers that aren't quantized, as ``formats.gptq`` does.
 
-    The first list is transformers', the second gptqmodel's.
+    The first list is transformers', the second gptqmodel's; libraries write at most the second, by which transformers
+    takes what is left as it is for quantized, and fails.
     """
+    block = re.split(r"\.\d+\.", request["modules"][0], maxsplit=1)[0]
     words = {"block_name_to_quantize": block, "checkpoint_format": "gptq", "lm_head": False}
     inside = [name for name in request["left"] if name.startswith(f"{block}.")]
     if not inside:

@@ -34,7 +34,7 @@ def make(request: dict[str, Any]) -> list[str]:
         speak.progress("saving")
         saved = Path(scratch) / "saved"
         model.save_quantized(str(saved))
-        speak.declare(saved, speak.gptq_exceptions(request, kind.layers_block_name))
+        speak.declare(saved, speak.gptq_exceptions(request))
         tied = plain._tied_weights_keys or () if plain.config.tie_word_embeddings else ()
         _as_read(saved, speak.names(Path(request["source"])), set(tied))
         speak.store(request, saved)
