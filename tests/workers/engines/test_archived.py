@@ -14,16 +14,10 @@ from torch import nn
 from pipeline.planning import fitting, sources
 from pipeline.zoo import shipped
 from pipeline.zoo.zoo import ModelEntry
-from tests.workers import jobs
 from tests.workers.families import save_random
 from workers.checkpoint.source import Source
 from workers.engines.libraries import older, speak
 from workers.formats.folded import Folded
-from workers.machine import environments
-from workers.quantize.one_pass import quantize
-from workers.spec.engines import ENGINES
-from workers.spec.recipes import Recipe
-from workers.verify.stage import verify
 
 LLAMA3 = {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}
 
@@ -134,37 +128,3 @@ def test_a_type_that_a_library_does_not_know_is_refused_by_the_plan(recipe: str,
     assert f"is of the type {family!r}" in problem
     assert "llama" in problem
     assert "leave engine out" in problem
-
-
-LIMITED: list[dict[str, Any]] = [
-    {"name": "a", "engine": "gptqmodel", "method": "gptq", "format": "gptq", "scheme": {"bits": 4}},
-    {"name": "a", "engine": "llmcompressor", "method": "gptq", "scheme": {"bits": 4}},
-    {"name": "a", "engine": "modelopt", "method": "rtn", "scheme": {"type": "nvfp4"}},
-    {"name": "a", "engine": "auto-round", "method": "autoround", "format": "gptq", "scheme": {"bits": 4}},
-    {"name": "a", "engine": "autoawq", "method": "awq", "format": "awq", "scheme": {"bits": 4, "symmetric": False}},
-    {"name": "a", "engine": "auto-gptq", "method": "gptq", "format": "gptq", "scheme": {"bits": 4}},
-]
-
-
-@pytest.mark.night
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("made_by", LIMITED, ids=lambda one: str(one["engine"]))
-def test_what_a_recipe_leaves_is_the_sources_bit_for_bit(made_by: dict[str, Any], tmp_path: Path) -> None:
-    """Layers and modules left out: nothing is folded into them, either, and transformers loads them as they are."""
-    scheme = {"group_size": 128, **made_by["scheme"]} if "bits" in made_by["scheme"] else made_by["scheme"]
-    options = {"iterations": 5} if made_by["method"] == "autoround" else {}
-    recipe: Recipe = jobs.recipe(
-        **{**made_by, "scheme": scheme, "options": options}, layers="1-2", ignore=["*.v_proj", "lm_head"]
-    )
-    if (needed := ENGINES[recipe.engine].environment) and not environments.folder(needed).exists():
-        pytest.skip(f"environment {needed!r} isn't built; run `quantmill env create {needed}`")
-    model = jobs.ZOO / "models" / "llama-tiny"
-    job = jobs.job(model, tmp_path, recipe, samples=16)
-    (made,), _ = quantize(job, model)
-    assert made.error is None, made.error
-    manifest = verify(job, job.orders[0], model)
-    assert manifest.verdict.accepted, manifest.verdict.reasons
-    stored = {name for path in Path(made.path).glob("*.safetensors") for name in load_file(path)}
-    coded = {name.rpartition(".")[0] for name in stored if name.endswith((".qweight", ".weight_packed"))}
-    assert len(coded) == 2 * 6
-    assert not any(name.split(".")[2] in "03" or name.endswith("v_proj") for name in coded)
