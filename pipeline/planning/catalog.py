@@ -64,7 +64,7 @@ def measured_table() -> str:
     models = sorted({model for row in rows for model in row.kl})
     lines = [("recipe", "bits", "format", *(f"KL {model}" for model in models)), ("---",) * (3 + len(models))]
     for row in sorted(rows, key=lambda row: next(row.kl[model] for model in models if model in row.kl)):
-        numbers = (f"{row.kl[model]:.2g}" if model in row.kl else "not made" for model in models)
+        numbers = (f"{row.kl[model]:.2g}" if model in row.kl else "not measured" for model in models)
         lines.append((f"`{row.name}`", f"{row.bits:.3g}{'+' * row.mixed}", row.format, *numbers))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
