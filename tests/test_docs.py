@@ -109,9 +109,11 @@ def test_python_that_is_shown_compiles(page: str, text: str) -> None:
     compile(text, page, "exec")
 
 
-def test_the_table_of_what_was_measured_is_up_to_date() -> None:
-    text = (ROOT / "docs/choosing.md").read_text()
+@pytest.mark.parametrize("page", ["choosing", "methods"])
+def test_the_tables_of_what_was_measured_are_up_to_date(page: str) -> None:
+    text = (ROOT / f"docs/{page}.md").read_text()
     assert text == with_measured(text)
+    assert text.count("| `gptq-w4-g128` |") == 1
 
 
 def test_the_readme_counts_the_families_that_the_walk_took() -> None:

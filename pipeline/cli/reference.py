@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import click
 
 from pipeline.cli.main import main
-from pipeline.planning.catalog import measured_table
+from pipeline.planning.catalog import measured_table, timed_table
 from pipeline.zoo import reference
 from workers.machine.files import write_text
 
@@ -53,9 +52,13 @@ def _commands(group: click.Group, names: tuple[str, ...]) -> Iterator[tuple[tupl
 
 
 def with_measured(text: str) -> str:
-    """docs/choosing.md with its table of measured recipes made anew."""
-    block = f"<!-- measured -->\n{measured_table()}\n<!-- /measured -->"
-    return re.sub(r"<!-- measured -->.*?<!-- /measured -->", lambda _: block, text, flags=re.S)
+    """docs/choosing.md or docs/methods.md with its table of measured recipes made anew."""
+    for name, table in (("measured", measured_table), ("timed", timed_table)):
+        begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        if begin in text:
+            before, _, rest = text.partition(begin)
+            text = f"{before}{begin}{table()}{end}{rest.partition(end)[2]}"
+    return text
 
 
 PAGES = {"reference/zoo.md": reference.page, "reference/commands.md": page}
@@ -65,4 +68,5 @@ if __name__ == "__main__":
     docs = Path(sys.argv[1])
     for name, made in PAGES.items():
         write_text(docs / name, made())
-    write_text(docs / "choosing.md", with_measured((docs / "choosing.md").read_text()))
+    for name in ("choosing.md", "methods.md"):
+        write_text(docs / name, with_measured((docs / name).read_text()))

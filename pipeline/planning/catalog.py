@@ -27,6 +27,7 @@ class MeasuredRow(Frozen):
     top1_agreement: float
     bytes: int
     reference_bytes: int
+    seconds: float | None = Field(None, description="Of this artifact's own work in the pass; null: not written down.")
 
 
 class CatalogRow(Frozen):
@@ -63,8 +64,21 @@ def measured_table() -> str:
     models = sorted({model for row in rows for model in row.kl})
     lines = [("recipe", "bits", "format", *(f"KL {model}" for model in models)), ("---",) * (3 + len(models))]
     for row in sorted(rows, key=lambda row: next(row.kl[model] for model in models if model in row.kl)):
-        numbers = (f"{row.kl[model]:.2g}" if model in row.kl else "not made" for model in models)
+        numbers = (f"{row.kl[model]:.2g}" if model in row.kl else "not measured" for model in models)
         lines.append((f"`{row.name}`", f"{row.bits:.3g}{'+' * row.mixed}", row.format, *numbers))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def timed_table(model: str = "llama-tiny") -> str:
+    """Markdown table of one model's recipes with what each took, for docs/methods.md: by method, least KL first."""
+    rows = {row.name: row for row in catalog()}
+    timed = [row for row in read() if row.model == model and row.seconds is not None and row.recipe in rows]
+    lines = [("recipe", "method", "bits", "KL", "top-1", "MB", "seconds"), ("---",) * 7]
+    for row in sorted(timed, key=lambda row: (rows[row.recipe].method, row.kl_mean)):
+        shown = rows[row.recipe]
+        bits = f"{shown.bits:.3g}{'+' * shown.mixed}"
+        numbers = (f"{row.kl_mean:.2g}", f"{row.top1_agreement:.3f}", f"{row.bytes / 1e6:.1f}", f"{row.seconds:.2g}")
+        lines.append((f"`{row.recipe}`", shown.method, bits, *numbers))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -21,6 +21,7 @@ from workers.spec.layers import (
     quantizable,
     scheme_for,
 )
+from workers.spec.libraries import TYPES
 from workers.spec.recipes import GridRecipe, KeepRecipe, LibraryRecipe, Recipe
 from workers.spec.runtimes import checkers, misfit
 from workers.spec.schemes import IntScheme, MicroscalingScheme, Scheme
@@ -104,6 +105,10 @@ def _library_problem(source: PinnedModel, recipe: Recipe) -> str | None:
         "has more than text layers": is_multimodal(source.config),
         "is quantized already, and libraries read the original alone": bool(source.kept or source.pin.dequantize),
     }
+    known = TYPES.get(recipe.engine)
+    kind = str(source.config.get("model_type") or "")
+    if known is not None:
+        kinds[f"is of the type {kind!r}, and this archived library makes {', '.join(known)} alone"] = kind not in known
     why = next((words for words, found in kinds.items() if found), None)
     return why and (
         f"recipe {recipe.name!r}: engine {recipe.engine!r}: {source.pin.id!r} {why}; leave engine out for quantmill's "

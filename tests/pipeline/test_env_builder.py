@@ -86,7 +86,7 @@ def test_wrong_definitions(text: str, said: str, tmp_path: Path) -> None:
 def test_an_unknown_name_lists_the_known(tmp_path: Path) -> None:
     with pytest.raises(
         ZooError,
-        match=r"unknown environment, got 'gtpq'; did you mean 'gptq'\? quantmill knows auto-round, eval, gptq.*--from",
+        match=r"unknown environment, got 'gtpq'; did you mean 'gptq'\? quantmill knows auto-gptq, auto-round.*--from",
     ):
         env_builder.create("gtpq")
     with pytest.raises(ZooError, match="'gptq' is shipped"):

@@ -71,13 +71,18 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 
 def save_random(name: str, folder: Path) -> Any:
     """Save a small random model of a family, and return it as transformers' plain loading gives it back."""
+    return save_config(FAMILIES[name](), folder)
+
+
+def save_config(config: Any, folder: Path, deviation: float = 0.3, dtype: torch.dtype = torch.float32) -> Any:
+    """As ``save_random``, for any config, with weights of that standard deviation, saved in that dtype."""
     torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(FAMILIES[name](), dtype=torch.float32)
+    model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:  # initial weights of 0.02 would hide mistakes in tiny differences
-                parameter.normal_(0.0, 0.3)
-    model.save_pretrained(folder)
+                parameter.normal_(0.0, deviation)
+    model.to(dtype).save_pretrained(folder)
     plain = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if hasattr(plain, "set_experts_implementation"):
         plain.set_experts_implementation("eager")

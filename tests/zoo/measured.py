@@ -28,6 +28,7 @@ def rows(results: Results) -> list[MeasuredRow]:
             top1_agreement=round(entry.metrics.top1_agreement, 4),
             bytes=entry.bytes,
             reference_bytes=entry.reference_bytes,
+            seconds=float(f"{entry.seconds.quantize:.2g}"),
         )
         for entry in results.artifacts
         if entry.metrics

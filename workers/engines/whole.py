@@ -1,7 +1,8 @@
 """Runs engines that make a whole artifact in their own process, with a library in its own environment.
 
 The engine's script reads a ``WholeRequest`` as one line of JSON from standard input, writes a ``WholeAnswer`` as a
-line of JSON to standard output, and leaves weights and config.json in the output folder. This module adds what every
+line of JSON to standard output, and leaves weights and config.json in the output folder, and the scales that it folded,
+if any, in a folder of their own. This module adds what every
 artifact has (companion files, the record and the layout beside it), and moves it to its final path by an atomic
 rename.
 """
@@ -36,7 +37,7 @@ from workers.spec.job import ArtifactMade, Job, Order
 from workers.spec.layers import quantizable
 from workers.spec.recipes import Recipe
 from workers.spec.tensors import TensorHeader
-from workers.spec.workspace import artifact_folder
+from workers.spec.workspace import artifact_folder, folds_folder
 
 WEIGHTS = "*.safetensors"
 
@@ -58,13 +59,16 @@ def make(
     """
     begun, target = time.monotonic(), artifact_folder(job.workspace, order)
     partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    folds = partial.with_name(f"{partial.name}.folds")
+    for folder in (partial, folds):
+        shutil.rmtree(folder, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         with tempfile.TemporaryDirectory() as scratch:
             request = WholeRequest(
                 source=str(source),
                 out=str(partial),
+                folds=str(folds),
                 recipe=order.recipe,
                 calibration=_stored(calibration_NT, Path(scratch)),
                 trust_remote_code=job.model.trust_remote_code,
@@ -75,9 +79,13 @@ def make(
         pin = job.model
         files = open_checkpoint(source, f"checkpoint {source}", variant=pin.variant, allow_pickle=pin.allow_pickle)
         left_out = copy_beside(files, source, partial)
+        shutil.rmtree(folds_folder(target), ignore_errors=True)
+        if folds.is_dir():
+            folds.rename(folds_folder(target))
         return _publish(engine, order, partial, target, answer, left_out, time.monotonic() - begun)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for folder in (partial, folds):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _modules(recipe: Recipe, source: Path, variant: str | None) -> dict[str, tuple[str, ...]]:

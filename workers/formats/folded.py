@@ -1,7 +1,9 @@
 """A source checkpoint with an artifact's scales folded in, for comparison with the artifact.
 
 AWQ and SmoothQuant change norms, and multiply rows and columns of weights. The scales stored beside the artifact apply
-the same changes to the source, so that every tensor of the artifact has a counterpart.
+the same changes to the source, so that every tensor of the artifact has a counterpart. quantmill's own methods store
+norms as they come out (``replaced``), and compensate for their rounding in the weights' scales; of libraries there are
+the scales alone, by which the source's norms and biases are divided here.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ class Folded:
         return self._source.bytes
 
     def read(self, name: str) -> Tensor:
-        """The tensor, on the CPU; float32 if it is scaled before rounding."""
+        """The tensor, on the CPU; a matrix that is scaled before rounding in float32."""
         replaced = self._folded_tensor("replaced", name)
         if replaced is not None:
             return replaced
@@ -70,6 +72,9 @@ class Folded:
         tensor = self._source.read(name)
         if columns_I is None and rows_O is None:
             return tensor
+        if tensor.dim() == 1:
+            assert rows_O is not None, "vectors have no columns"
+            return (tensor.float() / rows_O).to(tensor.dtype)
         if name in self._transposed:
             return scaled(tensor.T, columns_I, rows_O).T.contiguous()
         return scaled(tensor, columns_I, rows_O)

@@ -45,6 +45,7 @@ class WholeRequest(Frozen):
     calibration: str | None = Field(None, description="safetensors with ``tokens`` int64 [N, T]; null: no calibration.")
     trust_remote_code: bool = False
     variant: str | None = Field(None, description="Of the weight files' names, as transformers' argument.")
+    folds: str = Field("", description="Folder for the scales that the engine folds, which ``formats.folded`` reads.")
     modules: tuple[str, ...] = Field((), description="Modules to quantize, by their names in the checkpoint.")
     left: tuple[str, ...] = Field((), description="Other modules with a matrix, which stay as they are.")
 
@@ -113,6 +114,17 @@ AUTO_ROUND = Engine(
     loads_whole_model=True,
 )
 
+MODELOPT = Engine(
+    "modelopt", script="workers.engines.libraries.with_modelopt", environment="modelopt", loads_whole_model=True
+)
+AUTOAWQ = Engine(
+    "autoawq", script="workers.engines.libraries.with_autoawq", environment="autoawq", loads_whole_model=True
+)
+AUTO_GPTQ = Engine(
+    "auto-gptq", script="workers.engines.libraries.with_auto_gptq", environment="auto-gptq", loads_whole_model=True
+)
+
+OWN = (LINEAR, BITSANDBYTES, GGML, KEEP, TRANSFORMERS)
 ENGINES: dict[str, Engine] = {
-    row.name: row for row in (LINEAR, BITSANDBYTES, GGML, KEEP, TRANSFORMERS, GPTQMODEL, LLMCOMPRESSOR, AUTO_ROUND)
+    row.name: row for row in (*OWN, GPTQMODEL, LLMCOMPRESSOR, AUTO_ROUND, MODELOPT, AUTOAWQ, AUTO_GPTQ)
 }

@@ -11,7 +11,7 @@ from typing import Annotated, NamedTuple
 from pydantic import AfterValidator, WithJsonSchema
 
 from workers.spec.base import meant
-from workers.spec.formats import COMPRESSED_TENSORS, GPTQ
+from workers.spec.formats import AWQ, COMPRESSED_TENSORS, GPTQ
 from workers.spec.schemes import Float8Scheme, IntScheme, MicroscalingScheme, Scheme
 
 
@@ -45,6 +45,17 @@ def _llmcompressor_rounds(scheme: Scheme) -> bool:
     return _ints(4, 8, zero_points=False)(scheme)
 
 
+def _modelopt_rounds(scheme: Scheme) -> bool:
+    match scheme:
+        case MicroscalingScheme(type="nvfp4", activations="none") | Float8Scheme(scales="tensor", activations="static"):
+            return True
+    return False
+
+
+def _autoawq_holds(scheme: Scheme) -> bool:
+    return _ints(4)(scheme) and isinstance(scheme, IntScheme) and not scheme.symmetric and bool(scheme.group_size)
+
+
 SOLVED = frozenset({"damping", "activation_order"})
 
 LIBRARIES: dict[str, dict[str, Makes]] = {
@@ -65,19 +76,32 @@ LIBRARIES: dict[str, dict[str, Makes]] = {
             GPTQ.name, _ints(2, 3, 4, 8), "int of 2, 3, 4 or 8 bits, symmetric or not", frozenset({"iterations"})
         ),
     },
+    "modelopt": {
+        "rtn": Makes(
+            COMPRESSED_TENSORS.name,
+            _modelopt_rounds,
+            "nvfp4 weights, and fp8 with scales: tensor and activations: static",
+            calibrated=False,
+        ),
+    },
+    "autoawq": {
+        "awq": Makes(AWQ.name, _autoawq_holds, "int of 4 bits with zero points in groups"),
+    },
+    "auto-gptq": {
+        "gptq": Makes(GPTQ.name, _ints(2, 3, 4, 8), "int of 2, 3, 4 or 8 bits, symmetric or not", SOLVED),
+    },
+}
+
+# Archived libraries know the types of models (model_type) of their time alone: those that were quantized, verified and
+# read by transformers 5.23. Of others autoawq stores scales of activations, which no runtime reads (gpt_neox, falcon),
+# or divides norms that multiply by one more than their weight (gemma), which aren't recorded.
+TYPES: dict[str, tuple[str, ...]] = {
+    "autoawq": ("cohere", "llama", "mistral", "phi3", "qwen2", "qwen3", "stablelm"),
+    "auto-gptq": ("bloom", "gemma", "gpt_neox", "llama", "mistral", "opt", "qwen2"),
 }
 
 # Libraries that are no engines, and what there is instead; the versions are those that were tried.
 REFUSED: dict[str, str] = {
-    "modelopt": "what nvidia-modelopt 0.47 exports declares quant_method modelopt, which transformers 5.23 doesn't "
-    "know and loads with random weights, without an error; recipes fp8-static, w8a8-int8 and awq-w4-g128 give what it "
-    "gives",
-    "autoawq": "autoawq 0.2.9 (archived; installs beside transformers 5.23 by --no-deps alone, and quantizes) folds "
-    "scales into norms and records none, so that the files can't be compared with the source's; method: awq without an "
-    "engine writes the same format",
-    "auto-gptq": "auto-gptq 0.7.1 (archived) quantizes on a GPU alone (from_pretrained: 'Load pretrained model to do "
-    "quantization requires CUDA available.'; its solver calls torch.cuda.synchronize), and fails to import with "
-    "transformers 5.23 (no_init_weights); engine: gptqmodel, its successor, writes the same format",
     "torchao": "it quantizes through transformers: method: transformers, recipes torchao-*, which need no environment "
     "of their own",
     "hqq": "transformers 5.23 doesn't implement it, and hqq 0.2.8 saves .pt files that no runtime reads; method: hqq "

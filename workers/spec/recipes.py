@@ -575,7 +575,7 @@ class LibraryRecipe(RecipeBase):
     """A recipe whose ``engine`` is a library, which makes the whole artifact in an environment of its own."""
 
     engine: LibraryName = Field(description="The library that makes it, instead of quantmill.")
-    method: Literal["gptq", "rtn", "autoround"] = Field(description="The library's; each has some of them.")
+    method: Literal["gptq", "awq", "rtn", "autoround"] = Field(description="The library's; each has some of them.")
     scheme: AnyLinearScheme
     format: FormatName
     options: LibraryOptions = LibraryOptions()
@@ -589,8 +589,9 @@ class LibraryRecipe(RecipeBase):
 
     @property
     def needs(self) -> PassNeeds:
-        """A calibration text, if the library's method takes one."""
-        return PassNeeds(statistics=LIBRARIES[self.engine][self.method].calibrated)
+        """A calibration text, if the library's method takes one, or inputs have fixed scales."""
+        static = getattr(self.scheme, "activations", None) == "static"
+        return PassNeeds(statistics=static or LIBRARIES[self.engine][self.method].calibrated)
 
     def scheme_of(self, module: str) -> LinearScheme:
         """The recipe's scheme for a module."""

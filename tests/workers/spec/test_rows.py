@@ -125,13 +125,17 @@ def test_no_other_place_names_a_format() -> None:
             "workers/methods/table.py",
             "workers/spec/libraries.py",
             "workers/engines/libraries/with_llmcompressor.py",
+            "workers/engines/libraries/speak.py",
         },
-        "awq": {"workers/spec/recipes.py", "workers/methods/table.py"},
+        "awq": {"workers/spec/recipes.py", "workers/methods/table.py", "workers/spec/libraries.py"},
+        # Scripts import nothing of quantmill.
+        "compressed-tensors": {"workers/engines/libraries/with_modelopt.py"},
         # Also a family of gates.
         "fp8": {
             "workers/spec/schemes.py",
             "pipeline/planning/recommend.py",
             "workers/engines/libraries/with_llmcompressor.py",
+            "workers/engines/libraries/with_modelopt.py",
         },
         "gguf": {"workers/spec/runtimes.py", "workers/spec/checkpoint_files.py"},
         "bitsandbytes": {

@@ -16,6 +16,8 @@ from typing import Any
 
 # Bytes of one file of weights, as everywhere in quantmill (spec.workspace.MAX_SHARD_BYTES).
 SHARD = 5 * 10**9
+# Distributions of the engines that have another name.
+DISTRIBUTIONS = {"modelopt": "nvidia-modelopt"}
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -80,7 +82,7 @@ def exactly(names: Iterable[str]) -> list[str]:
 def answered(request: dict[str, Any], fallbacks: list[str]) -> dict[str, Any]:
     """The answer: modules whose stored tensors aren't those of the source."""
     out = Path(request["out"])
-    headers = {name: header for path in sorted(out.glob("*.safetensors")) for name, header in _headers(path).items()}
+    headers = _all_headers(out)
     wanted = request["modules"]
     made = [name for name in wanted if _is_coded(headers.get(f"{name}.weight"))]
     if not made:
@@ -93,10 +95,20 @@ def answered(request: dict[str, Any], fallbacks: list[str]) -> dict[str, Any]:
 
 def versions(library: str) -> dict[str, str]:
     """The library's version, by its name on PyPI."""
+    library = DISTRIBUTIONS.get(library, library)
     try:
         return {library: importlib.metadata.version(library)}
     except importlib.metadata.PackageNotFoundError:
         return {}
+
+
+def names(folder: Path) -> set[str]:
+    """Names of all tensors in a folder's safetensors."""
+    return set(_all_headers(folder))
+
+
+def _all_headers(folder: Path) -> dict[str, dict[str, Any]]:
+    return {name: header for path in sorted(folder.glob("*.safetensors")) for name, header in _headers(path).items()}
 
 
 def _headers(path: Path) -> dict[str, dict[str, Any]]:
@@ -110,12 +122,50 @@ def _is_coded(weight: dict[str, Any] | None) -> bool:
     return weight is None or weight["dtype"] not in FLOATS
 
 
-def store(request: dict[str, Any], saved: Path) -> None:
+class Folds:
+    """Scales that a library folded, by keys of the checkpoint, as ``formats.folded`` applies them to the source.
+
+    Of a weight [O, I], ``columns`` [I] multiply and ``rows`` [O] divide; of a norm or a bias, ``rows`` divide.
+    """
+
+    def __init__(self) -> None:
+        self.columns: dict[str, Any] = {}
+        self.rows: dict[str, Any] = {}
+
+    def add(self, before: str, module: Any, after: Iterable[str], scale_I: Any) -> None:
+        """Record that the last outputs of ``module``, called ``before``, are divided by the scales of its sinks."""
+        import torch
+
+        scale_I = scale_I.detach().float().cpu().flatten()
+        for name in after:
+            self.columns[f"{name}.weight"] = scale_I * self.columns.get(f"{name}.weight", 1.0)
+        for leaf, parameter in module.named_parameters(recurse=False):
+            ones = torch.ones(len(parameter) - len(scale_I))
+            scale_O = torch.cat([ones, scale_I])
+            self.rows[f"{before}.{leaf}"] = scale_O * self.rows.get(f"{before}.{leaf}", 1.0)
+
+    def save(self, folder: str) -> None:
+        """Write the file that ``formats.folded`` reads."""
+        from safetensors.torch import save_file
+
+        kinds = {"columns": self.columns, "rows": self.rows}
+        vectors = {f"{kind}|{key}": vector for kind, by_key in kinds.items() for key, vector in by_key.items()}
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file(vectors, Path(folder) / "scales.safetensors")
+
+    def divided(self, name: str, plain: Any) -> Any:
+        """A norm or a bias of the source with its folds, in its dtype; None if it has none."""
+        if plain.dim() != 1 or name not in self.rows:
+            return None
+        return (plain.float() / self.rows[name]).to(plain.dtype)
+
+
+def store(request: dict[str, Any], saved: Path, folds: Folds | None = None) -> None:
     """Write what a library saved into the request's folder: its codes, and the source's own other tensors.
 
-    A tensor that the library left as it was, but in another dtype, or left out, is stored as the source has it; one
-    that it changed is stored as changed, which verification refuses. config.json is the source's, with the library's
-    ``quantization_config``.
+    A tensor that the library left as it was, but in another dtype, or left out, is stored as the source has it; a norm
+    or bias that it changed by the recorded folds alone as the source's divided by them; one that it changed otherwise
+    as changed, which verification refuses. config.json is the source's, with the library's ``quantization_config``.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
@@ -124,15 +174,20 @@ def store(request: dict[str, Any], saved: Path) -> None:
     made, plain = _tensors(saved), _tensors(source, request.get("variant"))
     modules = set(request["modules"])
     stored = {name: tensor for name, tensor in made.items() if name not in plain or name.rpartition(".")[0] in modules}
-    for name, tensor in plain.items():
+    for name, plain_tensor in plain.items():
         module, _, leaf = name.rpartition(".")
-        if leaf == "weight" and module in modules:
+        expected = folds.divided(name, plain_tensor) if folds else None
+        if expected is not None and name in made and _near(made[name], expected):
+            stored[name] = expected
+        elif leaf == "weight" and module in modules:
             if name not in made and not any(key.startswith(f"{module}.") for key in made):
-                stored[name] = tensor
-        elif name not in made or _alike(made[name], tensor):
-            stored[name] = tensor
+                stored[name] = plain_tensor
+        elif name not in made or _alike(made[name], plain_tensor):
+            stored[name] = plain_tensor
         else:
             stored[name] = made[name]
+    if folds:
+        folds.save(request["folds"])
     split = split_torch_state_dict_into_shards(stored, max_shard_size=SHARD)
     for file, names in split.filename_to_tensors.items():
         save_file({name: stored[name].contiguous() for name in names}, out / file, metadata={"format": "pt"})
@@ -144,6 +199,29 @@ def store(request: dict[str, Any], saved: Path) -> None:
         raise Refused("the library left no quantization_config; choose another engine")
     config = json.loads((source / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "quantization_config": block}, indent=2) + "\n")
+
+
+def declare(saved: Path, words: dict[str, Any], *, instead: bool = False) -> None:
+    """Add words to the ``quantization_config`` that a library saved, or write them instead of it."""
+    path = saved / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] = words if instead else config["quantization_config"] | words
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def gptq_exceptions(request: dict[str, Any]) -> dict[str, Any]:
+    """What the format gptq says of modules in the decoder's layers that aren't quantized, as ``formats.gptq`` does.
+
+    The first list is transformers', the second gptqmodel's; libraries write at most the second, by which transformers
+    takes what is left as it is for quantized, and fails.
+    """
+    block = re.split(r"\.\d+\.", request["modules"][0], maxsplit=1)[0]
+    words = {"block_name_to_quantize": block, "checkpoint_format": "gptq", "lm_head": False}
+    inside = [name for name in request["left"] if name.startswith(f"{block}.")]
+    if not inside:
+        return words
+    listed = {"modules_in_block_to_quantize": [sorted(request["modules"])]}
+    return {**words, **listed, "dynamic": {f"-:{name}": {} for name in exactly(inside)}}
 
 
 def _tensors(folder: Path, variant: str | None = None) -> dict[str, Any]:
@@ -162,3 +240,11 @@ def _alike(made: Any, plain: Any) -> bool:
     if made.dtype == plain.dtype:
         return bool(torch.equal(made, plain))
     return bool(torch.equal(plain.to(made.dtype), made) or torch.equal(made.to(plain.dtype), plain))
+
+
+def _near(made: Any, expected: Any) -> bool:
+    """Whether two tensors are the same but for rounding to half precision, twice."""
+    import torch
+
+    digits = 2.0**-7 if expected.dtype == torch.bfloat16 else 2.0**-9
+    return bool(made.shape == expected.shape and torch.allclose(made.float(), expected.float(), rtol=digits, atol=1e-6))

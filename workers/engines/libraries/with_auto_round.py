@@ -45,6 +45,7 @@ def make(request: dict[str, Any]) -> list[str]:
         rounding.quantize_and_save(output_dir=saved, format="auto_gptq")
         speak.progress("saving")
         found = next(path.parent for path in Path(saved).rglob("config.json"))
+        speak.declare(found, speak.gptq_exceptions(request))
         speak.store(request, found)
     return []
 

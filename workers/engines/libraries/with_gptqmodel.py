@@ -30,6 +30,7 @@ def make(request: dict[str, Any]) -> list[str]:
         model.quantize(data, batch_size=1)
         speak.progress("saving")
         model.save(saved)
+        speak.declare(Path(saved), speak.gptq_exceptions(request))
         speak.store(request, Path(saved))
     return []
 
