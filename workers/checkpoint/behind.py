@@ -99,6 +99,7 @@ class WriteBehind:
 
 def _on_host(name: str, tensor: Tensor) -> _Waiting:
     if tensor.device.type == "cpu":
-        return _Waiting(name, tensor, None)
+        # Here, for torch's kernels in another thread have a pool of threads of their own, which spin beside this one's.
+        return _Waiting(name, tensor.contiguous(), None)
     there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
     return _Waiting(name, there, torch.accelerator.current_stream(tensor.device).record_event())
