@@ -1,6 +1,7 @@
 """Environment of the whole suite; libraries read these when they are imported, so they come first. And its limits."""
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -20,6 +21,12 @@ os.environ["DO_NOT_TRACK"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # For the processes of runs, which set their own number of threads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Signals that this process ignores (under nohup, or in the background of a script) are ignored by its children, too,
+# which tests send them to; those that it takes and does nothing with are not.
+for _number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, lambda *_: None)
 
 # How long an example, or its drawing, may take is a busy machine's to say.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])

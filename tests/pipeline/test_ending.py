@@ -237,9 +237,8 @@ def test_a_signal_during_planning_ends_in_order(tmp_path: Path, number: signal.S
     thread = threading.Thread(target=hub.serve_forever, daemon=True)
     thread.start()
     try:
-        # Under nohup, which the suite may be, children ignore the signal unless told otherwise.
         process = subprocess.Popen(
-            ["env", "--default-signal", *command(zoo, tmp_path / "runs")],
+            command(zoo, tmp_path / "runs"),
             env={**os.environ, "HF_ENDPOINT": hub.url}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         try:
