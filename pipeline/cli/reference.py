@@ -11,6 +11,7 @@ import click
 from pipeline.cli.main import main
 from pipeline.planning.catalog import measured_table, timed_table
 from pipeline.zoo import reference
+from pipeline.zoo.tables import rewritten
 from workers.machine.files import write_text
 
 HEAD = """# Commands
@@ -53,12 +54,7 @@ def _commands(group: click.Group, names: tuple[str, ...]) -> Iterator[tuple[tupl
 
 def with_measured(text: str) -> str:
     """docs/choosing.md or docs/methods.md with its table of measured recipes made anew."""
-    for name, table in (("measured", measured_table), ("timed", timed_table)):
-        begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
-        if begin in text:
-            before, _, rest = text.partition(begin)
-            text = f"{before}{begin}{table()}{end}{rest.partition(end)[2]}"
-    return text
+    return rewritten(text, {"measured": measured_table, "timed": timed_table})
 
 
 PAGES = {"reference/zoo.md": reference.page, "reference/commands.md": page}

@@ -22,7 +22,8 @@ from workers.spec.layers import (
     scheme_for,
 )
 from workers.spec.libraries import TYPES
-from workers.spec.recipes import GridRecipe, KeepRecipe, LibraryRecipe, Recipe
+from workers.spec.recipe_base import GridRecipe
+from workers.spec.recipes import KeepRecipe, LibraryRecipe, Recipe
 from workers.spec.runtimes import checkers, misfit
 from workers.spec.schemes import IntScheme, MicroscalingScheme, Scheme
 from workers.spec.tensors import TensorHeader

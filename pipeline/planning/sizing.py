@@ -23,7 +23,7 @@ from workers.spec.recipes import Recipe
 from workers.spec.runtimes import Runtime, checkers
 from workers.spec.split import gathered_bytes
 from workers.spec.tensors import TensorHeader
-from workers.spec.workspace import LOGITS_ROWS, MAX_SHARD_BYTES, MICRO_BATCH_TOKENS
+from workers.spec.workspace import DECODED_ON_A_CARD, LOGITS_ROWS, MAX_SHARD_BYTES, MICRO_BATCH_TOKENS
 
 # Bytes of a process with torch and transformers, forked from the warm parent, and of the second one that checks the
 # runtime. Measured: 0.4 to 0.55 GB each, pages shared with the parent included (0.1 GB more without a parent).
@@ -39,9 +39,8 @@ LAYER_BYTES = 12
 # The same on a GPU: the layer and the next one as read, the model's stacks of experts, a method's float32 of a few
 # weights; less so much with which the next one isn't brought there ahead (``workers.model.upload``).
 DEVICE_LAYER_BYTES, AHEAD_BYTES = 8, 2
-# Bytes per element of a weight that is decoded on a GPU, the most elements that are (``workers.formats.decoded``), and
-# bytes of the float64 pieces in which it is compared.
-DECODING_BYTES, MOST_ON_A_CARD, COMPARING_BYTES = 16, 1 << 28, 32 * (1 << 24)
+# Bytes per element of a weight that is decoded on a GPU, and of the float64 pieces in which it is compared.
+DECODING_BYTES, COMPARING_BYTES = 16, 32 * (1 << 24)
 # Bytes per logit of a piece of a sequence: both models' logits, their logarithms, and the loading process's logits and
 # answer.
 LOGITS_BYTES = 36
@@ -342,7 +341,7 @@ def _verifying(source: PinnedModel, shape: Shape, verification: Verification, ru
     # Both models' hidden states are there while theirs are streamed, or one weight is decoded and compared. Without
     # room for the second process's model, it runs on the CPU, and the source is compared by its first layers.
     matrices = (tensor.numel for tensor in shape.every if len(tensor.shape) == 2)
-    decoding = DECODING_BYTES * max((count for count in matrices if count <= MOST_ON_A_CARD), default=0)
+    decoding = DECODING_BYTES * max((count for count in matrices if count <= DECODED_ON_A_CARD), default=0)
     compared = decoding + min(COMPARING_BYTES, 2 * decoding)
     at_work = max(DEVICE_LAYER_BYTES * layer, compared)
     streamed = DEVICE_BYTES + 4 * outside + at_work + 4 * hidden + working

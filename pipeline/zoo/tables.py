@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from pipeline.zoo import outcomes, shipped
@@ -46,9 +46,11 @@ def formats_table() -> str:
 TABLES = {"recipes": recipes_table, "formats": formats_table}
 
 
-def rewritten(text: str) -> str:
-    """The text with its tables regenerated."""
-    for name, table in TABLES.items():
+def rewritten(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
+    """The text with those of the tables that it has regenerated."""
+    for name, table in tables.items():
+        if f"<!-- {name} -->" not in text:
+            continue
         block = f"<!-- {name} -->\n{table()}\n<!-- /{name} -->"
         text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, block=block: block, text, flags=re.S)  # type: ignore[misc]
     return text

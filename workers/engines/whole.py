@@ -2,9 +2,8 @@
 
 The engine's script reads a ``WholeRequest`` as one line of JSON from standard input, writes a ``WholeAnswer`` as a
 line of JSON to standard output, and leaves weights and config.json in the output folder, and the scales that it folded,
-if any, in a folder of their own. This module adds what every
-artifact has (companion files, the record and the layout beside it), and moves it to its final path by an atomic
-rename.
+if any, in a folder of their own. This module adds what every artifact has (companion files, the record and the layout
+beside it), and moves it to its final path by an atomic rename.
 """
 
 from __future__ import annotations

@@ -22,9 +22,7 @@ from workers.errors import CheckpointError, UnsupportedRecipe
 from workers.formats.decoder import Decoder
 from workers.formats.table import CODECS
 from workers.spec.formats import CACHE_SCALES, FORMATS, recognised
-
-# Weights of more elements are decoded on the CPU: decoding takes 16 bytes of a card's memory for each.
-MOST_ON_A_CARD = 1 << 28
+from workers.spec.workspace import DECODED_ON_A_CARD
 
 
 class Decoded:
@@ -87,7 +85,7 @@ class Decoded:
         if names is None:
             return self._tensors.read(name)
         module = name.removesuffix(".weight")
-        device = self._device if math.prod(self.headers[name].shape) <= MOST_ON_A_CARD else "cpu"
+        device = self._device if math.prod(self.headers[name].shape) <= DECODED_ON_A_CARD else "cpu"
         stored = {
             suffix: self._tensors.read(key).to("cpu" if suffix in self._decoder.facts else device)
             for suffix, key in names.items()

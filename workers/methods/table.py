@@ -15,12 +15,12 @@ from workers.methods import awq, gptq, hqq, rtn, smoothquant
 from workers.methods.layer import FoldableInput, Solved, Stack, Stacked
 from workers.numerics.grids import Nearest
 from workers.spec import plugins
+from workers.spec.recipe_base import RecipeBase
 from workers.spec.recipes import (
     AwqRecipe,
     GptqRecipe,
     HqqRecipe,
     PluginRecipe,
-    RecipeBase,
     RtnRecipe,
     SmoothQuantRecipe,
 )

@@ -18,13 +18,15 @@ from workers.errors import CheckpointError, UnsupportedModel
 from workers.spec.bounds import INDEX_BYTES, parse_json
 
 CONFIG = "config.json"
+# What quantmill adds to an artifact beside its card: the manifest, and the card's chart.
+MANIFEST, CHART = "quantmill.json", "quantmill.png"
 # Suffixes of the weight files of artifacts.
 WEIGHTS = (".safetensors", ".gguf")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 # Files at the top of a checkpoint that are rewritten for the artifact.
-REPLACED = frozenset({CONFIG, "README.md", "quantmill.json", "quantmill.png", ".gitattributes"})
+REPLACED = frozenset({CONFIG, "README.md", MANIFEST, CHART, ".gitattributes"})
 # Largest companion file in bytes; the largest tokenizer.json published is 35 MB.
 COMPANION_BYTES = 512 * 2**20
 OTHER = "not a file that loading needs"

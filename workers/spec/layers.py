@@ -15,7 +15,8 @@ from workers.spec.fusion import split_groups
 from workers.spec.patterns import LAYER as LAYER
 from workers.spec.patterns import is_speculative, part_of_layer
 from workers.spec.patterns import layer_of as layer_of
-from workers.spec.recipes import CodedRecipe, Recipe
+from workers.spec.recipe_base import CodedRecipe
+from workers.spec.recipes import Recipe
 from workers.spec.schemes import FP8_BLOCK, AnyScheme, Float8Scheme, IntScheme, MicroscalingScheme, Scheme
 from workers.spec.tensors import FLOATS, TensorHeader
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from workers.spec.checkpoint_files import CHART as CHART
+from workers.spec.checkpoint_files import MANIFEST as MANIFEST
 from workers.spec.job import Order
 
-MANIFEST = "quantmill.json"
 # Maximum size of a weight file in bytes.
 MAX_SHARD_BYTES = 2_000_000_000
 # Maximum tokens of a micro-batch: enough for efficient matrix products, few enough for the logits to fit in memory.
 MICRO_BATCH_TOKENS = 4096
 # Tokens whose logits are computed and compared at a time: a vocabulary is many times as wide as a model.
 LOGITS_ROWS = 512
+# Elements of a weight up to which it is decoded on a card, where decoding takes 16 bytes of memory for each.
+DECODED_ON_A_CARD = 1 << 28
 
 
 def artifact_folder(workspace: Path | str, order: Order) -> Path:

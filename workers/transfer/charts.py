@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from workers.spec.job import Metrics, Thresholds, Verdict
 
@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Beside the card.
-CHART = "quantmill.png"
 DOTS_PER_INCH = 150
 BLUE, GREY, GREEN, RED = "#2f7dd1", "#8a94a3", "#1f8f4e", "#d0453b"
 # Layers up to which each has a mark on the line.
@@ -112,7 +110,7 @@ def _unit(largest: int) -> tuple[float, str]:
 def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    return Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained", facecolor="white")
 
 
 def _png(figure: Figure) -> bytes:
@@ -126,7 +124,6 @@ def _png(figure: Figure) -> bytes:
         axes.tick_params(labelsize=8)
         axes.xaxis.label.set_fontsize(8)
         axes.yaxis.label.set_fontsize(8)
-    buffer, metadata = io.BytesIO(), {"Software": None}
-    options: dict[str, Any] = {"dpi": DOTS_PER_INCH, "metadata": metadata}
-    FigureCanvasAgg(figure).print_figure(buffer, format="png", **options)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()

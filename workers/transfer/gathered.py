@@ -34,10 +34,9 @@ from workers.spec.formats import can_be_gathered, gathered_formats
 from workers.spec.ggml import IMATRIX, PROJECTOR, is_beside
 from workers.spec.job import FileEntry
 from workers.spec.recipes import words
-from workers.spec.workspace import MANIFEST
+from workers.spec.workspace import CHART, MANIFEST
 from workers.transfer import charts
 from workers.transfer.artifact import Artifact
-from workers.transfer.charts import CHART
 
 CARD = "README.md"
 # Files that each artifact has its own of.

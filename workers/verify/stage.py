@@ -25,7 +25,7 @@ from workers.spec.formats import FORMATS
 from workers.spec.job import ArtifactMade, FileEntry, Job, Manifest, Order, ReasonCode, SourceCheck, Verdict
 from workers.spec.layers import kinds_of
 from workers.spec.tensors import TensorHeader
-from workers.spec.workspace import MANIFEST, artifact_folder, folds_folder, record_path
+from workers.spec.workspace import CHART, MANIFEST, artifact_folder, folds_folder, record_path
 from workers.transfer import charts, hub
 from workers.verify import gates, integrity, picture, undecoded
 from workers.verify.card import render_card
@@ -170,9 +170,9 @@ def _seal(
     fallbacks = tuple(dict.fromkeys((*record.fallbacks, *about.notes)))
     chart = charts.of_artifact(verdict, order.thresholds, record.bytes, reference_bytes)
     if chart is None:
-        (folder / charts.CHART).unlink(missing_ok=True)
+        (folder / CHART).unlink(missing_ok=True)
     else:
-        (folder / charts.CHART).write_bytes(chart)
+        (folder / CHART).write_bytes(chart)
     told = Told(
         environment,
         kinds,
@@ -182,7 +182,7 @@ def _seal(
         record.bytes,
         reference_bytes,
         chats=has_chat_template(source_folder),
-        chart=charts.CHART if chart else None,
+        chart=CHART if chart else None,
     )
     card = render_card(job, order, source_folder, verdict, told)
     write_text(folder / "README.md", card)

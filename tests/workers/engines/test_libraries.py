@@ -28,6 +28,7 @@ from workers.spec.engines import ENGINES
 from workers.spec.job import Destination, ModelPin, fingerprint
 from workers.spec.libraries import LIBRARIES, REFUSED
 from workers.spec.recipes import LibraryRecipe
+from workers.spec.workspace import MAX_SHARD_BYTES
 from workers.transfer import destinations
 from workers.verify.stage import verify
 
@@ -232,3 +233,7 @@ def test_what_a_recipe_leaves_is_the_sources_bit_for_bit(made_by: dict[str, Any]
     coded = {name.rpartition(".")[0] for name in stored if name.endswith((".qweight", ".weight_packed"))}
     assert len(coded) == 2 * 6
     assert not any(name.split(".")[2] in "03" or name.endswith("v_proj") for name in coded)
+
+
+def test_files_of_weights_are_as_large_as_everywhere() -> None:
+    assert speak.SHARD == MAX_SHARD_BYTES

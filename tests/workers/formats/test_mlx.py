@@ -30,7 +30,7 @@ from workers.machine.environments import interpreter
 from workers.numerics import microscaling, packing, rounding
 from workers.numerics.codes import Float4Weight
 from workers.quantize.one_pass import quantize
-from workers.spec import mlx, recipes
+from workers.spec import mlx, recipe_base
 from workers.spec.formats import MLX
 from workers.spec.layers import LayerKinds
 from workers.spec.recipes import Recipe
@@ -356,7 +356,7 @@ def test_experts_of_one_stack_have_one_scheme(tmp_path: Path) -> None:
 
 
 def test_embeddings_of_an_unknown_name_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipes, "EMBEDDINGS", re.compile("nothing"))
+    monkeypatch.setattr(recipe_base, "EMBEDDINGS", re.compile("nothing"))
     (one,), _ = quantize(jobs.job(LLAMA, tmp_path, recipe(4, outside=OUTSIDE)), LLAMA)
     assert one.fallbacks == (
         "left in half precision, for no name of embeddings is known that fits: model.embed_tokens",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 # Bytes of one file of weights, as everywhere in quantmill (spec.workspace.MAX_SHARD_BYTES).
-SHARD = 5 * 10**9
+SHARD = 2 * 10**9
 # Distributions of the engines that have another name.
 DISTRIBUTIONS = {"modelopt": "nvidia-modelopt"}
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -207,6 +207,23 @@ def declare(saved: Path, words: dict[str, Any], *, instead: bool = False) -> Non
     config = json.loads(path.read_text())
     config["quantization_config"] = words if instead else config["quantization_config"] | words
     path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def gptq_settings(request: dict[str, Any]) -> dict[str, Any]:
+    """What auto-gptq's configuration and that of gptqmodel, its successor, call a recipe's scheme and options."""
+    scheme, options = request["recipe"]["scheme"], request["recipe"]["options"]
+    return {
+        "bits": scheme["bits"],
+        "group_size": scheme["group_size"] or -1,
+        "sym": scheme["symmetric"],
+        "desc_act": options["activation_order"],
+        "damp_percent": options["damping"],
+    }
+
+
+def gptq_rows(request: dict[str, Any]) -> list[dict[str, list[int]]]:
+    """The calibration sequences as both take them."""
+    return [{"input_ids": one, "attention_mask": [1] * len(one)} for one in tokens_of(request)]
 
 
 def gptq_exceptions(request: dict[str, Any]) -> dict[str, Any]:

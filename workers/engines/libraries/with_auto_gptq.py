@@ -21,16 +21,15 @@ def make(request: dict[str, Any]) -> list[str]:
         # first card and waits for it. Nothing else of the solver needs a card: here, the CPU is that card.
         _base.CUDA_0 = _base.CPU
         torch.cuda.synchronize = lambda device=None: None
-    tokens = speak.tokens_of(request)
     with tempfile.TemporaryDirectory(dir=Path(request["out"]).parent) as scratch:
         speak.progress("loading")
         plain = older.load(request, Path(scratch))
         kind = older.model_class(GPTQ_CAUSAL_LM_MODEL_MAP, plain, "auto-gptq")
         _only(_base, plain, request["modules"])
-        model = kind(plain, quantized=False, quantize_config=BaseQuantizeConfig(**settings(request)))
+        model = kind(plain, quantized=False, quantize_config=BaseQuantizeConfig(**speak.gptq_settings(request)))
         speak.layers(plain)
         speak.progress("quantizing")
-        model.quantize([{"input_ids": one, "attention_mask": [1] * len(one)} for one in tokens], batch_size=1)
+        model.quantize(speak.gptq_rows(request), batch_size=1)
         speak.progress("saving")
         saved = Path(scratch) / "saved"
         model.save_quantized(str(saved))
@@ -39,19 +38,6 @@ def make(request: dict[str, Any]) -> list[str]:
         _as_read(saved, speak.names(Path(request["source"])), set(tied))
         speak.store(request, saved)
     return []
-
-
-def settings(request: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the library's BaseQuantizeConfig."""
-    recipe = request["recipe"]
-    scheme, options = recipe["scheme"], recipe["options"]
-    return {
-        "bits": scheme["bits"],
-        "group_size": scheme["group_size"] or -1,
-        "sym": scheme["symmetric"],
-        "desc_act": options["activation_order"],
-        "damp_percent": options["damping"],
-    }
 
 
 def _as_read(saved: Path, plain: set[str], tied: set[str]) -> None:

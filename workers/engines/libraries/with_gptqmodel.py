@@ -23,11 +23,9 @@ def make(request: dict[str, Any]) -> list[str]:
         backend=BACKEND.AUTO,
         trust_remote_code=request["trust_remote_code"],
     )
-    tokens = speak.tokens_of(request)
-    data = [{"input_ids": one, "attention_mask": [1] * len(one)} for one in tokens] or None
     with tempfile.TemporaryDirectory(dir=Path(request["out"]).parent) as saved:
         speak.layers(model.model)
-        model.quantize(data, batch_size=1)
+        model.quantize(speak.gptq_rows(request) or None, batch_size=1)
         speak.progress("saving")
         model.save(saved)
         speak.declare(Path(saved), speak.gptq_exceptions(request))
@@ -37,14 +35,8 @@ def make(request: dict[str, Any]) -> list[str]:
 
 def settings(request: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the library's QuantizeConfig."""
-    recipe = request["recipe"]
-    scheme, options = recipe["scheme"], recipe["options"]
     return {
-        "bits": scheme["bits"],
-        "group_size": scheme["group_size"] or -1,
-        "sym": scheme["symmetric"],
-        "desc_act": options["activation_order"],
-        "damp_percent": options["damping"],
+        **speak.gptq_settings(request),
         # Otherwise modules that little text reaches are rounded to nearest, without a word.
         "fallback": None,
         "offload_to_disk": False,
