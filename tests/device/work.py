@@ -142,7 +142,9 @@ class Launched:
     def __getitem__(self, programs: Any) -> Callable[..., None]:
         return self.launch
 
-    def launch(self, target: Any, weight: Any, mixed: Any, error: Any, code: Any, *_: Any, **__: Any) -> None:
+    def launch(
+        self, sums: Any, weight: Any, mixed: Any, error: Any, change: Any, code: Any, *_: Any, **__: Any
+    ) -> None:
         self.count += 1
         code.zero_()
         error.copy_(weight)

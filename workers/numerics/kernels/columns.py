@@ -3,9 +3,10 @@
 B stacked problems, O output features, I input features, G groups, e = w - q; W is kept as [B, I, O].
 
 Column j of W becomes the code nearest to ``w_j + sum_k mixing[j, k] e_k``, and e_j its new error. What the columns
-outside a block of 128 add, and those inside by their errors as they were, is one matrix product before the block's
-launch; inside, a program takes 32 rows of W through the block, column by column, with the changes of their 128 x 32
-errors in registers. So a block takes one product and one launch of this kernel, whether 1 or 128 problems are stacked.
+outside a block of 256 add, and those inside by their errors as they were, is one matrix product before the block's
+launch. Inside, a program of one warp takes 32 rows of W through the block, 32 columns at a time: a thread has one row,
+and in registers what the changes of the columns so far add to its 32 columns. What a column needs is read several
+columns ahead (``STAGES``), for on a card a read takes longer than rounding a column.
 
 The sums have another order than the loop's, so a code may differ where its target lies within a rounding error of the
 middle between two codes. Loaded where Triton is installed, only.
@@ -22,66 +23,83 @@ from workers.numerics import grids
 from workers.numerics.grids import E2M1, Floats, Integers
 from workers.numerics.precision import product
 
-BLOCK, ROWS = 128, 32
+# Columns of a launch, those of them that are in registers at a time, and rows of a program: one for each thread.
+BLOCK, WIDTH, ROWS = 256, 32, 32
+STAGES = 6
 # 1.5 x 2^23: added to a float32 of less than 2^22 and taken away again, it leaves the nearest integer, ties to even.
 TO_INTEGER = tl.constexpr(12582912.0)
 EXPONENT = tl.constexpr(grids.EXPONENT)
+# The exponent's bits of a power of two less than these are those of its inverse.
+OF_INVERSE = tl.constexpr(254 << 23)
 
 
 @triton.jit
 def _round_block(
-    sums, weight, mixing, error, code, scale, zero, group,
-    outputs, columns, of_mixing, next_of_mixing, next_of_sums, next_of_weight, next_of_scale, next_of_group,
-    low, high, first, last, share,
-    ZEROS: tl.constexpr, SUMS: tl.constexpr, FLOATS: tl.constexpr, WIDTH: tl.constexpr, HEIGHT: tl.constexpr,
+    sums, weight, mixing, error, change, code, scale, zero, group,
+    outputs, columns, next_row, next_column, of_mixing, of_sums, of_weight, of_change, of_scale, of_group,
+    low, high, first, last, share, shares,
+    ZEROS: tl.constexpr, SUMS: tl.constexpr, FLOATS: tl.constexpr,
+    WIDTH: tl.constexpr, HEIGHT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Round ``columns`` <= WIDTH columns of HEIGHT rows; grid (outputs / HEIGHT, problems).
+    """Round ``columns`` columns of HEIGHT rows; grid (outputs / HEIGHT, problems).
 
-    sums (of products; without ``SUMS`` none), weight, error, code: [columns, outputs], contiguous; mixing: [columns,
-    columns], its rows ``of_mixing`` apart; scale, zero: float32 [G, outputs]; group: int32 [columns]. ``next_of_*``:
-    elements to the next problem's.
-    ``first``, ``last``, ``share``: see ``grids.Floats``.
+    sums (of products; without ``SUMS`` none), weight, error, change (of the error, written and read), code: [columns,
+    outputs], contiguous; mixing: [columns, columns], ``next_row`` and ``next_column`` are its strides; scale, zero:
+    float32 [G, outputs]; group: int32 [columns]. ``of_*``: elements of a problem. ``first``, ``last``, ``share``: see
+    ``grids.Floats``; ``shares`` is 1 / share.
     """
     problem = tl.program_id(1).to(tl.int64)
-    sums += problem * next_of_sums
-    weight += problem * next_of_weight
-    error += problem * next_of_weight
-    code += problem * next_of_weight
-    mixing += problem * next_of_mixing
-    scale += problem * next_of_scale
-    zero += problem * next_of_scale
-    group += problem * next_of_group
+    sums += problem * of_sums
+    weight += problem * of_weight
+    error += problem * of_weight
+    code += problem * of_weight
+    change += problem * of_change
+    mixing += problem * of_mixing
+    scale += problem * of_scale
+    zero += problem * of_scale
+    group += problem * of_group
     row = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
     there = row < outputs
     k = tl.arange(0, WIDTH)
-    changes = tl.zeros((HEIGHT, WIDTH), dtype=tl.float32)
-    for j in range(columns):
-        mixed = tl.load(mixing + j * of_mixing + k, mask=k < j, other=0.0)
-        at = j * outputs + row
-        given = tl.load(weight + at, mask=there, other=0.0)
-        wanted = given + tl.sum(changes * mixed[None, :], axis=1)
-        if SUMS:
-            wanted += tl.load(sums + at, mask=there, other=0.0)
-        params = tl.load(group + j).to(tl.int64) * outputs + row
-        size = tl.load(scale + params, mask=there, other=1.0)
-        step = tl.div_rn(wanted, size)
-        if ZEROS:
-            middle = tl.load(zero + params, mask=there, other=0.0)
-            step += middle
-        step = tl.minimum(tl.maximum(step, low), high)
-        if FLOATS:
-            apart = tl.minimum(tl.maximum(tl.abs(step), first), last)
-            apart = (apart.to(tl.int32, bitcast=True) & EXPONENT).to(tl.float32, bitcast=True) * share
-            step = ((tl.div_rn(step, apart) + TO_INTEGER) - TO_INTEGER) * apart
-        else:
-            step = (step + TO_INTEGER) - TO_INTEGER
-        tl.store(code + at, step, mask=there)
-        if ZEROS:
-            step -= middle
-        left = given - step * size
-        change = left - tl.load(error + at, mask=there, other=0.0)
-        tl.store(error + at, left, mask=there)
-        changes = tl.where((k == j)[None, :], change[:, None], changes)
+    for start in range(0, columns, WIDTH):
+        rows = mixing + (start + k) * next_row
+        inside = start + k < columns
+        added = tl.zeros((WIDTH, HEIGHT), dtype=tl.float32)
+        for before in tl.range(0, start, 1, num_stages=STAGES):
+            mixed = tl.load(rows + before * next_column, mask=inside, other=0.0)
+            moved = tl.load(change + before * outputs + row, mask=there, other=0.0)
+            added += mixed[:, None] * moved[None, :]
+        for j in tl.range(0, min(WIDTH, columns - start), 1, num_stages=STAGES):
+            at = (start + j) * outputs + row
+            params = tl.load(group + start + j) * outputs + row
+            size = tl.load(scale + params, mask=there, other=1.0)
+            given = tl.load(weight + at, mask=there, other=0.0)
+            old = tl.load(error + at, mask=there, other=0.0)
+            mixed = tl.load(rows + (start + j) * next_column, mask=inside & (k > j), other=0.0)
+            wanted = given + tl.sum(tl.where((k == j)[:, None], added, 0.0), axis=0)
+            if SUMS:
+                wanted += tl.load(sums + at, mask=there, other=0.0)
+            step = tl.div_rn(wanted, size)
+            if ZEROS:
+                middle = tl.load(zero + params, mask=there, other=0.0)
+                step += middle
+            step = tl.minimum(tl.maximum(step, low), high)
+            if FLOATS:
+                power = tl.minimum(tl.maximum(tl.abs(step), first), last).to(tl.int32, bitcast=True) & EXPONENT
+                inverse = (-power + OF_INVERSE).to(tl.float32, bitcast=True)
+                step = (step * (inverse * shares) + TO_INTEGER) - TO_INTEGER
+                step *= power.to(tl.float32, bitcast=True) * share
+            else:
+                step = (step + TO_INTEGER) - TO_INTEGER
+            tl.store(code + at, step, mask=there)
+            if ZEROS:
+                step -= middle
+            left = given - step * size
+            moved = left - old
+            tl.store(error + at, left, mask=there)
+            tl.store(change + at, moved, mask=there)
+            added += mixed[:, None] * moved[None, :]
+        tl.debug_barrier()  # of the changes' writes and the reads of those ahead
 
 
 def sweep(
@@ -106,6 +124,7 @@ def sweep(
     zero_BGO = scale_BGO if zero_BOG is None else zero_BOG.float().mT.contiguous()
     group_BI = group_BI.to(torch.int32).contiguous()
     codes_BIO = torch.empty_like(wt_BIO)
+    change_BIO = wt_BIO.new_empty(problems, min(BLOCK, width), outputs)
     programs = (triton.cdiv(outputs, ROWS), problems)
     floats = grid if isinstance(grid, Floats) else E2M1  # of integers unused
     low, high = (grid.low, grid.high) if isinstance(grid, Integers) else (-grid.largest, grid.largest)
@@ -116,14 +135,12 @@ def sweep(
         inside = slice(0, start if lower else width)
         sums = product(mixing[:, :, inside], error_BIO[:, inside]) if inside.stop else weight
         mixed = mixing[:, :, here]
-        if mixed.stride(2) != 1:  # a factor's columns lie together: a program reads rows
-            mixed = mixed.contiguous()
         _round_block[programs](
-            sums, weight, mixed, error_BIO[:, here], codes_BIO[:, here], scale_BGO, zero_BGO, group_BI[:, here],
-            outputs, here.stop - start, mixed.stride(1), mixed.stride(0), sums.stride(0), wt_BIO.stride(0),
-            scale_BGO.stride(0), group_BI.stride(0), float(low), float(high), float(floats.first), float(floats.last),
-            floats.share,
-            ZEROS=zero_BOG is not None, SUMS=inside.stop > 0, FLOATS=isinstance(grid, Floats), WIDTH=BLOCK, HEIGHT=ROWS,
-            num_warps=4,
+            sums, weight, mixed, error_BIO[:, here], change_BIO, codes_BIO[:, here], scale_BGO, zero_BGO,
+            group_BI[:, here], outputs, here.stop - start, mixed.stride(1), mixed.stride(2), mixed.stride(0),
+            sums.stride(0), wt_BIO.stride(0), change_BIO.stride(0), scale_BGO.stride(0), group_BI.stride(0),
+            float(low), float(high), float(floats.first), float(floats.last), floats.share, 1 / floats.share,
+            ZEROS=zero_BOG is not None, SUMS=inside.stop > 0, FLOATS=isinstance(grid, Floats),
+            WIDTH=WIDTH, HEIGHT=ROWS, STAGES=STAGES, num_warps=1,
         )  # fmt: skip
     return codes_BIO
