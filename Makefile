@@ -101,10 +101,9 @@ runtimes: $(STAMP)
 bench: $(STAMP)
 	for what in solver pass memory datafree publish sizing fleet planning night simulation; do $(BIN)/python -m tests.bench.bench_$$what || exit 1; done
 
-# Solvers and searches on a card, and a pass over layers of an 8B's widths, as Markdown tables; paste them into tests/bench/RESULTS.md with the card's name.
+# What a card takes for it, and the tests that need one, as a Markdown table within ten minutes; paste it into tests/bench/RESULTS.md.
 bench-gpu: $(STAMP)
 	$(BIN)/python -m tests.bench.bench_gpu
-	$(BIN)/python -m tests.bench.gpu_stack
 
 constraints: $(DOCS)/.installed $(TOWERS)/.installed
 	( head -1 constraints.txt; \

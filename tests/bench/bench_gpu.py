@@ -1,76 +1,171 @@
-"""Solvers and searches of one weight on a card: one Markdown table for RESULTS.md. On the CPU where there is none.
+"""What quantmill takes on a card, as one Markdown table for RESULTS.md; on the CPU where there is none.
 
-python -m tests.bench.bench_gpu [--sizes 4096x4096 ...] [--repetitions N]
+python -m tests.bench.bench_gpu [--sizes 4096x4096 128x768x2048 ...] [--layers 1 3] [--hidden 4096 --inner 14336]
+                                [--samples 128 --length 2048] [--without tests ...]
+
+Solvers and searches of weights ([problems x] outputs x inputs), the column loop as a kernel and in PyTorch; bytes of
+bitsandbytes; passes over a stack of layers with random weights, and a verification; the tests that need a card. Beside
+the seconds is their bound by arithmetic (``tests.bench.roofline``), and beside peaks of memory what the plan counts on.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
 
 import torch
 
+from tests.bench import gpu_stack, roofline
 from tests.bench.bench_solver import processor
+from tests.bench.gpu_stack import HEADER, Row
 from workers.numerics import gptq, hqq, microscaling, refine, rounding
 from workers.numerics.grids import Integers
 
-SIZES = ("4096x4096", "4096x14336")
-HEADER = ("size", "what", "seconds", "peak GB", "column loop")
+SIZES = ("4096x4096", "4096x14336", "128x768x2048")
+PARTS = ("solvers", "bitsandbytes", "stack", "tests")
 
 
-def parts(w_OI: torch.Tensor, h_II: torch.Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
-    """What is measured for a weight and its inputs' X^T X, by name."""
-    scale, zero = rounding.mse_params(w_OI[None], 4, 128, symmetric=True, scale_dtype=torch.float16)
-    factor = gptq.factorize(h_II[None], activation_order=True, damping=0.01)
-    codes = gptq.solve(w_OI[None], factor, scale, zero, bits=4)
-    yield "factorize", lambda: gptq.factorize(h_II[None], activation_order=True, damping=0.01)
-    yield "MSE scales", lambda: rounding.mse_params(w_OI[None], 4, 128, symmetric=True, scale_dtype=torch.float16)
-    yield "GPTQ, 4 bits", lambda: gptq.solve(w_OI[None], factor, scale, zero, bits=4)
+def parts(w_BOI: torch.Tensor, h_BII: torch.Tensor) -> Iterator[tuple[str, float, Callable[[], object]]]:
+    """What is measured for weights and their inputs' X^T X: its name, and its bound in seconds for one problem."""
+    _, outputs, inputs = w_BOI.shape
+    half = torch.float16
+    scale, zero = rounding.mse_params(w_BOI, 4, 128, symmetric=True, scale_dtype=half)
+    factor = gptq.factorize(h_BII, activation_order=True, damping=0.01)
+    codes = gptq.solve(w_BOI, factor, scale, zero, bits=4)
+    rounds = roofline.ROUNDS
     yield (
-        "refinement, 3 rounds",
-        lambda: refine.refine(w_OI[None], h_II[None], codes, scale, zero, bits=4, rounds=3, damping=0.01),
+        "factorize",
+        roofline.factorize(inputs),
+        lambda: gptq.factorize(h_BII, activation_order=True, damping=0.01),
     )
-    yield "HQQ", lambda: hqq.params(w_OI, 4, 64, scale_dtype=torch.float16, iterations=20, norm=0.7)
-    yield "NVFP4", lambda: microscaling.nvfp4(w_OI)
-    yield "MXFP4", lambda: microscaling.mxfp4(w_OI)
+    yield (
+        "GPTQ, 4 bits",
+        roofline.gptq(outputs, inputs),
+        lambda: gptq.solve(w_BOI, factor, scale, zero, bits=4),
+    )
+    yield (
+        f"refinement, {rounds} rounds",
+        roofline.refinement(outputs, inputs),
+        lambda: refine.refine(w_BOI, h_BII, codes, scale, zero, bits=4, rounds=rounds, damping=0.01),
+    )
+    search = roofline.search(outputs, inputs)
+    w_OI = w_BOI.flatten(0, 1)
+    yield "MSE scales", search, lambda: rounding.mse_params(w_BOI, 4, 128, symmetric=True, scale_dtype=half)
+    yield "HQQ", search, lambda: hqq.params(w_OI, 4, 64, scale_dtype=half, iterations=20, norm=0.7)
+    yield "NVFP4", search, lambda: microscaling.nvfp4(w_OI)
+    yield "MXFP4", search, lambda: microscaling.mxfp4(w_OI)
 
 
-def measured(device: torch.device, size: str, repetitions: int) -> Iterator[tuple[str, ...]]:
-    """The table's rows for one size, outputs x inputs; the best of the repetitions, after one more to warm up."""
-    outputs, inputs = map(int, size.split("x"))
+def solvers(device: torch.device, size: str, repetitions: int) -> Iterator[Row]:
+    """Rows of one size: the best of the repetitions, after one more to warm up; the loop in PyTorch once."""
+    *batch, outputs, inputs = map(int, size.split("x"))
+    problems = batch[0] if batch else 1
     x_TI = torch.randn(2 * inputs, inputs, device=device)
-    w_OI, h_II = torch.randn(outputs, inputs, device=device) / inputs**0.5, x_TI.T @ x_TI
-    loop = "Triton" if gptq.on_a_kernel(Integers(-8, 7), device) else "PyTorch"
-    for name, action in parts(w_OI, h_II):
-        taken = []
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        for _ in range(repetitions + 1):
-            begun = time.perf_counter()
-            action()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            taken.append(time.perf_counter() - begun)
-        peak = f"{torch.cuda.max_memory_allocated() / 1e9:.2f}" if device.type == "cuda" else ""
-        used = loop if name.startswith(("GPTQ", "refinement")) else ""
-        yield size, name, f"{min(taken[1:]):.3f}", peak, used
+    w_BOI = torch.randn(problems, outputs, inputs, device=device) / inputs**0.5
+    h_BII = (x_TI.T @ x_TI).expand(problems, -1, -1).contiguous()
+    del x_TI
+    kernel = gptq.on_a_kernel(Integers(-8, 7), device)
+    for name, bound, action in parts(w_BOI, h_BII):
+        columns = name.startswith(("GPTQ", "refinement"))
+        what = f"{size}, {name}" + (", kernel" if kernel else ", loop in PyTorch") * columns
+        seconds, peak = _best(action, device, repetitions)
+        yield Row(what, seconds, problems * bound, peak)
+        if kernel and columns:
+            with mock.patch.object(gptq, "on_a_kernel", return_value=False):
+                seconds, peak = _best(action, device, 0)
+            yield Row(f"{size}, {name}, loop in PyTorch", seconds, problems * bound, peak)
 
 
-def table(device: torch.device, sizes: list[str], repetitions: int) -> str:
-    """The Markdown table, with the card's name above it."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
-    rows = [HEADER, ("---",) * len(HEADER), *(row for size in sizes for row in measured(device, size, repetitions))]
-    return "\n".join([f"{name}, torch {torch.__version__}", "", *("| " + " | ".join(row) + " |" for row in rows)])
+def _best(action: Callable[[], object], device: torch.device, repetitions: int) -> tuple[float, float | None]:
+    """Least seconds and peak bytes; without repetitions of the first time."""
+    card = device.type == "cuda"
+    taken = []
+    if card:
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(repetitions + 1):
+        begun = time.perf_counter()
+        action()
+        if card:
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - begun)
+    return min(taken[1:] or taken), torch.cuda.max_memory_allocated() if card else None
+
+
+def bitsandbytes_bytes(device: torch.device) -> Iterator[Row]:
+    """How many of bitsandbytes' bytes for a weight of 4096 x 4096 differ between the CPU and the card."""
+    if device.type != "cuda":
+        return
+    try:
+        from bitsandbytes import functional
+
+        w_OI = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
+        for kind in ("nf4", "fp4"):
+            there, here = (
+                functional.quantize_4bit(w_OI.to(where), 64, quant_type=kind)[0] for where in (device, "cpu")
+            )
+            differ = (there.cpu() != here).float().mean().item()
+            yield Row(f"bitsandbytes {kind}: {differ:.4%} of the bytes differ between CPU and card")
+        packed = [functional.int8_vectorwise_quant(w_OI.half().to(at))[0].cpu() for at in (device, "cpu")]
+        yield Row(f"bitsandbytes int8: {_unequal(*packed):.4%} of the bytes differ between CPU and card")
+    except (ImportError, RuntimeError, NotImplementedError, AttributeError) as error:
+        yield Row(f"bitsandbytes: not compared ({type(error).__name__}: {error})".replace("\n", " ")[:160])
+
+
+def _unequal(one: torch.Tensor, other: torch.Tensor) -> float:
+    return (one != other).float().mean().item()
+
+
+def card_tests() -> Row:
+    """The tests that need a card."""
+    begun = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", "0", "tests"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    taken = time.perf_counter() - begun
+    counts = re.findall(r"\d+ (?:passed|failed|errors?|skipped)", done.stdout) or [f"exit code {done.returncode}"]
+    if done.returncode:
+        print(done.stdout[-4000:], done.stderr[-2000:], file=sys.stderr)
+    return Row(f"tests that need a card: {', '.join(counts)}", taken)
+
+
+def rows(given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """The table's rows."""
+    if "solvers" not in given.without:
+        for size in given.sizes:
+            yield from solvers(device, size, given.repetitions)
+    if "bitsandbytes" not in given.without:
+        yield from bitsandbytes_bytes(device)
+    if "stack" not in given.without:
+        with tempfile.TemporaryDirectory(prefix="quantmill-stack-") as place:
+            yield from gpu_stack.rows(Path(place), given, device)
+    if "tests" not in given.without:
+        yield card_tests()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES))
     parser.add_argument("--repetitions", type=int, default=3)
+    gpu_stack.add_arguments(parser)
+    parser.add_argument("--without", nargs="+", choices=PARTS, default=())
     given = parser.parse_args()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    print(table(device, given.sizes, given.repetitions))
+    name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
+    print(f"{name}, torch {torch.__version__}; {given.samples} x {given.length} tokens, hidden {given.hidden}\n")
+    for cells in (HEADER, ("---",) * len(HEADER)):
+        print("| " + " | ".join(cells) + " |", flush=True)
+    for row in rows(given, device):
+        print("| " + " | ".join(row.cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

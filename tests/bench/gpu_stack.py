@@ -1,25 +1,27 @@
 """A stack of layers of the widths of Llama-3-8B, with random weights: seconds and memory of a pass and a verification.
 
-python -m tests.bench.gpu_stack [--layers 1 4] [--hidden 4096 --inner 14336] [--samples 128 --length 2048]
-
-The weights are made on the card, nothing is downloaded. A pass over few layers and one over more: their difference is
-what a layer takes, without what a pass takes once.
+Part of ``tests.bench.bench_gpu``. The weights are made on the card, nothing is downloaded. A pass over few layers and
+one over more: their difference is what a layer takes, without what a pass takes once.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
-import tempfile
+import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from tests.bench.bench_solver import processor
+from pipeline.planning import sizing, sources
+from pipeline.zoo.zoo import ModelEntry
+from tests.bench import roofline
 from tests.workers.jobs import LOOSE, ZOO, job
 from workers.checkpoint.source import Source
 from workers.formats.decoded import Decoded, open_decoded
@@ -35,11 +37,37 @@ EIGHT = (*ONE, "awq-w4-g128", "fp8-dynamic", "fp8-block", "rtn-w4-g128", "nvfp4"
 # Random weights say nothing of quality: gates are wide open.
 ANY = LOOSE.model_copy(update={"kl_mean": 1e9, "kl_least": 0.0, "perplexity_ratio": 1e9, "top1_agreement": 0.0})
 ALL_LAYERS = 32
-HEADER = ("what", "seconds", "peak GB")
+HEADER = ("what", "seconds", "bound", "peak GB", "planned GB")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: seconds and their bound by arithmetic, peak bytes of the card and those of the plan."""
+
+    what: str
+    seconds: float | None = None
+    bound: float | None = None
+    peak: float | None = None
+    planned: float | None = None
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        seconds = [f"{value:.3g}" if value else "" for value in (self.seconds, self.bound)]
+        return self.what, *seconds, *(f"{value / 1e9:.2f}" if value else "" for value in (self.peak, self.planned))
+
+
+def shapes_of(hidden: int, inner: int) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of a layer's weights: heads of 128, four to a key."""
+    keys = 128 * max(1, hidden // 512)
+    return {
+        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (keys, hidden), "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }  # fmt: skip
 
 
 def save_stack(folder: Path, layers: int, hidden: int, inner: int, device: torch.device) -> None:
-    """A Llama of the zoo's vocabulary with ``layers`` layers of these widths, bfloat16, one file for each layer."""
+    """A Llama of the zoo's vocabulary with ``layers`` layers of these widths, bfloat16."""
     small = ZOO / "models" / "llama-tiny"
     folder.mkdir(parents=True)
     for file in small.iterdir():
@@ -52,12 +80,7 @@ def save_stack(folder: Path, layers: int, hidden: int, inner: int, device: torch
         "num_key_value_heads": key_heads, "head_dim": 128, "max_position_embeddings": 8192,
     })  # fmt: skip
     config.save_pretrained(folder)
-    keys = 128 * key_heads
-    shapes = {
-        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (keys, hidden), "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }  # fmt: skip
+    shapes = shapes_of(hidden, inner)
     torch.manual_seed(0)
 
     def drawn(rows: int, columns: int) -> torch.Tensor:
@@ -93,53 +116,97 @@ def job_of(folder: Path, place: Path, recipes: tuple[str, ...], samples: int, le
     return of.model_copy(update={"calibration": calibration, "verification": held_out})
 
 
-def passes(place: Path, given: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, str, str]]:
-    """The table's rows: passes of one recipe and of eight, the share of each recipe, and a verification."""
+def rows(place: Path, given: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """Rows of passes of one recipe and of eight, of each recipe's share, and of a verification."""
     few, many = given.layers
     for layers in (few, many):
         save_stack(place / f"stack-{layers}", layers, given.hidden, given.inner, device)
     for recipes in (ONE, EIGHT):
         taken: dict[int, float] = {}
         own: dict[int, dict[str, float]] = {}
+        bound = bound_of_layer(given, recipes)
         for turn, layers in enumerate((few, few, many)):  # the first compiles kernels, and isn't counted
             workspace = place / f"work-{len(recipes)}-{turn}"
             of = job_of(place / f"stack-{layers}", workspace, recipes, given.samples, given.length)
-            result = run_stage(of, Stage.QUANTIZE)
+            with idle(device) as shares:
+                result = run_stage(of, Stage.QUANTIZE)
             failed = [made.error for made in result.artifacts if made.error]
             assert not result.failure, result.failure
             assert not failed, failed
-            taken[layers], peak = result.seconds, result.memory
+            taken[layers] = result.seconds
             own[layers] = {made.recipe: made.seconds for made in result.artifacts}
-            what = f"{len(recipes)} recipe(s), {layers} layer(s)" + ", kernels compiled" * (turn == 0)
-            yield what, f"{result.seconds:.1f}", f"{peak.device / 1e9:.1f}, host {peak.host / 1e9:.1f}"
+            said = f", the card idle {shares[0]:.0%} of the time" if shares else ""
+            what = f"{len(recipes)} recipe(s), {layers} layer(s)" + ", kernels compiled" * (turn == 0) + said
+            yield Row(what, result.seconds, layers * bound, result.memory.device, planned(of, Stage.QUANTIZE))
             if turn == 0:
                 shutil.rmtree(workspace)
         each = (taken[many] - taken[few]) / (many - few)
-        yield f"{len(recipes)} recipe(s), a layer", f"{each:.2f}", ""
-        yield (
-            f"{len(recipes)} recipe(s), {ALL_LAYERS} layers by these",
-            f"{taken[few] + each * (ALL_LAYERS - few):.0f}",
-            "",
-        )
+        yield Row(f"{len(recipes)} recipe(s), a layer", each, bound)
+        whole = taken[few] + each * (ALL_LAYERS - few)
+        yield Row(f"{len(recipes)} recipe(s), {ALL_LAYERS} layers by these", whole, ALL_LAYERS * bound)
         if device.type == "cuda" and recipes == ONE:
             yield from uploaded(place / f"stack-{few}", device, each, 2 * given.hidden)
         for name in own[many]:
-            share = (own[many][name] - own[few][name]) / (many - few)
-            yield f"of which {name}, a layer", f"{share:.2f}", ""
+            yield Row(f"of {len(recipes)}: {name}, a layer", (own[many][name] - own[few][name]) / (many - few))
     begun = time.perf_counter()
     verified = run_stage(of, Stage.VERIFY, ONE[0])
     assert verified.manifest is not None, verified.failure
     reasons = "; ".join(verified.manifest.verdict.reasons)
-    yield (
+    yield Row(
         f"verification of {ONE[0]}, {many} layers, {16 * given.length} tokens {reasons}".strip(),
-        f"{time.perf_counter() - begun:.1f}",
-        f"{verified.memory.device / 1e9:.1f}, host {verified.memory.host / 1e9:.1f}",
+        time.perf_counter() - begun,
+        peak=verified.memory.device,
+        planned=planned(of, Stage.VERIFY),
     )
     for where in dict.fromkeys(("cpu", device.type)):
-        yield f"of which decoding {ONE[0]} and comparing it with its source, {where}", f"{compared(of, where):.1f}", ""
+        yield Row(f"of which decoding {ONE[0]} and comparing it with its source, {where}", compared(of, where))
 
 
-def uploaded(folder: Path, device: torch.device, layer_seconds: float, width: int) -> Iterator[tuple[str, str, str]]:
+def bound_of_layer(given: argparse.Namespace, recipes: tuple[str, ...]) -> float:
+    """Seconds of a layer's arithmetic: all tokens through it, X^T X of its four inputs, and the recipes' own."""
+    hidden, inner = given.hidden, given.inner
+    shapes, inputs = shapes_of(hidden, inner).values(), (hidden, hidden, hidden, inner)
+    tokens = given.samples * given.length
+    seconds = roofline.forward(shapes, tokens, given.length, hidden) + roofline.statistics(inputs, tokens)
+    for name in recipes:
+        if name.startswith(("gptq", "nvfp4", "mxfp4")):
+            seconds += roofline.solved(shapes)
+        elif name.startswith("awq"):
+            seconds += roofline.awq(shapes)
+        else:
+            seconds += sum(roofline.search(*shape) for shape in shapes)
+    return seconds + sum(roofline.factorize(width) for width in inputs)
+
+
+def planned(of: Job, stage: Stage) -> float:
+    """Bytes of the card that a plan counts on for a stage of this job: of its neediest recipe."""
+    folder = Path(of.model.folder or "")
+    source = sources.resolve(ModelEntry(id=str(folder)), folder.parent)
+    estimates = [sizing.estimate(source, order.recipe, of.calibration, of.verification) for order in of.orders]
+    needs = [estimate.quantize if stage == Stage.QUANTIZE else estimate.verify for estimate in estimates]
+    return max(need.device for need in needs)
+
+
+@contextmanager
+def idle(device: torch.device) -> Iterator[list[float]]:
+    """The share of the context's time in which no kernel ran, as the driver tells it ten times a second."""
+    shares: list[float] = []
+    tool = shutil.which("nvidia-smi") if device.type == "cuda" else None
+    if tool is None:
+        yield shares
+        return
+    asked = [tool, "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=100", "--id=0"]
+    with subprocess.Popen(asked, stdout=subprocess.PIPE, text=True) as asking:
+        try:
+            yield shares
+        finally:
+            asking.terminate()
+            busy = [int(line) for line in asking.communicate()[0].split() if line.isdigit()]
+    if busy:
+        shares.append(1 - sum(busy) / len(busy) / 100)
+
+
+def uploaded(folder: Path, device: torch.device, layer_seconds: float, width: int) -> Iterator[Row]:
     """Seconds of bringing a layer to the card: alone, and how much longer 100 products of that width take beside it."""
     upload = Upload(device.type)
     with Source(folder) as source:
@@ -161,12 +228,8 @@ def uploaded(folder: Path, device: torch.device, layer_seconds: float, width: in
 
     alone, beside, products = seconds(True, 0), seconds(True, 100), seconds(False, 100)
     size = sum(tensor.nbytes for tensor in layer.values())
-    yield f"a layer to the card, {size / 1e6:.0f} MB, alone ({layer_seconds:.2f} s are computed)", f"{alone:.3f}", ""
-    yield (
-        f"the same beside products of {products:.3f} s, what it adds to them",
-        f"{max(0.0, beside - products):.3f}",
-        "",
-    )
+    yield Row(f"a layer to the card, {size / 1e6:.0f} MB, alone ({layer_seconds:.2f} s are computed)", alone)
+    yield Row(f"the same beside products of {products:.3f} s, what it adds to them", max(0.0, beside - products))
 
 
 def compared(of: Job, device: str) -> float:
@@ -180,23 +243,10 @@ def compared(of: Job, device: str) -> float:
     return time.perf_counter() - begun
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", nargs=2, type=int, default=[1, 4])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The stack's widths, its two depths, and the tokens."""
+    parser.add_argument("--layers", nargs=2, type=int, default=[1, 3])
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--inner", type=int, default=14336)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
-    given = parser.parse_args()
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
-    print(f"{name}, torch {torch.__version__}; {given.samples} x {given.length} tokens, hidden {given.hidden}\n")
-    for row in (HEADER, ("---",) * len(HEADER)):
-        print("| " + " | ".join(row) + " |", flush=True)
-    with tempfile.TemporaryDirectory(prefix="quantmill-stack-") as place:
-        for row in passes(Path(place), given, device):
-            print("| " + " | ".join(row) + " |", flush=True)
-
-
-if __name__ == "__main__":
-    main()
