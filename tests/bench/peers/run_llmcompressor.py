@@ -9,13 +9,15 @@ from tests.bench.peers.runner import Answer, Request, rows, serve
 
 def quantize(request: Request, answer: Answer) -> None:
     """``settings``: modifiers ([class, arguments] each, in order), oneshot (arguments of the call)."""
+    import torch
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.pipelines.cache import IntermediatesCache
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # 0.14.1a20261020 pins memory for a GPU that isn't there.
-    IntermediatesCache.pin_memory = lambda self, *args, **kwargs: None
+    if not torch.cuda.is_available():
+        # 0.14.1a20261020 pins memory for a GPU that isn't there.
+        IntermediatesCache.pin_memory = lambda self, *args, **kwargs: None
     settings = request.settings
     with answer.timed("load"):
         model = AutoModelForCausalLM.from_pretrained(request.model, dtype=settings.get("dtype", "auto"))
