@@ -323,7 +323,7 @@ def _quantizing(
     # On a GPU weights and hidden states are in half precision; those of waiting micro-batches stay there, too.
     waiting = (1 + recipe.needs.own_stream) * tokens * _bytes_for_each_token(source, shape, longest, floats=2)
     searched = min(SEARCH_BYTES, 32 * layer)
-    # Statistics and their factors, and of the input that is solved its damped statistics, and those over their diagonal.
+    # Statistics and their factors; of the input that is solved its damped statistics, and those over their diagonal.
     widest = max((max(_inputs(layer, source, recipe), default=0) for layer, _ in shape.layers), default=0)
     solved = 2 * hessians + (8 * widest**2 if hessians else 0)
     device = DEVICE_BYTES + 2 * outside + DEVICE_LAYER_BYTES * layer + searched + solved + waiting + working

@@ -68,7 +68,7 @@ def of_a_process(what: str, ended: Ended) -> OutOfMemory | WorkerDied | DeviceLo
 
 
 def peak_memory() -> PeakMemory:
-    """Peak memory of this process in bytes, on the host and on its CUDA device: what its allocator had reserved there."""
+    """Peak memory of this process in bytes, on the host and on its CUDA device, of which its allocator held as much."""
     torch = sys.modules.get("torch")
     device = torch.cuda.max_memory_reserved() if torch is not None and torch.cuda.is_initialized() else 0
     return PeakMemory(host=peak_host_bytes(), device=device)
