@@ -23,7 +23,7 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from workers.checkpoint.source import ModelSource
 from workers.engines.maker import Maker
 from workers.errors import UnsupportedRecipe
-from workers.methods.layer import LayerWork, require_finite
+from workers.methods.layer import LayerWork
 from workers.methods.scaling import some
 from workers.model.loading import StreamedModel
 from workers.spec.formats import BNB_BLOCK
@@ -202,12 +202,16 @@ class BitsAndBytesMaker(Maker):
 
     def layer(self, work: LayerWork) -> None:
         """Quantize the modules that the library converts, and copy the other tensors."""
-        for key in self._streamed.keys_of_layer(work.index):
+        keys = self._streamed.keys_of_layer(work.index)
+        if work.tensors.whole:
+            converted = [key for key in keys if self._modules.get(key) in self._plan.converted]
+            work.finite.ask({key: work.tensors.placed[key] for key in converted})
+        for key in keys:
             module = self._modules.get(key)
             if module not in self._plan.converted:
                 self.copy({key: work.tensors.as_read[key]})
                 continue
-            tensor = require_finite(key, work.tensors.placed[key])
+            tensor = work.finite.require(key, work.tensors.placed[key])
             transposed = module in self._plan.transposed
             storage = getattr(torch, self._recipe.options.quant_storage)
             parts = quantize(tensor, self._recipe.scheme, transposed=transposed, storage=storage)

@@ -17,7 +17,7 @@ from workers.errors import UnsupportedRecipe
 from workers.formats.already import kept_codes
 from workers.formats.kept import DecodedSource
 from workers.methods import linear, schemes
-from workers.methods.layer import Coded, Factors, Layer, LayerWork
+from workers.methods.layer import Coded, Factors, Layer, LayerWork, require_finite
 from workers.methods.scaling import Scaling, some
 from workers.model import first_layer
 from workers.model.key_values import KEYS, VALUES, attentions_of
@@ -122,8 +122,10 @@ class LinearMaker(StoredMaker):
         keys = self._streamed.keys_of_layer(work.index)
         chosen = [(self._weights[key], self._schemes[key]) for key in keys if key in self._schemes]
         scaling = self._scaling(work)
+        if work.tensors.whole:
+            work.finite.ask({weight.key: work.tensors.placed[weight.key] for weight, _ in chosen})
         layer = Layer(
-            read=lambda weight: scaling.weight(weight, self._matrix(work, weight)),
+            read=lambda weight: self._read(work, scaling, weight),
             statistics=lambda weight: scaling.statistics(weight, self._statistics(work, weight)),
             dtype=self._source.headers[chosen[0][0].key].dtype if chosen else self._streamed.dtype,
             factors=work.factors,
@@ -194,7 +196,7 @@ class LinearMaker(StoredMaker):
             return
         weight, matrix_OI = self._weights[key], self._source.read(key)
         layer = Layer(
-            read=lambda piece: rows_OI,
+            read=lambda piece: require_finite(key, rows_OI),
             statistics=lambda piece: statistics,
             dtype=matrix_OI.dtype,
             factors=Factors(),
@@ -214,7 +216,7 @@ class LinearMaker(StoredMaker):
             return
         pairs = [(weight, self._schemes[weight.key]) for weight in group]
         layer = Layer(
-            read=lambda weight: self._source.read(weight.key).to(self._streamed.device),
+            read=lambda weight: require_finite(weight.key, self._source.read(weight.key).to(self._streamed.device)),
             statistics=lambda weight: None,
             dtype=self._source.headers[key].dtype,
             factors=Factors(),
@@ -253,9 +255,16 @@ class LinearMaker(StoredMaker):
             self.fallbacks.update(dict.fromkeys(scaling.notes))
         return scaling
 
-    def _matrix(self, work: LayerWork, weight: QuantizableWeight) -> Tensor:
-        matrix = work.tensors.placed[weight.key]
-        return matrix.T.contiguous() if weight.transposed else matrix
+    def _read(self, work: LayerWork, scaling: Scaling, weight: QuantizableWeight) -> Tensor:
+        """A weight as [O, I], scaled if the method scales it.
+
+        Raises:
+            NumericalError: it contains NaN or Inf.
+        """
+        placed = work.finite.require(weight.key, work.tensors.placed[weight.key])
+        matrix_OI = placed.T.contiguous() if weight.transposed else placed
+        scaled_OI = scaling.weight(weight, matrix_OI)
+        return scaled_OI if scaled_OI is matrix_OI else work.finite.require_scaled(weight.key, scaled_OI)
 
     def _statistics(self, work: LayerWork, weight: QuantizableWeight) -> InputStatistics | None:
         if work.observer is None or not self._recipe.calibrated:

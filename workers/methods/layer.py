@@ -5,7 +5,8 @@ B problems, O output features, I input features, G groups of input columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,9 +20,12 @@ from workers.model.statistics import InputStatistics, Observer
 from workers.model.upload import LayerTensors
 from workers.numerics import gptq, rounding
 from workers.numerics.codes import CodedWeight
+from workers.numerics.waits import brought, magnitudes
 from workers.spec.schemes import IntScheme, LinearScheme
 
 Key = tuple[tuple[int, ...], bool, float]
+# Largest magnitude of weights that stay finite in float32 whatever scales are folded into them.
+UNSCALED = 1e15
 
 
 class Factors:
@@ -46,12 +50,44 @@ class Factors:
         return self._factors[key][1]
 
 
+class Finite:
+    """Which of a layer's weights hold NaN or Inf: asked of the device once for all recipes, in one wait."""
+
+    def __init__(self) -> None:
+        self._largest: dict[str, float] = {}
+
+    def ask(self, tensors: Mapping[str, Tensor]) -> None:
+        """Find the largest magnitudes of tensors that nobody asked for yet."""
+        unknown = [key for key in tensors if key not in self._largest]
+        self._largest |= zip(unknown, magnitudes([tensors[key] for key in unknown]), strict=True)
+
+    def require(self, key: str, tensor: Tensor) -> Tensor:
+        """Return the tensor of that key unchanged.
+
+        Raises:
+            NumericalError: it contains NaN or Inf.
+        """
+        self.ask({key: tensor})
+        if not math.isfinite(self._largest[key]):
+            raise broken(key)
+        return tensor
+
+    def require_scaled(self, key: str, scaled: Tensor) -> Tensor:
+        """Return what scales made of the tensor of that key, unchanged.
+
+        Raises:
+            NumericalError: it contains NaN or Inf.
+        """
+        # Scales are far from 1e10, so what they make of numbers this small is finite.
+        return scaled if self._largest.get(key, math.inf) < UNSCALED else require_finite(key, scaled)
+
+
 @dataclass(frozen=True)
 class LayerWork:
     """One layer as given to all makers: its checkpoint tensors and observations.
 
     ``observer`` is None in a pass without calibration; ``folds`` are the layer's proven folds; ``factors`` are shared
-    by the recipes that solve under the same statistics.
+    by the recipes that solve under the same statistics, ``finite`` by all.
     """
 
     index: int
@@ -59,6 +95,7 @@ class LayerWork:
     observer: Observer | None = None
     folds: Sequence[Fold] = ()
     factors: Factors = field(default_factory=Factors)
+    finite: Finite = field(default_factory=Finite)
 
 
 @dataclass(frozen=True)
@@ -84,7 +121,8 @@ class Problem:
 class Layer:
     """A layer as a method sees it.
 
-    ``read`` returns a weight as float [O, I]; ``statistics`` those of its input; ``dtype`` is the checkpoint's.
+    ``read`` returns a weight as float [O, I], all finite; ``statistics`` those of its input; ``dtype`` is the
+    checkpoint's.
     """
 
     read: Callable[[QuantizableWeight], Tensor]
@@ -144,8 +182,9 @@ class Solved:
 class FoldableInput:
     """An input whose scales can be folded into the preceding module.
 
-    ``rows_I`` is the source channel of each column; ``seen`` are the weights that multiply the input and have
-    statistics; ``sinks`` are all weights that multiply it; ``read`` returns a weight as [O, I] in its stored dtype.
+    ``rows_I`` (int64, on the CPU) is the source channel of each column; ``seen`` are the weights that multiply the
+    input and have statistics; ``sinks`` are all weights that multiply it; ``read`` returns a weight as [O, I] in its
+    stored dtype.
     """
 
     rows_I: Tensor
@@ -159,9 +198,14 @@ class FoldableInput:
 
         Summed in the order of the columns on every device: a scatter's atomic additions on a card have no order.
         """
-        rows_I = self.rows_I.to(values_I.device)
-        sorted_I = values_I[rows_I.argsort(stable=True)]
-        return torch.segment_reduce(sorted_I, how, lengths=torch.bincount(rows_I), axis=0)[rows_I]
+        if torch.equal(self.rows_I, torch.arange(len(values_I))):
+            return values_I  # each has a channel of its own
+        # Found on the CPU, where that waits for nothing; what is checked there is right, so ``unsafe`` leaves it out.
+        order_I, lengths = self.rows_I.argsort(stable=True), torch.bincount(self.rows_I)
+        there = values_I.device
+        sorted_I = values_I[brought(order_I, there)]
+        each = torch.segment_reduce(sorted_I, how, lengths=brought(lengths, there), axis=0, unsafe=True)
+        return each[brought(self.rows_I, there)]
 
 
 def require_finite(key: str, tensor: Tensor) -> Tensor:
@@ -170,6 +214,11 @@ def require_finite(key: str, tensor: Tensor) -> Tensor:
     Raises:
         NumericalError: it contains NaN or Inf.
     """
-    if not bool(torch.isfinite(tensor).all()):
-        raise NumericalError(f"weights: NaN or Inf in {key}; its source is broken: name another, or leave it out")
+    if not math.isfinite(magnitudes([tensor])[0]):
+        raise broken(key)
     return tensor
+
+
+def broken(key: str) -> NumericalError:
+    """The error of a weight that holds NaN or Inf."""
+    return NumericalError(f"weights: NaN or Inf in {key}; its source is broken: name another, or leave it out")

@@ -18,7 +18,9 @@ from workers.methods.table import METHODS
 from workers.model.folding import Fold, fold_source
 from workers.model.loading import InputName, QuantizableWeight, StreamedModel
 from workers.model.statistics import InputStatistics
+from workers.model.upload import on_host
 from workers.numerics.smoothing import scaled
+from workers.numerics.waits import brought
 from workers.spec.recipes import LinearRecipe
 from workers.spec.schemes import LinearScheme
 
@@ -66,12 +68,8 @@ class Scaling:
         """Store the scales, for ``formats.folded``."""
         path.parent.mkdir(parents=True, exist_ok=True)
         kinds = {"columns": self._columns, "rows": self._rows, "replaced": self.replaced}
-        tensors = {
-            f"{kind}|{key}": t.cpu().contiguous()
-            for kind, tensors_by_key in kinds.items()
-            for key, t in tensors_by_key.items()
-        }
-        save_file(tensors, path)
+        tensors = {f"{kind}|{key}": t for kind, tensors_by_key in kinds.items() for key, t in tensors_by_key.items()}
+        save_file(on_host(tensors), path)
 
     # ------------------------------------------------------------------------------------- choosing
 
@@ -152,20 +150,22 @@ class Scaling:
     def _divide_rows(self, fold: Fold, scale_I: Tensor) -> Tensor:
         """Divide the rows of a linear source, which may be several checkpoint keys fused in memory."""
         parameter = fold.source if fold.expert is not None else f"{fold.source}.weight"
-        start = 0
+        start, device = 0, scale_I.device
         for weight in [w for w in self._weights if w.input == (parameter, fold.expert)]:
             rows = weight.shape_OI[0]
             inside = (fold.rows_I >= start) & (fold.rows_I < start + rows)
             if bool(inside.any()):
-                scale_O = torch.ones(rows, device=scale_I.device)
-                scale_O[fold.rows_I[inside] - start] = scale_I[inside]
+                scale_O = torch.ones(rows, device=device)
+                # Numbers of rows, not masks, which a card is waited for.
+                columns = brought(inside.nonzero().flatten(), device)
+                scale_O[brought(fold.rows_I[inside] - start, device)] = scale_I[columns]
                 self._divide(weight, scale_O)
             start += rows
         bias = self._keys.get(f"{fold.source}.bias")
         if fold.expert is None and bias is not None:
             old_bias = self._current(bias)
-            scale_O = torch.ones(len(old_bias), device=scale_I.device)
-            scale_O[fold.rows_I] = scale_I
+            scale_O = torch.ones(len(old_bias), device=device)
+            scale_O[brought(fold.rows_I, device)] = scale_I
             self.replaced[bias] = (old_bias.float() / scale_O).to(old_bias.dtype)
         return scale_I
 

@@ -23,6 +23,7 @@ from workers.model import trees
 from workers.model.batching import ran_out
 from workers.model.loading import InputName, QuantizableWeight
 from workers.model.products import Products
+from workers.numerics.waits import brought, truths
 
 FoldKind = Literal["norm", "unit-offset-norm", "linear"]
 # A tensor of the layer, and its new value.
@@ -35,8 +36,8 @@ EXPONENTS = (-20.0, -1.0, 1.0, 20.0)
 class Fold:
     """A source to divide, and all its sinks: parameters whose input columns are multiplied to compensate.
 
-    ``source`` names a module, or the fused parameter if ``expert`` is set; ``rows_I`` (int64) is the source channel
-    that feeds each input column of the sinks.
+    ``source`` names a module, or the fused parameter if ``expert`` is set; ``rows_I`` (int64, on the CPU) is the source
+    channel that feeds each input column of the sinks.
     """
 
     source: str
@@ -59,7 +60,8 @@ def find_folds(
         probe = _Probe(layer, prefix, run, targets)
         if not probe.deterministic:
             return []
-        return probe.proven([*probe.from_norms(), *probe.from_linears()])
+        norms = list(probe.from_norms())
+        return probe.proven([*norms, *probe.from_linears(norms)])
 
 
 def fold_source(
@@ -101,7 +103,7 @@ class _Probe:
         self._targets = list(dict.fromkeys(weight.input for weight in targets))
         self._generator = torch.Generator().manual_seed(0)
         self._plain = self._traced_run()
-        self.deterministic = _same(self._plain.result, self._traced_run().result)
+        (self.deterministic,) = _alike(self._plain.result, self._traced_run().result)
 
     # ---------------------------------------------------------------------------------------- tracing
 
@@ -136,7 +138,7 @@ class _Probe:
     def _powers(self, count: int, device: torch.device) -> Tensor:
         """Random powers of two, float32 [count]."""
         exponents = torch.tensor(EXPONENTS)[torch.randint(len(EXPONENTS), (count,), generator=self._generator)]
-        return exponents.exp2().to(device)
+        return brought(exponents.exp2(), device)
 
     # ------------------------------------------------------------------------------------------ norms
 
@@ -147,8 +149,7 @@ class _Probe:
             sinks = self._consumers(output)
             kind = _kind_of(norm, args, kwargs, self._powers(output.shape[-1], output.device)) if sinks else None
             if kind is not None:
-                rows_I = torch.arange(output.shape[-1], device=norm.weight.device)
-                yield Fold(name, kind, None, rows_I, tuple(sinks))
+                yield Fold(name, kind, None, torch.arange(output.shape[-1]), tuple(sinks))
 
     def _consumers(self, output: Tensor) -> list[InputName]:
         """Products whose input is ``output``, and same-width products of expert modules that take ``output``."""
@@ -167,9 +168,10 @@ class _Probe:
 
     # ---------------------------------------------------------------------------------------- linears
 
-    def from_linears(self) -> Iterator[Fold]:
-        """Yield a fold for each target whose input a sibling linear layer produces channel by channel."""
-        covered = {sink.parameter for fold in self.from_norms() for sink in fold.sinks}
+    def from_linears(self, norms: Iterable[Fold]) -> Iterator[Fold]:
+        """Yield a fold for each target, but the norms' sinks, whose input a sibling linear layer produces channel by
+        channel."""
+        covered = {sink.parameter for fold in norms for sink in fold.sinks}
         for sink in dict.fromkeys(parameter for parameter, _ in self._targets):
             if sink in covered:
                 continue
@@ -198,7 +200,7 @@ class _Probe:
         width = self._width(InputName(sink, self._experts(sink)[0]))
         for rows_I in _row_maps(rows, width, self._head_sizes(sink)):
             if self._follows(source, sink, rows_I):
-                return source, rows_I.to(self._parameters[sink].device)
+                return source, rows_I
         return None
 
     def _follows(self, source: str, sink: str, rows_I: Tensor) -> bool:
@@ -218,14 +220,13 @@ class _Probe:
             for name in ((sink, expert) for expert in self._experts(sink))
             if name in self._plain.inputs
         ]
-        scale_I = scale_O[rows_I]
-        return bool(pairs) and all(
-            after is not None
-            and after.shape == before.shape
-            and bool(before.any())
-            and torch.equal(after * scale_I.to(after), before)
-            for before, after in pairs
-        )
+        seen = [(before, after) for before, after in pairs if after is not None and after.shape == before.shape]
+        if not pairs or len(seen) < len(pairs):
+            return False
+        scale_I = brought(scale_O[rows_I], seen[0][0].device)
+        # All in one wait.
+        scaled = [(after * scale_I.to(after) == before).all() for before, after in seen]
+        return all(truths([*scaled, *(before.any() for before, _ in seen)]))
 
     def _folds_between(self, source: str, sink: str, rows_I: Tensor) -> Iterator[Fold]:
         module = source.removesuffix(".weight")
@@ -257,7 +258,7 @@ class _Probe:
             if fold.kind == "unit-offset-norm"
         ]
         with _changed(neutral):
-            plain = self._result()
+            plain = self._result() if neutral else self._plain.result
             scales = [self._powers(int(fold.rows_I.max()) + 1, fold.rows_I.device)[fold.rows_I] for fold in folds]
             # Lazily, one after the other: at most one new value is held beside the saved ones.
             with _changed(c for fold, s in zip(folds, scales, strict=True) for c in self._divided(fold, s)):
@@ -266,24 +267,25 @@ class _Probe:
                     whole = self._result()
         if plain is None or half is None or whole is None:
             return False
-        return _same(plain, whole) and not _same(plain, half)
+        return _alike(plain, whole, half) == [True, False]
 
     def _divided(self, fold: Fold, scale_I: Tensor) -> Iterator[TensorChange]:
         if fold.kind == "linear":
             parameter = fold.source if fold.expert is not None else f"{fold.source}.weight"
-            scale_O = torch.ones(self._rows(InputName(parameter, fold.expert)), device=scale_I.device)
+            scale_O = torch.ones(self._rows(InputName(parameter, fold.expert)))
             scale_O[fold.rows_I] = scale_I
             yield from self._divided_rows(parameter, fold.expert, scale_O)
             return
         weight, bias = self._parameters[f"{fold.source}.weight"], self._parameters.get(f"{fold.source}.bias")
-        new_weight, new_bias, _ = fold_source(fold.kind, weight.data, None if bias is None else bias.data, scale_I)
+        there_I, old_bias = brought(scale_I, weight.device), None if bias is None else bias.data
+        new_weight, new_bias, _ = fold_source(fold.kind, weight.data, old_bias, there_I)
         yield weight, new_weight
         if bias is not None and new_bias is not None:
             yield bias, new_bias
 
     def _divided_rows(self, parameter: str, expert: int | None, scale_O: Tensor) -> Iterator[TensorChange]:
         matrix = self._matrix(InputName(parameter, expert))
-        scale_O = scale_O.to(matrix)
+        scale_O = brought(scale_O, matrix.device).to(matrix)
         yield matrix, matrix / (scale_O if self._transposed(parameter) else scale_O[:, None])
         bias = self._parameters.get(f"{parameter.removesuffix('.weight')}.bias")
         if expert is None and bias is not None:
@@ -292,7 +294,7 @@ class _Probe:
     def _multiplied(self, fold: Fold, scale_I: Tensor) -> Iterator[TensorChange]:
         for sink in fold.sinks:
             matrix = self._matrix(sink)
-            columns = scale_I.to(matrix)
+            columns = brought(scale_I, matrix.device).to(matrix)
             yield matrix, matrix * (columns[:, None] if self._transposed(sink.parameter) else columns)
 
     # ----------------------------------------------------------------------------------------- matrices
@@ -346,7 +348,7 @@ def _kind_of(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sca
             plain = norm(*args, **kwargs)
         with _changed([(weight, scale - offset), *without_bias]):
             scaled = norm(*args, **kwargs)
-        if torch.equal(plain * scale.to(plain), scaled) and bool(plain.any()):
+        if all(truths([(plain * scale.to(plain) == scaled).all(), plain.any()])):
             return kind
     return None
 
@@ -432,8 +434,22 @@ def _changed(changes: Iterable[TensorChange]) -> Iterator[None]:
             tensor.copy_(value)
 
 
-def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+def _alike(one: Sequence[Tensor], *others: Sequence[Tensor]) -> list[bool]:
+    """Whether each of the others is equal to the first, in one wait for all of them."""
+    shapes, flags, owners = [tensor.shape for tensor in one], list[Tensor](), list[int]()
+    alike = [[tensor.shape for tensor in other] == shapes for other in others]
+    for index, other in enumerate(others):
+        pairs = [(a, b) for a, b in zip(one, other, strict=True) if not _is(a, b)] if alike[index] else []
+        flags += [(a == b).all() for a, b in pairs]
+        owners += [index] * len(pairs)
+    for index, flag in zip(owners, truths(flags), strict=True):
+        alike[index] &= flag
+    return alike
+
+
+def _is(one: Tensor, other: Tensor) -> bool:
+    """Whether both are one and the same memory."""
+    return one.data_ptr() == other.data_ptr() and one.dtype == other.dtype and one.stride() == other.stride()
 
 
 def _shares(one: Tensor, other: Tensor) -> bool:

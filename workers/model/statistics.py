@@ -6,6 +6,7 @@ share one, recognized by the input being the same tensor.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,7 @@ from workers.model import key_values
 from workers.model.loading import InputName, StreamedModel
 from workers.model.products import Products
 from workers.numerics.precision import add_product, sums_halves
+from workers.numerics.waits import magnitudes
 
 WIDE = 1024
 HALVES = (torch.float16, torch.bfloat16)
@@ -260,8 +262,10 @@ class Observer(InputWatcher):
         Raises:
             NumericalError: names the layer and the weight.
         """
-        for name in self._leaders:
-            if not bool(torch.isfinite(self._groups[name].gram_II.diagonal()).all()):
+        # One after the other they would be a wait each.
+        largest = magnitudes([self._groups[name].gram_II.diagonal() for name in self._leaders])
+        for name, magnitude in zip(self._leaders, largest, strict=True):
+            if not math.isfinite(magnitude):
                 raise NumericalError(
                     f"activations: NaN or Inf in the input of {name[0]} (layer {layer}); the model overflows in this "
                     "dtype, or its weights are broken"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from workers.machine.card_share import share_of
+from workers.numerics.waits import brought
 
 # A layer is brought to a card whole, beside the one at work and the model's stacks of experts, if as many layers of its
 # size fit into this share of what this process may have of it; else each tensor is, as often as it is asked for.
@@ -26,6 +27,11 @@ class LayerTensors:
     placed: Mapping[str, Tensor]
     loaded: Mapping[str, Tensor]
     arrived: torch.Event | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether ``placed`` are all there, rather than brought whenever they are asked for."""
+        return not isinstance(self.placed, _OnDemand)
 
     @property
     def home(self) -> torch.device:
@@ -60,20 +66,24 @@ class Upload:
             return LayerTensors(tensors, _OnDemand(tensors, self._device), tensors)
         computing = torch.accelerator.current_stream(self._device)
         with self._stream:
-            placed = {key: _brought(tensor, self._device) for key, tensor in tensors.items()}
+            placed = {key: brought(tensor, self._device) for key, tensor in tensors.items()}
         for tensor in placed.values():
             tensor.record_stream(computing)  # it isn't given back while kernels of that stream may read it
         return LayerTensors(tensors, placed, placed, self._stream.record_event())
 
 
-def _brought(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on the device; one that was decoded there is there already.
-
-    The pinned copy, which a card reads by itself, is kept by its allocator until that is done.
-    """
-    if tensor.device.type == device.type or not tensor.numel():
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors on the CPU, contiguous, in one wait for a card."""
+    devices = {tensor.device for tensor in tensors.values() if tensor.device.type != "cpu"}
+    found = {
+        key: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+        if tensor.device in devices
+        else tensor.contiguous()
+        for key, tensor in tensors.items()
+    }
+    for device in devices:
+        torch.accelerator.current_stream(device).synchronize()
+    return found
 
 
 class _OnDemand(Mapping[str, Tensor]):

@@ -110,7 +110,7 @@ def replay(log: Log, tensors: Path, watcher: InputWatcher, device: str) -> list[
                 source=fold.source,
                 kind=fold.kind,
                 expert=fold.expert,
-                rows_I=read_back(stream, log.tensors[fold.rows]).to(device),
+                rows_I=read_back(stream, log.tensors[fold.rows]),
                 sinks=fold.sinks,
             )
             for fold in log.folds
