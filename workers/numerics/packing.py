@@ -12,12 +12,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-WORD = 32
+WORD, BYTE = 32, 8
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
     """Pack codes in [0, 2^bits - 1], integer [..., N], along the last dimension: int32 [..., ceil(N * bits / 32)]."""
     *rest, count = values.shape
+    if BYTE % bits == 0:
+        return _pack_bytes(values, bits)
     blocks = -(-count // WORD)
     pieces = torch.nn.functional.pad(values.to(torch.int32), (0, blocks * WORD - count))
     width = bits
@@ -35,6 +37,19 @@ def pack(values: Tensor, bits: int) -> Tensor:
             words[..., word + 1] |= piece >> (WORD - offset)
     signed = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
     return signed.flatten(-2)[..., : -(-count * bits // WORD)].contiguous()
+
+
+def _pack_bytes(values: Tensor, bits: int) -> Tensor:
+    """``pack`` where a byte holds whole codes: a word's bytes come in the order of the codes."""
+    codes = values.to(torch.uint8)
+    if missing := -values.shape[-1] % (WORD // bits):
+        codes = torch.nn.functional.pad(codes, (0, missing))
+    width = bits
+    while width < BYTE:
+        codes = codes[..., 0::2] | (codes[..., 1::2] << width)
+        width *= 2
+    # Flat, for a dimension of one element may have any stride.
+    return codes.contiguous().flatten().view(torch.int32).view(*codes.shape[:-1], codes.shape[-1] * BYTE // WORD)
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
@@ -59,7 +74,8 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
 
 def pack_to_int32(codes_OI: Tensor, bits: int) -> Tensor:
     """Pack signed codes as compressed-tensors 0.20 does (``pack_to_int32``): int32 [O, ceil(I * bits / 32)]."""
-    return pack(codes_OI.to(torch.int32) + (1 << (bits - 1)), bits)
+    # Bytes wrap around, so that 8 bits don't need wider numbers.
+    return pack(codes_OI.to(torch.int8).view(torch.uint8) + (1 << (bits - 1)), bits)
 
 
 def unpack_from_int32(words_OW: Tensor, bits: int, shape_OI: tuple[int, int]) -> Tensor:
