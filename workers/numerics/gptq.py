@@ -170,9 +170,10 @@ def _factor(h_BII: Tensor, damping: float) -> tuple[Tensor, int, tuple[float, ..
     """
     lower_BII, whole_B = cholesky(damped(h_BII.flip(1, 2), damping))
     used = [damping] * len(h_BII)
-    for index in (~whole_B).nonzero().flatten().tolist():
+    dead_1 = (h_BII.diagonal(dim1=1, dim2=2) == 0).sum()[None]
+    *whole, dead = torch.cat([whole_B.to(dead_1.dtype), dead_1]).tolist()  # in one wait
+    for index in (index for index, positive in enumerate(whole) if not positive):
         lower_BII[index], used[index] = _factor_again(h_BII[index : index + 1].double(), damping, index)
-    dead = int((h_BII.diagonal(dim1=1, dim2=2) == 0).sum())
     return lower_BII.flip(1, 2), dead, tuple(used)
 
 
@@ -198,7 +199,7 @@ def damped(h_BII: Tensor, damping: float) -> Tensor:
     diagonal_BI = damped_BII.diagonal(dim1=1, dim2=2)
     mean_B1 = h_BII.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp(min=1e-30)
     # A dead column has no products with the others: any diagonal value leaves them unaffected.
-    diagonal_BI += torch.where(diagonal_BI == 0, mean_B1, 0)
+    diagonal_BI.add_((diagonal_BI == 0) * mean_B1)
     diagonal_BI += damping * mean_B1
     return damped_BII
 

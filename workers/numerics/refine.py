@@ -44,11 +44,11 @@ def refine(
     ``h_BII`` float32: X^T X of the inputs, or any positive multiple; ``damping`` is added to its diagonal, as a share
     of its mean. Zero points don't change. Rows without an improvement don't change.
     """
-    problem = _Problem.of(w_BOI, h_BII, damping)
+    problem = _Problem.of(w_BOI, h_BII, damping, scale_BOG.shape[2])
     codes_BIO = transposed(codes_BOI)
     for _ in range(rounds):
         scale_BOG = _scales(problem.h_BII, problem.hw_BIO, codes_BIO, scale_BOG, zero_BOG)
-        codes_BIO = _codes(problem.wt_BIO, problem.mixing_BII, codes_BIO, scale_BOG, zero_BOG, bits)
+        codes_BIO = _codes(problem, codes_BIO, scale_BOG, zero_BOG, bits)
     return transposed(codes_BIO), scale_BOG
 
 
@@ -69,8 +69,9 @@ def descend(
     """
     _, mixing_BII = _mixing(h_BII, damping)
     wt_BIO, values_BIO = transposed(w_BOI.float()), transposed(values_BOI)
+    group_BI = _groups(wt_BIO, scale_BOG.shape[2])
     for _ in range(rounds):
-        values_BIO = _swept(wt_BIO, mixing_BII, values_BIO, scale_BOG, zero_BOG, nearest)
+        values_BIO = _swept(wt_BIO, mixing_BII, values_BIO, scale_BOG, zero_BOG, group_BI, nearest)
     return transposed(values_BIO)
 
 
@@ -97,29 +98,37 @@ def refine_biased(
 
     The zero points, given and returned, are float32, those that stored biases stand for (``rounding.stored_zero``).
     """
-    problem = _Problem.of(w_BOI, h_BII, damping)
+    problem = _Problem.of(w_BOI, h_BII, damping, scale_BOG.shape[2])
     codes_BIO = transposed(codes_BOI)
     for _ in range(rounds):
         scale_BOG, zero_BOG = _affine(problem, codes_BIO, scale_BOG, zero_BOG, bits)
-        codes_BIO = _codes(problem.wt_BIO, problem.mixing_BII, codes_BIO, scale_BOG, zero_BOG, bits)
+        codes_BIO = _codes(problem, codes_BIO, scale_BOG, zero_BOG, bits)
     return transposed(codes_BIO), scale_BOG, zero_BOG
 
 
 class _Problem(NamedTuple):
-    """What stays the same over all rounds: H damped, its rows over its diagonal without that, W transposed, and H W."""
+    """What stays the same over all rounds: H damped, its rows over its diagonal without that, W transposed, H W, and
+    each column's group."""
 
     h_BII: Tensor
     mixing_BII: Tensor
     wt_BIO: Tensor
     hw_BIO: Tensor
+    group_BI: Tensor
 
     @classmethod
-    def of(cls, w_BOI: Tensor, h_BII: Tensor, damping: float) -> _Problem:
+    def of(cls, w_BOI: Tensor, h_BII: Tensor, damping: float, groups: int) -> _Problem:
         damped_BII, mixing_BII = _mixing(h_BII, damping)
         wt_BIO = transposed(w_BOI.float())
         hw_BIO = torch.zeros_like(wt_BIO)
         add_product(hw_BIO, damped_BII, wt_BIO)
-        return cls(damped_BII, mixing_BII, wt_BIO, hw_BIO)
+        return cls(damped_BII, mixing_BII, wt_BIO, hw_BIO, _groups(wt_BIO, groups))
+
+
+def _groups(wt_BIO: Tensor, groups: int) -> Tensor:
+    """The group of each column, int64 [B, I]."""
+    batch, width, _ = wt_BIO.shape
+    return (torch.arange(width, device=wt_BIO.device) // (width // groups)).expand(batch, -1)
 
 
 def _affine(
@@ -219,8 +228,15 @@ def _normal_equations_of_many(h_BII: Tensor, hw_BIO: Tensor, steps_BGgO: Tensor)
         product_BnIO = product(h_BnIg, steps_BGgO[:, first:last])
         each_BnGgO = torch.unflatten(product_BnIO, 2, (groups - first, size)).mul_(steps_BGgO[:, None, first:])
         torch.sum(each_BnGgO, 3, out=normal_BGGO[:, first:last, first:])
-        normal_BGGO[:, last:, first:last] = normal_BGGO[:, first:last, last:].transpose(1, 2)
+    # A is symmetric, and is there above the diagonal.
+    normal_BGGO = torch.where(_below(groups, h_BII.device)[..., None], normal_BGGO.transpose(1, 2), normal_BGGO)
     return normal_BGGO.permute(0, 3, 1, 2), right_BOG
+
+
+def _below(groups: int, device: torch.device) -> Tensor:
+    """Whether an element of a matrix [G, G] is below the diagonal, bool."""
+    number = torch.arange(groups, device=device)
+    return number[:, None] > number
 
 
 def _solved(normal_BOGG: Tensor, right_BOG: Tensor, scale_BOG: Tensor) -> Tensor:
@@ -234,7 +250,8 @@ def _solved(normal_BOGG: Tensor, right_BOG: Tensor, scale_BOG: Tensor) -> Tensor
     factor_BOGG, info_BO = torch.linalg.cholesky_ex(ridged_BOGG)
     exact_BOG = torch.cholesky_solve(right_BOG[..., None], factor_BOGG)[..., 0]
     rounded_BOG = exact_BOG.to(scale_BOG.dtype)
-    usable_BOG = rounded_BOG.isfinite() & (rounded_BOG > 0) & ~empty_BOG & (info_BO == 0)[..., None]
+    unusable_BOG = empty_BOG | (info_BO != 0)[..., None]
+    usable_BOG = (rounded_BOG > 0) & (rounded_BOG < torch.inf) & ~unusable_BOG
     trial_BOG = torch.where(usable_BOG, rounded_BOG, scale_BOG)
     change_BOG = trial_BOG.double() - now_BOG
     # The loss decreases by 2 d (b - A s) - d A d.
@@ -243,16 +260,10 @@ def _solved(normal_BOGG: Tensor, right_BOG: Tensor, scale_BOG: Tensor) -> Tensor
     return torch.where(better_BO[..., None], trial_BOG, scale_BOG)
 
 
-def _codes(
-    wt_BIO: Tensor,
-    mixing_BII: Tensor,
-    codes_BIO: Tensor,
-    scale_BOG: Tensor,
-    zero_BOG: Tensor | None,
-    bits: int,
-) -> Tensor:
+def _codes(problem: _Problem, codes_BIO: Tensor, scale_BOG: Tensor, zero_BOG: Tensor | None, bits: int) -> Tensor:
     """One sweep of coordinate descent over the columns: int8 [B, I, O]."""
-    return _swept(wt_BIO, mixing_BII, codes_BIO, scale_BOG, zero_BOG, Integers(*code_range(bits))).to(torch.int8)
+    of, nearest = (problem.wt_BIO, problem.mixing_BII), Integers(*code_range(bits))
+    return _swept(*of, codes_BIO, scale_BOG, zero_BOG, problem.group_BI, nearest).to(torch.int8)
 
 
 def _swept(
@@ -261,12 +272,10 @@ def _swept(
     codes_BIO: Tensor,
     scale_BOG: Tensor,
     zero_BOG: Tensor | None,
+    group_BI: Tensor,
     nearest: Nearest,
 ) -> Tensor:
     """One sweep over the columns, on any grid: float32 [B, I, O]."""
-    batch, width, _ = wt_BIO.shape
-    groups = scale_BOG.shape[2]
-    steps_BGgO = _steps(codes_BIO, groups, zero_BOG)
+    steps_BGgO = _steps(codes_BIO, scale_BOG.shape[2], zero_BOG)
     error_BIO = wt_BIO - (steps_BGgO * scale_BOG.float().mT[:, :, None, :]).flatten(1, 2)
-    group_BI = (torch.arange(width, device=wt_BIO.device) // (width // groups)).expand(batch, -1)
     return sweep(wt_BIO, mixing_BII, error_BIO, scale_BOG, zero_BOG, group_BI, nearest, lower=False)
