@@ -7,12 +7,12 @@ B problems, O output features, I input features, G groups.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from workers.methods.layer import Coded, Layer, Problem, Solved, Stack, Stacked, require_finite
+from workers.methods.layer import Coded, Layer, Problem, Solved, Stack, Stacked
 from workers.methods.table import METHODS
 from workers.model.loading import QuantizableWeight
 from workers.numerics import fp8, microscaling
@@ -35,7 +35,7 @@ def code_layer(
     """Quantize the weights of one layer.
 
     Raises:
-        NumericalError: a weight contains NaN or Inf, or its statistics stay indefinite under any damping.
+        NumericalError: a weight's statistics stay indefinite under any damping.
     """
     for batch in _batches(_problems(weights, layer)):
         yield from _code(recipe, batch, layer)
@@ -55,8 +55,9 @@ def _problems(weights: Sequence[tuple[QuantizableWeight, LinearScheme]], layer: 
     shapes = {key: [weight.shape_OI for weight in group] for key, group in together.items()}
     order = sorted(together, key=lambda key: (together[key][0].input.expert is not None, shapes[key]))
     for (_, scheme), group in ((key, together[key]) for key in order):
-        matrices = [require_finite(weight.key, layer.read(weight)) for weight in group]
-        yield Problem(tuple(group), scheme, torch.cat(matrices), layer.statistics(group[0]))
+        matrices = [layer.read(weight) for weight in group]
+        matrix_OI = matrices[0].contiguous() if len(matrices) == 1 else torch.cat(matrices)
+        yield Problem(tuple(group), scheme, matrix_OI, layer.statistics(group[0]))
 
 
 def _batches(problems: Iterable[Problem]) -> Iterator[list[Problem]]:
@@ -79,6 +80,13 @@ def _batches(problems: Iterable[Problem]) -> Iterator[list[Problem]]:
         yield batch
 
 
+def _stacked(batch: Sequence[Problem]) -> Tensor:
+    """The weights of problems of one shape, [B, O, I]; of a single one without a copy."""
+    if len(batch) == 1:
+        return batch[0].matrix_OI[None]
+    return torch.stack([problem.matrix_OI for problem in batch])
+
+
 def _code(recipe: LinearRecipe, batch: list[Problem], layer: Layer) -> Iterator[Coded]:
     match batch[0].scheme:
         case IntScheme() as scheme:
@@ -94,7 +102,7 @@ def _code(recipe: LinearRecipe, batch: list[Problem], layer: Layer) -> Iterator[
 
 
 def _code_int(recipe: LinearRecipe, scheme: IntScheme, batch: list[Problem], layer: Layer) -> Iterator[Coded]:
-    w_BOI = torch.stack([problem.matrix_OI for problem in batch])
+    w_BOI = _stacked(batch)
     row = FORMATS[recipe.format]
     scale_dtype = torch.float16 if row.scale_dtype == "float16" else layer.dtype
     stack = Stack(batch, w_BOI, layer.factors, scheme, scale_dtype, row.real_zeros)
@@ -146,55 +154,97 @@ def _code_microscaled(
     recipe: LinearRecipe, scheme: MicroscalingScheme, batch: list[Problem], layer: Layer
 ) -> Iterator[Coded]:
     solver = METHODS[recipe.method].values
-    stack = Stacked(batch, torch.stack([problem.matrix_OI for problem in batch]), layer.factors)
-    importances = stack.hessians.diagonal(dim1=1, dim2=2) if solver else [None] * len(batch)
+    stack = Stacked(batch, _stacked(batch), layer.factors)
+    importances = _importances(stack) if solver else [None] * len(batch)
     shared = FORMATS[recipe.format].tensor_scales
-    rounded = [
-        _rounded(scheme, problem, i_I, tensor_scales=shared) for problem, i_I in zip(batch, importances, strict=True)
+    grids = [
+        _Grid.of(scheme, problem, i_I, tensor_scales=shared) for problem, i_I in zip(batch, importances, strict=True)
     ]
     notes: Sequence[tuple[str, ...]] = [()] * len(batch)
-    if solver is not None:
-        scale_BOG = torch.stack([torch.cat([coded.scales for coded in weights]) for weights in rounded])
+    if solver is None:
+        coded = [grid.rounded() for grid in grids]
+    else:
+        scale_BOG = torch.stack([grid.scales for grid in grids])
         values_BOI, notes = solver(recipe, stack, scale_BOG, NEAREST[scheme.type])
-        for weights, values_OI in zip(rounded, values_BOI, strict=True):
-            rows = torch.split(values_OI, [coded.scales.shape[0] for coded in weights])
-            weights[:] = [coded.with_values(part_OI) for coded, part_OI in zip(weights, rows, strict=True)]
-    for problem, weights, said in zip(batch, rounded, notes, strict=True):
+        coded = [grid.with_values(values_OI) for grid, values_OI in zip(grids, values_BOI, strict=True)]
+    for problem, weights, said in zip(batch, coded, notes, strict=True):
         scale, also = _input_global_scale(scheme, problem)
-        for number, (weight, coded) in enumerate(zip(problem.weights, weights, strict=True)):
-            whole = replace(coded, input_global_scale=scale) if isinstance(coded, Float4Weight) else coded
+        for number, (weight, one) in enumerate(zip(problem.weights, weights, strict=True)):
+            whole = replace(one, input_global_scale=scale) if isinstance(one, Float4Weight) else one
             yield Coded(weight, whole, (*said, *also) if number == 0 else ())
 
 
-def _rounded(
-    scheme: MicroscalingScheme, problem: Problem, importance_I: Tensor | None, *, tensor_scales: bool
-) -> list[Float4Weight | Mxfp8Weight]:
-    """Each weight of a problem rounded to nearest, with searched scales.
+def _importances(stack: Stacked) -> Sequence[Tensor]:
+    """The diagonal of each problem's H; ones if no token came to it."""
+    diagonal_BI = stack.hessians.diagonal(dim1=1, dim2=2)
+    return torch.where((diagonal_BI > 0).any(-1, keepdim=True), diagonal_BI, 1.0).unbind()
 
-    nvfp4 shares a global scale where runtimes fuse weights; without ``tensor_scales`` it is 1.
+
+@dataclass(frozen=True)
+class _Grid:
+    """The searched scales of a problem's weights.
+
+    ``scale_OG`` are stored (see ``codes.Float4Weight`` and ``Mxfp8Weight``); ``divisors`` is each weight's global scale
+    (nvfp4; of others None), and ``divisor_O1`` each row's.
     """
-    if importance_I is not None and not bool((importance_I > 0).any()):
-        importance_I = None  # no token came to it
-    matrices = {weight.module: matrix_OI for weight, matrix_OI in zip(problem.weights, _matrices(problem), strict=True)}
-    if scheme.type == "mxfp4":
-        return [Float4Weight(*microscaling.mxfp4(matrix_OI, importance_I), None) for matrix_OI in matrices.values()]
-    if scheme.type == "mxfp8":
-        return [Mxfp8Weight(*microscaling.mxfp8(matrix_OI, importance_I)) for matrix_OI in matrices.values()]
-    if tensor_scales:
-        divisors = {m: microscaling.nvfp4_global_scale(largest) for m, largest in _fused_maxima(matrices).items()}
-    else:
-        divisors = dict.fromkeys(matrices, torch.ones(1, device=problem.matrix_OI.device))
-    return [
-        Float4Weight(*microscaling.nvfp4(matrix_OI, divisors[module], importance_I))
-        for module, matrix_OI in matrices.items()
-    ]
+
+    scheme: MicroscalingScheme
+    problem: Problem
+    scale_OG: Tensor
+    divisors: Sequence[Tensor | None]
+    divisor_O1: Tensor | None
+
+    @classmethod
+    def of(
+        cls, scheme: MicroscalingScheme, problem: Problem, importance_I: Tensor | None, *, tensor_scales: bool
+    ) -> _Grid:
+        """Search the scales.
+
+        nvfp4 shares a global scale where runtimes fuse weights; without ``tensor_scales`` it is 1.
+        """
+        w_OI, weights = problem.matrix_OI, problem.weights
+        if scheme.type != "nvfp4":
+            scale_OG = microscaling.mx_exponents(w_OI, importance_I, NEAREST[scheme.type])
+            return cls(scheme, problem, scale_OG, [None] * len(weights), None)
+        if tensor_scales:
+            largest = _fused_maxima({w.module: m for w, m in zip(weights, _matrices(problem), strict=True)})
+            divisors = [microscaling.nvfp4_global_scale(largest[weight.module]) for weight in weights]
+        else:
+            divisors = [torch.ones(1, device=w_OI.device)] * len(weights)
+        rows = [divisor.expand(weight.shape_OI[0]) for weight, divisor in zip(weights, divisors, strict=True)]
+        divisor_O1 = torch.cat(rows)[:, None]
+        scale_OG = microscaling.nvfp4_scales(w_OI, divisor_O1, importance_I)
+        return cls(scheme, problem, scale_OG, divisors, divisor_O1)
+
+    @property
+    def scales(self) -> Tensor:
+        """What values are multiplied with, float32 [O, G]."""
+        return microscaling.effective_scales(self.scale_OG, self.divisor_O1)
+
+    def rounded(self) -> list[Float4Weight | Mxfp8Weight]:
+        """Each weight, rounded to nearest."""
+        nearest = microscaling.nearest8 if self.scheme.type == "mxfp8" else microscaling.nearest4
+        return self._split(nearest(self.problem.matrix_OI, self.scale_OG, self.divisor_O1))
+
+    def with_values(self, values_OI: Tensor) -> list[Float4Weight | Mxfp8Weight]:
+        """Each weight, of values of the grid, given as floats."""
+        mxfp8 = self.scheme.type == "mxfp8"
+        return self._split(values_OI.to(torch.float8_e4m3fn) if mxfp8 else microscaling.codes_of(values_OI))
+
+    def _split(self, codes_OI: Tensor) -> list[Float4Weight | Mxfp8Weight]:
+        sizes = [weight.shape_OI[0] for weight in self.problem.weights]
+        parts = zip(torch.split(codes_OI, sizes), torch.split(self.scale_OG, sizes), self.divisors, strict=True)
+        if self.scheme.type == "mxfp8":
+            return [Mxfp8Weight(codes, scale) for codes, scale, _ in parts]
+        return [Float4Weight(codes, scale, divisor) for codes, scale, divisor in parts]
 
 
 def _fused_maxima(matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The largest magnitude, by module, of all that runtimes fuse it with: they keep one scale for the whole."""
     largest: dict[str, Tensor] = {}
     for members in together(matrices):
-        largest |= dict.fromkeys(members, torch.stack([matrices[module].abs().amax() for module in members]).amax())
+        ends = [end for module in members for end in torch.aminmax(matrices[module])]
+        largest |= dict.fromkeys(members, torch.stack(ends).abs().amax())
     return largest
 
 

@@ -1,17 +1,20 @@
 """AWQ (arXiv 2306.00978): scales of the inputs and clipped ranges that minimize the loss of rounding to nearest.
 
 The paper measures an output's error by forwards; here it is computed from H = X^T X alone: tr(E H E^T), the same sum.
-B stacked problems, O output features, I input features, G groups, g group size.
+B stacked problems, C candidates, O output features, I input features, G groups, g group size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from workers.numerics import rounding
+from workers.numerics.pieces import trials_at_a_time
+from workers.numerics.waits import numbers
 
 # Scales outside of this range would cost a half-precision norm or weight its digits.
 LEAST, MOST = 1e-4, 1e4
@@ -49,57 +52,80 @@ def input_scales(
     multiples of 1 / ``grid`` up to 1: first four of them, then those around the best in decreasing steps.
     """
     x_I, w_I = input_mean_I.float(), weight_mean_I.float().clamp(min=LEAST)
-
-    def loss_of(scale_I: Tensor) -> float:
-        return _loss(problems, scale_I, bits, group_size, symmetric)
-
     ones_I = torch.ones_like(x_I)
-    candidates = [
-        (loss_of(ones_I), ones_I),
-        _searched(lambda a: _bounded(x_I.pow(a)), loss_of, grid),
-        _searched(lambda a: _bounded(x_I.pow(a) / w_I.pow(1 - a)), loss_of, grid),
-    ]
+    families = [_Family(x_I.pow), _Family(lambda a: x_I.pow(a) / w_I.pow(1 - a))]
+
+    def try_(steps: Sequence[Sequence[int]], *others: Tensor) -> list[float]:
+        """Evaluate a round: each family's steps, and others, whose losses are returned. A card is waited for once."""
+        new = [sorted(set(given) - family.tried.keys()) for family, given in zip(families, steps, strict=True)]
+        raw = [family.scale_of(step / grid) for family, given in zip(families, new, strict=True) for step in given]
+        if not raw and not others:
+            return []
+        scale_CI = torch.cat([*([_bounded(torch.stack(raw))] if raw else []), *(other[None] for other in others)])
+        losses_C = _losses(problems[0], scale_CI, bits, group_size, symmetric)
+        for problem in problems[1:]:
+            losses_C += _losses(problem, scale_CI, bits, group_size, symmetric)
+        losses: list[float] = losses_C.tolist()
+        found = iter(zip(losses, scale_CI, strict=True))
+        for family, given in zip(families, new, strict=True):
+            family.tried.update({step: next(found) for step in given})
+        return losses[len(raw) :]
+
+    stride = max(grid // 4, 1)
+    steps: list[Sequence[int]] = [range(stride, grid + 1, stride)] * len(families)
+    (unscaled,) = try_(steps, ones_I)
+    best = [family.best(given) for family, given in zip(families, steps, strict=True)]
+    while stride > 1:
+        stride = (stride + 1) // 2
+        steps = [(step, max(step - stride, 1), min(step + stride, grid)) for step in best]
+        try_(steps)
+        best = [family.best(given) for family, given in zip(families, steps, strict=True)]
+    candidates = [(unscaled, ones_I), *(family.tried[step] for family, step in zip(families, best, strict=True))]
     return min(candidates, key=lambda candidate: candidate[0])[1]
 
 
-def _searched(
-    scale_of: Callable[[float], Tensor], loss_of: Callable[[Tensor], float], grid: int
-) -> tuple[float, Tensor]:
-    """The minimum loss over multiples of 1 / ``grid`` in (0, 1], and its scales."""
-    tried: dict[int, tuple[float, Tensor]] = {}
+@dataclass(frozen=True)
+class _Family:
+    """Candidates for exponents; ``tried`` are the loss and the scales of each step that was evaluated."""
 
-    def loss_at(step: int) -> float:
-        if step not in tried:
-            scale_I = scale_of(step / grid)
-            tried[step] = (loss_of(scale_I), scale_I)
-        return tried[step][0]
+    scale_of: Callable[[float], Tensor]
+    tried: dict[int, tuple[float, Tensor]] = field(default_factory=dict)
 
-    stride = max(grid // 4, 1)
-    best = min(range(stride, grid + 1, stride), key=loss_at)
-    while stride > 1:
-        stride = (stride + 1) // 2
-        best = min((best, max(best - stride, 1), min(best + stride, grid)), key=loss_at)
-    return tried[best]
+    def best(self, steps: Sequence[int]) -> int:
+        """The first of the steps with the minimum loss."""
+        return min(steps, key=lambda step: self.tried[step][0])
 
 
-def _bounded(scale_I: Tensor) -> Tensor:
-    """Center the scales' range around 1, and clamp it; an input that was always zero keeps scale 1."""
-    seen_I = (scale_I > 0) & scale_I.isfinite()
-    if not bool(seen_I.any()):
-        return torch.ones_like(scale_I)
-    seen = scale_I[seen_I]
-    return torch.where(seen_I, scale_I / (seen.amax() * seen.amin()).sqrt(), 1.0).clamp(LEAST, MOST)
+def _bounded(scale_CI: Tensor) -> Tensor:
+    """Center each candidate's range around 1, and clamp it; an input that was always zero keeps scale 1."""
+    unseen_CI = ~((scale_CI > 0) & (scale_CI < torch.inf))
+    largest_C1 = scale_CI.masked_fill(unseen_CI, 0.0).amax(-1, keepdim=True)
+    least_C1 = scale_CI.masked_fill(unseen_CI, torch.inf).amin(-1, keepdim=True)
+    middle_C1 = (largest_C1 * least_C1).sqrt_()
+    return (scale_CI / middle_C1).masked_fill_(unseen_CI, 1.0).clamp_(LEAST, MOST)
 
 
-def _loss(problems: Sequence[Problem], scale_I: Tensor, bits: int, group_size: int | None, symmetric: bool) -> float:
-    total = 0.0
-    for w_BOI, h_BII in problems:
-        scaled_BOI = w_BOI.float() * scale_I
-        scale, zero = rounding.minmax_params(scaled_BOI, bits, group_size, symmetric=symmetric)
-        codes = rounding.quantize(scaled_BOI, scale, zero, bits)
-        error_BOI = (rounding.dequantize(codes, scale, zero) - scaled_BOI) / scale_I
-        total += float(((error_BOI @ h_BII) * error_BOI).sum(dtype=torch.float64))
-    return total
+def _losses(problem: Problem, scale_CI: Tensor, bits: int, group_size: int | None, symmetric: bool) -> Tensor:
+    """The loss of each candidate, float64 [C]; as many at a time as a piece holds."""
+    w_B1OI, h_BII = problem[0].float().unsqueeze(1), problem[1]
+    low, high = rounding.code_range(bits)
+    losses = []
+    for some_CI in torch.split(scale_CI, trials_at_a_time(w_B1OI.numel(), w_B1OI.device)):
+        scale_C1I = some_CI[:, None]
+        scaled_BCOI = w_B1OI * scale_C1I
+        groups = torch.unflatten(scaled_BCOI, -1, (-1, group_size or scaled_BCOI.shape[-1]))
+        scale, zero = rounding.params_of(rounding.extent(groups, symmetric=symmetric), bits)
+        scale, zero = scale.unsqueeze(-1), None if zero is None else zero.unsqueeze(-1)
+        codes = groups / scale
+        if zero is not None:
+            codes += zero
+        codes.round_().clamp_(low, high)
+        if zero is not None:
+            codes -= zero
+        error_BCOI = codes.mul_(scale).flatten(-2).sub_(scaled_BCOI).div_(scale_C1I)
+        product = (error_BCOI.flatten(1, 2) @ h_BII).view_as(error_BCOI)
+        losses.append(product.mul_(error_BCOI).sum((0, 2, 3), dtype=torch.float64))
+    return torch.cat(losses)
 
 
 def clipped_params(
@@ -119,16 +145,25 @@ def clipped_params(
     size = group_size or width
     blocks_BGgg = torch.stack([h_BII[:, i : i + size, i : i + size] for i in range(0, width, size)], 1)
     groups_BGOg = torch.unflatten(w_BOI.float(), -1, (-1, size)).transpose(1, 2)
-    low, high = groups_BGOg.amin(-1), groups_BGOg.amax(-1)
-    best_BGO, least_BGO = torch.ones_like(low), torch.full_like(low, torch.inf)
-    for clip in CLIPS:
-        scale, zero = rounding.range_params(low * clip, high * clip, bits, symmetric=symmetric, scale_dtype=scale_dtype)
-        codes = rounding.quantize_groups(groups_BGOg, scale, zero, bits)
-        error_BGOg = rounding.dequantize_groups(codes, scale, zero) - groups_BGOg
-        loss_BGO = ((error_BGOg @ blocks_BGgg) * error_BGOg).sum(-1)
-        best_BGO = torch.where(loss_BGO < least_BGO, clip, best_BGO)
-        least_BGO = torch.minimum(least_BGO, loss_BGO)
-    scale, zero = rounding.range_params(
-        low * best_BGO, high * best_BGO, bits, symmetric=symmetric, scale_dtype=scale_dtype
-    )
-    return scale.transpose(1, 2), None if zero is None else zero.transpose(1, 2)
+    clip_C111 = numbers(CLIPS, w_BOI.device)[:, None, None, None]
+    clipped = rounding.shrunken(rounding.extent(groups_BGOg, symmetric=symmetric), clip_C111)
+    scale_CBGO, zero_CBGO = rounding.params_of(clipped, bits, scale_dtype)
+    loss_CBGO = torch.empty(scale_CBGO.shape, device=scale_CBGO.device)
+    code_low, code_high = rounding.code_range(bits)
+    at_once = trials_at_a_time(groups_BGOg.numel(), groups_BGOg.device)
+    for start in range(0, len(CLIPS), at_once):
+        clips = slice(start, start + at_once)
+        scale = scale_CBGO[clips].float().unsqueeze(-1)
+        zero = None if zero_CBGO is None else zero_CBGO[clips].unsqueeze(-1)
+        error_cBGOg = groups_BGOg / scale
+        if zero is not None:
+            error_cBGOg += zero
+        error_cBGOg.round_().clamp_(code_low, code_high)
+        if zero is not None:
+            error_cBGOg -= zero
+        error_cBGOg.mul_(scale).sub_(groups_BGOg)
+        torch.sum((error_cBGOg @ blocks_BGgg).mul_(error_cBGOg), -1, out=loss_CBGO[clips])
+    best_1BGO = rounding.first_least(loss_CBGO)
+    scale_BGO = scale_CBGO.gather(0, best_1BGO)[0]
+    zero_BGO = None if zero_CBGO is None else zero_CBGO.gather(0, best_1BGO)[0]
+    return scale_BGO.transpose(1, 2), None if zero_BGO is None else zero_BGO.transpose(1, 2)

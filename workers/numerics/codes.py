@@ -5,9 +5,8 @@ O output features, I input features, G groups of input columns (1 for a scale pe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from workers.numerics import fp8, microscaling, rounding
@@ -64,15 +63,6 @@ class Float4Weight:
     global_scale: Tensor | None
     input_global_scale: Tensor | None = None
 
-    @property
-    def scales(self) -> Tensor:
-        """What the codes' values are multiplied with, float32."""
-        return microscaling.effective_scales(self.scale_OG, self.global_scale)
-
-    def with_values(self, values_OI: Tensor) -> Float4Weight:
-        """The weight with other values of the same grid, given as floats."""
-        return replace(self, codes_OI=microscaling.encode(values_OI))
-
     def dequantize(self) -> Tensor:
         """The weight, float32 (O, I)."""
         return microscaling.dequantize(self.codes_OI, self.scale_OG, self.global_scale)
@@ -84,15 +74,6 @@ class Mxfp8Weight:
 
     values_OI: Tensor
     exponent_OG: Tensor
-
-    @property
-    def scales(self) -> Tensor:
-        """What the values are multiplied with, float32."""
-        return microscaling.effective_scales(self.exponent_OG, None)
-
-    def with_values(self, values_OI: Tensor) -> Mxfp8Weight:
-        """The weight with other values of the same grid, given as floats."""
-        return replace(self, values_OI=values_OI.to(torch.float8_e4m3fn))
 
     def dequantize(self) -> Tensor:
         """The weight, float32 (O, I)."""

@@ -55,7 +55,7 @@ def to_e4m3(x: Tensor) -> Tensor:
 
 def nonzero(scale: Tensor) -> Tensor:
     """``scale`` with zeros replaced by its dtype's epsilon, as in compressed-tensors, to avoid division by zero."""
-    return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale).to(scale.dtype)
+    return scale.masked_fill(scale == 0, torch.finfo(scale.dtype).eps)
 
 
 def _block_maxima(w_OI: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def params(
 
 
 def _fit(w_Ng: Tensor, bits: int, dtype: torch.dtype, iterations: int, norm: float) -> tuple[Tensor, Tensor]:
-    scale_N, zero_N = rounding.range_params(w_Ng.amin(-1), w_Ng.amax(-1), bits, symmetric=False, scale_dtype=dtype)
+    scale_N, zero_N = rounding.params_of(rounding.extent(w_Ng, symmetric=False), bits, dtype)
     assert zero_N is not None
     beta, best_scale_N, best_zero_N = BETA, scale_N, zero_N
     codes_Ng = rounding.quantize_groups(w_Ng, scale_N, zero_N, bits).float()

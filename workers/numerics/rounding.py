@@ -6,12 +6,11 @@ Codes are signed: [-2^(bits-1), 2^(bits-1) - 1]; weight = (code - zero) * scale,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from workers.numerics.pieces import rows_at_a_time
+from workers.numerics.pieces import rows_at_a_time, trials_at_a_time
+from workers.numerics.waits import numbers
 
 # Factors on the min-max range tried by the MSE search: a coarse grid; then smaller ones for groups whose best was the
 # smallest (2 or 3 bits for a long row with outliers: the best is 0.1 to 0.4); then halving steps around the best.
@@ -33,8 +32,7 @@ def minmax_params(
 
     ``group_size`` None: one group for each row. A group of zeros gets a scale that keeps it exactly zero.
     """
-    groups = _grouped(w_OI.float(), group_size)
-    return range_params(groups.amin(-1), groups.amax(-1), bits, symmetric=symmetric, scale_dtype=scale_dtype)
+    return params_of(extent(_grouped(w_OI.float(), group_size), symmetric=symmetric), bits, scale_dtype)
 
 
 def mse_params(
@@ -125,48 +123,85 @@ def _grouped(w_OI: Tensor, group_size: int | None) -> Tensor:
     return w_OI.reshape(*w_OI.shape[:-1], width // size, size)
 
 
-def range_params(
-    low: Tensor, high: Tensor, bits: int, *, symmetric: bool, scale_dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point (int8, None if symmetric) of grids over the ranges from ``low`` to ``high``, float [...]."""
-    code_low, code_high = code_range(bits)
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    span = 2 * torch.maximum(-low, high) if symmetric else high - low
-    scale = (span / (code_high - code_low)).to(scale_dtype)
-    # A scale that is zero, or rounds to zero in the stored dtype, would divide by zero.
-    scale = torch.where(scale == 0, torch.finfo(scale_dtype).eps, scale).to(scale_dtype)
+# What a grid has to cover of each group: its largest magnitude (symmetric), or its lowest and its highest number.
+Extent = tuple[Tensor] | tuple[Tensor, Tensor]
+
+
+def extent(groups: Tensor, *, symmetric: bool) -> Extent:
+    """The extents, float [...] each, of groups float [..., g]; on a card in one pass over them."""
+    if groups.device.type == "cpu":
+        low, high = groups.amin(-1), groups.amax(-1)  # vectorized, as both in one and the norm aren't
+        return (torch.maximum(-low, high),) if symmetric else (low, high)
     if symmetric:
-        return scale, None
+        return (torch.linalg.vector_norm(groups, torch.inf, dim=-1),)
+    low, high = torch.aminmax(groups, dim=-1)
+    return low, high
+
+
+def shrunken(of: Extent, factor: Tensor) -> Extent:
+    """Extents times factors, which broadcast."""
+    return (of[0] * factor,) if len(of) == 1 else (of[0] * factor, of[1] * factor)
+
+
+def params_of(of: Extent, bits: int, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point (int8, None if symmetric) of grids that cover these extents."""
+    code_low, code_high = code_range(bits)
+    if len(of) == 1:
+        return _stored(of[0] / ((code_high - code_low) / 2), scale_dtype), None
+    low, high = of[0].clamp(max=0), of[1].clamp(min=0)
+    scale = _stored((high - low) / (code_high - code_low), scale_dtype)
     zero = (code_low - low / scale.float()).round().clamp(code_low, code_high)
     return scale, zero.to(torch.int8)
+
+
+def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """A scale, which may be overwritten, as it is stored; one that is zero, or rounds to zero, would divide by zero."""
+    stored = scale.to(dtype)
+    return stored.masked_fill_(stored == 0, torch.finfo(dtype).eps)
 
 
 def _search(
     groups_OGg: Tensor, weights_OGg: Tensor | None, bits: int, symmetric: bool, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    low, high = groups_OGg.amin(-1), groups_OGg.amax(-1)
-    scratch = torch.empty_like(groups_OGg)
+    whole = extent(groups_OGg, symmetric=symmetric)
 
-    def error_of(factor: Tensor | float) -> Tensor:
-        scale, zero = range_params(low * factor, high * factor, bits, symmetric=symmetric, scale_dtype=scale_dtype)
-        return _error(groups_OGg, weights_OGg, scale, zero, bits, scratch)
+    def params(factor: Tensor) -> tuple[Tensor, Tensor | None]:
+        return params_of(shrunken(whole, factor), bits, scale_dtype)
 
-    best = torch.full_like(low, COARSE[0])
-    least = error_of(best)
-    for candidate in COARSE[1:]:
-        best, least = _keep_better(best, least, torch.full_like(low, candidate), error_of(candidate))
-    for last, candidate in zip((COARSE[-1], *SMALLER), SMALLER, strict=False):
-        falling = best == last
-        if not bool(falling.any()):
-            break
-        # Other groups keep their factor, so that no group's scale depends on the other groups of its piece.
-        trial = torch.where(falling, candidate, best)
-        best, least = _keep_better(best, least, trial, error_of(trial))
+    def errors_of(factor_TOG: Tensor) -> Tensor:
+        return _errors(groups_OGg, weights_OGg, *params(factor_TOG), bits)
+
+    factor_T = numbers((*COARSE, *SMALLER), groups_OGg.device)
+    coarse_T, smaller_T = factor_T[: len(COARSE)], factor_T[len(COARSE) :]
+    errors_TOG = errors_of(coarse_T[:, None, None])
+    first_1OG = first_least(errors_TOG)
+    best, least = coarse_T[first_1OG[0]], errors_TOG.gather(0, first_1OG)[0]
+    # Few rows have such groups at 4 bits: they are searched on alone. A card is waited for once, for their number.
+    rows = (best == COARSE[-1]).any(-1).nonzero().flatten()
+    if len(rows):
+        some_RGg, weights_RGg = groups_OGg[rows], None if weights_OGg is None else weights_OGg[rows]
+        factor_TRG = smaller_T[:, None, None].expand(-1, *best[rows].shape)
+        params_TRG = params_of(shrunken(extent(some_RGg, symmetric=symmetric), factor_TRG), bits, scale_dtype)
+        errors_TRG = _errors(some_RGg, weights_RGg, *params_TRG, bits)
+        best[rows], least[rows] = _as_long_as_better(best[rows], least[rows], factor_TRG, errors_TRG)
     for step in FINE_STEPS:
-        around: Sequence[Tensor] = (best - step, best + step)
-        for trial in around:
-            best, least = _keep_better(best, least, trial, error_of(trial))
-    return range_params(low * best, high * best, bits, symmetric=symmetric, scale_dtype=scale_dtype)
+        around_TOG = torch.stack((best - step, best + step))
+        for trial, error in zip(around_TOG, errors_of(around_TOG), strict=True):
+            best, least = _keep_better(best, least, trial, error)
+    return params(best)
+
+
+def _as_long_as_better(best: Tensor, least: Tensor, factor_T: Tensor, error_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Groups whose best is the coarse grid's last go on to the next factor as long as its error is smaller."""
+    factors, errors = torch.cat([best[None], factor_T]), torch.cat([least[None], error_T])
+    better_T = (errors[1:] < errors[:-1]) & (best == COARSE[-1])
+    last = better_T.cumprod(0).sum(0, keepdim=True)
+    return factors.gather(0, last)[0], errors.gather(0, last)[0]
+
+
+def first_least(error_T: Tensor) -> Tensor:
+    """The number of the first trial with the least error, int64 [1, ...]; NaN is never the least."""
+    return error_T.nan_to_num(nan=torch.inf, posinf=torch.inf).argmin(0, keepdim=True)
 
 
 def _keep_better(best: Tensor, least: Tensor, trial: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,24 +209,31 @@ def _keep_better(best: Tensor, least: Tensor, trial: Tensor, error: Tensor) -> t
     return torch.where(better, trial, best), torch.where(better, error, least)
 
 
-def _error(
+def _errors(
     groups_OGg: Tensor,
     weights_OGg: Tensor | None,
-    scale_OG: Tensor,
-    zero_OG: Tensor | None,
+    scale_TOG: Tensor,
+    zero_TOG: Tensor | None,
     bits: int,
-    scratch_OGg: Tensor,
 ) -> Tensor:
+    """The squared error of each of T trials, [T, O, G]."""
     code_low, code_high = code_range(bits)
-    scale = scale_OG.float().unsqueeze(-1)
-    codes = torch.div(groups_OGg, scale, out=scratch_OGg)
-    if zero_OG is None:
-        codes.round_().clamp_(code_low, code_high)
-    else:
-        zero = zero_OG.float().unsqueeze(-1)
-        codes.add_(zero).round_().clamp_(code_low, code_high).sub_(zero)
-    noise = codes.mul_(scale).sub_(groups_OGg)
-    if weights_OGg is None:
-        norm: Tensor = torch.linalg.vector_norm(noise, dim=-1)
-        return norm.square_()
-    return noise.square_().mul_(weights_OGg).sum(-1)
+    scale_TOG1 = scale_TOG.float().unsqueeze(-1)
+    zero_TOG1 = None if zero_TOG is None else zero_TOG.float().unsqueeze(-1)
+    errors_TOG = torch.empty(scale_TOG.shape, device=scale_TOG.device)
+    at_once = trials_at_a_time(groups_OGg.numel(), groups_OGg.device)
+    scratch = groups_OGg.new_empty(min(at_once, len(scale_TOG)), *groups_OGg.shape)
+    for start in range(0, len(scale_TOG), at_once):
+        now = slice(start, start + at_once)
+        scale, error = scale_TOG1[now], errors_TOG[now]
+        codes = torch.div(groups_OGg, scale, out=scratch[: len(scale)])
+        if zero_TOG1 is None:
+            codes.round_().clamp_(code_low, code_high)
+        else:
+            codes.add_(zero_TOG1[now]).round_().clamp_(code_low, code_high).sub_(zero_TOG1[now])
+        noise = codes.mul_(scale).sub_(groups_OGg)
+        if weights_OGg is None:
+            torch.linalg.vector_norm(noise, dim=-1, out=error)
+        else:
+            torch.sum(noise.square_().mul_(weights_OGg), -1, out=error)
+    return errors_TOG.square_() if weights_OGg is None else errors_TOG
