@@ -125,6 +125,10 @@ class Card:
                 setattr(found, name.replace("from", "from_"), self._call(name))
             found.peak = self._library.card_peak(0)
 
+    def so_far(self) -> tuple[int, int]:
+        """Launches and waits since counting began."""
+        return self._call("launches"), self._call("waits")
+
     def _call(self, name: str) -> int:
         return int(getattr(self._library, f"card_{name}")())
 

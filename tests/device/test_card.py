@@ -83,6 +83,36 @@ def test_a_column_loop_on_a_kernel_takes_few_launches() -> None:
     assert first + (14336 // 1024 - 1) * growth <= 2_000
 
 
+# Launches of a layer 256 wide under each of eight recipes, and of the forwards and the search for folds beside them: a
+# tenth above the count when they were written.
+LAYER = {
+    "gptq-w4-g128": 2_050, "awq-w4-g128": 1_970, "fp8-dynamic": 95, "fp8-block": 100, "rtn-w4-g128": 120, "nvfp4": 950,
+    "mxfp4": 560, "w8a8-int8": 230, "beside": 820,
+}  # fmt: skip
+
+
+def test_a_layer_under_eight_recipes_takes_few_launches_and_waits() -> None:
+    found = json.loads(card.run("tests.device.work", "layer", "256"))
+    assert {name for name, of in found.items() if of["launches"] > LAYER[name]} == set(), found
+    assert sum(of["waits"] for of in found.values()) <= 50, found
+
+
+@pytest.mark.night
+@pytest.mark.timeout(1800)
+def test_a_layer_of_an_8b_under_eight_recipes_takes_few_launches() -> None:
+    """They grow evenly with the widths, for pieces are as many: 512 and 1024 tell of 4096."""
+    half, whole = (
+        {
+            name: of["launches"]
+            for name, of in json.loads(card.run("tests.device.work", "layer", width, seconds=900)).items()
+        }
+        for width in ("512", "1024")
+    )
+    expected = {name: whole[name] + 6 * (whole[name] - half[name]) for name in whole}
+    print(expected)
+    assert sum(expected.values()) <= 10_000, expected
+
+
 def test_views_share_memory_and_inputs_in_place_keep_theirs(seen: dict[str, Any]) -> None:
     assert seen["shared"] == [[0.0, 0.0], [1.0, 1.0]]
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import builtins
 import json
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -187,6 +189,65 @@ def columns() -> dict[str, Any]:
         # What stands for the kernel takes two launches itself.
         found[str(width)] = {"launches": counted.launches - kernels, "kernels": kernels, "waits": counted.waits}
     return found
+
+
+def layer(hidden: str) -> dict[str, Any]:
+    """Launches and waits of one layer, ``hidden`` wide, of an 8B's shape: by recipe of eight, and beside them.
+
+    Pieces are as many as of a layer 4096 wide. One layer is what a pass over two takes more than one over one.
+    """
+    import torch
+    from transformers import LlamaForCausalLM
+
+    assert LlamaForCausalLM is not None  # it is imported before there seems to be a Triton
+    kernel = with_kernels()
+    from tests.bench import gpu_stack
+    from workers.engines.maker import Maker
+    from workers.numerics import pieces, refine
+    from workers.quantize import attempts
+
+    width, times = int(hidden), 4096 // int(hidden)
+    pieces.ON_A_CARD //= times**2
+    refine.ON_A_CARD, refine.MANY_ELEMENTS = refine.ON_A_CARD // times**2, refine.MANY_ELEMENTS // times**2
+    attempts.KEEPING_SECONDS = float("inf")  # a checkpoint waits for what it saves
+    names = ("launches", "waits", "kernels")
+    taken: dict[str, dict[str, int]] = {}
+
+    def now() -> dict[str, int]:
+        return dict(zip(names, (*card().so_far(), kernel.count), strict=True))
+
+    @contextmanager
+    def counted(maker: Maker) -> Iterator[None]:
+        before = now()
+        yield
+        of = taken.setdefault(maker.order.recipe.name, dict.fromkeys(names, 0))
+        of.update({name: of[name] + count - before[name] for name, count in now().items()})
+
+    Maker.timed = counted  # type: ignore[method-assign]
+    found: list[dict[str, dict[str, int]]] = []
+    with tempfile.TemporaryDirectory() as place:
+        for layers in (1, 2):
+            taken.clear()
+            stack = Path(place) / f"stack-{layers}"
+            gpu_stack.save_stack(stack, layers, width, width * 7 // 2, torch.device("cpu"))
+            before = now()
+            result, facts = _stage(
+                gpu_stack.job_of(stack, Path(place) / f"work-{layers}", gpu_stack.EIGHT, 2, 128), Stage.QUANTIZE
+            )
+            assert facts["failure"] is None, facts
+            assert not [made.error for made in result.artifacts if made.error]
+            whole = {
+                "launches": facts["launches"],
+                "waits": facts["waits"],
+                "kernels": kernel.count - before["kernels"],
+            }
+            beside = {name: whole[name] - sum(of[name] for of in taken.values()) for name in names}
+            found.append({name: dict(of) for name, of in taken.items()} | {"beside": beside})
+    first, second = found
+    each = {name: {what: of[what] - first[name][what] for what in names} for name, of in second.items()}
+    for of in each.values():
+        of["launches"] -= of["kernels"]  # what stands for the kernel takes two launches itself
+    return each
 
 
 def products() -> dict[str, Any]:
