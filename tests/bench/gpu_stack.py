@@ -7,6 +7,7 @@ one over more: their difference is what a layer takes, without what a pass takes
 from __future__ import annotations
 
 import argparse
+import gc
 import shutil
 import subprocess
 import time
@@ -128,6 +129,7 @@ def rows(place: Path, given: argparse.Namespace, device: torch.device) -> Iterat
         for turn, layers in enumerate((few, few, many)):  # the first compiles kernels, and isn't counted
             workspace = place / f"work-{len(recipes)}-{turn}"
             of = job_of(place / f"stack-{layers}", workspace, recipes, given.samples, given.length)
+            forget(device)
             with idle(device) as shares:
                 result = run_stage(of, Stage.QUANTIZE)
             failed = [made.error for made in result.artifacts if made.error]
@@ -148,6 +150,7 @@ def rows(place: Path, given: argparse.Namespace, device: torch.device) -> Iterat
             yield from uploaded(place / f"stack-{few}", device, each, 2 * given.hidden)
         for name in own[many]:
             yield Row(f"of {len(recipes)}: {name}, a layer", (own[many][name] - own[few][name]) / (many - few))
+    forget(device)
     begun = time.perf_counter()
     verified = run_stage(of, Stage.VERIFY, ONE[0])
     assert verified.manifest is not None, verified.failure
@@ -160,6 +163,14 @@ def rows(place: Path, given: argparse.Namespace, device: torch.device) -> Iterat
     )
     for where in dict.fromkeys(("cpu", device.type)):
         yield Row(f"of which decoding {ONE[0]} and comparing it with its source, {where}", compared(of, where))
+
+
+def forget(device: torch.device) -> None:
+    """Let peaks of memory be those of what comes next: what was freed before isn't held any longer."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def bound_of_layer(given: argparse.Namespace, recipes: tuple[str, ...]) -> float:
