@@ -56,9 +56,11 @@ struct Memory {
   std::atomic<int64_t> held{0}, peak{0}, limit{0};
 };
 std::array<Memory, kCards> memory;
+std::array<std::atomic<int64_t>, kCards> launches_on{};  // of each card
 
-void launch() {
+void launch(DeviceIndex card) {
   launches++;
+  launches_on[card]++;
   if (fails_after >= 0 && fails_after-- == 0) {
     fails_after = 0;  // a poisoned context fails from now on
     TORCH_CHECK_WITH(Error, false, failure);
@@ -369,7 +371,7 @@ void any_operation(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::ji
       return moved_to_card(out, card);
     });
   }
-  if (computed) launch();
+  if (computed) launch(card);
 }
 
 // ------------------------------------------------------------------------------------- operations with their own code
@@ -396,7 +398,7 @@ at::Tensor& copy(at::Tensor& to, const at::Tensor& from, bool non_blocking) {
   // From memory that isn't pinned a card's driver copies itself, and the thread waits whatever it asked for.
   const bool goes_on = non_blocking && is_pinned((on_card(to) ? from : to).const_data_ptr());
   if (on_card(to) && on_card(from)) {
-    launch();
+    launch(to.device().index());
   } else if (on_card(to)) {
     to_card += bytes;
     waits += !goes_on;
@@ -421,7 +423,7 @@ at::Tensor& addmm_summed(
     used(*each, false);
   }
   used(out, true);
-  launch();
+  launch(out.device().index());
   auto result = seen_by_cpu(out);
   result.copy_(at::addmm(seen_by_cpu(to), seen_by_cpu(left).to(sums), seen_by_cpu(right).to(sums), beta, alpha));
   return out;
@@ -487,6 +489,7 @@ void card_limit(int card, int64_t bytes) { memory[card].limit = bytes; }
 int64_t card_held(int card) { return memory[card].held; }
 int64_t card_peak(int card) { return memory[card].peak; }
 int64_t card_launches() { return launches; }
+int64_t card_launches_on(int card) { return launches_on[card]; }
 int64_t card_waits() { return waits; }
 int64_t card_to() { return to_card; }
 int64_t card_from() { return from_card; }
@@ -500,6 +503,7 @@ void card_fails_after(int64_t count, const char* message) {
 }
 void card_reset() {
   launches = waits = to_card = from_card = aside = event_waits = unrecorded = 0;
+  for (auto& on : launches_on) on = 0;
   for (auto& of : memory) of.peak = of.held.load();
 }
 }

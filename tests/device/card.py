@@ -94,7 +94,8 @@ class Counted:
     """What a piece of work took: kernel launches, waits, bytes to and from the card, and peak bytes of its memory.
 
     ``aside`` of the bytes to it came from pinned memory on another stream than the default; ``event_waits`` are a
-    thread's waits for one event. ``unrecorded`` blocks were given back while another stream might use them.
+    thread's waits for one event. ``unrecorded`` blocks were given back while another stream might use them. The peak is
+    the first card's; ``by_card`` are each card's launches and peak.
     """
 
     launches: int = 0
@@ -105,13 +106,15 @@ class Counted:
     event_waits: int = 0
     unrecorded: int = 0
     peak: int = 0
+    by_card: tuple[tuple[int, int], ...] = ()
 
 
 class Card:
     """The cards of this process."""
 
-    def __init__(self, library: Any) -> None:
+    def __init__(self, library: Any, count: int) -> None:
         self._library = library
+        self._count = count
 
     @contextmanager
     def counted(self) -> Iterator[Counted]:
@@ -124,6 +127,9 @@ class Card:
             for name in COUNTERS:
                 setattr(found, name.replace("from", "from_"), self._call(name))
             found.peak = self._library.card_peak(0)
+            found.by_card = tuple(
+                (self._library.card_launches_on(card), self._library.card_peak(card)) for card in range(self._count)
+            )
 
     def so_far(self) -> tuple[int, int]:
         """Launches and waits since counting began."""
@@ -138,8 +144,9 @@ class Card:
         return int(self._library.card_held(0))
 
     def limit(self, memory: int) -> None:
-        """Out of memory beyond so many bytes; 0: never."""
-        self._library.card_limit(0, ctypes.c_int64(memory))
+        """Out of memory beyond so many bytes on any card; 0: never."""
+        for card in range(self._count):
+            self._library.card_limit(card, ctypes.c_int64(memory))
 
     def fail_after(self, launches: int, message: str) -> None:
         """Fail with this message after so many launches, and ever after, as a poisoned context does."""
@@ -159,15 +166,17 @@ def install() -> Card | None:
     import bitsandbytes  # noqa: F401
     import torch
 
-    for name in (*COUNTERS, "held", "peak"):
+    for name in (*COUNTERS, "held", "peak", "launches_on"):
         getattr(library, f"card_{name}").restype = ctypes.c_int64
-    cards, memory = int(os.environ[CARDS]), int(os.environ[MEMORY])
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    cards = len(visible.split(",")) if visible else int(os.environ[CARDS])
+    memory = int(os.environ[MEMORY])
     major, minor = map(int, os.environ[CAPABILITY].split("."))
     library.card_count(cards)
     for index in range(cards):
         library.card_limit(index, ctypes.c_int64(memory))
     _describe(torch, library, cards, Properties(major, minor, memory))
-    return Card(library)
+    return Card(library, cards)
 
 
 def _describe(torch: Any, library: Any, cards: int, properties: Properties) -> None:

@@ -34,7 +34,8 @@ def test_a_poisoned_card_fails_ever_after(seen: dict[str, Any]) -> None:
 def test_launches_waits_and_bytes_are_counted(seen: dict[str, Any]) -> None:
     # To the card 4 x 4 float32; a product, a view (none) and a sum; one number back, which waits, and 64 bytes.
     counted = {name: count for name, count in seen["counted"].items() if count}
-    assert counted == {"launches": 2, "waits": 3, "to": 64, "from_": 64, "peak": 3 * 512}
+    by_card = [[2, 3 * 512], [0, 0]]
+    assert counted == {"launches": 2, "waits": 3, "to": 64, "from_": 64, "peak": 3 * 512, "by_card": by_card}
 
 
 def test_a_layer_comes_from_pinned_memory_on_a_stream_of_its_own_and_is_waited_for() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,15 +125,12 @@ class LinearMaker(StoredMaker):
         scaling = self._scaling(work)
         if work.tensors.whole:
             work.finite.ask({weight.key: work.tensors.placed[weight.key] for weight, _ in chosen})
-        layer = Layer(
-            read=lambda weight: self._read(work, scaling, weight),
-            statistics=lambda weight: scaling.statistics(weight, self._statistics(work, weight)),
-            dtype=self._source.headers[chosen[0][0].key].dtype if chosen else self._streamed.dtype,
-            factors=work.factors,
-        )
+        layer = self._layer(work, scaling, chosen)
+        cards = [(thread, self._layer(at, scaling.copied(at, thread.device), chosen)) for thread, at in work.cards]
         self.decoded = {}
         kept = self._kept(chosen)
-        for coded in linear.code_layer(self._recipe, [pair for pair in chosen if pair[0].module not in kept], layer):
+        others = [pair for pair in chosen if pair[0].module not in kept]
+        for coded in linear.code_layer(self._recipe, others, layer, cards):
             self._put(coded, layer.dtype, work.tensors.home)
         for weight, _ in chosen:
             if weight.module in kept:
@@ -145,6 +143,17 @@ class LinearMaker(StoredMaker):
         self._note_borrowing(work, [weight for weight, _ in chosen if weight.module not in kept])
         if scaling.changed:
             scaling.save(self._folds / f"{work.index:05d}.safetensors")
+
+    def _layer(
+        self, work: LayerWork, scaling: Scaling, chosen: Sequence[tuple[QuantizableWeight, LinearScheme]]
+    ) -> Layer:
+        """The layer as methods see it, where ``work`` has it."""
+        return Layer(
+            read=lambda weight: self._read(work, scaling, weight),
+            statistics=lambda weight: scaling.statistics(weight, self._statistics(work, weight)),
+            dtype=self._source.headers[chosen[0][0].key].dtype if chosen else self._streamed.dtype,
+            factors=work.factors,
+        )
 
     def _kept(self, chosen: list[tuple[QuantizableWeight, LinearScheme]]) -> dict[str, CodedWeight]:
         """The codes of weights that the source has in the recipe's scheme, by module: they are stored as they are.

@@ -54,6 +54,7 @@ class Maker(ABC):
     def __init__(self, job: Job, order: Order, streamed: StreamedModel, source: ModelSource, partial: Path) -> None:
         self.order = order
         self.seconds = 0.0
+        self.cards = 1  # that its pass computes on, if it computes on a card
         self.fallbacks: dict[str, None] = {}
         # Of the layers so far that have experts, where the recipe is calibrated.
         self.expert_tokens: list[ExpertTokens] = []
@@ -164,7 +165,7 @@ class Maker(ABC):
             ),
             seconds=self.seconds,
             fallbacks=tuple(self.fallbacks),
-            made_with=card_of(self._streamed.device),
+            made_with=card_of(self._streamed.device, self.cards),
             expert_tokens=tuple(self.expert_tokens),
         )
         put_in_place(self._partial, self.target, artifact, self.layout())

@@ -68,7 +68,9 @@ def of_a_process(what: str, ended: Ended) -> OutOfMemory | WorkerDied | DeviceLo
 
 
 def peak_memory() -> PeakMemory:
-    """Peak memory of this process in bytes, on the host and on its CUDA device, of which its allocator held as much."""
+    """Peak memory of this process in bytes, on the host and on that of its CUDA devices whose allocator held most."""
     torch = sys.modules.get("torch")
-    device = torch.cuda.max_memory_reserved() if torch is not None and torch.cuda.is_initialized() else 0
+    device = 0
+    if torch is not None and torch.cuda.is_initialized():
+        device = max(torch.cuda.max_memory_reserved(card) for card in range(torch.cuda.device_count()))
     return PeakMemory(host=peak_host_bytes(), device=device)

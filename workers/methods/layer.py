@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from workers.errors import NumericalError
+from workers.model.cards import CardThread
 from workers.model.folding import Fold
 from workers.model.loading import QuantizableWeight
-from workers.model.statistics import InputStatistics, Observer
+from workers.model.statistics import InputStatistics, Statistics
 from workers.model.upload import LayerTensors
 from workers.numerics import gptq, rounding
 from workers.numerics.codes import CodedWeight
@@ -87,15 +88,18 @@ class LayerWork:
     """One layer as given to all makers: its checkpoint tensors and observations.
 
     ``observer`` is None in a pass without calibration; ``folds`` are the layer's proven folds; ``factors`` are shared
-    by the recipes that solve under the same statistics, ``finite`` by all.
+    by the recipes that solve under the same statistics, ``finite`` by all. A maker that has several cards for this
+    layer divides its problems among ``cards``: each with its thread, and the same layer there; with none it solves them
+    itself.
     """
 
     index: int
     tensors: LayerTensors
-    observer: Observer | None = None
+    observer: Statistics | None = None
     folds: Sequence[Fold] = ()
     factors: Factors = field(default_factory=Factors)
     finite: Finite = field(default_factory=Finite)
+    cards: Sequence[tuple[CardThread, LayerWork]] = ()
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,15 @@ B problems, O output features, I input features, G groups.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from workers.methods.cards import Card, on_cards
 from workers.methods.layer import Coded, Layer, Problem, Solved, Stack, Stacked
 from workers.methods.table import METHODS
 from workers.model.loading import QuantizableWeight
@@ -30,18 +33,45 @@ NEAREST = {"mxfp4": E2M1, "nvfp4": E2M1, "mxfp8": E4M3}
 
 
 def code_layer(
-    recipe: LinearRecipe, weights: Sequence[tuple[QuantizableWeight, LinearScheme]], layer: Layer
+    recipe: LinearRecipe,
+    weights: Sequence[tuple[QuantizableWeight, LinearScheme]],
+    layer: Layer,
+    cards: Sequence[Card] = (),
 ) -> Iterator[Coded]:
-    """Quantize the weights of one layer.
+    """Quantize the weights of one layer, on several cards if there are any.
 
     Raises:
         NumericalError: a weight's statistics stay indefinite under any damping.
     """
-    for batch in _batches(_problems(weights, layer)):
-        yield from _code(recipe, batch, layer)
+    batches = _batches(_groups(weights, layer))
+    solve = partial(_solved, recipe)
+    if cards:
+        yield from on_cards(batches, cards, solve)
+        return
+    for batch in batches:
+        yield from solve(batch, layer)
 
 
-def _problems(weights: Sequence[tuple[QuantizableWeight, LinearScheme]], layer: Layer) -> Iterator[Problem]:
+@dataclass(frozen=True)
+class _Group:
+    """Weights with one input and one scheme: a problem that isn't read yet."""
+
+    weights: tuple[QuantizableWeight, ...]
+    scheme: LinearScheme
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I) of their rows, stacked."""
+        return sum(weight.shape_OI[0] for weight in self.weights), self.weights[0].shape_OI[1]
+
+    def problem(self, layer: Layer) -> Problem:
+        """The problem, where the layer is."""
+        matrices = [layer.read(weight) for weight in self.weights]
+        matrix_OI = matrices[0].contiguous() if len(matrices) == 1 else torch.cat(matrices)
+        return Problem(self.weights, self.scheme, matrix_OI, layer.statistics(self.weights[0]))
+
+
+def _groups(weights: Sequence[tuple[QuantizableWeight, LinearScheme]], layer: Layer) -> Iterator[_Group]:
     together: dict[tuple[object, LinearScheme], list[QuantizableWeight]] = {}
     for weight, scheme in weights:
         statistics = layer.statistics(weight)
@@ -54,30 +84,32 @@ def _problems(weights: Sequence[tuple[QuantizableWeight, LinearScheme]], layer: 
     # Checkpoints list an expert's weights one after another: those of one shape come together, to be stacked.
     shapes = {key: [weight.shape_OI for weight in group] for key, group in together.items()}
     order = sorted(together, key=lambda key: (together[key][0].input.expert is not None, shapes[key]))
-    for (_, scheme), group in ((key, together[key]) for key in order):
-        matrices = [layer.read(weight) for weight in group]
-        matrix_OI = matrices[0].contiguous() if len(matrices) == 1 else torch.cat(matrices)
-        yield Problem(tuple(group), scheme, matrix_OI, layer.statistics(group[0]))
+    for key in order:
+        yield _Group(tuple(together[key]), key[1])
 
 
-def _batches(problems: Iterable[Problem]) -> Iterator[list[Problem]]:
+def _batches(groups: Iterable[_Group]) -> Iterator[list[_Group]]:
     """Problems one by one, except experts of equal shape, which are stacked as far as memory allows."""
-    batch: list[Problem] = []
-    for problem in problems:
+    batch: list[_Group] = []
+    for group in groups:
         fits = (
             batch
-            and problem.weights[0].input.expert is not None
-            and problem.matrix_OI.shape == batch[0].matrix_OI.shape
-            and problem.scheme == batch[0].scheme
-            and len(problem.weights) == len(batch[0].weights)
-            and (len(batch) + 1) * problem.matrix_OI.numel() <= STACKED_ELEMENTS
+            and group.weights[0].input.expert is not None
+            and group.shape == batch[0].shape
+            and group.scheme == batch[0].scheme
+            and len(group.weights) == len(batch[0].weights)
+            and (len(batch) + 1) * math.prod(group.shape) <= STACKED_ELEMENTS
         )
         if batch and not fits:
             yield batch
             batch = []
-        batch.append(problem)
+        batch.append(group)
     if batch:
         yield batch
+
+
+def _solved(recipe: LinearRecipe, batch: list[_Group], layer: Layer) -> Iterator[Coded]:
+    yield from _code(recipe, [group.problem(layer) for group in batch], layer)
 
 
 def _stacked(batch: Sequence[Problem]) -> Tensor:

@@ -44,6 +44,18 @@ class Scaling:
         self.replaced: dict[str, Tensor] = {}
         self.notes: list[str] = []
 
+    def copied(self, work: LayerWork, device: torch.device) -> Scaling:
+        """The same scales on another card, for the same layer there; this one itself where it is."""
+        if work.factors is self._work.factors:
+            return self
+        other = Scaling(self._streamed, work, self._schemes)
+        other._columns = {key: scale.to(device) for key, scale in self._columns.items()}
+        other._rows = {key: scale.to(device) for key, scale in self._rows.items()}
+        # Inputs that have one scale here have one there.
+        scales = {id(scale): scale.to(device) for scale in self._inputs.values()}
+        other._inputs = {name: scales[id(scale)] for name, scale in self._inputs.items()}
+        return other
+
     @property
     def changed(self) -> bool:
         """Whether any tensor differs from the checkpoint's."""

@@ -62,5 +62,7 @@ def ran_out(error: BaseException) -> bool:
 
 def _memory(device: str) -> int:
     if device.startswith("cuda"):
-        return int(torch.cuda.get_device_properties(device).total_memory)
+        # Micro-batches of one size run on all cards of this process: they fit the smallest.
+        cards = range(torch.cuda.device_count()) if torch.device(device).index is None else [device]
+        return min(int(torch.cuda.get_device_properties(card).total_memory) for card in cards)
     return host_memory()

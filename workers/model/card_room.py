@@ -17,12 +17,19 @@ def has_card() -> bool:
     return True
 
 
-def room_on_card() -> int:
-    """Bytes of the GPU that this process can still have; 0 without one."""
+def count_cards() -> int:
+    """Number of GPUs that this process computes on: all that it sees, or the one that it has a share of; 0: none."""
     if not has_card():
         return 0
-    free, total = torch.cuda.mem_get_info()
-    return max(0, min(free, int(card_share.share_of() * total) - torch.cuda.memory_reserved()))
+    return torch.cuda.device_count() if card_share.share_of() == 1 else 1
+
+
+def room_on_card(card: int = 0) -> int:
+    """Bytes of a GPU, by default the first, that this process can still have; 0 without one."""
+    if not has_card():
+        return 0
+    free, total = torch.cuda.mem_get_info(card)
+    return max(0, min(free, int(card_share.share_of() * total) - torch.cuda.memory_reserved(card)))
 
 
 def environment_of_child() -> dict[str, str] | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from workers.checkpoint.source import ModelSource
-from workers.model.card_room import has_card
+from workers.model.card_room import count_cards, has_card
 from workers.model.loading import StreamedModel
 from workers.spec.job import Job
 
@@ -24,12 +24,15 @@ def compute_device() -> tuple[str, torch.dtype | None]:
     return ("cuda", None) if has_card() else ("cpu", torch.float32)
 
 
-def card_of(device: str) -> dict[str, str]:
-    """Name, compute capability, driver and CUDA of a card, as manifests name it; empty for the CPU."""
+def card_of(device: str, count: int = 1) -> dict[str, str]:
+    """Name, compute capability, driver and CUDA of a card, as manifests name it, and how many there were if several;
+    empty for the CPU."""
     if torch.device(device).type != "cuda":
         return {}
     properties = torch.cuda.get_device_properties(device)
     told = {"card": properties.name, "capability": f"{properties.major}.{properties.minor}"}
+    if count > 1:
+        told["cards"] = str(count)
     if DRIVER.is_file() and (found := re.search(r"\b\d+\.\d+(\.\d+)?\b", DRIVER.read_text())):
         told["driver"] = found[0]
     return {**told, "cuda": torch.version.cuda} if torch.version.cuda else told
@@ -44,9 +47,21 @@ def checkpoint_dtype(source: ModelSource) -> torch.dtype:
     return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
 
 
+def open_models(job: Job, folder: Path, source: ModelSource) -> list[StreamedModel]:
+    """Open the job's model once for each card of this process, the first to be streamed on ``compute_device``.
+
+    That one's device, ``cuda``, is in each thread the card that the thread computes on (``cards.CardThread``).
+    """
+    return [open_model(job, folder, source), *(_on(f"cuda:{i}", job, folder, source) for i in range(1, count_cards()))]
+
+
 def open_model(job: Job, folder: Path, source: ModelSource) -> StreamedModel:
     """Open the job's model on the meta device, to be streamed on ``compute_device``."""
-    device, dtype = compute_device()
+    return _on(compute_device()[0], job, folder, source)
+
+
+def _on(device: str, job: Job, folder: Path, source: ModelSource) -> StreamedModel:
+    _, dtype = compute_device()
     return StreamedModel(
         folder,
         source,

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -24,18 +24,21 @@ from workers.model import trees
 from workers.model.loading import StreamedModel
 from workers.model.statistics import Observer
 from workers.model.upload import LayerTensors, Upload
+from workers.numerics.precision import coarse_forwards
 
 # Token ids, int64 [B, T]; or what a processor prepared of one sequence, by the names that the model takes it by.
 Batch = Tensor | Mapping[str, Tensor]
 LayerVisitor = Callable[[int], None]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
 class LoadedLayer:
-    """A layer whose weights are in memory, with its checkpoint tensors."""
+    """A layer whose weights are in memory, with its checkpoint tensors; ``others`` are those on further cards."""
 
     index: int
     tensors: LayerTensors
+    others: Sequence[LayerTensors] = ()
 
 
 class Streaming:
@@ -94,6 +97,23 @@ class Streaming:
                 finally:
                     streamed.free_layer(index)
 
+    @contextmanager
+    def replacing(self, layer: LoadedLayer, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """While the context lasts, the layer has these weights (by checkpoint key) instead of its own."""
+        self._load_again(layer, {**layer.tensors.loaded, **weights})
+        try:
+            yield
+        finally:
+            self._load_again(layer, layer.tensors.loaded)
+
+    def _load_again(self, layer: LoadedLayer, tensors: Mapping[str, Tensor]) -> None:
+        self._streamed.free_layer(layer.index)
+        self._streamed.load_layer(layer.index, tensors)
+
+    def on_first(self, work: Callable[[], Found]) -> Found:
+        """What ``work`` returns, in the thread of the first card: this one."""
+        return work()
+
 
 class Lanes:
     """Micro-batches on their way through the decoder, all paused before the same layer."""
@@ -113,8 +133,24 @@ class Lanes:
             lane.resume()
         self._at += 1
 
-    def run_without_advancing(self) -> None:
-        """Run the next layer on its inputs, for observers; the micro-batches stay paused before it."""
+    def advance_coarsely(self) -> None:
+        """As ``advance``, for calibration (``coarse_forwards``)."""
+        with coarse_forwards():
+            self.advance()
+
+    def observe(self, observer: Observer, *, advance: bool = True) -> Observer:
+        """Run the next layer, in ``coarse_forwards``, with an observer of its inputs, which is returned.
+
+        Without ``advance`` the micro-batches stay paused before the layer.
+        """
+        with observer.watch(self._streamed, self._at), coarse_forwards():
+            if advance:
+                self.advance()
+            else:
+                self._run_without_advancing()
+        return observer
+
+    def _run_without_advancing(self) -> None:
         for lane in self._lanes:
             lane.require_before(self._at)
             lane.run_without_advancing()

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -48,11 +48,20 @@ class InputStatistics:
         """Statistics of the tokens of all parts."""
         total = cls.empty(len(parts[0].abs_sum_I), parts[0].gram_II.device)
         for part in parts:
-            total.count += part.count
-            total.gram_II += part.gram_II
-            total.abs_sum_I += part.abs_sum_I
-            torch.maximum(total.abs_max_I, part.abs_max_I, out=total.abs_max_I)
+            total.include(part)
         return total
+
+    def include(self, part: InputStatistics) -> None:
+        """Add the tokens of other statistics, of the same device."""
+        self.count += part.count
+        self.gram_II += part.gram_II
+        self.abs_sum_I += part.abs_sum_I
+        torch.maximum(self.abs_max_I, part.abs_max_I, out=self.abs_max_I)
+
+    def to(self, device: torch.device | str) -> InputStatistics:
+        """The same statistics on a device."""
+        moved = (tensor.to(device) for tensor in (self.gram_II, self.abs_sum_I, self.abs_max_I))
+        return InputStatistics(self.count, *moved)
 
     @classmethod
     def of(cls, batches: Iterable[Tensor], device: torch.device | str) -> InputStatistics:
@@ -237,11 +246,24 @@ class Observer(InputWatcher):
         self._together: dict[str, InputStatistics] = {}
         self._borrowing: dict[InputName, int] = {}
 
+    def anew(self) -> Observer:
+        """Another observer with the same settings, which has gathered nothing."""
+        return Observer(
+            "all" if self._all_tokens else "routed",
+            self._minimum,
+            magnitudes=self._magnitudes,
+            keys_and_values=self._keys_and_values,
+        )
+
     def of(self, name: InputName) -> InputStatistics | None:
         """Statistics of a weight's input; None if it received no tokens."""
         if name in self._borrowing:
             return self._together.get(name[0])
         return self._groups.get(name)
+
+    def distinct(self) -> list[InputStatistics]:
+        """All statistics, those that inputs share once."""
+        return [*(self._groups[name] for name in self._leaders), *self._together.values()]
 
     def borrowed(self, name: InputName) -> int | None:
         """Number of tokens of an expert that uses the sum over all experts; None if it has enough of its own."""
@@ -285,10 +307,14 @@ class Observer(InputWatcher):
             if seen:
                 self._together[parameter] = InputStatistics.sum(seen)
 
+    def inputs(self, streamed: StreamedModel, layer: int) -> list[InputName]:
+        """The inputs of a layer that it gathers."""
+        return inputs_of(streamed, layer, keys_and_values=self._keys_and_values)
+
     @contextmanager
     def watch(self, streamed: StreamedModel, layer: int) -> Iterator[None]:
         """Gather from the layer's linear modules and fused experts while the context lasts."""
-        inputs = inputs_of(streamed, layer, keys_and_values=self._keys_and_values)
+        inputs = self.inputs(streamed, layer)
         with self.gathering(inputs), self.watching(streamed, inputs):
             yield
 
@@ -302,6 +328,25 @@ class Observer(InputWatcher):
             self._groups[name].complete()
         self._pool(inputs)
 
+    def add(self, other: Observer, inputs: Iterable[InputName], device: torch.device) -> None:
+        """Add what another observer has gathered of the same layer, with these inputs, on another card.
+
+        All statistics are on ``device`` then. ``other`` isn't to be used any more.
+        """
+        leaders = {id(other._groups[name]): name for name in other._leaders}
+        for name, statistics in other._groups.items():
+            leader = leaders[id(statistics)]
+            if name != leader:
+                self._groups.setdefault(name, self._groups[leader])
+            elif name in self._groups:
+                assert name in self._leaders, "all cards see a layer's inputs in one order"
+                self._groups[name].include(statistics.to(device))
+            else:
+                self._groups[name] = statistics.to(device)
+                self._leaders.append(name)
+        self._together, self._borrowing = {}, {}
+        self._pool(inputs)
+
     def take(self, name: InputName, inputs: Tensor) -> None:
         """Add an input's tokens."""
         if name not in self._groups:
@@ -313,6 +358,36 @@ class Observer(InputWatcher):
     def share(self, name: InputName, leader: InputName) -> None:
         """Reuse the statistics of an input that is already added."""
         self._groups[name] = self._groups[leader]
+
+
+class Statistics(Protocol):
+    """What makers read of a layer's observer."""
+
+    def of(self, name: InputName) -> InputStatistics | None:
+        """As ``Observer.of``."""
+
+    def borrowed(self, name: InputName) -> int | None:
+        """As ``Observer.borrowed``."""
+
+
+class CopiedStatistics:
+    """An observer's statistics on another device, copied there at once; what shares statistics there shares them here.
+
+    Later, a copy would wait for all that the other card has been given to do.
+    """
+
+    def __init__(self, observer: Observer, device: torch.device) -> None:
+        self._observer = observer
+        self._copies = {id(statistics): statistics.to(device) for statistics in observer.distinct()}
+
+    def of(self, name: InputName) -> InputStatistics | None:
+        """As ``Observer.of``."""
+        found = self._observer.of(name)
+        return None if found is None else self._copies[id(found)]
+
+    def borrowed(self, name: InputName) -> int | None:
+        """As ``Observer.borrowed``."""
+        return self._observer.borrowed(name)
 
 
 def _to_all_experts(

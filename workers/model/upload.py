@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,17 +59,22 @@ class Upload:
             total = torch.cuda.get_device_properties(self._device).total_memory
             self._room = SHARE * share_of() * total
 
-    def __call__(self, tensors: Mapping[str, Tensor]) -> LayerTensors:
+    def __call__(self, tensors: Mapping[str, Tensor], pinned: Mapping[str, Tensor] | None = None) -> LayerTensors:
+        """A layer on the device; ``pinned`` are the same tensors in pinned memory, if they are there already."""
         if self._stream is None:
             return LayerTensors(tensors, tensors, tensors)
-        if COPIES * sum(tensor.nbytes for tensor in tensors.values()) > self._room:
+        if not self.takes(tensors):
             return LayerTensors(tensors, _OnDemand(tensors, self._device), tensors)
         computing = torch.accelerator.current_stream(self._device)
         with self._stream:
-            placed = {key: brought(tensor, self._device) for key, tensor in tensors.items()}
+            placed = {key: brought(tensor, self._device) for key, tensor in (pinned or tensors).items()}
         for tensor in placed.values():
             tensor.record_stream(computing)  # it isn't given back while kernels of that stream may read it
         return LayerTensors(tensors, placed, placed, self._stream.record_event())
+
+    def takes(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether a layer is small enough to be brought whole."""
+        return COPIES * sum(tensor.nbytes for tensor in tensors.values()) <= self._room
 
 
 def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -100,3 +105,20 @@ class _OnDemand(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+class Uploads:
+    """Places layers on several cards, from one pinned copy of them; see ``Upload``."""
+
+    def __init__(self, devices: Sequence[str]) -> None:
+        self._uploads = [Upload(device) for device in devices]
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> list[LayerTensors]:
+        taken = any(upload.takes(tensors) for upload in self._uploads)
+        pinned = {key: _pinned(tensor) for key, tensor in tensors.items()} if taken else None
+        return [upload(tensors, pinned) for upload in self._uploads]
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """The tensor in pinned memory, unless it is on a card or empty."""
+    return tensor if tensor.device.type != "cpu" or not tensor.numel() else tensor.pin_memory()

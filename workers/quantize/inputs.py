@@ -12,8 +12,9 @@ from torch import Tensor
 from workers.machine.files import read_model
 from workers.machine.preflight import versions
 from workers.model import reference
+from workers.model.cards import AnyLanes
 from workers.model.folding import Fold, find_folds
-from workers.model.forward import Batch, Lanes, LoadedLayer
+from workers.model.forward import Batch, LoadedLayer
 from workers.model.loading import InputName, StreamedModel
 from workers.model.pictures import Inputs, processor_of
 from workers.model.statistics import Observer, inputs_of
@@ -63,7 +64,7 @@ def watched_inputs(streamed: StreamedModel, layer: int, recipes: Iterable[Recipe
     return inputs_of(streamed, layer, keys_and_values=any(recipe.needs.keys_and_values for recipe in recipes))
 
 
-def folds_of(streamed: StreamedModel, layer: LoadedLayer, probe: Lanes) -> list[Fold]:
+def folds_of(streamed: StreamedModel, layer: LoadedLayer, probe: AnyLanes) -> list[Fold]:
     """The folds of a layer that the probe is paused before."""
     prefix = f"{streamed.layers_name}.{layer.index}"
     weights = [weight for weight in streamed.weights if weight.layer == layer.index]

@@ -13,14 +13,13 @@ from workers.engines import whole
 from workers.engines.maker import Maker, MakerState
 from workers.engines.table import maker_class
 from workers.formats.kept import open_source
-from workers.methods.layer import LayerWork
 from workers.model import batching, reference
-from workers.model.device import open_model
+from workers.model.cards import AnyLanes, AnyStreaming, streaming_on
+from workers.model.device import open_models
 from workers.model.folding import Fold
-from workers.model.forward import Lanes, LoadedLayer, Streaming
+from workers.model.forward import LoadedLayer
 from workers.model.statistics import InputStatistics, Observer
 from workers.model.text import calibration_tokens, load_tokenizer
-from workers.numerics.precision import coarse_forwards
 from workers.quantize.attempts import (
     CheckpointTimer,
     Sizes,
@@ -42,6 +41,7 @@ from workers.quantize.inputs import (
     own_stream,
 )
 from workers.quantize.resume import NotResumable, PassFolder, PassState, group_state, locked_pass_folder
+from workers.quantize.solving import by_one, outcomes
 from workers.spec.engines import ENGINES
 from workers.spec.job import ArtifactMade, ExpertTokens, Job, Order
 from workers.spec.recipes import Recipe
@@ -86,7 +86,8 @@ class _Pass:
         self._job = job
         self._source = source
         self._orders = orders
-        self._streamed = open_model(job, folder, source)
+        self._models = open_models(job, folder, source)
+        self._streamed = self._models[0]
         self._tokens = Tokens(job, folder, orders, self._streamed.dtype, self._streamed.embedding_rows)
         self._makers: list[Maker] = []
         self._results: dict[str, ArtifactMade] = {}
@@ -140,6 +141,7 @@ class _Pass:
     def _maker(self, order: Order, folder: PassFolder, state: MakerState | None) -> Maker:
         partial_folder = folder.partial(order.fingerprint)
         maker = maker_class(order.recipe)(self._job, order, self._streamed, self._source, partial_folder)
+        maker.cards = len(self._models)
         try:
             maker.begin(state)
         except (OSError, ValueError) as error:
@@ -149,13 +151,13 @@ class _Pass:
         return maker
 
     def _go_through_layers(self, folder: PassFolder, state: PassState | None, size: int) -> None:
-        with Streaming(self._streamed) as streaming:
+        with streaming_on(self._models) as streaming:
             groups = self._groups(streaming, size)
             if state is not None and groups:
                 folder.replay(state, groups)
             timer = CheckpointTimer()
             for layer in streaming.layers(state.layers if state else 0):
-                self._visit(layer, groups)
+                self._visit(streaming, layer, groups)
                 if layer.index + 1 < len(self._streamed.layers) and timer.due():
                     with timer.timed():
                         self._checkpoint(folder, layer.index + 1, size, groups)
@@ -166,9 +168,9 @@ class _Pass:
                 for maker in self._makers:
                     maker.final = final
 
-    def _groups(self, streaming: Streaming, size: int) -> dict[str, Lanes]:
+    def _groups(self, streaming: AnyStreaming, size: int) -> dict[str, AnyLanes]:
         """The groups of lanes that run through the model, by name."""
-        groups: dict[str, Lanes] = {}
+        groups: dict[str, AnyLanes] = {}
         recipes = [maker.order.recipe for maker in self._makers]
         if self._tokens.calibrates and any(recipe.calibrated for recipe in recipes):
             groups[CALIBRATION] = streaming.lanes(self._tokens.calibration_batches(size))
@@ -181,28 +183,26 @@ class _Pass:
             groups[REFERENCE] = streaming.lanes(self._tokens.held_out.batches(size))
         return groups
 
-    def _visit(self, layer: LoadedLayer, groups: dict[str, Lanes]) -> None:
+    def _visit(self, streaming: AnyStreaming, layer: LoadedLayer, groups: dict[str, AnyLanes]) -> None:
         """Run one layer: statistics, the reference, every maker."""
         observer, folds = None, list[Fold]()
         if CALIBRATION in groups:
             if PROBE in groups:
-                folds = folds_of(self._streamed, layer, groups[PROBE])
+                folds = streaming.on_first(partial(folds_of, self._streamed, layer, groups[PROBE]))
                 groups[PROBE].advance()
-            observer = self._observer(maker.order.recipe for maker in self._makers)
-            with observer.watch(self._streamed, layer.index), coarse_forwards():
-                groups[CALIBRATION].advance()
+            observer = groups[CALIBRATION].observe(self._observer(maker.order.recipe for maker in self._makers))
             observer.check(layer.index)
             self._count_tokens(layer.index, observer.tokens_of_experts())
         if REFERENCE in groups:
             groups[REFERENCE].advance()
-        work = LayerWork(layer.index, layer.tensors, observer, folds)
+        together = [maker for maker in self._makers if own_stream(maker.order.recipe) not in groups]
+        ended = dict(zip(together, outcomes(streaming, layer, observer, folds, together), strict=True))
         for maker in list(self._makers):
-            lanes = groups.get(own_stream(maker.order.recipe))
-            with self._failing(maker.order, maker), maker.timed():
-                if lanes is None:
-                    maker.layer(work)
+            with self._failing(maker.order, maker):
+                if maker in ended:
+                    ended[maker]()
                 else:
-                    self._in_its_own_stream(maker, layer, lanes)
+                    self._in_its_own_stream(streaming, maker, layer, groups[own_stream(maker.order.recipe)])
         for name in [name for name in groups if name.startswith(OWN)]:
             if name not in {own_stream(maker.order.recipe) for maker in self._makers}:
                 del groups[name]  # its recipe has failed
@@ -222,21 +222,16 @@ class _Pass:
         assert self._job.calibration is not None
         return observer_of(self._job.calibration, recipes)
 
-    def _in_its_own_stream(self, maker: Maker, layer: LoadedLayer, lanes: Lanes) -> None:
+    def _in_its_own_stream(self, streaming: AnyStreaming, maker: Maker, layer: LoadedLayer, lanes: AnyLanes) -> None:
         """Take statistics on the recipe's own quantized activations, then run this layer quantized, too."""
-        observer = self._observer([maker.order.recipe])
-        with observer.watch(self._streamed, layer.index), coarse_forwards():
-            lanes.run_without_advancing()
-        observer.check(layer.index)
-        maker.layer(LayerWork(layer.index, layer.tensors, observer))
-        self._streamed.free_layer(layer.index)
-        self._streamed.load_layer(layer.index, {**layer.tensors.loaded, **maker.decoded})
-        with coarse_forwards():
-            lanes.advance()
-        self._streamed.free_layer(layer.index)
-        self._streamed.load_layer(layer.index, layer.tensors.loaded)
+        with maker.timed():
+            observer = lanes.observe(self._observer([maker.order.recipe]), advance=False)
+            observer.check(layer.index)
+        by_one(streaming, layer, observer, maker)
+        with maker.timed(), streaming.replacing(layer, maker.decoded):
+            lanes.advance_coarsely()
 
-    def _checkpoint(self, folder: PassFolder, layers: int, size: int, groups: dict[str, Lanes]) -> None:
+    def _checkpoint(self, folder: PassFolder, layers: int, size: int, groups: dict[str, AnyLanes]) -> None:
         """Checkpoint the pass after a layer, if the layer returns only tensors."""
         prints = {order.recipe.name: order.fingerprint for order in self._orders}
         try:

@@ -25,7 +25,7 @@ from torch import Tensor
 from workers.engines.maker import MakerState
 from workers.machine.files import write_text
 from workers.model import trees
-from workers.model.forward import Lanes
+from workers.model.cards import AnyLanes
 from workers.spec.base import Frozen
 from workers.spec.job import ArtifactMade
 
@@ -73,7 +73,7 @@ class PassFolder:
         except (OSError, ValueError):
             return None
 
-    def save(self, state: PassState, groups: Mapping[str, Lanes]) -> None:
+    def save(self, state: PassState, groups: Mapping[str, AnyLanes]) -> None:
         """Save a state and the last layer's outputs; the previous state is kept until this one is complete.
 
         Raises:
@@ -96,7 +96,7 @@ class PassFolder:
             if old != hidden_file:
                 old.unlink()
 
-    def replay(self, state: PassState, groups: Mapping[str, Lanes]) -> None:
+    def replay(self, state: PassState, groups: Mapping[str, AnyLanes]) -> None:
         """Advance all lanes to the layer at which ``state`` was saved.
 
         Raises:
@@ -141,7 +141,7 @@ def locked_pass_folder(path: Path) -> Iterator[PassFolder]:
         yield folder
 
 
-def group_state(lanes: Lanes, outputs: Sequence[Any]) -> GroupState:
+def group_state(lanes: AnyLanes, outputs: Sequence[Any]) -> GroupState:
     """The state that lanes must reproduce when they are replayed.
 
     Raises:
@@ -157,7 +157,7 @@ def group_state(lanes: Lanes, outputs: Sequence[Any]) -> GroupState:
     return GroupState(structure=structures.pop(), door=digest.hexdigest())
 
 
-def _any_nan(lanes: Lanes) -> bool:
+def _any_nan(lanes: AnyLanes) -> bool:
     tensors = (tensor for inputs in lanes.next_inputs() for _, tensor in trees.leaves(inputs))
     return any(bool(tensor.isnan().any()) for tensor in tensors if tensor.is_floating_point())
 

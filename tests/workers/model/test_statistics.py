@@ -13,8 +13,8 @@ from workers.checkpoint.source import Source
 from workers.errors import NumericalError
 from workers.model import statistics as engine
 from workers.model.forward import stream
-from workers.model.loading import StreamedModel
-from workers.model.statistics import InputStatistics, Observer
+from workers.model.loading import InputName, StreamedModel
+from workers.model.statistics import CopiedStatistics, InputStatistics, Observer
 
 
 def batches() -> list[torch.Tensor]:
@@ -188,3 +188,58 @@ def test_without_magnitudes_the_products_are_the_same() -> None:
     assert torch.equal(both.gram_II, alone.gram_II)
     assert bool(both.abs_max_I.all())
     assert not alone.abs_max_I.any()
+
+
+def test_what_two_cards_gather_sums_to_what_one_gathers() -> None:
+    """Experts may have tokens on one card alone, and enough of them only together."""
+    generator = torch.Generator().manual_seed(7)
+    first, second = InputName("q.weight", None), InputName("k.weight", None)
+    experts = [InputName("experts.down", expert) for expert in range(4)]
+    inputs = [first, second, *experts]
+
+    def tokens(count: int) -> torch.Tensor:
+        return torch.randn(count, 8, generator=generator)
+
+    # Of each card: the layer's input, and the tokens of each expert that has some.
+    cards = [(tokens(9), {0: tokens(5), 1: tokens(2)}), (tokens(7), {1: tokens(3), 2: tokens(3)})]
+    settings = Observer("routed", 4, magnitudes=True)
+
+    def gathered(*of: tuple[torch.Tensor, dict[int, torch.Tensor]]) -> Observer:
+        observer = settings.anew()
+        with observer.gathering(inputs):
+            for x_NI, routed_to in of:
+                observer.take(first, x_NI)
+                observer.share(second, first)
+                for expert, y_NI in routed_to.items():
+                    observer.take(experts[expert], y_NI)
+        return observer
+
+    one, several = gathered(*cards), gathered(cards[0])
+    several.add(gathered(cards[1]), inputs, torch.device("cpu"))
+    assert several.of(first) is several.of(second)
+    assert several.tokens_of_experts() == one.tokens_of_experts() == [0, 3, 5, 5]
+    assert [several.borrowed(name) for name in experts] == [None, None, 3, 0]
+    for name in inputs:
+        summed, whole = several.of(name), one.of(name)
+        assert summed is not None
+        assert whole is not None
+        assert summed.count == whole.count
+        assert torch.equal(summed.abs_max_I, whole.abs_max_I)
+        torch.testing.assert_close(summed.gram_II, whole.gram_II)
+        torch.testing.assert_close(summed.abs_sum_I, whole.abs_sum_I)
+
+
+def test_copies_are_shared_as_what_they_are_copies_of() -> None:
+    first, second, expert, other = InputName("q", None), InputName("k", None), InputName("e", 0), InputName("e", 1)
+    observer = Observer("routed", 4)
+    with observer.gathering([first, second, expert, other]):
+        observer.take(first, torch.ones(5, 4))
+        observer.share(second, first)
+        observer.take(expert, torch.ones(2, 4))
+    copied = CopiedStatistics(observer, torch.device("meta"))
+    copies = [copied.of(name) for name in (first, second, expert, other)]
+    assert all(copy is not None and copy.gram_II.device.type == "meta" for copy in copies)
+    assert copies[0] is copies[1]
+    assert copies[2] is copies[3], "both borrow those of all experts"
+    assert [copied.borrowed(name) for name in (first, expert, other)] == [None, 2, 0]
+    assert copied.of(InputName("v", None)) is None
