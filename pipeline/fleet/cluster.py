@@ -446,7 +446,7 @@ class _SharedPace:
 def _cards_of(claim: Claim, *, embedded: bool) -> str | None:
     """CUDA_VISIBLE_DEVICES of a stage's process: none for a claim without a GPU, which Ray lets see them all.
 
-    The embedded Ray's cards are this driver's alone, so the claim's own is taken: one that is set aside stays unused.
+    The embedded Ray's cards are this driver's alone, so the claim's own are taken: one that is set aside stays unused.
     In a cluster that others share, Ray chooses (None).
     """
     if not claim.gpus:
@@ -454,7 +454,7 @@ def _cards_of(claim: Claim, *, embedded: bool) -> str | None:
     if not embedded:
         return None
     visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    return visible[claim.card] if claim.card < len(visible) else str(claim.card)
+    return ",".join(visible[card] if card < len(visible) else str(card) for card in claim.cards)
 
 
 @dataclass(frozen=True)
@@ -462,7 +462,7 @@ class Where:
     """Context of a stage on its node: the run's pace (an actor), its Python, its number of threads, and its cards.
 
     ``cards`` is CUDA_VISIBLE_DEVICES of its process; None: what Ray has set. ``share`` is the part of its card that it
-    may use; 0 or 1: all of it.
+    may use; 0, 1 and more: all of it, and of others.
     """
 
     pace: Any

@@ -12,6 +12,8 @@ from workers.machine.preflight import MachineFacts
 MOST_SHARES, USABLE = 8, 0.9
 # Errors of one card after which nothing is placed on it any more.
 FAULTS = 2
+# Host bytes of a further GPU of a stage: its context and libraries, and the model's modules without weights. Assumed.
+FURTHER_CARD_BYTES = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,15 @@ class Node:
 
 @dataclass(frozen=True)
 class Claim:
-    """Resources that a running stage holds: cores, host bytes, a fraction of one GPU (``card``: its index)."""
+    """Resources that a running stage holds: cores, host bytes, and GPUs: a fraction of one, or several whole ones.
+
+    ``cards`` are their indices on the node.
+    """
 
     cpus: float
     memory: int
     gpus: float = 0.0
-    card: int = -1
+    cards: tuple[int, ...] = ()
     alone: bool = False
 
 
@@ -72,7 +77,11 @@ class Room:
     @property
     def idle_cards(self) -> int:
         """Number of GPUs that nothing runs on."""
-        return sum(free > 1 - 1e-9 for card, free in enumerate(self._cards) if not self.set_aside(card))
+        return len(self._idle)
+
+    @property
+    def _idle(self) -> list[int]:
+        return [card for card in self.usable_cards if self._cards[card] > 1 - 1e-9]
 
     def set_aside(self, card: int) -> bool:
         """Whether a GPU has failed too often to be used again."""
@@ -108,14 +117,22 @@ class Room:
         ]
         if not fitting or threads_of_part > self._cpus + 1e-9:
             return None
-        return Claim(threads_of_part, need.host, 1 / parts, min(fitting)[2])
+        return Claim(threads_of_part, need.host, 1 / parts, (min(fitting)[2],))
+
+    def several(self, need: Need, count: int) -> Claim | None:
+        """Claim for a computing stage on so many idle GPUs, with the cores that belong to them; None while there aren't
+        as many, or no room for it."""
+        host, threads = need.host + (count - 1) * FURTHER_CARD_BYTES, count * self.node.cpus_per_stage
+        if count > self.idle_cards or host > self._memory or threads > self._cpus + 1e-9:
+            return None
+        return Claim(threads, host, count, tuple(sorted(self._idle[:count])))
 
     def alone(self, need: Need) -> Claim | None:
         """Claim for the whole node, for a stage that ran out of memory beside others; None while something runs."""
         if self.running or (self._cards and not self.usable_cards):
             return None
-        card = self.usable_cards[0] if self._cards else -1
-        return Claim(self.node.cpus_per_stage, max(need.host, self.host_memory), float(card >= 0), card, True)
+        cards = tuple(self.usable_cards[:1])
+        return Claim(self.node.cpus_per_stage, max(need.host, self.host_memory), float(len(cards)), cards, True)
 
     def transfer(self, need: Need) -> Claim | None:
         """Claim for a stage that only transfers files; None while memory doesn't suffice."""
@@ -153,8 +170,8 @@ class Room:
         self.running -= sign * bool(claim.cpus)
         self._cpus += sign * claim.cpus
         self._memory += sign * claim.memory
-        if claim.gpus and self._cards:
-            self._cards[claim.card] += sign * claim.gpus
+        for card in claim.cards:
+            self._cards[card] += sign * claim.gpus / len(claim.cards)
 
 
 def lacking(room: Room, need: Need, disk: int, where: str) -> list[str]:

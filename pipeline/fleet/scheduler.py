@@ -20,13 +20,13 @@ from pipeline.fleet.leases import ASK_SECONDS, RENEW_SECONDS, Holder
 from pipeline.fleet.placement import Claim, gigabytes
 from pipeline.fleet.retry import Retry, RetryMode, decide
 from pipeline.fleet.sites import Fleet, RunWatcher, Site, Sites
-from pipeline.fleet.spreads import Spread, parts_for
+from pipeline.fleet.spreads import Spread, cards_for, parts_for
 from pipeline.fleet.steps import NETWORK_STAGES, JobRun, Step
 from pipeline.planning.plan import Plan
 from pipeline.planning.sizing import deadline_seconds
 from workers.errors import DeviceLost, DiskFull, PreflightError, WorkerDied
 from workers.spec.job import Failure, Part, Stage, StageResult
-from workers.spec.split import spreadable
+from workers.spec.split import spreadable, whole_engines
 
 # Most concurrent transfers of one stage on one node: they share its network connection.
 TRANSFERS = 4
@@ -313,16 +313,36 @@ class Driver:
             return site.room.transfer(need) if site.transfers[step.stage] < TRANSFERS else None
         if step in self._alone:
             return site.room.alone(need)
+        if several := self._several(site, step, computing):
+            return several
         if computing <= site.room.idle_cards:
             return site.room.compute(need)
         # Sharing a GPU N ways slows the job N times; allow it only if it still finishes before the rest.
         alone = self._demands[step.job].work / site.room.speed
         return site.room.compute(need, most=max(1, int(self._horizon / alone)))
 
+    def _others_come(self, site: Site) -> bool:
+        """Whether jobs that aren't ready to compute yet could use what is idle on a node: queued ones, and its own that
+        are being fetched."""
+        fetching = any(Stage.FETCH not in self.jobs[index].seconds for index in site.backlog)
+        return bool(self._sites.queued or self._held_elsewhere or fetching)
+
+    def _several(self, site: Site, step: Step, computing: int) -> Claim | None:
+        """Several cards of a node for a stage that has a use for them, where they would be idle otherwise: at most its
+        share among the stages that are ready there to compute."""
+        job, demand = self.jobs[step.job].job, self._demands[step.job]
+        # After a card was lost, one card tells whether it is that one. Libraries of whole models have their own ways.
+        lost = any(kind == CARD_LOST for kind, _ in self._failed[_key(step)])
+        by_library = step.stage == Stage.QUANTIZE and whole_engines(job)
+        if lost or by_library or self._others_come(site):
+            return None
+        cards = cards_for(step, demand, site.room, site.room.idle_cards // computing, self.spread_seconds)
+        return site.room.several(demand.need(step.stage, step.recipe), cards) if cards > 1 else None
+
     def _spread(self, site: Site, step: Step) -> bool:
         """Spread a long pass over slots of its node that would be idle otherwise; only while no other job waits."""
         run, demand = self.jobs[step.job], self._demands[step.job]
-        if step in self._alone or self._sites.queued or self._held_elsewhere or not spreadable(run.job):
+        if step in self._alone or self._others_come(site) or not spreadable(run.job):
             return False
         parts = parts_for(step, demand, site.room, self.spread_seconds)
         if parts < 2:

@@ -165,13 +165,16 @@ class Sites:
     def card_failed(self, name: str, claim: Claim) -> str:
         """Record that the card of a claim failed; what to say of it, empty if it may be used again.
 
-        A node without a card left is shunned: its CPU would take days for what was planned on a GPU.
+        Of several cards it isn't known which failed, so none is blamed; the stage is tried again on one. A node without
+        a card left is shunned: its CPU would take days for what was planned on a GPU.
         """
         site = self._by_name.get(name)
-        if site is None or not claim.gpus or not site.room.card_failed(claim.card):
+        if len(claim.cards) > 1:
+            return f"one of cards {', '.join(map(str, claim.cards))}, which isn't known; next: on one card"
+        if site is None or not claim.cards or not site.room.card_failed(claim.cards[0]):
             return ""
         node, cards = site.room.facts.node, site.room.node.gpus
-        said = f"card {claim.card} of {node} is set aside, for it failed {FAULTS} times"
+        said = f"card {claim.cards[0]} of {node} is set aside, for it failed {FAULTS} times"
         if not site.room.usable_cards:
             self.shunned[name] = f"GPU: all {cards} of {node} are set aside, for they failed {FAULTS} times each"
         return said

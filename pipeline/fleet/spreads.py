@@ -1,4 +1,8 @@
-"""Spread a pass over the slots of one node: decide whether it pays, and track its parts."""
+"""Decide what a stage takes of a node where nothing else waits, and track the parts of a pass that is spread.
+
+On cards one process computes on several, and nothing but the artifacts is written. On cores a long pass is spread over
+processes, which share their inputs on the disk.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +20,35 @@ FOLLOWING: dict[str, PartStep] = {"gather": "solve", "solve": "join"}
 
 
 def parts_for(step: Step, demand: Demand, room: Room, least_seconds: float) -> int:
-    """Number of slots of a node to spread a stage over; 1: don't spread. Pure.
+    """Number of slots of a node without cards to spread a stage over; 1: don't spread. Pure.
 
     Only a whole pass of ``least_seconds`` or more is spread, if its parts fit host memory and their files the disk.
     """
-    node = room.node
-    slots = room.idle_cards if node.gpus else room.idle_cpus // node.cpus_per_stage
+    slots = 1 if room.node.gpus else room.idle_cpus // room.node.cpus_per_stage
     if step.stage != Stage.QUANTIZE or step.part is not None or slots < 2:
         return 1
-    long = typical_seconds(demand.pass_work, node.cpus_per_stage, node.gpus) >= least_seconds
     holds = slots * demand.quantize.host <= room.host_memory and demand.gathered <= room.free_disk
-    return slots if long and holds else 1
+    return slots if holds and _is_long(demand, room, least_seconds) else 1
+
+
+def cards_for(step: Step, demand: Demand, room: Room, idle: int, least_seconds: float) -> int:
+    """Number of ``idle`` cards of a node that a computing stage has a use for; 1: for one, or none. Pure.
+
+    A pass of ``least_seconds`` or more takes all; a verification as many as hold the whole artifact and an eighth more
+    (``workers.verify.runtimes.place``), which its runtime otherwise loads on the CPU.
+    """
+    card = room.device_memory
+    if step.stage == Stage.QUANTIZE:
+        return max(1, idle) if _is_long(demand, room, least_seconds) else 1
+    whole = demand.need(step.stage, step.recipe).device
+    if not card or whole <= card:
+        return 1
+    cards = -(-(whole + whole // 8) // card)
+    return cards if cards <= idle else 1
+
+
+def _is_long(demand: Demand, room: Room, least_seconds: float) -> bool:
+    return typical_seconds(demand.pass_work, room.node.cpus_per_stage, room.node.gpus) >= least_seconds
 
 
 @dataclass

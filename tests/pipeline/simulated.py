@@ -145,13 +145,14 @@ class SimulatedFleet:
         used = self._used[node.id]
         used.cpus += sign * claim.cpus
         used.memory += sign * claim.memory
-        if claim.gpus:
-            used.cards[claim.card] += sign * claim.gpus  # type: ignore[assignment]
+        for card in claim.cards:
+            used.cards[card] += sign * claim.gpus / len(claim.cards)  # type: ignore[assignment]
         if sign > 0 and not claim.alone:
             assert used.cpus <= node.cpus + 1e-6, f"{node.id} has {node.cpus} cores, {used.cpus} are taken"
             assert used.memory <= node.memory, f"{node.id} has {node.memory} bytes, {used.memory} are taken"
             assert max(used.cards.values(), default=0) <= 1 + 1e-6, f"{node.id}: a card is taken more than once"
-            assert not claim.gpus or claim.card < node.gpus
+            assert (claim.gpus > 0) == bool(claim.cards)
+            assert all(card < node.gpus for card in claim.cards)
 
     def sleep(self, seconds: float) -> None:
         """Advance the virtual time; no stage ends meanwhile."""

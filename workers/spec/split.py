@@ -18,8 +18,14 @@ def spreadable(job: Job) -> bool:
 
 def sequential(job: Job) -> list[str]:
     """Names of the recipes that can't be spread: ``propagate: quantized``, or an engine that makes whole artifacts."""
+    whole = whole_engines(job)
     recipes = [order.recipe for order in job.orders]
-    return [recipe.name for recipe in recipes if recipe.needs.own_stream or ENGINES[recipe.engine].script]
+    return [recipe.name for recipe in recipes if recipe.needs.own_stream or recipe.name in whole]
+
+
+def whole_engines(job: Job) -> list[str]:
+    """Names of the recipes that an engine makes whole, in a process of its own."""
+    return [order.recipe.name for order in job.orders if ENGINES[order.recipe.engine].script]
 
 
 def slice_of(count: int, part: int, parts: int) -> slice:

@@ -23,8 +23,8 @@ def run(nodes: list[Node], broken: set[tuple[str, int]], jobs: int = 6) -> tuple
     def fails(step: Step, job: Job, node: Node, claim: Claim) -> Failure | None:
         if step.stage in NETWORK_STAGES:
             return None
-        places.append((node.id, claim.card))
-        return LOST if (node.id, claim.card) in broken else None
+        places.extend((node.id, card) for card in claim.cards)
+        return LOST if any((node.id, card) in broken for card in claim.cards) else None
 
     fleet, told = SimulatedFleet(nodes, fails=fails), Told()
     driver = Driver(fleet, plan_of([size(1)] * jobs, "bnb-nf4"), [told], clock=lambda: fleet.now, sleep=lambda _: None)
@@ -69,10 +69,12 @@ def test_a_cpu_build_of_torch_on_a_node_with_gpus_is_said() -> None:
     [
         (Claim(1, 1), True, None, ""),
         (Claim(1, 1), False, "2,3", ""),
-        (Claim(1, 1, 0.5, 1), True, None, "1"),
-        (Claim(1, 1, 1.0, 1), True, "2,3", "3"),
-        (Claim(1, 1, 1.0, 0), True, "GPU-1f, GPU-2e", "GPU-1f"),
-        (Claim(1, 1, 1.0, 1), False, "2,3", None),
+        (Claim(1, 1, 0.5, (1,)), True, None, "1"),
+        (Claim(1, 1, 1.0, (1,)), True, "2,3", "3"),
+        (Claim(1, 1, 1.0, (0,)), True, "GPU-1f, GPU-2e", "GPU-1f"),
+        (Claim(1, 1, 2.0, (0, 2)), True, None, "0,2"),
+        (Claim(1, 1, 2.0, (0, 2)), True, "GPU-1f, GPU-2e, GPU-3d", "GPU-1f,GPU-3d"),
+        (Claim(1, 1, 1.0, (1,)), False, "2,3", None),
     ],
 )
 def test_a_stage_sees_the_card_of_its_claim_and_none_without_one(

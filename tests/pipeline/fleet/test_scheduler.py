@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -207,11 +208,11 @@ def parts_of(fleet: SimulatedFleet) -> list[tuple[str, int]]:
 SPREAD = [*(("gather", index) for index in range(4)), *(("solve", index) for index in range(4)), ("join", 0)]
 
 
-def test_the_last_model_is_spread_over_the_cards_of_its_node() -> None:
-    fleet = SimulatedFleet([node("a", 32, gpus=4)], seconds=lambda step, of, at: 10.0)
+def test_the_last_model_is_spread_over_the_cores_of_its_node() -> None:
+    fleet = SimulatedFleet([node("a", 32)], seconds=lambda step, of, at: 10.0)
     driver = drive(fleet, plan_of([size(10**15)] * 5, "bnb-nf4"), spread_seconds=1.0)
     assert commits(driver) == ["c"] * 5
-    assert len({step.job for step in fleet.claims if step.part}) == 1, "while others wait, every card has its own"
+    assert len({step.job for step in fleet.claims if step.part}) == 1, "while others wait, every slot has its own"
     assert parts_of(fleet) == SPREAD
     spread = next(step.job for step in fleet.claims if step.part)
     assert driver.jobs[spread].seconds[Stage.QUANTIZE] == 30.0
@@ -237,14 +238,14 @@ class FailingPart:
 def test_a_part_that_dies_is_done_again_and_one_that_fails_fails_the_job(
     failure: Failure, times: int, commit: str | None
 ) -> None:
-    fleet = SimulatedFleet([node("a", 32, gpus=4)], fails=FailingPart(failure, times))
+    fleet = SimulatedFleet([node("a", 32)], fails=FailingPart(failure, times))
     driver = drive(fleet, plan_of([size(10**15)], "bnb-nf4"), spread_seconds=1.0)
     assert commits(driver) == [commit]
     assert (("join", 0) in parts_of(fleet)) == (commit is not None)
 
 
 def test_what_does_not_fit_beside_its_other_parts_is_tried_in_one_piece() -> None:
-    fleet = SimulatedFleet([node("a", 32, gpus=4)], fails=FailingPart(OUT_OF_MEMORY, 1))
+    fleet = SimulatedFleet([node("a", 32)], fails=FailingPart(OUT_OF_MEMORY, 1))
     assert commits(drive(fleet, plan_of([size(10**15)], "bnb-nf4"), spread_seconds=1.0)) == ["c"]
     started = [step for _, event, _, step in fleet.log if event == "started" and step.stage == Stage.QUANTIZE]
     whole = [step for step in started if not step.part]
@@ -265,9 +266,9 @@ def test_copies_to_the_storage_are_made_while_the_slots_compute() -> None:
 
 
 def test_a_node_that_vanishes_takes_all_parts_with_it() -> None:
-    fleet = SimulatedFleet([node("a", 32, gpus=4)], seconds=lambda step, of, at: 10.0)
+    fleet = SimulatedFleet([node("a", 32)], seconds=lambda step, of, at: 10.0)
     fleet.at(25.0, lambda: fleet.vanish("a"))
-    fleet.at(24.0, lambda: fleet.alive.update(b=node("b", 32, gpus=4)))
+    fleet.at(24.0, lambda: fleet.alive.update(b=node("b", 32)))
     assert commits(drive(fleet, plan_of([size(10**15)], "bnb-nf4"), spread_seconds=1.0)) == ["c"]
     assert parts_of(fleet)[-9:] == SPREAD
 
@@ -313,7 +314,8 @@ def test_whatever_breaks_every_job_ends_and_no_node_is_overbooked(seed: int) -> 
         size(draw.randint(1, 100), host=draw.randint(1, 20) * GIB, device=draw.randint(0, 39) * GIB, disk=5)
         for _ in range(draw.randint(1, 25))
     ]
-    driver = drive(fleet, plan_of(sizes, "bnb-nf4", "bnb-int8"))
+    spread_seconds = draw.choice((0.0, math.inf))
+    driver = drive(fleet, plan_of(sizes, "bnb-nf4", "bnb-int8"), spread_seconds)
     for run in driver.jobs:
         for artifact in run.artifacts.values():
             assert (artifact.commit is None) != (artifact.failure is None)

@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 from workers.machine import fp8_kernels
 from workers.machine.memory import peak_host_bytes
-from workers.model.card_room import room_on_card
 from workers.model.generation import failing_settings, greedy
 from workers.spec.families import forward_of
 from workers.spec.patterns import is_speculative
+from workers.verify.runtimes.place import Place, placed
 from workers.verify.runtimes.reply import in_a_line, out_of_memory, reply
 
 # Disables downloads, and torch.compile, which takes longer for gptqmodel's kernels than the whole check.
@@ -42,23 +43,39 @@ def be_quiet() -> None:
 
 
 def _load_and_run(request: dict[str, Any]) -> dict[str, Any]:
+    place = placed(request.get("device_bytes", 0))
+    if place.rooms:
+        # What a library can't do over several cards isn't the artifact's fault: it's judged on the CPU.
+        try:
+            found = _run(request, place)
+        except Exception:
+            traceback.print_exc()
+        else:
+            if not found["problems"]:
+                return found
+        place = Place("cpu")
+    return _run(request, place)
+
+
+def _run(request: dict[str, Any], place: Place) -> dict[str, Any]:
     import torch
     import transformers
     from safetensors.torch import load_file, save_file
 
-    artifact, scratch = Path(request["artifact"]), Path(request["scratch"])
-    device = _device(request.get("device_bytes", 0))
+    artifact, scratch, device = Path(request["artifact"]), Path(request["scratch"]), place.device
     decoding, kernels = _decoding(artifact, device) if request.get("decodes_on_loading") else ({}, "")
     model, loading = getattr(transformers, request["loader"]).from_pretrained(
         artifact,
         dtype=_dtype(request["arithmetic"], device),
-        device_map=device,
         output_loading_info=True,
         trust_remote_code=request["trust_remote_code"],
         # Taken instead of the one in the artifact, which is judged by itself.
         generation_config=transformers.GenerationConfig(),
+        **place.arguments,
         **decoding,
     )
+    if place.rooms:
+        _decompress(model)
     model = forward_of(model)
     if device == "cpu" and request["arithmetic"] == "decoded":
         _widen(model)
@@ -79,8 +96,23 @@ def _load_and_run(request: dict[str, Any]) -> dict[str, Any]:
         "generated": generated,
         "host_bytes": peak_host_bytes(),
         "kernels": kernels,
-        **({"processor": torch.cuda.get_device_name()} if device == "cuda" else {}),
+        **({"processor": _processor(model)} if device == "cuda" else {}),
     }
+
+
+def _processor(model: Any) -> str:
+    """The card that a model is on, or how many."""
+    import torch
+
+    cards = {parameter.device for parameter in model.parameters()}
+    return torch.cuda.get_device_name() if len(cards) == 1 else f"{len(cards)} x {torch.cuda.get_device_name()}"
+
+
+def _decompress(model: Any) -> None:
+    """Decode a model over several cards before its first forward, in which compressed-tensors (0.20) does it otherwise:
+    it takes away the hooks there that transformers has moved activations by, and fails in the one that is at work."""
+    if hasattr(model, "ct_decompress_hook"):
+        model.hf_quantizer.compressor.decompress_model(model)
 
 
 def _continued(model: Any, artifact: Path, prompts: Any, new_tokens: int) -> tuple[list[list[int]], list[str]]:
@@ -100,12 +132,6 @@ def _continued(model: Any, artifact: Path, prompts: Any, new_tokens: int) -> tup
             raise
         return [], [f"runtime transformers: generates not: {in_a_line(error)}"]
     return [row[prompts.shape[1] :].tolist() for row in rows], []
-
-
-def _device(weights: int) -> str:
-    """A card, if there is one with room for so many bytes of weights and an eighth more; else the CPU."""
-    room = room_on_card()
-    return "cuda" if room and room >= weights + weights // 8 else "cpu"
 
 
 def _decoding(artifact: Path, device: str) -> tuple[dict[str, Any], str]:
