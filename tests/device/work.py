@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import builtins
+import hashlib
+import itertools
 import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.zoo import shipped
 from tests.device.card import Card
-from tests.workers.jobs import ZOO, job, quick
+from tests.workers.jobs import ZOO, job, quick, recipe
 from workers.machine.card_share import SHARE
 from workers.machine.failures import classify
 from workers.run import run_stage
@@ -55,6 +57,90 @@ def one_pass(workspace: str, model: str, *recipes: str) -> dict[str, Any]:
     of = job(ZOO / "models" / model, Path(workspace), *(quick(shipped.recipe(name)) for name in recipes))
     result, facts = _stage(of, Stage.QUANTIZE)
     return {**facts, "made": sum(made.error is None for made in result.artifacts)}
+
+
+def card_pass(workspace: str, model: str, *recipes: str) -> dict[str, Any]:
+    """Quantize a small model under recipes, in several micro-batches; ``digests`` are those of the weights.
+
+    ``own`` is GPTQ on its own quantized activations.
+    """
+    return _made(_several_batches(workspace, model, *recipes))
+
+
+def _several_batches(workspace: str, model: str, *recipes: str) -> Job:
+    own = recipe(
+        name="own", method="gptq", scheme={"bits": 4, "group_size": 64}, options={"propagate": "quantized", "refine": 0}
+    )
+    chosen = [own if name == "own" else shipped.recipe(name) for name in recipes]
+    # AWQ keeps its search, without which it needs no calibration.
+    chosen = [each if each.method == "awq" else quick(each) for each in chosen]
+    return job(ZOO / "models" / model, Path(workspace), *chosen, samples=40)
+
+
+def _made(of: Job) -> dict[str, Any]:
+    """Facts of a pass; the errors, folders and digests of its artifacts."""
+    result, facts = _stage(of, Stage.QUANTIZE)
+    errors = {made.recipe: made.error.message for made in result.artifacts if made.error is not None}
+    folders = {made.recipe: made.path for made in result.artifacts if made.error is None}
+    digests = {name: hashlib.sha256(_weights(folder)).hexdigest() for name, folder in folders.items()}
+    made_with = [made.made_with for made in result.artifacts]
+    return {**facts, "errors": errors, "folders": folders, "digests": digests, "made_with": made_with}
+
+
+def failing_recipe(workspace: str, model: str, method: str, *recipes: str) -> dict[str, Any]:
+    """A pass in which one method fails at its seventh stack of weights."""
+    from workers.errors import NumericalError
+    from workers.methods.table import METHODS
+
+    solve, calls = METHODS[method].solve, itertools.count(1)
+
+    def failing(recipe: Any, stack: Any) -> Any:
+        if next(calls) == 7:
+            raise NumericalError("planted")
+        return solve(recipe, stack)
+
+    METHODS[method] = replace(METHODS[method], solve=failing)
+    return card_pass(workspace, model, *recipes)
+
+
+def resumed_pass(workspace: str, model: str, *recipes: str) -> dict[str, Any]:
+    """A pass that ends right after its second checkpoint, and the same again; ``layers`` are those that it began at."""
+    from workers.model.cards import CardStreaming
+    from workers.quantize import attempts
+    from workers.quantize.resume import PassFolder
+
+    attempts.KEEPING_SECONDS, attempts.KEEPING_SHARE = 0.0, 1e9
+    save, layers_from = PassFolder.save, CardStreaming.layers
+    saves, begun = itertools.count(1), list[int]()
+
+    def save_and_stop(self: PassFolder, *of: Any) -> None:
+        save(self, *of)
+        if next(saves) == 2:
+            raise OSError("planted")
+
+    def layers(self: CardStreaming, start: int = 0) -> Any:
+        begun.append(start)
+        return layers_from(self, start)
+
+    PassFolder.save, CardStreaming.layers = save_and_stop, layers  # type: ignore[method-assign]
+    of = _several_batches(workspace, model, *recipes)
+    first, again = _made(of), _made(of)
+    return {"first": first, "again": again, "layers": begun}
+
+
+def large_verify(workspace: str, *recipes: str) -> dict[str, Any]:
+    """Verify artifacts of a small model as if each had half as many bytes again as a card has."""
+    import torch
+
+    from workers.verify.comparison import Comparison
+
+    bytes_ = int(1.5 * torch.cuda.get_device_properties(0).total_memory)
+    Comparison._on_a_card = lambda *_: bytes_  # type: ignore[method-assign]
+    return whole_pass(workspace, "llama-tiny", *recipes)
+
+
+def _weights(folder: str) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(Path(folder).glob("*.safetensors")))
 
 
 def faulty_pass(workspace: str, launches: str, words: str) -> dict[str, Any]:
