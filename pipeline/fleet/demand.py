@@ -64,6 +64,7 @@ def _demand(job: Job, cells: list[PlannedArtifact]) -> Demand:
         quantize=Need(
             max(estimate.quantize.host for estimate in estimates),
             max(estimate.quantize.device for estimate in estimates),
+            max(estimate.quantize.least_device for estimate in estimates),
         ),
         verify={cell.order.recipe.name: cell.estimate.verify for cell in cells},
         disk=source + written + max(estimate.state_bytes for estimate in estimates),

@@ -162,7 +162,7 @@ def install() -> Card | None:
     if path is None or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return None
     # Before torch asks for the hooks of CUDA, which it does once.
-    library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(path, mode=ctypes.RTLD_LOCAL)
     import bitsandbytes  # noqa: F401
     import torch
 

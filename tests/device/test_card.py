@@ -114,6 +114,23 @@ def test_a_layer_of_an_8b_under_eight_recipes_takes_few_launches() -> None:
     assert sum(expected.values()) <= 10_000, expected
 
 
+METHODS = (
+    "gptq-w4-g128", "awq-w4-g128", "fp8-dynamic", "fp8-block", "rtn-w4-g128", "nvfp4", "mxfp4", "w8a8-int8",
+    "hqq-w4-g64", "bnb-nf4", "bnb-int8",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("hidden", [256, 512])
+def test_a_pass_takes_no_more_memory_than_is_planned(hidden: int) -> None:
+    """The context, a billion bytes of the plan, isn't counted: without it a plan that forgets something falls short."""
+    found = json.loads(card.run("tests.device.work", "peaks", str(hidden), *METHODS, seconds=500))
+    assert found.keys() == set(METHODS)
+    for name, (peak, planned) in found.items():
+        assert 0 < peak <= planned, (name, peak, planned)
+
+
 def test_views_share_memory_and_inputs_in_place_keep_theirs(seen: dict[str, Any]) -> None:
     assert seen["shared"] == [[0.0, 0.0], [1.0, 1.0]]
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.device import card
+from tests.workers.formats.test_gguf import with_llama_cpp
 
 pytestmark = [pytest.mark.night, pytest.mark.timeout(900)]
 
@@ -85,6 +86,14 @@ def test_a_layer_goes_to_the_card_once_for_all_recipes(tmp_path: Path) -> None:
     said = json.loads(card.run("tests.device.work", "one_pass", str(tmp_path), "llama-tiny", *recipes))
     assert said["failure"] is None
     assert said["made"] == len(recipes)
+    once(said)
+
+
+@with_llama_cpp
+def test_a_gguf_is_made_on_the_card(tmp_path: Path) -> None:
+    said = json.loads(card.run("tests.device.work", "one_pass", str(tmp_path), "llama-tiny", "gguf-q4_k_m"))
+    assert said["failure"] is None
+    assert said["made"] == 1
     once(said)
 
 

@@ -336,6 +336,30 @@ def layer(hidden: str) -> dict[str, Any]:
     return each
 
 
+def peaks(hidden: str, *recipes: str) -> dict[str, list[float]]:
+    """Peak bytes of a pass over a layer of an 8B's shape, ``hidden`` wide, and those that the plan counts on, without
+    the context of a card, for each recipe alone."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    assert LlamaForCausalLM is not None  # it is imported before there seems to be a Triton
+    with_kernels()
+    from pipeline.planning.sizing import DEVICE_BYTES
+    from tests.bench import gpu_stack
+
+    found = {}
+    with tempfile.TemporaryDirectory() as place:
+        stack = Path(place) / "stack"
+        gpu_stack.save_stack(stack, 1, int(hidden), int(hidden) * 7 // 2, torch.device("cpu"))
+        for name in recipes:
+            of = gpu_stack.job_of(stack, Path(place) / name, (name,), 16, 128)
+            result, facts = _stage(of, Stage.QUANTIZE)
+            assert facts["failure"] is None, facts
+            assert not [made.error for made in result.artifacts if made.error]
+            found[name] = [facts["peak"], gpu_stack.planned(of, Stage.QUANTIZE) - DEVICE_BYTES]
+    return found
+
+
 def products() -> dict[str, Any]:
     """Statistics of inputs in half precision on a card, against those of the same inputs in float32 on the CPU."""
     import torch

@@ -126,6 +126,13 @@ def test_a_verification_has_as_many_cards_as_hold_the_whole_artifact(
     assert cards_of(fleet) == [(0,)]
 
 
+def test_a_pass_that_goes_on_with_less_is_placed_on_a_card_with_as_much() -> None:
+    """The plan lets it through, for the next layer needn't be on the card ahead; the fleet has to know, too."""
+    large = replace(size(1), quantize=Need(GIB, 100 * GIB, 60 * GIB))
+    fleet = SimulatedFleet([node("a", 32, gpus=1)])
+    assert commits(drive(fleet, plan_of([large], "bnb-nf4"))) == ["c"]
+
+
 def test_cards_that_are_set_aside_or_busy_are_not_among_several() -> None:
     facts = MachineFacts(node="a", python="3", packages={}, host_memory=10 * GIB, disk_free=1, cpus=32)
     room = Room(node("a", 32, gpus=4, gib=10), facts)
