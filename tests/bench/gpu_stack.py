@@ -179,13 +179,7 @@ def bound_of_layer(given: argparse.Namespace, recipes: tuple[str, ...]) -> float
     shapes, inputs = shapes_of(hidden, inner).values(), (hidden, hidden, hidden, inner)
     tokens = given.samples * given.length
     seconds = roofline.forward(shapes, tokens, given.length, hidden) + roofline.statistics(inputs, tokens)
-    for name in recipes:
-        if name.startswith(("gptq", "nvfp4", "mxfp4")):
-            seconds += roofline.solved(shapes)
-        elif name.startswith("awq"):
-            seconds += roofline.awq(shapes)
-        else:
-            seconds += sum(roofline.search(*shape) for shape in shapes)
+    seconds += sum(roofline.recipe(name, shapes) for name in recipes)
     return seconds + sum(roofline.factorize(width) for width in inputs)
 
 

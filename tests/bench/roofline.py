@@ -10,10 +10,12 @@ from collections.abc import Iterable
 # Half of the peaks that NVIDIA states for the H100 (SXM, dense): operations per second, bytes per second.
 BF16, TF32, MEMORY = 495e12, 247e12, 1.67e12
 ROUNDS = 3
-# Scales that AWQ's search compares: the weights' own, and of two families of twenty a dozen each.
-CANDIDATES = 25
+# Scales that AWQ's search compares, at least: the weights' own, and about half of two families of twenty.
+CANDIDATES = 20
 # Times that a search for scales, or rounding, reads or writes a float32 for a weight.
 PASSES = 20
+# Stated, not measured: seconds of the processor for a launch, and of a wait beyond what is waited for.
+LAUNCH, WAIT = 5e-6, 20e-6
 Shapes = Iterable[tuple[int, int]]
 
 
@@ -37,14 +39,22 @@ def search(outputs: int, inputs: int) -> float:
     return PASSES * 4 * outputs * inputs / MEMORY
 
 
-def solved(shapes: Shapes) -> float:
-    """A layer under GPTQ with refinement, its inputs' factors not included."""
-    return sum(gptq(*shape) + refinement(*shape) + search(*shape) for shape in shapes)
+def products(recipe: str, shapes: Shapes) -> float:
+    """Operations of a recipe's own products for a layer, its inputs' factors not included."""
+    whole = sum(outputs * inputs**2 for outputs, inputs in shapes)
+    of = {
+        "gptq": 1 + 3 * ROUNDS,  # GPTQ, and rounds of a sweep and of the best scales
+        "nvfp4": 1 + 2 * ROUNDS,  # scales stay
+        "mxfp4": 1 + 2 * ROUNDS,
+        "awq": 2 * CANDIDATES,  # each candidate's error by H
+    }
+    return of.get(recipe.partition("-")[0], 0) * whole
 
 
-def awq(shapes: Shapes) -> float:
-    """A layer under AWQ: each candidate's error by H."""
-    return sum(CANDIDATES * 2 * outputs * inputs**2 / TF32 + search(outputs, inputs) for outputs, inputs in shapes)
+def recipe(name: str, shapes: Shapes) -> float:
+    """A layer under a recipe."""
+    shapes = list(shapes)
+    return products(name, shapes) / TF32 + sum(search(*shape) for shape in shapes)
 
 
 def forward(shapes: Shapes, tokens: int, length: int, hidden: int) -> float:

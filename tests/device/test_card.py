@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
+from tests.bench import bench_counts, gpu_stack
 from tests.device import card
+from workers.spec.workspace import MICRO_BATCH_TOKENS
 
 pytestmark = pytest.mark.timeout(600)  # the first of them compiles for half a minute, on busy cores for longer
 
@@ -100,18 +102,19 @@ def test_a_layer_under_eight_recipes_takes_few_launches_and_waits() -> None:
 
 @pytest.mark.night
 @pytest.mark.timeout(1800)
-def test_a_layer_of_an_8b_under_eight_recipes_takes_few_launches() -> None:
-    """They grow evenly with the widths, for pieces are as many: 512 and 1024 tell of 4096."""
-    half, whole = (
-        {
-            name: of["launches"]
-            for name, of in json.loads(card.run("tests.device.work", "layer", width, seconds=900)).items()
-        }
-        for width in ("512", "1024")
-    )
-    expected = {name: whole[name] + 6 * (whole[name] - half[name]) for name in whole}
-    print(expected)
-    assert sum(expected.values()) <= 10_000, expected
+def test_a_layer_of_an_8b_takes_few_launches_and_by_its_counts_at_most_twice_its_bound() -> None:
+    """With a micro-batch of calibration at most 10,000 launches under eight recipes; each further one adds its own."""
+    half, whole, more = bench_counts.measured()
+    found = bench_counts.counted(half, whole, more)
+    further = more["beside"]["launches"] - whole["beside"]["launches"]
+    for recipes in (gpu_stack.ONE, gpu_stack.EIGHT):
+        layer = bench_counts.summed(found, recipes)
+        batches = bench_counts.SAMPLES * bench_counts.LENGTH // MICRO_BATCH_TOKENS
+        print(recipes, layer, further)
+        assert layer.bound <= layer.seconds <= 2 * layer.bound
+        assert layer.waits <= 50
+        assert layer.launches - (batches - 1) * further <= 10_000
+        assert further <= 130
 
 
 METHODS = (

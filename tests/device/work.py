@@ -277,8 +277,9 @@ def columns() -> dict[str, Any]:
     return found
 
 
-def layer(hidden: str) -> dict[str, Any]:
-    """Launches and waits of one layer, ``hidden`` wide, of an 8B's shape: by recipe of eight, and beside them.
+def layer(hidden: str, samples: str = "2") -> dict[str, Any]:
+    """Launches, waits and operations of products of one layer, ``hidden`` wide, of an 8B's shape: by recipe of eight,
+    and beside them. 32 samples are a micro-batch.
 
     Pieces are as many as of a layer 4096 wide. One layer is what a pass over two takes more than one over one.
     """
@@ -287,20 +288,30 @@ def layer(hidden: str) -> dict[str, Any]:
 
     assert LlamaForCausalLM is not None  # it is imported before there seems to be a Triton
     kernel = with_kernels()
+    from torch.utils.flop_counter import FlopCounterMode
+
     from tests.bench import gpu_stack
     from workers.engines.maker import Maker
     from workers.numerics import pieces, refine
     from workers.quantize import attempts
 
+    def product(_: Any, left: Any, right: Any, *__: Any, **___: Any) -> int:
+        operations: int = 2 * torch.Size(left).numel() * right[-1]
+        return operations
+
+    aten = torch.ops.aten
+    in_place = {aten.addmm_: product, aten.baddbmm_: product, aten.addmm: product}
+    flops = FlopCounterMode(display=False, custom_mapping=in_place)
+
     width, times = int(hidden), 4096 // int(hidden)
     pieces.ON_A_CARD //= times**2
     refine.ON_A_CARD, refine.MANY_ELEMENTS = refine.ON_A_CARD // times**2, refine.MANY_ELEMENTS // times**2
     attempts.KEEPING_SECONDS = float("inf")  # a checkpoint waits for what it saves
-    names = ("launches", "waits", "kernels")
+    names = ("launches", "waits", "kernels", "operations")
     taken: dict[str, dict[str, int]] = {}
 
     def now() -> dict[str, int]:
-        return dict(zip(names, (*card().so_far(), kernel.count), strict=True))
+        return dict(zip(names, (*card().so_far(), kernel.count, flops.get_total_flops()), strict=True))
 
     @contextmanager
     def counted(maker: Maker) -> Iterator[None]:
@@ -317,18 +328,19 @@ def layer(hidden: str) -> dict[str, Any]:
             stack = Path(place) / f"stack-{layers}"
             gpu_stack.save_stack(stack, layers, width, width * 7 // 2, torch.device("cpu"))
             before = now()
-            result, facts = _stage(
-                gpu_stack.job_of(stack, Path(place) / f"work-{layers}", gpu_stack.EIGHT, 2, 128), Stage.QUANTIZE
-            )
+            of = gpu_stack.job_of(stack, Path(place) / f"work-{layers}", gpu_stack.EIGHT, int(samples), 128)
+            with flops:
+                result, facts = _stage(of, Stage.QUANTIZE)
             assert facts["failure"] is None, facts
             assert not [made.error for made in result.artifacts if made.error]
             whole = {
                 "launches": facts["launches"],
                 "waits": facts["waits"],
                 "kernels": kernel.count - before["kernels"],
+                "operations": flops.get_total_flops(),  # of this pass: it began at none
             }
-            beside = {name: whole[name] - sum(of[name] for of in taken.values()) for name in names}
-            found.append({name: dict(of) for name, of in taken.items()} | {"beside": beside})
+            beside = {name: whole[name] - sum(counts[name] for counts in taken.values()) for name in names}
+            found.append({name: dict(counts) for name, counts in taken.items()} | {"beside": beside})
     first, second = found
     each = {name: {what: of[what] - first[name][what] for what in names} for name, of in second.items()}
     for of in each.values():
