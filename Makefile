@@ -6,6 +6,8 @@ STAMP := $(VENV)/.quantmill-setup
 OUT ?= runs
 # timm and torchvision, for the families whose towers are timm's: on the path of the walk alone.
 TOWERS := .venv-towers
+# Triton, whose interpreter compares kernels with their loops: on the path of that test alone, for no processor needs it.
+TRITON := .venv-triton
 # Tests of one file stay together, for they share what was made for them; the longest files come first (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -57,8 +59,13 @@ night: $(STAMP) runtimes
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
 
-test-slow: $(STAMP)
+test-slow: $(STAMP) $(TRITON)/.installed
 	$(PYTEST) -m slow
+
+$(TRITON)/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade \
+	  --target $(TRITON) triton
+	@touch $@
 
 check: lint types contracts docs test envs test-slow
 
@@ -105,10 +112,10 @@ bench: $(STAMP)
 bench-gpu: $(STAMP)
 	$(BIN)/python -m tests.bench.bench_gpu
 
-constraints: $(DOCS)/.installed $(TOWERS)/.installed
+constraints: $(DOCS)/.installed $(TOWERS)/.installed $(TRITON)/.installed
 	( head -1 constraints.txt; \
 	  ( $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//'; $(DOCS)/bin/python -m pip freeze; \
-	    $(BIN)/python -m pip freeze --path $(TOWERS) ) \
+	    $(BIN)/python -m pip freeze --path $(TOWERS); $(BIN)/python -m pip freeze --path $(TRITON) ) \
 	  | sort -f -t= -k1,1 -u ) > constraints.new
 	mv constraints.new constraints.txt
 

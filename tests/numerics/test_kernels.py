@@ -16,6 +16,9 @@ import torch
 from workers.numerics import gptq, grids
 from workers.numerics.rounding import code_range
 
+ROOT = Path(__file__).parents[2]
+# Where the Makefile installs Triton, if the environment has none.
+TRITON = ROOT / ".venv-triton"
 CASES = {
     # Problems, outputs, inputs, group size, bits, zero points, columns by activation, only below the diagonal.
     "one problem": (1, 40, 192, 64, 4, False, False, True),
@@ -80,12 +83,12 @@ def against_the_loop() -> dict[str, dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def compared() -> dict[str, dict[str, float]]:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("no Triton: its interpreter compares the kernels with their loops (pip install triton)")
+    if importlib.util.find_spec("triton") is None and not TRITON.is_dir():
+        pytest.skip("no Triton: its interpreter compares the kernels with their loops (`make test-slow` installs it)")
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path, str(TRITON)]),
     }
     done = subprocess.run(
         [sys.executable, "-m", "tests.numerics.test_kernels"],
@@ -99,6 +102,8 @@ def compared() -> dict[str, dict[str, float]]:
     return found
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernel_gives_the_loops_codes(compared: dict[str, dict[str, float]], case: str) -> None:
     """Sums have another order, so a target in the middle between two codes may fall to the other side, and its error
