@@ -358,7 +358,7 @@ class Manifest(Frozen):
 
 
 class PeakMemory(Frozen):
-    """Peak bytes of a stage's process."""
+    """Peak bytes of a stage's process; on a GPU those that torch's allocator held, with what it keeps for later."""
 
     host: int = 0
     device: int = 0
