@@ -75,27 +75,36 @@ def solvers(device: torch.device, size: str, repetitions: int) -> Iterator[Row]:
     for name, bound, action in parts(w_BOI, h_BII):
         columns = name.startswith(("GPTQ", "refinement"))
         what = f"{size}, {name}" + (", kernel" if kernel else ", loop in PyTorch") * columns
-        seconds, peak = _best(action, device, repetitions)
+        seconds, peak, found = _best(action, device, repetitions)
         yield Row(what, seconds, problems * bound, peak)
         if kernel and columns:
             with mock.patch.object(gptq, "on_a_kernel", return_value=False):
-                seconds, peak = _best(action, device, 0)
+                seconds, peak, by_loop = _best(action, device, 0)
             yield Row(f"{size}, {name}, loop in PyTorch", seconds, problems * bound, peak)
+            share = _unequal(_codes(found), _codes(by_loop))
+            yield Row(f"{size}, {name}: {share:.3%} of the kernel's codes differ from the loop's")
 
 
-def _best(action: Callable[[], object], device: torch.device, repetitions: int) -> tuple[float, float | None]:
-    """Least seconds and peak bytes; without repetitions of the first time."""
+def _codes(found: object) -> torch.Tensor:
+    codes = found[0] if isinstance(found, tuple) else found
+    assert isinstance(codes, torch.Tensor)
+    return codes
+
+
+def _best(action: Callable[[], object], device: torch.device, repetitions: int) -> tuple[float, float | None, object]:
+    """Least seconds, peak bytes and what was found; without repetitions of the first time."""
     card = device.type == "cuda"
-    taken = []
+    taken, found = [], None
     if card:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(repetitions + 1):
+        found = None
         begun = time.perf_counter()
-        action()
+        found = action()
         if card:
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - begun)
-    return min(taken[1:] or taken), torch.cuda.max_memory_allocated() if card else None
+    return min(taken[1:] or taken), torch.cuda.max_memory_allocated() if card else None, found
 
 
 def bitsandbytes_bytes(device: torch.device) -> Iterator[Row]:

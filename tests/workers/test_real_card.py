@@ -1,13 +1,18 @@
-"""What needs a real card: bitsandbytes' own kernels there, and the bytes of a card. `make test-gpu`."""
+"""What needs a real card: kernels of ours and of bitsandbytes there, and the bytes of a card. `make test-gpu`."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
+from tests.numerics.test_kernels import CASES, problem
 from tests.workers.jobs import ZOO, job
 from workers.machine.files import file_sha256
+from workers.numerics import gptq, grids
+from workers.numerics.rounding import code_range
 from workers.run import run_stage
 from workers.spec.job import Job, Stage
 from workers.spec.workspace import artifact_folder
@@ -33,6 +38,23 @@ def made(place: Path, *recipes: str) -> Job:
     assert [artifact.error for artifact in result.artifacts] == [None] * len(recipes)
     assert result.memory.device, "it ran on the card"
     return of
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="no Triton: columns are rounded by the loop, on a card too")
+@pytest.mark.parametrize("case", CASES)
+def test_the_column_kernel_gives_the_loops_codes(case: str) -> None:
+    """Compiled for this card, not interpreted. Sums have another order there: codes that are nearly tied may differ."""
+    from workers.numerics.kernels import columns
+
+    given, bits, lower = problem(*CASES[case]), CASES[case][4], CASES[case][-1]
+    grid = getattr(grids, bits) if isinstance(bits, str) else grids.Integers(*code_range(bits))
+    here = {**given, "error_BIO": given["error_BIO"].clone()}
+    there = {name: one.cuda() if isinstance(one, Tensor) else one for name, one in given.items()}
+    want = gptq.sweep(**here, nearest=grid, lower=lower)
+    got = columns.sweep(**there, grid=grid, lower=lower).cpu()
+    assert (want != got).sum() <= want.numel() / 200
+    errors = [float(of["error_BIO"].square().sum()) for of in (here, there)]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-2)
 
 
 @pytest.mark.parametrize("recipe", BITSANDBYTES)
