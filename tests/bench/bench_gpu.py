@@ -23,7 +23,6 @@ from unittest import mock
 import torch
 
 from tests.bench import gpu_stack, roofline
-from tests.bench.bench_solver import processor
 from tests.bench.gpu_stack import HEADER, Row
 from workers.numerics import gptq, hqq, microscaling, refine, rounding
 from workers.numerics.grids import Integers
@@ -168,13 +167,7 @@ def main() -> None:
     gpu_stack.add_arguments(parser)
     parser.add_argument("--without", nargs="+", choices=PARTS, default=())
     given = parser.parse_args()
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
-    print(f"{name}, torch {torch.__version__}; {given.samples} x {given.length} tokens, hidden {given.hidden}\n")
-    for cells in (HEADER, ("---",) * len(HEADER)):
-        print("| " + " | ".join(cells) + " |", flush=True)
-    for row in rows(given, device):
-        print("| " + " | ".join(row.cells) + " |", flush=True)
+    gpu_stack.print_table(given, HEADER, lambda device: (row.cells for row in rows(given, device)))
 
 
 if __name__ == "__main__":

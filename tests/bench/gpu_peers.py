@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 
 from tests.bench import gpu_stack
 from tests.bench.bench_peers import ROOT, Case
-from tests.bench.bench_solver import processor
 from tests.bench.gpu_stack import ONE
 from workers.model.text import calibration_tokens, load_tokenizer
 from workers.run import run_stage
@@ -96,14 +95,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", metavar="PYTHON")
     gpu_stack.add_arguments(parser)
     given = parser.parse_args()
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
-    print(f"{name}, torch {torch.__version__}; {given.samples} x {given.length} tokens, hidden {given.hidden}\n")
-    for cells in (HEADER, ("---",) * len(HEADER)):
-        print("| " + " | ".join(cells) + " |", flush=True)
     with tempfile.TemporaryDirectory(prefix="quantmill-peers-") as place:
-        for row in rows(Path(place), given, device):
-            print("| " + " | ".join(row) + " |", flush=True)
+        gpu_stack.print_table(given, HEADER, lambda device: rows(Path(place), given, device))
 
 
 if __name__ == "__main__":

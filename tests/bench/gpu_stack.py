@@ -11,9 +11,10 @@ import gc
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from transformers import AutoConfig
 from pipeline.planning import sizing, sources
 from pipeline.zoo.zoo import ModelEntry
 from tests.bench import roofline
+from tests.bench.bench_solver import processor
 from tests.workers.jobs import LOOSE, ZOO, job
 from workers.checkpoint.source import Source
 from workers.formats.decoded import Decoded, open_decoded
@@ -255,3 +257,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inner", type=int, default=14336)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
+
+
+def print_table(
+    given: argparse.Namespace, header: Sequence[str], rows: Callable[[torch.device], Iterable[Sequence[str]]]
+) -> None:
+    """Print a Markdown table, row by row as they are measured, below the name of the card, or of the processor."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
+    print(f"{name}, torch {torch.__version__}; {given.samples} x {given.length} tokens, hidden {given.hidden}\n")
+    for cells in chain((header, ("---",) * len(header)), rows(device)):
+        print("| " + " | ".join(cells) + " |", flush=True)

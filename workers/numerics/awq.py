@@ -108,7 +108,6 @@ def _bounded(scale_CI: Tensor) -> Tensor:
 def _losses(problem: Problem, scale_CI: Tensor, bits: int, group_size: int | None, symmetric: bool) -> Tensor:
     """The loss of each candidate, float64 [C]; as many at a time as a piece holds."""
     w_B1OI, h_BII = problem[0].float().unsqueeze(1), problem[1]
-    low, high = rounding.code_range(bits)
     losses = []
     for some_CI in torch.split(scale_CI, trials_at_a_time(w_B1OI.numel(), w_B1OI.device)):
         scale_C1I = some_CI[:, None]
@@ -116,13 +115,7 @@ def _losses(problem: Problem, scale_CI: Tensor, bits: int, group_size: int | Non
         groups = torch.unflatten(scaled_BCOI, -1, (-1, group_size or scaled_BCOI.shape[-1]))
         scale, zero = rounding.params_of(rounding.extent(groups, symmetric=symmetric), bits)
         scale, zero = scale.unsqueeze(-1), None if zero is None else zero.unsqueeze(-1)
-        codes = groups / scale
-        if zero is not None:
-            codes += zero
-        codes.round_().clamp_(low, high)
-        if zero is not None:
-            codes -= zero
-        error_BCOI = codes.mul_(scale).flatten(-2).sub_(scaled_BCOI).div_(scale_C1I)
+        error_BCOI = rounding.rounding_noise(groups, scale, zero, bits).flatten(-2).div_(scale_C1I)
         product = (error_BCOI.flatten(1, 2) @ h_BII).view_as(error_BCOI)
         losses.append(product.mul_(error_BCOI).sum((0, 2, 3), dtype=torch.float64))
     return torch.cat(losses)
@@ -149,19 +142,12 @@ def clipped_params(
     clipped = rounding.shrunken(rounding.extent(groups_BGOg, symmetric=symmetric), clip_C111)
     scale_CBGO, zero_CBGO = rounding.params_of(clipped, bits, scale_dtype)
     loss_CBGO = torch.empty(scale_CBGO.shape, device=scale_CBGO.device)
-    code_low, code_high = rounding.code_range(bits)
     at_once = trials_at_a_time(groups_BGOg.numel(), groups_BGOg.device)
     for start in range(0, len(CLIPS), at_once):
         clips = slice(start, start + at_once)
         scale = scale_CBGO[clips].float().unsqueeze(-1)
         zero = None if zero_CBGO is None else zero_CBGO[clips].unsqueeze(-1)
-        error_cBGOg = groups_BGOg / scale
-        if zero is not None:
-            error_cBGOg += zero
-        error_cBGOg.round_().clamp_(code_low, code_high)
-        if zero is not None:
-            error_cBGOg -= zero
-        error_cBGOg.mul_(scale).sub_(groups_BGOg)
+        error_cBGOg = rounding.rounding_noise(groups_BGOg, scale, zero, bits)
         torch.sum((error_cBGOg @ blocks_BGgg).mul_(error_cBGOg), -1, out=loss_CBGO[clips])
     best_1BGO = rounding.first_least(loss_CBGO)
     scale_BGO = scale_CBGO.gather(0, best_1BGO)[0]

@@ -199,6 +199,19 @@ def _as_long_as_better(best: Tensor, least: Tensor, factor_T: Tensor, error_T: T
     return factors.gather(0, last)[0], errors.gather(0, last)[0]
 
 
+def rounding_noise(
+    groups: Tensor, scale: Tensor, zero: Tensor | None, bits: int, *, out: Tensor | None = None
+) -> Tensor:
+    """What rounding adds to groups, float32: decoded less given. Scales and zero points broadcast: of trials, too."""
+    low, high = code_range(bits)
+    codes = torch.div(groups, scale, out=out)
+    if zero is None:
+        codes.round_().clamp_(low, high)
+    else:
+        codes.add_(zero).round_().clamp_(low, high).sub_(zero)
+    return codes.mul_(scale).sub_(groups)
+
+
 def first_least(error_T: Tensor) -> Tensor:
     """The number of the first trial with the least error, int64 [1, ...]; NaN is never the least."""
     return error_T.nan_to_num(nan=torch.inf, posinf=torch.inf).argmin(0, keepdim=True)
@@ -217,7 +230,6 @@ def _errors(
     bits: int,
 ) -> Tensor:
     """The squared error of each of T trials, [T, O, G]."""
-    code_low, code_high = code_range(bits)
     scale_TOG1 = scale_TOG.float().unsqueeze(-1)
     zero_TOG1 = None if zero_TOG is None else zero_TOG.float().unsqueeze(-1)
     errors_TOG = torch.empty(scale_TOG.shape, device=scale_TOG.device)
@@ -226,12 +238,8 @@ def _errors(
     for start in range(0, len(scale_TOG), at_once):
         now = slice(start, start + at_once)
         scale, error = scale_TOG1[now], errors_TOG[now]
-        codes = torch.div(groups_OGg, scale, out=scratch[: len(scale)])
-        if zero_TOG1 is None:
-            codes.round_().clamp_(code_low, code_high)
-        else:
-            codes.add_(zero_TOG1[now]).round_().clamp_(code_low, code_high).sub_(zero_TOG1[now])
-        noise = codes.mul_(scale).sub_(groups_OGg)
+        zero = None if zero_TOG1 is None else zero_TOG1[now]
+        noise = rounding_noise(groups_OGg, scale, zero, bits, out=scratch[: len(scale)])
         if weights_OGg is None:
             torch.linalg.vector_norm(noise, dim=-1, out=error)
         else:
